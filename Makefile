@@ -1,0 +1,37 @@
+# `make train` and `make test` work on a machine with Python 3.11+ and make: everything else is installed here.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+GPUS   := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+OUT    ?= outputs/starter
+
+.PHONY: install train test test-slow test-slurm lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
+	touch $@
+
+train: install
+	test -e $(OUT)/pair/COMPLETE || $(BIN)/python -m joint_train.starter $(OUT)/pair
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m joint_train \
+		+experiment=starter pair=$(OUT)/pair output_dir=$(OUT)/run
+
+test: install lint
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+test-slurm: install
+	tests/slurm/run.sh
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

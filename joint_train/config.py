@@ -1,0 +1,212 @@
+"""The configuration: every key, its type, its default and what it means, each defined once, here.
+
+``conf/`` holds choices of values for these keys, never keys of its own: Hydra merges it onto the schema below, so a
+misspelt key or a wrong type is an error that names it. :func:`validate` refuses what can't work before any process
+group is made or weight is read.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+def key(default: Any, help: str) -> Any:
+    """A configuration key: its default and one line for ``--help``."""
+    if isinstance(default, (list, dict)) or (isinstance(default, type) and dataclasses.is_dataclass(default)):
+        factory = default if isinstance(default, type) else (lambda: type(default)(default))
+        return dataclasses.field(default_factory=factory, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ExportConfig:
+    at_end: bool = key(True, "write OUTPUT_DIR/export/{base,drafter} when the run ends")
+    max_shard_size: str = key("5GB", "largest safetensors file of an export")
+
+
+@dataclass
+class ModelConfig:
+    base: str = key(MISSING, "folder or hub id of the Gemma 4 base")
+    drafter: str = key(MISSING, "folder or hub id of its drafter")
+    dtype: str = key("bfloat16", "dtype that is loaded and exported; the drafter knows no other")
+    revision: str | None = key(None, "hub revision of the base")
+    drafter_revision: str | None = key(None, "hub revision of the drafter")
+    cache_dir: str | None = key(None, "hub cache folder")
+    attn_implementation: str = key("sdpa", "sdpa | flex_attention | eager")
+    text_config: dict[str, Any] = key({}, "overrides of the base's text configuration")
+    use_liger_kernel: bool = key(False, "liger's RMSNorm and MLP kernels (GPU only, needs the liger-kernel package)")
+    export: ExportConfig = key(ExportConfig, "Hugging Face folders")
+
+
+@dataclass
+class DrafterConfig:
+    num_steps: int = key(4, "K, drafter rounds for each row")
+    pairing: str = key("serving", "serving: round k reads x[t+1+k], as engines do | same_token: the published recipe")
+    rope_position: str = key("last_kv", "last_kv: row t rotates at t (vLLM, SGLang) | next_token: at t+1 (transformers)")
+    loss_weight: float = key(1.0, "lambda, the weight of the drafter's loss")
+    share_embedding_with_base: bool = key(False, "copy the base's input embedding into the drafter's, once, at the start")
+
+
+@dataclass
+class FreezeConfig:
+    base: bool = key(False, "train the drafter alone")
+    towers: bool = key(True, "freeze the vision and audio towers and their projections")
+    embeddings: bool = key(False, "freeze the base's embedding tables (and the head tied to them)")
+
+
+@dataclass
+class SourceConfig:
+    path: str = key(MISSING, "JSONL or Parquet file, glob, or a Hugging Face dataset id or folder")
+    name: str | None = key(None, "name in the metrics; the file's stem by default")
+    format: str = key("auto", "auto | messages | prompt_response | text | sharegpt")
+    weight: float = key(1.0, "share of the mixture, relative to the other sources")
+    split: str = key("train", "split of a Hugging Face dataset")
+    subset: str | None = key(None, "configuration name of a Hugging Face dataset")
+    streaming: bool = key(False, "read a Hugging Face dataset as a stream")
+    columns: dict[str, str] = key({}, "the source's column for a field of the format, e.g. {prompt: question}")
+    limit: int | None = key(None, "at most this many examples of it")
+
+
+@dataclass
+class DataConfig:
+    train: list[SourceConfig] = key([], "training sources")
+    val: list[SourceConfig] = key([], "validation sources")
+    tokenizer: str | None = key(None, "folder or hub id of the tokenizer; the base's by default")
+    max_length: int = key(2048, "tokens in a row")
+    micro_batch_size: int = key(1, "rows on a rank in one forward")
+    packing: bool = key(True, "put several documents in a row")
+    overlong: str = key("truncate", "a document longer than max_length: truncate | split | drop")
+    train_on: str = key("assistant", "supervised turns: assistant | last_assistant | all")
+    mixture: str = key("endless", "endless: sources by weight, each repeated | epoch: each example once an epoch")
+    shuffle: bool = key(True, "order by the seed; false keeps the files' order")
+    on_error: str = key("raise", "a bad example: raise | skip (counted and reported)")
+    num_workers: int = key(1, "loader processes of a rank")
+    cache_dir: str | None = key(None, "tokenised data; ~/.cache/joint_train/data by default")
+    max_line_bytes: int = key(16_777_216, "longest accepted line of a JSONL file")
+
+
+@dataclass
+class OptimConfig:
+    lr: float = key(1e-5, "peak learning rate of the base")
+    drafter_lr: float = key(1e-4, "peak learning rate of the drafter")
+    weight_decay: float = key(0.01, "of matrices; norms, biases and embeddings have none")
+    betas: list[float] = key([0.9, 0.95], "AdamW's")
+    eps: float = key(1e-8, "AdamW's")
+    warmup_steps: int = key(50, "linear warm-up")
+    schedule: str = key("cosine", "cosine | linear | constant, after the warm-up")
+    min_lr_ratio: float = key(0.1, "last learning rate over the peak")
+    max_grad_norm: float = key(1.0, "clip the norm over both models together; 0 turns it off")
+    grad_accum: int = key(1, "micro-batches in a step")
+
+
+@dataclass
+class ParallelConfig:
+    pp: int = key(1, "pipeline parallel size; only 1")
+    dp_replicate: int = key(1, "replicas of the sharded pair (HSDP)")
+    dp_shard: int = key(-1, "ranks that the weights are sharded over; -1: all that are left")
+    cp: int = key(1, "context parallel size; only 1")
+    tp: int = key(1, "tensor parallel size; only 1")
+    reshard_after_forward: bool = key(True, "free a base layer's gathered weights after its forward")
+    compile: bool = key(False, "torch.compile each decoder layer of both models")
+    timeout_seconds: int = key(1800, "longest wait for a collective")
+
+
+@dataclass
+class PrecisionConfig:
+    compute: str = key("auto", "auto: bfloat16 on GPU, float32 on CPU | bfloat16 | float32")
+    params: str = key("float32", "master weights and optimizer state: float32 | bfloat16")
+    reduce: str = key("float32", "gradient reduction: float32 | bfloat16")
+
+
+@dataclass
+class ActivationCheckpointingConfig:
+    base: str = key("full", "none | full: every base layer | every_n: each n-th")
+    every_n: int = key(2, "n of every_n")
+
+
+@dataclass
+class LossConfig:
+    drafter: Any = key("kl", "ce | ce_argmax | kl | reverse_kl | js | tv | nla | lk_hybrid, or a mix {ce: 0.1, nla: 0.9}")
+    temperature: float = key(1.0, "of teacher and student in the distillation losses")
+    teacher_grad: bool = key(False, "let the distillation losses train the base's head and state as a teacher")
+    round_weights: Any = key(None, "w_k: a list of num_steps numbers, or {decay: b} for b**k; 1 each by default")
+    centroid_weight: float = key(0.0, "routing loss of ordered embeddings; 0 freezes the centroids")
+    memory_budget_mb: int = key(512, "logits and their gradients that are alive at once, on a rank")
+
+
+class CheckpointConfig:
+    every: int = key(500, "steps between checkpoints; the last step is always saved")
+    keep_last: int = key(3, "newest checkpoints that are kept; 0 keeps all")
+    keep_every: int = key(0, "also keep each checkpoint whose step is a multiple of this; 0: none")
+    keep_best: str | None = key(None, "also keep the one with the lowest (or, with a leading '-', highest) metric")
+    grace_seconds: int = key(120, "time for the save after SIGTERM or SIGUSR1")
+    checksums: bool = key(True, "re-read checksums when choosing the checkpoint to resume from")
+    # `async` is a Python keyword and the documented name of the key: it can only be declared this way.
+    __annotations__["async"] = bool
+    vars()["async"] = key(False, "train on while a checkpoint is written")
+
+
+CheckpointConfig = dataclass(init=False, repr=False, eq=False)(CheckpointConfig)
+
+
+@dataclass
+class EvalConfig:
+    every: int = key(100, "steps between validation losses; 0: only before and after the run")
+    batches: int = key(16, "validation micro-batches of a rank")
+    generate_every: int = key(0, "steps between assisted generations; 0: only before and after the run")
+    prompts: int = key(8, "validation prompts in an assisted generation; 0 turns it off")
+    max_new_tokens: int = key(64, "tokens generated for a prompt")
+
+
+@dataclass
+class TrackingConfig:
+    wandb: str = key("auto", "auto: online with a key, else offline | online | offline | disabled")
+    project: str = key("joint-train", "wandb project")
+    name: str | None = key(None, "wandb run name; output_dir's last part by default")
+    tensorboard: bool = key(False, "also write TensorBoard files (needs the tensorboard package)")
+    log_every: int = key(1, "steps between logged metrics")
+    diagnose_every: int = key(0, "steps between the costly diagnostics (base gradient of the drafter's loss, drift)")
+    max_bad_steps: int = key(10, "consecutive steps with a non-finite loss or gradient before the run stops")
+    profile_steps: str | None = key(None, "e.g. 10-12: trace these steps into OUTPUT_DIR/profile")
+
+
+@dataclass
+class Config:
+    model: ModelConfig = key(ModelConfig, "the pair")
+    drafter: DrafterConfig = key(DrafterConfig, "the joint forward")
+    freeze: FreezeConfig = key(FreezeConfig, "what is not trained")
+    data: DataConfig = key(DataConfig, "sources, rows and batches")
+    optim: OptimConfig = key(OptimConfig, "AdamW and its schedule")
+    parallel: ParallelConfig = key(ParallelConfig, "the device mesh")
+    precision: PrecisionConfig = key(PrecisionConfig, "dtypes of compute, weights and reduction")
+    activation_checkpointing: ActivationCheckpointingConfig = key(ActivationCheckpointingConfig, "recomputation")
+    loss: LossConfig = key(LossConfig, "the drafter's loss")
+    checkpoint: CheckpointConfig = key(CheckpointConfig, "saving and resuming")
+    eval: EvalConfig = key(EvalConfig, "validation during the run")
+    tracking: TrackingConfig = key(TrackingConfig, "metrics, wandb, guards, profiles")
+    seed: int = key(0, "data order and random state")
+    max_steps: int = key(1000, "optimizer steps")
+    output_dir: str = key("outputs", "folder of the run: configuration, metrics, checkpoints, export")
+    resume: str = key("auto", "auto: newest complete checkpoint of output_dir | never | a checkpoint folder")
+
+
+def register() -> None:
+    """Make the schema known to Hydra as ``schema``, the first entry of ``conf/config.yaml``'s defaults."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def help_text(schema: type = Config, prefix: str = "") -> str:
+    """One line for each key: its name, default and meaning."""
+    lines = []
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(field.type):
+            lines += ["", f"{prefix}{field.name}: {field.metadata['help']}"]
+            lines.append(help_text(field.type, f"{prefix}{field.name}."))
+        else:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            default = "(required)" if default == MISSING else "null" if default is None else str(default)
+            lines.append(f"  {prefix + field.name:<38} {default:<12} {field.metadata['help']}")
+    return "\n".join(lines)
