@@ -1,0 +1,281 @@
+"""The starter pair: a small Gemma 4 base, its drafter, a tokenizer and chat data, made from what is on every machine.
+
+The data are the docstrings of Python's own standard library, read from its source files: the user asks what
+``module.name`` does, the assistant answers with the docstring. The weights are random, for the joint job to train::
+
+    python -m joint_train.starter DIR      # base/ drafter/ train.jsonl val.jsonl COMPLETE
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+MIN_CHARS = 60  # a shorter docstring says too little to be worth a question
+VAL_EXAMPLES = 200
+VOCAB_SIZE = 4096
+MAX_DRAFTS = 4  # tokens that the drafter proposes in generation, unless told otherwise
+
+# Tests repeat themselves, and the rest are applications and data rather than the library.
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "turtledemo"}
+
+PAD, EOS, BOS, UNK, TURN_START, TURN_END = "<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"
+MEDIA = ["<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>", "<|video|>"]
+
+# Gemma 4's turns, `<|turn>role\n…<turn|>\n`. A model's turn ends with the token that ends it in generation, so that
+# token is trained too; the newline after it is the next turn's business.
+CHAT_TEMPLATE = """\
+{%- macro text(content) -%}
+    {%- if content is string -%}
+        {{- content | trim -}}
+    {%- else -%}
+        {%- for part in content if part['type'] == 'text' -%}
+            {{- part['text'] | trim -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- if message['role'] in ('assistant', 'model') -%}
+        {{- '<|turn>model\\n' -}}
+        {%- generation -%}
+            {{- text(message['content']) + '<turn|>' -}}
+        {%- endgeneration -%}
+        {{- '\\n' -}}
+    {%- elif message['role'] in ('system', 'user') -%}
+        {{- '<|turn>' + message['role'] + '\\n' + text(message['content']) + '<turn|>\\n' -}}
+    {%- else -%}
+        {{- raise_exception("role '" + message['role'] + "' is none of system, user, assistant") -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|turn>model\\n' -}}
+{%- endif -%}
+"""
+
+
+def docstrings(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield ``(module.name, docstring)`` of every source file under ``root``, in a fixed order, importing nothing."""
+
+    def visit(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+        if docstring := ast.get_docstring(node):
+            yield name, docstring.strip()
+        for child in node.body:
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield from visit(child, f"{name}.{child.name}")
+
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).with_suffix("").parts
+        if SKIPPED_FOLDERS.isdisjoint(parts):
+            try:
+                tree = ast.parse(file.read_bytes())
+            except (SyntaxError, ValueError):  # templates and deliberately broken files
+                continue
+            yield from visit(tree, ".".join(parts).removesuffix(".__init__"))
+
+
+def examples(root: Path) -> tuple[list[dict], list[dict]]:
+    """Chat examples from the docstrings under ``root``: (training, validation), without duplicates.
+
+    Which ones are held out depends on the text alone, so a changed library moves few of them.
+    """
+    chats = {}
+    for name, docstring in docstrings(root):
+        key = hashlib.sha256(" ".join(docstring.split()).encode()).hexdigest()
+        if len(docstring) >= MIN_CHARS and key not in chats:
+            question = {"role": "user", "content": f"What does `{name}` do?"}
+            chats[key] = {"messages": [question, {"role": "assistant", "content": docstring}]}
+    if len(chats) < 10 * VAL_EXAMPLES:
+        raise RuntimeError(
+            f"{root} has {len(chats)} documented names in .py files; at least {10 * VAL_EXAMPLES} are needed. "
+            "Use a Python whose standard library is installed as source files."
+        )
+    held_out = set(sorted(chats)[:VAL_EXAMPLES])
+    train = [chat for key, chat in chats.items() if key not in held_out]
+    return train, [chats[key] for key in sorted(held_out)]
+
+
+def build_tokenizer(chats: list[dict]):
+    """A byte-level BPE tokenizer of ``VOCAB_SIZE`` tokens trained on the chats, with Gemma 4's marks and template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, EOS, BOS, UNK, TURN_START, TURN_END, *MEDIA],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((message["content"] for chat in chats for message in chat["messages"]), trainer)
+    if tokenizer.get_vocab_size() != VOCAB_SIZE:
+        raise RuntimeError(f"the texts give {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}: too few texts")
+    bos = (BOS, tokenizer.token_to_id(BOS))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[bos])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        bos_token=BOS,
+        unk_token=UNK,
+        additional_special_tokens=[TURN_START, TURN_END, *MEDIA],
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_pair(tokenizer, seed: int):
+    """A Gemma 4 base and its drafter with random bfloat16 weights: (base, drafter).
+
+    The base has what the E2B and E4B models have: sliding and full layers, KV sharing and per-layer embeddings. The
+    drafter's attention layers have queries only, of the head sizes of the base's keys that they read.
+    """
+    import torch
+    from transformers import (
+        Gemma4AssistantConfig,
+        Gemma4AssistantForCausalLM,
+        Gemma4Config,
+        Gemma4ForConditionalGeneration,
+        Gemma4TextConfig,
+        GenerationConfig,
+    )
+
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (PAD, EOS, BOS, TURN_END, *MEDIA)}
+    common = dict(
+        vocab_size=VOCAB_SIZE,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=32,
+        global_head_dim=64,
+        sliding_window=128,
+        max_position_embeddings=2048,
+        pad_token_id=ids[PAD],
+        eos_token_id=[ids[TURN_END], ids[EOS]],
+        bos_token_id=ids[BOS],
+    )
+    base_config = Gemma4Config(
+        text_config=Gemma4TextConfig(
+            **common,
+            hidden_size=192,
+            intermediate_size=768,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+            + ["sliding_attention", "full_attention"],
+            num_hidden_layers=6,
+            num_kv_shared_layers=2,
+            vocab_size_per_layer_input=VOCAB_SIZE,
+            hidden_size_per_layer_input=16,
+            final_logit_softcapping=30.0,
+        ),
+        vision_config=None,
+        audio_config=None,
+        boi_token_id=ids["<|image>"],
+        image_token_id=ids["<|image|>"],
+        eoi_token_id=ids["<image|>"],
+        boa_token_id=ids["<|audio>"],
+        audio_token_id=ids["<|audio|>"],
+        eoa_token_index=ids["<audio|>"],
+        video_token_id=ids["<|video|>"],
+    )
+    drafter_config = Gemma4AssistantConfig(
+        text_config=Gemma4TextConfig(
+            **common,
+            hidden_size=128,
+            intermediate_size=512,
+            layer_types=["sliding_attention", "full_attention"],
+            num_hidden_layers=2,
+            num_kv_shared_layers=2,
+            vocab_size_per_layer_input=0,
+            hidden_size_per_layer_input=0,
+        ),
+        backbone_hidden_size=base_config.text_config.hidden_size,
+    )
+    torch.manual_seed(seed)
+    base = Gemma4ForConditionalGeneration(base_config).to(torch.bfloat16)
+    drafter = Gemma4AssistantForCausalLM(drafter_config).to(torch.bfloat16)
+    ends = dict(bos_token_id=ids[BOS], eos_token_id=[ids[TURN_END], ids[EOS]], pad_token_id=ids[PAD])
+    base.generation_config = GenerationConfig(**ends)
+    drafter.generation_config = GenerationConfig(**ends, num_assistant_tokens=MAX_DRAFTS)
+    return base, drafter
+
+
+def write(directory: Path, seed: int) -> dict:
+    """Write the pair and its data into an existing empty folder, COMPLETE last, and return what COMPLETE says."""
+    train, val = examples(Path(sysconfig.get_paths()["stdlib"]))
+    for name, chats in (("train", train), ("val", val)):
+        lines = "".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats)
+        (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    tokenizer = build_tokenizer(train)
+    base, drafter = build_pair(tokenizer, seed)
+    for name, model in (("base", base), ("drafter", drafter)):
+        model.save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
+    facts = {
+        "seed": seed,
+        "python": platform.python_version(),
+        "train_examples": len(train),
+        "val_examples": len(val),
+        "base_parameters": sum(p.numel() for p in base.parameters()),
+        "drafter_parameters": sum(p.numel() for p in drafter.parameters()),
+    }
+    (directory / "COMPLETE").write_text(json.dumps(facts, indent=1) + "\n")
+    return facts
+
+
+def build(directory: str | Path, seed: int = 0) -> dict:
+    """Make the starter pair in ``directory``, whole or not at all. Does nothing if it is there already.
+
+    Raises:
+        FileExistsError: the folder holds something else, or a pair made with another seed.
+    """
+    directory = Path(directory).absolute()
+    if (directory / "COMPLETE").exists():
+        facts = json.loads((directory / "COMPLETE").read_text())
+        if facts.get("seed") != seed:
+            raise FileExistsError(f"{directory} is a starter pair of seed {facts.get('seed')}, not {seed}: remove it")
+        return facts
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is no starter pair (no COMPLETE in it): name a new folder")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        facts = write(work, seed)
+        work.chmod(0o755)
+        os.rename(work, directory)  # onto nothing or an empty folder: atomic
+    except OSError:
+        if not (directory / "COMPLETE").exists():  # else another process was faster, and its pair is the same
+            raise
+        return build(directory, seed)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return facts
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m joint_train.starter", description=__doc__.split("\n\n")[0])
+    parser.add_argument("directory", metavar="DIR", help="folder to make")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
+    args = parser.parse_args(argv)
+    existed = (Path(args.directory) / "COMPLETE").exists()
+    try:
+        facts = build(args.directory, args.seed)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+    print(f"{'already there' if existed else 'made'}: {args.directory}")
+    print(f"  {facts['train_examples']} training and {facts['val_examples']} validation examples")
+    print(f"  base {facts['base_parameters']:,} parameters, drafter {facts['drafter_parameters']:,}")
+
+
+if __name__ == "__main__":
+    main()
