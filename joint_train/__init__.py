@@ -1,0 +1,12 @@
+"""Joint fine-tuning of a Gemma 4 base and its multi-token-prediction drafter, on FSDP2."""
+
+from importlib import import_module
+
+__all__ = ["Gemma4JointOutput", "Gemma4WithDrafter"]
+
+
+def __getattr__(name: str):
+    # Deferred: torch and transformers take seconds to import, and `--help` or a misspelt key shouldn't wait for them.
+    if name in __all__:
+        return getattr(import_module("joint_train.model"), name)
+    raise AttributeError(f"module 'joint_train' has no attribute {name!r}")

@@ -6,11 +6,19 @@ group is made or weight is read.
 """
 
 import dataclasses
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+class ConfigError(ValueError):
+    """A configuration that can't work: the message names the key, why, and what to set instead."""
 
 
 def key(default: Any, help: str) -> Any:
@@ -45,9 +53,13 @@ class ModelConfig:
 class DrafterConfig:
     num_steps: int = key(4, "K, drafter rounds for each row")
     pairing: str = key("serving", "serving: round k reads x[t+1+k], as engines do | same_token: the published recipe")
-    rope_position: str = key("last_kv", "last_kv: row t rotates at t (vLLM, SGLang) | next_token: at t+1 (transformers)")
+    rope_position: str = key(
+        "last_kv", "last_kv: row t rotates at t (vLLM, SGLang) | next_token: at t+1 (transformers)"
+    )
     loss_weight: float = key(1.0, "lambda, the weight of the drafter's loss")
-    share_embedding_with_base: bool = key(False, "copy the base's input embedding into the drafter's, once, at the start")
+    share_embedding_with_base: bool = key(
+        False, "copy the base's input embedding into the drafter's, once, at the start"
+    )
 
 
 @dataclass
@@ -129,7 +141,9 @@ class ActivationCheckpointingConfig:
 
 @dataclass
 class LossConfig:
-    drafter: Any = key("kl", "ce | ce_argmax | kl | reverse_kl | js | tv | nla | lk_hybrid, or a mix {ce: 0.1, nla: 0.9}")
+    drafter: Any = key(
+        "kl", "ce | ce_argmax | kl | reverse_kl | js | tv | nla | lk_hybrid, or a mix {ce: 0.1, nla: 0.9}"
+    )
     temperature: float = key(1.0, "of teacher and student in the distillation losses")
     teacher_grad: bool = key(False, "let the distillation losses train the base's head and state as a teacher")
     round_weights: Any = key(None, "w_k: a list of num_steps numbers, or {decay: b} for b**k; 1 each by default")
@@ -187,15 +201,116 @@ class Config:
     checkpoint: CheckpointConfig = key(CheckpointConfig, "saving and resuming")
     eval: EvalConfig = key(EvalConfig, "validation during the run")
     tracking: TrackingConfig = key(TrackingConfig, "metrics, wandb, guards, profiles")
+    pair: str | None = key(None, "a folder with base/ and drafter/, for configurations that say ${pair}")
     seed: int = key(0, "data order and random state")
     max_steps: int = key(1000, "optimizer steps")
     output_dir: str = key("outputs", "folder of the run: configuration, metrics, checkpoints, export")
     resume: str = key("auto", "auto: newest complete checkpoint of output_dir | never | a checkpoint folder")
 
 
-def register() -> None:
-    """Make the schema known to Hydra as ``schema``, the first entry of ``conf/config.yaml``'s defaults."""
-    ConfigStore.instance().store(name="schema", node=Config)
+ConfigStore.instance().store(name="schema", node=Config)
+
+CHOICES = {
+    "model.attn_implementation": ("sdpa", "flex_attention", "eager"),
+    "drafter.pairing": ("serving", "same_token"),
+    "drafter.rope_position": ("last_kv", "next_token"),
+    "data.overlong": ("truncate", "split", "drop"),
+    "data.train_on": ("assistant", "last_assistant", "all"),
+    "data.mixture": ("endless", "epoch"),
+    "data.on_error": ("raise", "skip"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+    "precision.compute": ("auto", "bfloat16", "float32"),
+    "precision.params": ("float32", "bfloat16"),
+    "precision.reduce": ("float32", "bfloat16"),
+    "activation_checkpointing.base": ("none", "full", "every_n"),
+    "tracking.wandb": ("auto", "online", "offline", "disabled"),
+}
+AT_LEAST = {
+    "drafter.num_steps": 1,
+    "drafter.loss_weight": 0,
+    "data.max_length": 2,
+    "data.micro_batch_size": 1,
+    "data.num_workers": 0,
+    "optim.grad_accum": 1,
+    "optim.warmup_steps": 0,
+    "optim.max_grad_norm": 0,
+    "parallel.dp_replicate": 1,
+    "parallel.timeout_seconds": 1,
+    "activation_checkpointing.every_n": 1,
+    "loss.memory_budget_mb": 1,
+    "loss.centroid_weight": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep_last": 0,
+    "checkpoint.grace_seconds": 1,
+    "eval.every": 0,
+    "eval.batches": 1,
+    "eval.generate_every": 0,
+    "eval.prompts": 0,
+    "tracking.log_every": 1,
+    "tracking.max_bad_steps": 1,
+    "max_steps": 1,
+}
+
+
+def validate(cfg: DictConfig, world_size: int | None = None) -> None:
+    """Refuse what can't work, before a process group is made or a weight is read.
+
+    Args:
+        cfg: the composed configuration.
+        world_size: number of ranks, where it is known; the mesh has to fit it.
+
+    Raises:
+        ConfigError: naming the key, the reason and what to set instead.
+    """
+    # Deferred: `--help` and a misspelt key need not wait for torch.
+    from joint_train.loss import parse_drafter_loss, round_weights
+    from joint_train.mesh import mesh_shape
+
+    mesh_shape(cfg.parallel, world_size)
+    if cfg.model.dtype != "bfloat16":
+        raise ConfigError(
+            f"model.dtype={cfg.model.dtype}: the drafter is released, loaded and exported in bfloat16 only. Set "
+            "model.dtype=bfloat16; the dtype of compute and of the master weights are precision.compute and "
+            "precision.params."
+        )
+    for name, choices in CHOICES.items():
+        if (value := OmegaConf.select(cfg, name)) not in choices:
+            raise ConfigError(f"{name}={value}: choose one of {', '.join(choices)}.")
+    for name, least in AT_LEAST.items():
+        if (value := OmegaConf.select(cfg, name)) < least:
+            raise ConfigError(f"{name}={value}: must be at least {least}.")
+    for name in ("model.base", "model.drafter"):
+        if OmegaConf.is_missing(OmegaConf.select(cfg, name.split(".")[0]), name.split(".")[1]):
+            raise ConfigError(f"{name} is not set: a folder or a hub id, e.g. {name}=/models/gemma-4-pair")
+    if not cfg.data.train:
+        raise ConfigError(
+            "data.train is empty: name a source, e.g. 'data.train=[{path: train.jsonl}]' or data=starter."
+        )
+    parse_drafter_loss(cfg.loss)
+    round_weights(cfg.loss, cfg.drafter.num_steps)
+
+
+def conf_dir() -> Path:
+    """The folder of the configuration files, in a source tree and in an installed wheel."""
+    here = Path(__file__).resolve().parent
+    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+
+
+def load(overrides: Sequence[str] = (), world_size: int | None = None) -> DictConfig:
+    """Compose ``conf/config.yaml`` with command-line overrides, and validate the result.
+
+    Raises:
+        ConfigError: as :func:`validate`; Hydra's own errors for an unknown key or a wrong type.
+    """
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", list(overrides))
+    validate(cfg, world_size)
+    return cfg
+
+
+def world_size_from_env() -> int:
+    """The number of ranks that the launcher (torchrun) announced; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def help_text(schema: type = Config, prefix: str = "") -> str:

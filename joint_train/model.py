@@ -1,0 +1,326 @@
+"""A Gemma 4 base and its multi-token-prediction drafter as one module with a joint forward.
+
+The base runs once. Its keys and values, its input embeddings and its final hidden state then feed K rounds of the
+drafter at every row of the sequence at once, and one pass over the targets makes all the losses.
+
+Each model is an FSDP2 root of its own. The loss reads both heads and the drafter reads the base's embedding, so all of
+it runs inside a forward of the base's root and, within that, of the drafter's: :meth:`Gemma4WithDrafter.forward` enters
+both through ``within``, which ``parallelize`` registers with FSDP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.gemma4.modeling_gemma4 import get_block_sequence_ids_for_mask
+
+from joint_train.config import LossConfig
+from joint_train.loss import JointTargets, joint_loss, joint_targets, round_weights
+from joint_train.visibility import Masks, attention_masks
+
+FIRST_TOKEN = {"serving": 1, "same_token": 0}  # round k of row t reads the token at t + FIRST_TOKEN + k
+
+
+@dataclass
+class Gemma4JointOutput:
+    """Output of :class:`Gemma4WithDrafter`.
+
+    Attributes:
+        logits: base logits ``[B, S, V]``, when asked for.
+        drafter_logits: K tensors ``[B, S, V]``, when asked for. Row t of round k predicts the token after the one that
+            round k reads. Rows so near the end that this token is past it carry no meaning.
+        drafter_loss_weight: lambda, the weight of the drafter's loss in ``loss``.
+        hidden_states: the base's hidden states, of which ``[-1]`` is the final one after the norm, ``[B, S, H_b]``;
+            the others only with ``output_hidden_states=True``.
+        loss: scalar, ``L_base + lambda * sum_k w_k * L_k``, when labels are given.
+        stats: detached sums behind the loss and its metrics, see :func:`joint_train.loss.joint_loss`.
+        targets: what the sums were taken over; ``targets.counts`` are their denominators.
+    """
+
+    logits: Tensor | None = None
+    drafter_logits: list[Tensor] = field(default_factory=list)
+    drafter_loss_weight: float = 1.0
+    hidden_states: tuple[Tensor, ...] | None = None
+    loss: Tensor | None = None
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    targets: JointTargets | None = None
+
+
+def _within(module: nn.Module, function, *args):
+    """Run a function as a forward of ``module``: under FSDP2 its root's weights are gathered meanwhile."""
+    return function(*args)
+
+
+class Gemma4WithDrafter(nn.Module):
+    """A base and its drafter, trained together.
+
+    Args:
+        base: ``Gemma4ForConditionalGeneration`` or ``Gemma4ForCausalLM`` (or their unified counterparts).
+        drafter: ``Gemma4AssistantForCausalLM`` with ``backbone_hidden_size`` equal to the base's hidden size.
+        drafter_loss_weight: lambda.
+        drafter_num_steps: K, rounds of the drafter for each row.
+        freeze_base_for_drafter: train the drafter alone.
+        share_embedding_with_base: copy the base's input embedding into the drafter's, once, now.
+        base_activation_checkpointing: recompute the base's layers in the backward.
+        pairing: ``serving`` or ``same_token``: which token meets which state in a round.
+        rope_position: ``last_kv``: row t rotates at its own position; ``next_token``: at the next.
+        loss: the ``loss`` configuration group; its defaults otherwise.
+
+    Raises:
+        ValueError: for K < 1, a pair that doesn't fit together, or embeddings of different shapes to share.
+    """
+
+    supports_gradient_checkpointing = True
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        drafter: PreTrainedModel,
+        *,
+        drafter_loss_weight: float = 1.0,
+        drafter_num_steps: int = 1,
+        freeze_base_for_drafter: bool = False,
+        share_embedding_with_base: bool = False,
+        base_activation_checkpointing: bool = False,
+        pairing: str = "serving",
+        rope_position: str = "last_kv",
+        loss: DictConfig | None = None,
+    ) -> None:
+        super().__init__()
+        if drafter_num_steps < 1:
+            raise ValueError(f"drafter_num_steps={drafter_num_steps}: the drafter needs at least one round.")
+        if pairing not in FIRST_TOKEN:
+            raise ValueError(f"pairing={pairing!r}: choose one of {', '.join(FIRST_TOKEN)}.")
+        if rope_position not in ("last_kv", "next_token"):
+            raise ValueError(f"rope_position={rope_position!r}: choose last_kv or next_token.")
+        self.base = base
+        self.drafter = drafter
+        self.drafter_loss_weight = float(drafter_loss_weight)
+        self.drafter_num_steps = int(drafter_num_steps)
+        self.freeze_base_for_drafter = bool(freeze_base_for_drafter)
+        self.share_embedding_with_base = bool(share_embedding_with_base)
+        self.pairing = pairing
+        self.rope_position = rope_position
+        self.loss = loss if loss is not None else OmegaConf.structured(LossConfig)
+        self.check_pair(base.config, drafter.config)
+
+        if freeze_base_for_drafter:
+            base.requires_grad_(False)
+        # A parameter that never gets a gradient never gets optimizer state, and then a resume can't find it.
+        drafter.requires_grad_(True)
+        drafter.post_projection.requires_grad_(self.drafter_num_steps > 1)
+        if drafter.masked_embedding is not None:
+            drafter.masked_embedding.centroids.requires_grad_(self.loss.centroid_weight > 0)
+        if base_activation_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        if share_embedding_with_base and not base.get_input_embeddings().weight.is_meta:
+            self.share_embedding()
+        for model in (base, drafter):
+            model.within = MethodType(_within, model)
+
+    @staticmethod
+    def check_pair(base_config: Any, drafter_config: Any) -> None:
+        """Refuse a drafter that was made for another base.
+
+        Raises:
+            ValueError: naming the sizes that differ.
+        """
+        base_text, drafter_text = base_config.get_text_config(), drafter_config.get_text_config()
+        if drafter_config.backbone_hidden_size != base_text.hidden_size:
+            raise ValueError(
+                f"drafter.config.backbone_hidden_size={drafter_config.backbone_hidden_size} doesn't match the base's "
+                f"hidden_size={base_text.hidden_size}: this drafter belongs to another base."
+            )
+        if drafter_text.vocab_size != base_text.vocab_size:
+            raise ValueError(
+                f"the drafter's vocab_size={drafter_text.vocab_size} doesn't match the base's {base_text.vocab_size}."
+            )
+
+    @torch.no_grad()
+    def share_embedding(self) -> None:
+        """Copy the base's input embedding into the drafter's (and the head tied to it).
+
+        Raises:
+            ValueError: if the two tables differ in shape.
+        """
+        source, target = self.base.get_input_embeddings().weight, self.drafter.get_input_embeddings().weight
+        if source.shape != target.shape:
+            raise ValueError(
+                f"share_embedding_with_base=True needs tables of one shape; the base's is {tuple(source.shape)}, the "
+                f"drafter's {tuple(target.shape)}. Set drafter.share_embedding_with_base=false."
+            )
+        target.copy_(source)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        targets: JointTargets | None = None,
+        weights: Tensor | None = None,
+        groups: Tensor | None = None,
+        num_groups: int = 0,
+        return_logits: bool | None = None,
+        output_hidden_states: bool = False,
+        **base_inputs: Any,
+    ) -> Gemma4JointOutput:
+        """Base once, drafter K times, all losses in one pass.
+
+        Args:
+            input_ids: ``[B, S]`` int64.
+            attention_mask: ``[B, S]``, 1 for tokens and 0 for padding on either side; not needed for padding on the
+                right, which causality hides.
+            position_ids: ``[B, S]`` int64; 0, 1, … in every row by default.
+            labels: ``[B, S]`` int64, the token itself where it is a target and -100 elsewhere; not shifted.
+            document_ids: ``[B, S]`` int64 for rows of several documents, 0 for padding; replaces ``attention_mask``.
+            targets: what :func:`joint_targets` makes of the labels; a training loop makes it before the batch goes to
+                the GPU, so that nothing waits here.
+            weights: ``[1 + K]`` float, the coefficient of each sum of losses: 1 over the targets of the whole step, and
+                lambda w_k over those of round k; by default those of this batch.
+            groups, num_groups: per-source sums, see :func:`joint_loss`.
+            return_logits: also return full-vocabulary logits; by default only without labels.
+            output_hidden_states: also return the hidden state of every base layer.
+            **base_inputs: ``pixel_values``, ``mm_token_type_ids``, ``input_features``, … go to the base untouched, and
+                never to the drafter.
+
+        Raises:
+            ValueError: without ``input_ids``.
+        """
+        if input_ids is None:
+            raise ValueError("Gemma4WithDrafter needs input_ids: the drafter reads the tokens' embeddings.")
+        if document_ids is None and attention_mask is not None:
+            document_ids = attention_mask.long()
+        if labels is not None and targets is None:
+            targets = joint_targets(labels, document_ids, self.drafter_num_steps, self.pairing)
+        if targets is not None and weights is None:
+            counts = targets.counts.clamp(min=1)
+            weights = self.loss_weights(counts)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if return_logits is None:
+            return_logits = targets is None
+        loss_inputs = None if targets is None else (targets, weights, groups, num_groups)
+        outputs = self.base.within(
+            self._joint, input_ids, position_ids, document_ids, base_inputs, loss_inputs, return_logits,
+            output_hidden_states,
+        )  # fmt: skip
+        return Gemma4JointOutput(**outputs, drafter_loss_weight=self.drafter_loss_weight, targets=targets)
+
+    def loss_weights(self, counts: Tensor) -> Tensor:
+        """Coefficients of the loss sums, ``[1 + K]`` float32: ``1 / N_0`` and ``lambda * w_k / N_k``; 0 where N is 0.
+
+        Args:
+            counts: ``[1 + K]`` numbers of targets of the whole step, over all ranks and micro-batches.
+        """
+        rounds = round_weights(self.loss, self.drafter_num_steps)
+        wanted = torch.tensor([1.0, *(self.drafter_loss_weight * w for w in rounds)], device=counts.device)
+        return torch.where(counts > 0, wanted / counts.clamp(min=1), 0.0)
+
+    def _joint(
+        self, input_ids, position_ids, document_ids, base_inputs, loss_inputs, return_logits, output_hidden_states
+    ) -> dict[str, Any]:
+        """The joint forward, inside the base's FSDP forward. Only tensors leave it, so that FSDP sees its outputs."""
+        base_text, drafter_text = self.base.config.get_text_config(), self.drafter.config.get_text_config()
+        embedding = self.base.get_input_embeddings()
+        shape, dtype, device = input_ids.shape, embedding.weight.dtype, input_ids.device
+        masks = attention_masks(base_text, shape, dtype, device, document_ids)
+        drafter_masks = masks
+        if base_text.sliding_window != drafter_text.sliding_window:
+            drafter_masks = attention_masks(drafter_text, shape, dtype, device, document_ids)
+        if base_text.use_bidirectional_attention == "vision" and base_inputs.get("mm_token_type_ids") is not None:
+            images = get_block_sequence_ids_for_mask(base_inputs["mm_token_type_ids"], device)
+            masks = attention_masks(base_text, shape, dtype, device, document_ids, images)
+
+        embedded = []
+        # The base looks its embeddings up once; a second look-up would make a second gradient of the whole table.
+        hook = embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_base_for_drafter):
+            try:
+                base_out = self.base.model(
+                    input_ids=input_ids,
+                    attention_mask=masks,
+                    position_ids=position_ids,
+                    use_cache=False,
+                    return_shared_kv_states=True,
+                    output_hidden_states=output_hidden_states,
+                    **base_inputs,
+                )
+            finally:
+                hook.remove()
+            hidden = base_out.last_hidden_state
+        if not base_out.shared_kv_states:
+            raise RuntimeError(
+                f"the base ({type(self.base).__name__}) returned no shared_kv_states; joint_train needs the pinned "
+                "transformers release."
+            )
+        positions = position_ids + (self.rope_position == "next_token")
+        outputs = self.drafter.within(
+            self._draft, embedded[0], hidden, dict(base_out.shared_kv_states), drafter_masks, positions, loss_inputs,
+            return_logits,
+        )  # fmt: skip
+        if return_logits:
+            logits = self.base.lm_head(hidden)
+            if (cap := base_text.final_logit_softcapping) is not None:
+                logits = torch.tanh(logits / cap) * cap
+            outputs["logits"] = logits
+        outputs["hidden_states"] = base_out.hidden_states if output_hidden_states else (hidden,)
+        return outputs
+
+    def _draft(
+        self,
+        embedded: Tensor,
+        hidden: Tensor,
+        shared_kv: dict[str, tuple[Tensor, Tensor]],
+        masks: Masks,
+        position_ids: Tensor,
+        loss_inputs: tuple | None,
+        return_logits: bool,
+    ) -> dict[str, Any]:
+        """K rounds and the losses, inside the drafter's FSDP forward; masks and rotary tables serve every round."""
+        drafter, text = self.drafter, self.drafter.model
+        rotary = {kind: text.rotary_emb(hidden, position_ids, kind) for kind in set(text.config.layer_types)}
+        state, rounds = hidden, []
+        for k in range(self.drafter_num_steps):
+            token = shift_left(embedded, FIRST_TOKEN[self.pairing] + k)
+            x = drafter.pre_projection(torch.cat([token, state], dim=-1))
+            for layer, kind in zip(text.layers, text.config.layer_types, strict=True):
+                x = layer(x, shared_kv_states=shared_kv, position_embeddings=rotary[kind], attention_mask=masks[kind])
+            rounds.append(text.norm(x))
+            if k + 1 < self.drafter_num_steps:
+                state = drafter.post_projection(rounds[-1])
+
+        outputs: dict[str, Any] = {}
+        if loss_inputs is not None:
+            targets, weights, groups, num_groups = loss_inputs
+            outputs["loss"], outputs["stats"] = joint_loss(
+                hidden,
+                self.base.lm_head.weight,
+                rounds,
+                drafter.lm_head.weight,
+                targets,
+                weights,
+                self.loss,
+                softcap=self.base.config.get_text_config().final_logit_softcapping,
+                drafter_softcap=None,  # the drafter's own forward has none, and it is what serving runs
+                masked_embedding=drafter.masked_embedding,
+                train_base=not self.freeze_base_for_drafter,
+                groups=groups,
+                num_groups=num_groups,
+            )
+        if return_logits:
+            outputs["drafter_logits"] = [drafter.lm_head(h) for h in rounds]
+        return outputs
+
+
+def shift_left(x: Tensor, n: int) -> Tensor:
+    """``[B, S, H]`` with row t holding what row t + n held, and zeros in the last n rows."""
+    return x if n == 0 else nn.functional.pad(x[:, n:], (0, 0, 0, min(n, x.shape[1])))

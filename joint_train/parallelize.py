@@ -1,0 +1,97 @@
+"""FSDP2, activation checkpointing and compilation of the pair.
+
+Units of the base: each decoder layer; the per-layer embedding table; the root with the rest (the embedding and the head
+tied to it, the final norm, the towers). Units of the drafter: one, the whole of it.
+
+- The root's weights stay gathered from the forward to the end of the backward, since the loss reads the head.
+- The drafter runs K rounds: as a unit of its own, a layer would be gathered and reduced K times each way.
+- Towers belong to the root because only some ranks may have images in a step: a unit that runs on some ranks only would
+  leave the others waiting.
+"""
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from joint_train.mesh import fsdp_mesh
+from joint_train.model import Gemma4WithDrafter
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def compute_dtype(precision: DictConfig, device_type: str) -> torch.dtype:
+    """``precision.compute``, with auto being bfloat16 on GPU and float32 on CPU (where bfloat16 is 7 times slower)."""
+    auto = "bfloat16" if device_type == "cuda" else "float32"
+    return DTYPES[auto if precision.compute == "auto" else precision.compute]
+
+
+def text_model(base: nn.Module) -> nn.Module:
+    """The base's language model: where its decoder layers and embedding tables are."""
+    return getattr(base.model, "language_model", base.model)
+
+
+def freeze(model: Gemma4WithDrafter, cfg: DictConfig) -> None:
+    """Apply the ``freeze`` group to the base (``freeze.base`` is the composite's own argument)."""
+    base = model.base
+    if cfg.towers:
+        for name in ("vision_tower", "audio_tower", "embed_vision", "embed_audio"):
+            if (tower := getattr(base.model, name, None)) is not None:
+                tower.requires_grad_(False)
+    if cfg.embeddings:
+        base.get_input_embeddings().requires_grad_(False)
+        base.lm_head.requires_grad_(False)
+        if (per_layer := getattr(text_model(base), "embed_tokens_per_layer", None)) is not None:
+            per_layer.requires_grad_(False)
+
+
+def parallelize(model: Gemma4WithDrafter, mesh: DeviceMesh, cfg: DictConfig) -> None:
+    """Checkpoint, compile and shard the pair in place; works on the meta device.
+
+    Args:
+        model: the pair, with what is frozen already frozen.
+        mesh: from :func:`joint_train.mesh.init_mesh`.
+        cfg: the whole configuration.
+    """
+    text = text_model(model.base)
+    if cfg.activation_checkpointing.base != "none":
+        every = cfg.activation_checkpointing.every_n if cfg.activation_checkpointing.base == "every_n" else 1
+        text.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    if cfg.parallel.compile:
+        for layer in (*text.layers, *model.drafter.model.layers):
+            layer.compile()
+
+    params, compute = DTYPES[cfg.precision.params], compute_dtype(cfg.precision, mesh.device_type)
+    options = {
+        "mesh": fsdp_mesh(mesh),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=compute if compute != params else None, reduce_dtype=DTYPES[cfg.precision.reduce]
+        ),
+    }
+    for layer in text.layers:
+        fully_shard(layer, reshard_after_forward=cfg.parallel.reshard_after_forward, **options)
+    if (per_layer := getattr(text, "embed_tokens_per_layer", None)) is not None:
+        fully_shard(per_layer, reshard_after_forward=True, **options)
+        per_layer.set_unshard_in_backward(False)  # the gradient of a look-up doesn't need the table
+    for root in (model.base, model.drafter):
+        fully_shard(root, reshard_after_forward=False, **options)
+        register_fsdp_forward_method(root, "within")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is already a mean over the targets of all ranks: gradients add up.
+            module.set_gradient_divide_factor(1.0)
+    # Ranks with and without images in a step must reduce the same gradients.
+    model.base.set_reduce_scatter_unused_params(True)
+
+
+def set_last_micro_batch(model: Gemma4WithDrafter, last: bool) -> None:
+    """With HSDP, let only a step's last micro-batch reduce over the replicas."""
+    for root in (model.base, model.drafter):
+        root.set_requires_all_reduce(last)
+
+
+def reshard(model: Gemma4WithDrafter) -> None:
+    """Free the weights that a forward without a backward leaves gathered."""
+    for root in (model.base, model.drafter):
+        root.reshard()
