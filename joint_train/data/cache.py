@@ -1,0 +1,335 @@
+"""Tokenised sources on disk, keyed by content.
+
+A source is tokenised once, by worker processes, into a folder of flat arrays that every rank and worker maps into
+memory. The folder's name is a hash of all that its content depends on (the files' bytes, the tokenizer, the template,
+the format), so nothing in it can be out of date. It is written under another name and renamed when it is whole, so
+nobody sees half of one. A file lock makes one process build while the others of the machine wait; the kernel drops the
+lock of a process that dies, and a holder that makes no progress ends the wait with an error.
+
+What the cache holds doesn't depend on ``max_length``, ``overlong``, ``packing``, ``train_on`` or the mixture.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import filelock
+import numpy as np
+import tokenizers
+import torch
+import transformers
+
+from joint_train.data import sources, template
+from joint_train.data.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+CHUNK_RECORDS = 64
+CHUNK_BYTES = 1 << 20
+REPORTED = 20
+LOG_SECONDS = 10
+
+DOCUMENT = np.dtype(
+    [
+        ("offset", np.int64),  # of its first token
+        ("length", np.int32),
+        ("targets", np.int32),  # tokens that an assistant wrote
+        ("line", np.int64),
+        ("file", np.int32),
+    ]
+)
+
+
+@dataclass
+class Tokenised:
+    """A source's tokens.
+
+    Attributes:
+        name: of the source, in the metrics.
+        folder: of the arrays.
+        documents: ``[N]`` DOCUMENT.
+        files: what ``documents["file"]`` counts.
+        skipped: how many records were bad.
+        errors: the messages of the first of them.
+    """
+
+    name: str
+    folder: Path
+    documents: np.ndarray
+    files: list[str]
+    skipped: int
+    errors: list[str]
+
+    @cached_property
+    def _tokens(self) -> np.ndarray:
+        return np.memmap(self.folder / "tokens.bin", dtype=np.int32, mode="r")
+
+    @cached_property
+    def _flags(self) -> np.ndarray:
+        return np.memmap(self.folder / "flags.bin", dtype=np.uint8, mode="r")
+
+    def __getstate__(self) -> dict:
+        # A memory map is pickled as a copy of the file.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_tokens", "_flags")}
+
+    def read(self, document: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and flags, both ``[length]``, of a part of a document."""
+        first = int(self.documents["offset"][document]) + start
+        return self._tokens[first : first + length], self._flags[first : first + length]
+
+    def where(self, document: int) -> str:
+        """``file:line`` of a document."""
+        return f"{self.files[self.documents['file'][document]]}:{self.documents['line'][document]}"
+
+
+def cache_folder(data) -> Path:
+    """Where tokenised data is kept: ``data.cache_dir``."""
+    return Path(data.cache_dir or Path.home() / ".cache" / "joint_train" / "data").expanduser()
+
+
+def tokenised(source, data, tokenizer, num_workers: int, timeout: float) -> Tokenised:
+    """A source's tokens, from the cache or made now.
+
+    Args:
+        source: a ``SourceConfig``.
+        data: the ``data`` group.
+        tokenizer: with a chat template, unless the source is plain text.
+        num_workers: worker processes that tokenise; 0: this process.
+        timeout: seconds without progress of another process that builds the same, before giving up.
+
+    Raises:
+        DataError: a bad example (``data.on_error=raise``), or no good one.
+        TimeoutError: another process holds the cache's lock and makes no progress.
+    """
+    root = cache_folder(data)
+    root.mkdir(parents=True, exist_ok=True)
+    key = cache_key(source, data, tokenizer)
+    folder = root / key
+    if not (folder / "meta.json").exists():
+        lock_path = root / f"{key}.lock"
+        with _locked(lock_path, timeout):
+            if not (folder / "meta.json").exists():
+                for left in root.glob(f"{key}.tmp-*"):  # by builders that died: we hold their lock
+                    shutil.rmtree(left, ignore_errors=True)
+                _build(folder, source, data, tokenizer, num_workers, lambda: os.utime(lock_path))
+    meta = json.loads((folder / "meta.json").read_text())
+    if meta["skipped"]:
+        if data.on_error == "raise":
+            raise DataError(meta["errors"][0])
+        logger.warning(
+            "data source %r: %d bad records skipped (data.on_error=skip), the first: %s",
+            sources.source_name(source),
+            meta["skipped"],
+            "; ".join(meta["errors"][:3]),
+        )
+    documents = np.load(folder / "documents.npy")
+    if not len(documents):
+        raise DataError(f"data source {source.path}: no usable example in it ({meta['skipped']} bad records)")
+    return Tokenised(
+        sources.source_name(source), folder, documents, source_files(source), meta["skipped"], meta["errors"]
+    )
+
+
+def cache_key(source, data, tokenizer) -> str:
+    """A hash of everything that a source's tokens depend on."""
+    parts = {
+        "version": VERSION,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "content": _content(source),
+        "format": source.format,
+        "columns": dict(source.columns),
+        "limit": source.limit,
+        "max_line_bytes": data.max_line_bytes,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """A hash of the vocabulary, the rules and the chat template of a tokenizer."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else dict(tokenizer.get_vocab())
+    for volatile in ("truncation", "padding"):  # set by the last call, not part of what it does with a text
+        state.pop(volatile, None)
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    text = json.dumps([state, special, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def source_files(source) -> list[str]:
+    """What the records of a source name as their file."""
+    return sources.local_files(source) or [source.path]
+
+
+def _content(source) -> list:
+    files = sources.local_files(source)
+    if not files:
+        dataset = sources.open_dataset(source)
+        return [source.path, source.subset, source.split, dataset._fingerprint]
+    digests = []
+    for file in files:
+        with open(file, "rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return digests
+
+
+@contextmanager
+def _locked(path: Path, timeout: float) -> Iterator[None]:
+    lock = filelock.FileLock(path)
+    began = time.time()
+    while True:
+        try:
+            lock.acquire(timeout=min(1.0, timeout))
+            break
+        except filelock.Timeout:
+            # The builder touches the lock's file whenever it gets on.
+            progress = max(began, path.stat().st_mtime if path.exists() else 0.0)
+            if time.time() - progress > timeout:
+                raise TimeoutError(
+                    f"another process holds {path} and hasn't got on with tokenising for {timeout:.0f} s. "
+                    "If none is running, remove the file; or set data.cache_dir to a folder of your own"
+                ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(folder: Path, source, data, tokenizer, num_workers: int, progressed: Callable[[], None]) -> None:
+    """Write ``folder``: all of it, or nothing."""
+    temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        files = {file: index for index, file in enumerate(source_files(source))}
+        documents, errors, skipped, offset = [], [], 0, 0
+        logged = began = time.monotonic()
+        with open(temporary / "tokens.bin", "wb") as tokens_file, open(temporary / "flags.bin", "wb") as flags_file:
+            for chunk in _chunks(source, data, tokenizer, num_workers):
+                tokens_file.write(chunk.tokens.tobytes())
+                flags_file.write(chunk.flags.tobytes())
+                chunk.documents["offset"] += offset
+                chunk.documents["file"] = [files[file] for file in chunk.files]
+                offset += len(chunk.tokens)
+                documents.append(chunk.documents)
+                skipped += len(chunk.errors)
+                errors = (errors + chunk.errors)[:REPORTED]
+                progressed()
+                if time.monotonic() - logged > LOG_SECONDS:
+                    logged = time.monotonic()
+                    done = sum(map(len, documents))
+                    rate = done / (logged - began)
+                    logger.info("tokenising %s: %d examples, %.0f a second", source.path, done, rate)
+            for stream in (tokens_file, flags_file):
+                stream.flush()
+                os.fsync(stream.fileno())
+        np.save(temporary / "documents.npy", np.concatenate(documents) if documents else np.empty(0, DOCUMENT))
+        meta = {"skipped": skipped, "errors": errors, "tokens": offset}
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        _rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        # On a file system without locks another process may have been first: its content is the same.
+        if not (folder / "meta.json").exists():
+            raise
+
+
+@dataclass
+class Chunk:
+    """The tokens of some records, as the workers send them."""
+
+    tokens: np.ndarray
+    flags: np.ndarray
+    documents: np.ndarray
+    files: list[str]
+    errors: list[str]
+
+
+class Tokenise(torch.utils.data.Dataset):
+    """What a worker does: lists of records in, chunks out."""
+
+    def __init__(self, source, on_error: str, tokenizer):
+        self.source, self.on_error, self.tokenizer = source, on_error, tokenizer
+
+    def __getitem__(self, records: list[sources.Record]) -> Chunk:
+        encoded, files, errors = [], [], []
+        documents = np.zeros(len(records), dtype=DOCUMENT)
+        offset = 0
+        for record in records:
+            try:
+                tokens, flags = encode_record(record, self.source, self.tokenizer)
+            except DataError as error:
+                if self.on_error == "raise":
+                    raise
+                errors.append(str(error))
+                continue
+            targets = np.count_nonzero(flags & template.ASSISTANT)
+            documents[len(files)] = (offset, len(tokens), targets, record.line, 0)
+            offset += len(tokens)
+            encoded.append((tokens, flags))
+            files.append(record.file)
+        return Chunk(
+            tokens=np.concatenate([tokens for tokens, _ in encoded] or [np.empty(0, np.int32)]),
+            flags=np.concatenate([flags for _, flags in encoded] or [np.empty(0, np.uint8)]),
+            documents=documents[: len(files)],
+            files=files,
+            errors=errors,
+        )
+
+
+def encode_record(record: sources.Record, source, tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and flags of a record.
+
+    Raises:
+        DataError: what is wrong with it, with file and line.
+    """
+    example = sources.parse(record, source)
+    try:
+        return template.encode(example, tokenizer)
+    except DataError as error:
+        raise DataError(f"{record.file}:{record.line}: {error}") from None
+
+
+def _chunks(source, data, tokenizer, num_workers: int) -> Iterator[Chunk]:
+    # DataLoader is the pool of processes: it reads ahead a bounded number of chunks, keeps their order, notices a
+    # worker that dies, and raises a worker's error here.
+    return iter(
+        torch.utils.data.DataLoader(
+            Tokenise(source, data.on_error, tokenizer),
+            batch_size=None,
+            sampler=_batches(sources.read_records(source, data.max_line_bytes)),
+            num_workers=num_workers,
+            collate_fn=_identity,
+        )
+    )
+
+
+def _identity(chunk: Chunk) -> Chunk:
+    return chunk
+
+
+def _batches(records: Iterator[sources.Record]) -> Iterator[list[sources.Record]]:
+    batch, size = [], 0
+    for record in records:
+        batch.append(record)
+        size += len(record.data) if isinstance(record.data, bytes) else 0
+        if len(batch) == CHUNK_RECORDS or size >= CHUNK_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,214 @@
+"""The loader: each rank's batches of the global sequence of rows, and the position in it.
+
+A global batch is ``dp_size * micro_batch_size`` consecutive rows, and rank r takes the r-th share of them. The position
+is counted in rows of the global sequence, so it holds on any number of ranks and workers and with any batch size.
+"""
+
+import hashlib
+import itertools
+import json
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from joint_train.data.cache import tokenised
+from joint_train.data.errors import DataError
+from joint_train.data.rows import Cursor, RowSequence, cut
+from joint_train.data.sources import FORMATS, source_name
+
+UNPACKED_MULTIPLE = 64
+POSITION = "position"
+CHOICES = {
+    "overlong": ("truncate", "split", "drop"),
+    "train_on": ("assistant", "last_assistant", "all"),
+    "mixture": ("endless", "epoch"),
+    "on_error": ("raise", "skip"),
+}
+
+
+class BatchLoader(StatefulDataLoader):
+    """Yields batches and knows its position in the global sequence.
+
+    Attributes:
+        source_names: what the batches' ``source`` counts.
+        position: of the last batch that was yielded (see :func:`loader_position`).
+    """
+
+    def __init__(self, batches: "RankBatches", num_workers: int, timeout: float, pin_memory: bool, position: dict):
+        self.source_names = [pieces.source.name for pieces in batches.sequence.sources]
+        self.position = position
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls a function that torch 2.13 deprecates.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            super().__init__(
+                batches,
+                batch_size=None,
+                sampler=BatchNumbers(batches.count),
+                num_workers=num_workers,
+                timeout=timeout if num_workers else 0,
+                pin_memory=pin_memory,
+                collate_fn=_identity,
+            )
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in super().__iter__():
+            self.position = batch.pop(POSITION)
+            yield batch
+
+
+def _identity(batch: dict) -> dict:
+    return batch
+
+
+class BatchNumbers(torch.utils.data.Sampler):
+    """0, 1, 2, … up to ``count``, or for ever; resumable, as ``StatefulDataLoader`` asks."""
+
+    def __init__(self, count: int | None):
+        self.count, self.first, self.next = count, 0, 0
+
+    def __iter__(self) -> Iterator[int]:
+        first, self.first = self.first, 0  # a restored state holds for one pass
+        for number in itertools.count(first) if self.count is None else range(first, self.count):
+            self.next = number + 1
+            yield number
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.first = self.next = state["next"]
+
+
+class RankBatches(torch.utils.data.Dataset):
+    """A rank's batches by number, counted from the position that the loader starts at.
+
+    Args:
+        sequence: the global rows.
+        start: the position.
+        rank, size: this rank's share.
+        rows: in a batch of a rank.
+        count: of batches; None: no end.
+        last: rows of the sequence; a batch that goes beyond it is filled with empty rows. None: no end.
+    """
+
+    def __init__(self, sequence, start: dict, rank: int, size: int, rows: int, count: int | None, last: int | None):
+        self.sequence, self.rank, self.size, self.rows, self.count, self.last = sequence, rank, size, rows, count, last
+        self.start = start
+        self.cursor = Cursor(sequence, start["window"], start["row"])
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        first = (number * self.size + self.rank) * self.rows
+        stop = first + self.rows if self.last is None else min(first + self.rows, self.last)
+        documents = list(self.cursor.rows(first, stop))
+        length = self.sequence.max_length
+        if not self.sequence.packing:
+            longest = max(map(self.sequence.length_of, documents), default=1)
+            length = min(-(-longest // UNPACKED_MULTIPLE) * UNPACKED_MULTIPLE, length)
+        empty = np.empty((0, 2), dtype=np.int64)
+        rows = [self.sequence.row(row, length) for row in documents + [empty] * (self.rows - len(documents))]
+        batch: dict[str, Any] = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
+        consumed = (number + 1) * self.size * self.rows
+        if self.last is None:
+            window, row = self.cursor.locate(consumed)
+            batch[POSITION] = {**self.start, "rows": self.start["rows"] + consumed, "window": window, "row": row}
+        else:
+            batch[POSITION] = {**self.start, "rows": min(consumed, self.last)}
+        return batch
+
+
+def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, position: dict | None = None) -> BatchLoader:
+    """The loader of a rank.
+
+    ``train`` has no end. ``val`` is one pass over the validation sources in an order that doesn't depend on the seed;
+    every rank gets the same number of batches, the last ones filled up with empty rows (labels -100, document_ids 0).
+
+    Args:
+        cfg: the whole configuration.
+        tokenizer: fast, with a chat template.
+        split: ``train`` or ``val``.
+        dp_rank, dp_size: the rank among the data-parallel ones.
+        position: what :func:`loader_position` gave, on any number of ranks and workers; None: the start.
+
+    Yields:
+        ``input_ids``, ``labels`` (-100: not a target; not shifted), ``position_ids`` (from 0 in each document),
+        ``document_ids`` (0: padding; 1, 2, …: the documents of a row) and ``source`` (index into
+        ``loader.source_names``, -1: padding), each ``[B, S]`` int64 on the CPU.
+
+    Raises:
+        DataError: bad data or settings; a position of other data.
+        TimeoutError: another process holds the cache and makes no progress.
+    """
+    data = cfg.data
+    _check(data, split)
+    specs = data.train if split == "train" else data.val
+    timeout = cfg.parallel.timeout_seconds
+    sources = [tokenised(spec, data, tokenizer, data.num_workers, timeout) for spec in specs]
+    pieces = [cut(source, data) for source in sources]
+    train = split == "train"
+    sequence = RowSequence(
+        pieces,
+        [spec.weight for spec in specs],
+        data,
+        seed=cfg.seed if train else 0,
+        mixture=data.mixture if train else "epoch",
+        shuffle=data.shuffle,
+    )
+    fingerprint = _fingerprint(cfg, split, [source.folder.name for source in sources])
+    start = {"rows": 0, "window": 0, "row": 0, "data": fingerprint}
+    if position is not None:
+        if position["data"] != fingerprint:
+            raise DataError(
+                "the checkpoint's data position belongs to other data: its sources, the tokenizer, the seed or one of "
+                "the data settings that make rows (max_length, packing, overlong, train_on, mixture, shuffle, weights) "
+                "differ from this run's. Set them as they were, or start a run of its own (another output_dir) from "
+                "the exported models"
+            )
+        start = dict(position)
+    last = count = None
+    if not train:
+        last = sequence.rows_an_epoch()
+        count = -(-last // (dp_size * data.micro_batch_size))
+    batches = RankBatches(sequence, start, dp_rank, dp_size, data.micro_batch_size, count, last)
+    return BatchLoader(batches, data.num_workers, timeout, torch.cuda.is_available(), start)
+
+
+def loader_position(loader: BatchLoader) -> dict:
+    """The position after the last batch that the loader yielded: plain, and the same on every rank."""
+    return dict(loader.position)
+
+
+def _check(data, split: str) -> None:
+    for key, choices in CHOICES.items():
+        if data[key] not in choices:
+            raise DataError(f"data.{key}={data[key]!r} is none of {', '.join(choices)}")
+    if data.max_length < 2:
+        raise DataError(f"data.max_length={data.max_length}: a row needs at least 2 tokens to have a target")
+    if data.micro_batch_size < 1:
+        raise DataError(f"data.micro_batch_size={data.micro_batch_size}: at least 1")
+    specs = data.train if split == "train" else data.val
+    if not specs:
+        raise DataError(f"data.{split} has no source: choose one of conf/data, or list sources with a path each")
+    for index, spec in enumerate(specs):
+        where = f"data.{split}[{index}] ({source_name(spec)})"
+        if spec.format not in FORMATS:
+            raise DataError(f"{where}: format={spec.format!r} is none of {', '.join(FORMATS)}")
+        if spec.weight <= 0:
+            raise DataError(f"{where}: weight={spec.weight} isn't positive")
+        if split == "train" and data.mixture == "epoch" and spec.weight != 1.0:
+            raise DataError(
+                f"{where}: weight={spec.weight} has no effect with data.mixture=epoch, where each example is seen once "
+                "an epoch; leave it at 1, or set data.mixture=endless"
+            )
+
+
+def _fingerprint(cfg, split: str, keys: list[str]) -> str:
+    """A hash of all that the sequence of rows depends on."""
+    data = cfg.data
+    settings = ("max_length", "packing", "overlong", "train_on", "mixture", "shuffle")
+    weights = [spec.weight for spec in (data.train if split == "train" else data.val)]
+    parts = [keys, weights, cfg.seed, [data[key] for key in settings]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
