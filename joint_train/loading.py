@@ -13,7 +13,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,24 +99,36 @@ def resolve(path: str | os.PathLike, revision: str | None = None, cache_dir: str
             f"no such folder: {name}. Give a folder that exists, or a hub id such as google/gemma-4-E2B-it."
         )
     options = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": HUB_FILES}
-    distributed = dist.is_initialized()
-    first = not distributed or dist.get_node_local_rank(fallback_rank=0) == 0
-    folder, error = None, None
-    if first:
-        try:
-            folder = snapshot_download(name, **options)
-        except Exception as e:  # whatever it is, the other ranks must hear of it instead of waiting
-            error = f"{type(e).__name__}: {e}"
-    if distributed:
-        errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        error = next((e for e in errors if e), None)
-    if error:
+    first = not dist.is_initialized() or dist.get_node_local_rank(fallback_rank=0) == 0
+    try:
+        together(lambda: snapshot_download(name, **options) if first else None)
+    except Exception as e:
         raise ConfigError(
-            f"can't get {name} (revision {revision or 'main'}) from the hub: {error}\nWithout network, give the local "
-            "folder in its place, or a model.cache_dir that has the snapshot."
-        )
-    return Path(folder or snapshot_download(name, local_files_only=True, **options))
+            f"can't get {name} (revision {revision or 'main'}) from the hub: {e}\nWithout network, give a local folder "
+            "or a model.cache_dir that has the snapshot."
+        ) from e
+    return Path(snapshot_download(name, local_files_only=True, **options))
+
+
+def together(action: Callable[[], Any]) -> None:
+    """Do something on every rank; if it fails on one, it fails on all of them, and none is left waiting.
+
+    Raises:
+        Exception: this rank's own; on the other ranks a RuntimeError with its text.
+    """
+    error = None
+    try:
+        action()
+    except Exception as e:
+        error = e
+    if dist.is_initialized():
+        texts: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, error and f"{type(error).__name__}: {error}")
+        for rank, text in enumerate(texts):
+            if text and error is None:
+                raise RuntimeError(f"rank {rank}: {text}")
+    if error:
+        raise error
 
 
 def read_config(

@@ -1,0 +1,449 @@
+"""Hugging Face folders from sharded weights or from a distributed checkpoint, without any rank holding a model.
+
+A safetensors file is a header that says at which byte each tensor lies, and then the bytes. So the header is written
+first, and every rank then writes its own slices at their place, in pieces of at most 64 MiB:
+
+    export_model(model.base, "google/gemma-4-E2B-it", "export/base")       # collective, in a run
+    python -m joint_train.export OUTPUT_DIR/checkpoints/step_00000100 OUT --verify
+
+Key names are those of the folder that the model was loaded from. Its other files (tokenizer, processor, chat template,
+generation configuration) are copied, so that an engine that loads the one loads the other.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from omegaconf import DictConfig, OmegaConf
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import GenerationConfig, PreTrainedModel
+
+from joint_train.config import ConfigError
+from joint_train.loading import (
+    FLOATS,
+    Stored,
+    WeightsError,
+    build_meta,
+    match,
+    read_config,
+    resolve,
+    stored_tensors,
+    together,
+)
+
+WRITE_BYTES = 64 * 2**20
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+# Files of a model folder that hold weights, in any format: never copied.
+WEIGHT_FILES = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx)$|\.index\.json$")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor lies in the export."""
+
+    file: Path
+    offset: int  # bytes from the start of the file
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+# Exporting
+
+
+@torch.no_grad()
+def export_model(
+    model: PreTrainedModel,
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    max_shard_size: str | int = "5GB",
+    dtype: torch.dtype = torch.bfloat16,
+    num_assistant_tokens: int | None = None,
+) -> None:
+    """Write a model as a Hugging Face folder; under a process group, all ranks must call it, and share `out`'s disk.
+
+    The folder is written beside `out` and renamed when it is complete: an older export in `out` stays whole until then.
+
+    Args:
+        source: the folder (or hub id in the cache) that the model was loaded from.
+        max_shard_size: of a safetensors file, in bytes or as "5GB"; a larger tensor has a file of its own.
+        dtype: of floating-point tensors.
+        num_assistant_tokens: written to the generation configuration, for a drafter.
+
+    Raises:
+        WeightsError: if the model's tensors are not those of `source`.
+        OSError: if the disk is full, …; on every rank alike.
+    """
+    source = resolve(source)
+    stored = stored_tensors(source)
+    names = match(model, stored, source)
+    tensors = model.state_dict(keep_vars=True)
+
+    def fill(slots: dict[str, Slot]) -> None:
+        for key, name in names.items():
+            _write(slots[key], tensors[name])
+
+    _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill)
+
+
+def export_checkpoint(
+    checkpoint: str | os.PathLike,
+    model: PreTrainedModel,
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    max_shard_size: str | int = "5GB",
+    dtype: torch.dtype = torch.bfloat16,
+    num_assistant_tokens: int | None = None,
+) -> None:
+    """Write a distributed checkpoint of one model as a Hugging Face folder, in one process.
+
+    Args:
+        checkpoint: folder of the distributed checkpoint, e.g. ``step_00000100/base/model``.
+        model: the model on the meta device, for the names of its tensors and their ties.
+        source, out, max_shard_size, dtype, num_assistant_tokens: as for :func:`export_model`.
+
+    Raises:
+        WeightsError: if the checkpoint lacks a tensor of `source`, or has it in another shape.
+    """
+    source = Path(source)
+    stored = stored_tensors(source)
+    names = match(model, stored, source)
+    reader = dcp.FileSystemReader(checkpoint)
+    saved = reader.read_metadata().state_dict_metadata
+    tensors = model.state_dict(keep_vars=True)
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        aliases.setdefault(id(tensor), []).append(name)
+    saved_names = {key: _first(aliases[id(tensors[name])], saved) for key, name in names.items()}
+    if missing := sorted(names[key] for key, name in saved_names.items() if name is None):
+        raise WeightsError(f"the checkpoint {checkpoint} lacks {len(missing)} tensors: {', '.join(missing[:20])}")
+
+    def fill(slots: dict[str, Slot]) -> None:
+        # The checkpoint's reader copies into the tensors that it is given, converting their dtype: here, the files.
+        for key, name in saved_names.items():
+            dcp.load({name: _mapped(slots[key])}, storage_reader=reader, no_dist=True)
+
+    _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill)
+
+
+def verify(out: str | os.PathLike, source: str | os.PathLike) -> list[str]:
+    """What differs between an export and the folder it comes from, in names, shapes, dtypes and other files."""
+    ours, theirs = stored_tensors(out), stored_tensors(source)
+    problems = [f"missing: {key}" for key in sorted(theirs.keys() - ours.keys())]
+    problems += [f"not in the source: {key}" for key in sorted(ours.keys() - theirs.keys())]
+    for key in sorted(ours.keys() & theirs.keys()):
+        for what in ("shape", "dtype"):
+            a, b = getattr(ours[key], what), getattr(theirs[key], what)
+            if a != b:
+                problems.append(f"{what} of {key}: {a}, in the source {b}")
+    problems += [f"file missing: {file}" for file in sorted(_other_files(source)) if not (Path(out) / file).exists()]
+    return problems
+
+
+def _export(
+    model: PreTrainedModel,
+    source: Path,
+    stored: dict[str, Stored],
+    names: dict[str, str],
+    out: Path,
+    max_shard_size: str | int,
+    dtype: torch.dtype,
+    num_assistant_tokens: int | None,
+    fill: Callable[[dict[str, Slot]], None],
+) -> None:
+    """Lay the files out, let `fill` write the model's tensors into them, add the rest, and put the folder in place."""
+    partial = out.with_name(f".{out.name}.partial")
+    layout = {
+        key: (entry.shape, dtype if entry.dtype in FLOATS else DTYPES[entry.dtype]) for key, entry in stored.items()
+    }
+    shards = plan_shards(layout, parse_size(max_shard_size))
+    slots = {slot_key: slot for shard in _slots(shards, layout, partial) for slot_key, slot in shard.items()}
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_headers(partial, shards, layout)
+
+    def finish() -> None:
+        for key in stored.keys() - names.keys():  # held by the source for nothing, and by the export as well
+            with safe_open(stored[key].file, framework="pt") as weights:
+                _write(slots[key], weights.get_tensor(key))
+        _copy_other_files(source, partial)
+        _write_configs(model, source, partial, dtype, num_assistant_tokens)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        _put_in_place(partial, out)
+
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    together(lambda: begin() if first else None)
+    together(lambda: fill(slots))
+    together(lambda: finish() if first else None)
+
+
+# Safetensors files, written in place
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of "5GB", "500MB", "2GiB" or a plain number.
+
+    Raises:
+        ConfigError: if it isn't one.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(size).strip())
+    unit = (found[2] or "B").upper() if found else None
+    if unit not in UNITS or float(found[1]) <= 0:
+        raise ConfigError(f"model.export.max_shard_size={size}: give a size such as 5GB, 500MB or 2GiB.")
+    return int(float(found[1]) * UNITS[unit])
+
+
+def plan_shards(layout: dict[str, tuple[tuple[int, ...], torch.dtype]], most: int) -> list[list[str]]:
+    """Distribute tensors over files of at most `most` bytes, in the order given."""
+    shards, size = [[]], 0
+    for key, (shape, dtype) in layout.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += nbytes
+    return shards
+
+
+def _header(keys: Iterable[str], layout: dict) -> tuple[bytes, dict[str, int]]:
+    """A safetensors header, and the offset of each tensor from the start of the file.
+
+    Format: 8 bytes of little-endian length, then JSON, padded to 8 bytes; tensors of large elements first, so that each
+    is aligned to its own (https://github.com/huggingface/safetensors#format).
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets, position = {}, 0
+    for key in sorted(keys, key=lambda k: (-layout[k][1].itemsize, k)):
+        shape, dtype = layout[key]
+        end = position + math.prod(shape) * dtype.itemsize
+        entries[key] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        offsets[key], position = position, end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {key: start + offset for key, offset in offsets.items()}
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _slots(shards: list[list[str]], layout: dict, folder: Path) -> list[dict[str, Slot]]:
+    return [
+        {key: Slot(folder / name, offset, *layout[key]) for key, offset in _header(keys, layout)[1].items()}
+        for name, keys in zip(_file_names(len(shards)), shards, strict=True)
+    ]
+
+
+def _write_headers(folder: Path, shards: list[list[str]], layout: dict) -> None:
+    """Create each file at its final size with its header, and the index if there are several."""
+    sizes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in layout.items()}
+    names = _file_names(len(shards))
+    for name, keys in zip(names, shards, strict=True):
+        header, _ = _header(keys, layout)
+        with open(folder / name, "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(sizes[key] for key in keys))
+    if len(names) > 1:
+        index = {
+            "metadata": {
+                "total_size": sum(sizes.values()),
+                "total_parameters": sum(math.prod(shape) for shape, _ in layout.values()),
+            },
+            "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in sorted(keys)},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write(slot: Slot, tensor: Tensor) -> None:
+    """Write this rank's slice of a tensor, if it is the one to write it."""
+    offset = slot.offset
+    if isinstance(tensor, DTensor):
+        if not all(placement in (Replicate(), Shard(0)) for placement in tensor.placements):
+            raise NotImplementedError(f"a tensor placed as {tensor.placements}; only shards of the first dimension")
+        coordinate = tensor.device_mesh.get_coordinate()
+        if any(c for c, p in zip(coordinate, tensor.placements, strict=True) if p.is_replicate()):
+            return
+        _, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        offset += start[0] * math.prod(slot.shape[1:]) * slot.dtype.itemsize
+        tensor = tensor.to_local()
+    elif dist.is_initialized() and dist.get_rank() != 0:
+        return
+    flat = tensor.detach().reshape(-1)
+    step = WRITE_BYTES // 8
+    with open(slot.file, "r+b") as file:
+        file.seek(offset)
+        for piece in flat.split(step):
+            file.write(piece.to(slot.dtype).cpu().view(torch.uint8).numpy())
+
+
+def _mapped(slot: Slot) -> Tensor:
+    """A tensor that is the slot's bytes on disk."""
+    count = math.prod(slot.shape)
+    if count == 0:
+        return torch.empty(slot.shape, dtype=slot.dtype)
+    array = np.memmap(slot.file, np.uint8, "r+", slot.offset, (count * slot.dtype.itemsize,))
+    return torch.from_numpy(array).view(slot.dtype).reshape(slot.shape)
+
+
+# The folder around them
+
+
+def _other_files(source: str | os.PathLike) -> list[str]:
+    """What a model folder holds besides weights: its files and folders without hidden ones."""
+    return [
+        entry.name
+        for entry in os.scandir(source)
+        if not entry.name.startswith(".") and not (entry.is_file() and WEIGHT_FILES.search(entry.name))
+    ]
+
+
+def _copy_other_files(source: Path, folder: Path) -> None:
+    for name in _other_files(source):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+        else:
+            shutil.copyfile(source / name, folder / name)  # follows the links of a hub snapshot
+
+
+def _write_configs(
+    model: PreTrainedModel, source: Path, folder: Path, dtype: torch.dtype, num_assistant_tokens: int | None
+) -> None:
+    """The source's configuration with what the run changed in it, and the generation configuration."""
+    original = (source / "config.json").read_text()
+    raw = json.loads(original)
+    ours, theirs = (config.get_text_config().to_dict() for config in (model.config, read_config(source)))
+    changed = {key for key in theirs if ours.get(key) != theirs[key]} - {"dtype", "_name_or_path"}
+    raw.get("text_config", raw).update({key: ours[key] for key in changed})
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for key in part.keys() & {"dtype", "torch_dtype"}:
+            part[key] = str(dtype).removeprefix("torch.")
+    if raw != json.loads(original):
+        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+    if num_assistant_tokens is not None:
+        file = folder / "generation_config.json"
+        if not file.exists():
+            GenerationConfig.from_model_config(model.config).save_pretrained(folder)
+        generation = json.loads(file.read_text()) | {"num_assistant_tokens": num_assistant_tokens}
+        file.write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _sync(file: Path) -> None:
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Rename a complete folder to its name; an older one is moved away before and removed after."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# Command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m joint_train.export",
+        description="Write a checkpoint of a run as two Hugging Face folders, OUT/base and OUT/drafter.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="OUTPUT_DIR/checkpoints/step_NNNNNNNN")
+    parser.add_argument("out", type=Path, help="folder to write base/ and drafter/ to")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare names, shapes and dtypes with the source folders"
+    )
+    parser.add_argument(
+        "--max-shard-size", help="largest safetensors file; the run's model.export.max_shard_size by default"
+    )
+    parser.add_argument("--base", help="source folder of the base, if the run's model.base isn't there any more")
+    parser.add_argument(
+        "--drafter", help="source folder of the drafter, if the run's model.drafter isn't there any more"
+    )
+    args = parser.parse_args(argv)
+    try:
+        return export_run(args.checkpoint, args.out, args.verify, args.max_shard_size, args.base, args.drafter)
+    except (ConfigError, WeightsError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+
+
+def export_run(
+    checkpoint: Path,
+    out: Path,
+    check: bool = False,
+    max_shard_size: str | None = None,
+    base: str | None = None,
+    drafter: str | None = None,
+) -> int:
+    """What the command does. Returns 1 if `check` found a difference, 0 otherwise."""
+    cfg = run_config(checkpoint)
+    status = 0
+    for part, path, revision, tokens in (
+        ("base", base or cfg.model.base, cfg.model.revision, None),
+        ("drafter", drafter or cfg.model.drafter, cfg.model.drafter_revision, cfg.drafter.num_steps),
+    ):
+        source = resolve(path, revision, cfg.model.cache_dir)
+        overrides = OmegaConf.to_container(cfg.model.text_config) if part == "base" else None
+        model = build_meta(read_config(source, text_config=overrides), torch.bfloat16)
+        size = max_shard_size or cfg.model.export.max_shard_size
+        export_checkpoint(checkpoint / part / "model", model, source, out / part, size, num_assistant_tokens=tokens)
+        print(f"{out / part}: {len(stored_tensors(out / part))} tensors")
+        if check and (problems := verify(out / part, source)):
+            status = 1
+            print(f"{out / part} differs from {source}:", *problems, sep="\n  ", file=sys.stderr)
+        elif check:
+            print(f"{out / part}: names, shapes and dtypes as in {source}")
+    return status
+
+
+def run_config(checkpoint: Path) -> DictConfig:
+    """The configuration of the run that wrote a checkpoint.
+
+    Raises:
+        ConfigError: if the folder isn't a complete checkpoint of a run.
+    """
+    if not (checkpoint / "COMPLETE").exists():
+        raise ConfigError(f"{checkpoint} isn't a complete checkpoint (no COMPLETE in it): give a step_NNNNNNNN folder.")
+    file = checkpoint.resolve().parent.parent / "config.yaml"
+    if not file.exists():
+        raise ConfigError(f"no configuration of the run at {file}: keep the checkpoint in its OUTPUT_DIR/checkpoints.")
+    return OmegaConf.load(file)
+
+
+def _first(names: list[str], known: Iterable[str]) -> str | None:
+    return next((name for name in names if name in known), None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
