@@ -1,0 +1,10 @@
+"""Checkpoints: atomic, in the background if wished, for any number of ranks, exact.
+
+:class:`Checkpointer` is a run's view; :func:`load_model`, :func:`locate` and :func:`read_manifest` are for those who
+only read. ``python -m joint_train.checkpoint ls|verify|prune DIR`` for people. On disk: :mod:`.layout`.
+"""
+
+from joint_train.checkpoint.checkpointer import Checkpointer, load_model
+from joint_train.checkpoint.layout import CheckpointError, locate, newest, read_manifest, verify
+
+__all__ = ["CheckpointError", "Checkpointer", "load_model", "locate", "newest", "read_manifest", "verify"]

@@ -1,0 +1,501 @@
+"""Saving and resuming a run, on all ranks together."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from joint_train.checkpoint import compat, layout, state
+from joint_train.checkpoint.layout import CheckpointError, DamagedCheckpoint, IncompleteCheckpoint
+from joint_train.checkpoint.lock import RunLock
+from joint_train.checkpoint.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """The checkpoints of one run. Every method but :meth:`close` is collective: all ranks call it, in the same order.
+
+        checkpointer = Checkpointer(cfg.output_dir, cfg.checkpoint, timeout_seconds=cfg.parallel.timeout_seconds)
+        if path := checkpointer.find_resume(cfg.resume):
+            saved = checkpointer.load(path, model, optimizer, config=cfg)
+        …                                   # build loader and schedule from ``saved``
+        checkpointer.restore_random_state()
+        for step in …:
+            …
+            checkpointer.poll()
+            if step % cfg.checkpoint.every == 0:
+                checkpointer.save(step, model, optimizer, {…}, config=cfg, metrics={…})
+        checkpointer.close()
+
+    An error is a :class:`CheckpointError` on every rank. The learning rate and the other options of the parameter
+    groups are not stored: they follow from the configuration and the step, so that a changed one takes effect.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        checkpoint_cfg: DictConfig,
+        *,
+        timeout_seconds: float = 1800,
+        lock_wait_seconds: float = 30,
+    ):
+        """Locks ``output_dir`` for this run and finishes or removes what a killed one left half done.
+
+        ``timeout_seconds`` bounds each wait for another rank, and a whole background save; ``lock_wait_seconds`` the
+        wait for a run that was there before and is still going away.
+        """
+        self.folder = Path(output_dir).absolute() / "checkpoints"
+        self.cfg = checkpoint_cfg
+        self.timeout_seconds = timeout_seconds
+        self._ranks = Ranks(timeout_seconds)
+        self._writer_ranks = Ranks(timeout_seconds)  # a background save talks while the training loop does
+        self._staging = state.Staging()
+        self._save: _BackgroundSave | None = None
+        self._step: int | None = None  # of the newest checkpoint known to be good
+        self._random: dict | None = None
+        self._lock: RunLock | None = None
+        for note in self._ranks.first("opening output_dir", lambda: self._open(lock_wait_seconds)):
+            self._warn(note)
+
+    def find_resume(self, resume: str = "auto") -> Path | None:
+        """The checkpoint to resume from, the same on every rank, verified by all of them; None starts from nothing.
+
+        ``auto``: the newest of ``output_dir`` that verifies; those passed over are named in a warning. ``never``: None.
+        A path: that checkpoint; but a run that has checkpoints of its own already goes on from them, so that the same
+        command can be used again after a preemption.
+
+        Raises CheckpointError if ``output_dir`` has complete checkpoints of which none is usable, or newer ones than
+        the path's, or any with ``never``: going on there would mix two histories.
+        """
+        own = self._ranks.first("looking for checkpoints", lambda: layout.list_steps(self.folder))
+        if resume == "never":
+            complete = self._ranks.first("looking for checkpoints", lambda: layout.newest(self.folder))
+            if complete:
+                raise CheckpointError(
+                    f"resume=never, but {complete} is there: set another output_dir, or resume=auto to go on from it"
+                )
+            return None
+        if resume != "auto":
+            path = self._ranks.first("looking for the checkpoint", lambda: layout.locate(Path(resume).absolute()))
+            if path.parent.resolve() == self.folder.resolve():
+                return self._resume_own(path, own)
+            if not self._ranks.first("looking for checkpoints", lambda: layout.newest(self.folder)):
+                return self._checked(path)
+            self._warn(f"output_dir has checkpoints of its own: going on from those, not from resume={resume}")
+        return self._newest_good(own)
+
+    def _resume_own(self, path: Path, own: list[Path]) -> Path:
+        newer = [other for other in own if layout.step_of(other) > layout.step_of(path)]
+        if self._ranks.first("looking for checkpoints", lambda: any((f / layout.MANIFEST).exists() for f in newer)):
+            raise CheckpointError(
+                f"resume={path}, but {newer[0].name} of the same run is newer: going on would mix two histories. "
+                "Set another output_dir, which reads from this one, or remove the newer ones"
+            )
+        return self._checked(path)
+
+    def _checked(self, path: Path) -> Path:
+        if problem := self._problem(path):
+            raise problem
+        return path
+
+    def _newest_good(self, own: list[Path]) -> Path | None:
+        lost = []
+        for path in own:
+            problem = self._problem(path)
+            if problem is None:
+                return path
+            if not isinstance(problem, (DamagedCheckpoint, IncompleteCheckpoint)):
+                raise problem
+            self._warn(f"{problem}. It is left as it is and passed over")
+            lost += [path] if isinstance(problem, DamagedCheckpoint) else []
+        if lost:
+            raise CheckpointError(
+                f"none of the checkpoints in {self.folder} is usable ({len(lost)} damaged). "
+                "Starting from nothing would hide that: set another output_dir, or remove them"
+            )
+        return None
+
+    def _problem(self, path: Path) -> CheckpointError | None:
+        """What is wrong with a checkpoint: rank 0 looks at manifest and sizes, then each rank reads its share."""
+        try:
+            manifest = self._ranks.first(f"verifying {path}", lambda: layout.verify(path, contents=False))
+        except CheckpointError as error:
+            return error
+        if not self.cfg.checksums:
+            return None
+        by_size = sorted(manifest.files, key=lambda name: (manifest.files[name][0], name))
+        share = by_size[self._ranks.rank :: self._ranks.size]
+        problems = self._ranks.each(f"verifying {path}", lambda: layout.check_files(path, manifest, share))
+        problems = [problem for of_rank in problems for problem in of_rank]
+        return layout.damaged(path, problems) if problems else None
+
+    def load(
+        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, config: DictConfig | dict
+    ) -> dict:
+        """Weights, optimizer state and random state into these objects, in place; returns the ``state`` of the save.
+
+        Parameters, buffers and optimizer state may be sharded in another way than when they were saved. With another
+        number of ranks the random states can't be those of the save: they are derived from the seed, step and rank. A
+        parameter that had no optimizer state (it was frozen) starts with none; state of one that is frozen now is
+        dropped. Both are logged, as is each difference of configuration.
+
+        Raises CheckpointError if the models' sizes or vocabulary aren't the checkpoint's, naming the keys.
+        """
+        config = _plain(config)
+        manifest, files = self._ranks.first(f"reading {path}", lambda: self._read_small(path))
+        changed = compat.differences(files["config.json"], config)
+        for key, (before, now) in changed.items():
+            self._warn(f"changed since {path.name}: {key} was {before}, is {now}")
+        tensors = state.pair_tensors(model)
+        stored = self._ranks.all(f"reading {path}", lambda: {p: state.stored_tensors(path / p) for p in layout.PARTS})
+        self._check_fit(path, model, tensors, stored, files, changed)
+        for part, of_part in tensors.items():
+            self._collective(f"loading {path / part}", state.load_tensors, path / part, of_part, self._ranks)
+        if optimizer is not None:
+            self._load_optimizer(path, model, optimizer, stored["optimizer"])
+        self._load_random(path, manifest, config)
+        self._step = manifest.step if path.parent.resolve() == self.folder.resolve() else None
+        return files["state.json"]
+
+    def _read_small(self, path: Path) -> tuple[layout.Manifest, dict[str, Any]]:
+        manifest = layout.verify(path, contents=False)
+        names = ("config.json", "state.json", "base/config.json", "drafter/config.json")
+        return manifest, {name: json.loads((path / name).read_bytes()) for name in names}
+
+    def _check_fit(self, path, model, tensors, stored, files, changed) -> None:
+        """The model has to be the checkpoint's: same architecture, same tensors."""
+        problems = []
+        for part in ("base", "drafter"):
+            now = _model_config(getattr(model, part))
+            problems += compat.fixed_differences(part, files[f"{part}/config.json"], now)
+        for part in tensors:
+            problems += compat.tensor_differences(part.partition("/")[0], stored[part], tensors[part])
+        if problems:
+            keys = [key for key in changed if key.startswith("model.")] or ["model.base", "model.drafter"]
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise CheckpointError(
+                f"{path} was saved from other models than {' and '.join(keys)} give now: "
+                f"{'; '.join(problems[:8])}{more}. Set {', '.join(keys)} as they were, or another output_dir"
+            )
+
+    def _load_optimizer(self, path, model, optimizer, stored) -> None:
+        loaded = state.new_optimizer_state(model, optimizer, stored)
+        names = state.parameter_names(model)
+        optimizer.state.clear()
+        optimizer.state.update(loaded)
+        tensors = state.optimizer_tensors(model, optimizer)
+        self._collective(f"loading {path / 'optimizer'}", state.load_tensors, path / "optimizer", tensors, self._ranks)
+        trained = {names[p] for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        had = {key.rpartition("/")[0] for key in stored}
+        if fresh := sorted(trained - had):
+            self._warn(f"no optimizer state in {path.name} for {_some(fresh)}: trained from here on, with new state")
+        if dropped := sorted(had - trained):
+            self._warn(f"optimizer state in {path.name} of {_some(dropped)} is dropped: not trained any more")
+
+    def _load_random(self, path, manifest, config) -> None:
+        if manifest.world_size == self._ranks.size:
+            states = self._ranks.all(f"reading {path / 'random.pt'}", lambda: torch.load(path / "random.pt"))
+            self._random = states[self._ranks.rank]
+        else:
+            self._warn(f"{path.name} is of {manifest.world_size} ranks, now {self._ranks.size}: new random states")
+            state.derive_random_state(config.get("seed", 0), manifest.step, self._ranks.rank)
+            self._random = state.random_state()
+        self.restore_random_state()
+
+    def restore_random_state(self) -> None:
+        """Set the generators to where the loaded checkpoint left them (:meth:`load` does it once too).
+
+        Making a data loader draws from them: called last, before the first step, this makes a resume exact.
+        """
+        if self._random is not None:
+            state.set_random_state(self._random)
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        trainer_state: dict,
+        *,
+        config: DictConfig | dict,
+        metrics: dict[str, float] | None = None,
+        block: bool = False,
+    ) -> None:
+        """Save the run after ``step``; a step that is saved already is left alone.
+
+        With ``checkpoint.async`` this returns as soon as the shards are copied to CPU memory and the rest is done in
+        the background, unless ``block``. A save that is still being written is waited for first.
+
+        ``trainer_state`` is plain JSON and the same on every rank; ``metrics`` are what ``checkpoint.keep_best`` names.
+        """
+        self.wait()
+        if step == self._step:
+            return
+        _check_json(trainer_state, "state")
+        tensors = {**state.pair_tensors(model), "optimizer": state.optimizer_tensors(model, optimizer)}
+        shards = {part: state.local_shards(of_part) for part, of_part in tensors.items()}
+        background = self.cfg["async"] and not block
+        config = _plain(config)
+        documents = {
+            "config.json": config,
+            "state.json": trainer_state,
+            "base/config.json": _model_config(model.base),
+            "drafter/config.json": _model_config(model.drafter),
+        }
+        job = _Job(
+            step=step,
+            tensors=tensors,
+            shards=self._staging.copy(shards) if background else shards,
+            documents={name: json.dumps(document, indent=1).encode() for name, document in documents.items()},
+            config_hash=compat.config_hash(config),
+            metrics={name: float(value) for name, value in (metrics or {}).items()},
+            random=state.random_state(),
+        )
+        if background:
+            self._save = _BackgroundSave(step, lambda: self._write(job, self._writer_ranks))
+        else:
+            self._write(job, self._ranks)
+            self._step = step
+
+    def poll(self) -> None:
+        """Raise on every rank if a background save failed on any. Free unless one is under way; call it each step."""
+        if self._save is None:
+            return
+        worst = self._ranks.highest("watching the save", self._save.status())
+        if worst != _BackgroundSave.RUNNING:
+            self._finish(worst)
+
+    def wait(self) -> None:
+        """Wait until a background save is finished, on every rank; raises as :meth:`poll` does."""
+        if self._save is None:
+            return
+        self._save.join(self.timeout_seconds)
+        self._finish(self._ranks.highest("waiting for the save", self._save.status(late=True)))
+
+    def _finish(self, status: int) -> None:
+        save, self._save = self._save, None
+        if status == _BackgroundSave.FAILED:
+            save.reraise()
+            raise CheckpointError(f"saving step {save.step} failed on another rank, which says why")
+        self._step = save.step
+
+    def close(self) -> None:
+        """Wait for a background save and free the run's lock. Not collective: also right on a rank that fails alone."""
+        save, self._save = self._save, None
+        try:
+            if save is not None:
+                save.join(self.timeout_seconds)
+                if save.status(late=True) == _BackgroundSave.FAILED:
+                    save.reraise()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _open(self, lock_wait_seconds: float) -> list[str]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"output_dir can't be written: {error}") from None
+        self._lock = RunLock(self.folder.parent, lock_wait_seconds)
+        if not self._lock.held:
+            return [f"{self.folder} is on a file system without locks: nothing keeps two runs out of one output_dir"]
+        return layout.recover(self.folder)
+
+    def _write(self, job: _Job, ranks: Ranks) -> None:
+        """Write everything, agree that it is on disk, then let it appear. Runs in the background with ``async``."""
+        started = time.monotonic()
+        final = self.folder / layout.folder_name(job.step)
+        temporary = ranks.first(f"making {final}", lambda: self._make_temporary(final))
+        try:
+            written = {}
+            for part in layout.PARTS:
+                files = self._collective(
+                    f"writing {final / part}",
+                    state.save_tensors,
+                    temporary / part,
+                    job.tensors[part],
+                    job.shards[part],
+                    ranks,
+                )
+                written |= {f"{part}/{name}": value for name, value in files.items()}
+            random = ranks.each(f"writing {final}", lambda: (job.step, job.random))
+            if any(step != job.step for step, _ in random):
+                raise CheckpointError(f"the ranks are at different steps: {[step for step, _ in random]}")
+            if ranks.rank == 0:
+                job.documents["random.pt"] = _torch_bytes([of_rank for _, of_rank in random])
+            files = ranks.each(f"writing {final}", lambda: written | self._write_small(temporary, job, ranks))
+            notes = ranks.first(f"finishing {final}", lambda: self._complete(temporary, final, job, files))
+        except CheckpointError:
+            if ranks.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if ranks.rank == 0:
+            for note in notes:
+                log.warning(note)
+            log.info("saved %s in %.1f s", final, time.monotonic() - started)
+
+    @staticmethod
+    def _make_temporary(final: Path) -> Path:
+        temporary = layout.temporary(final)
+        for part in layout.PARTS:
+            (temporary / part).mkdir(parents=True)
+        return temporary
+
+    @staticmethod
+    def _write_small(temporary: Path, job: _Job, ranks: Ranks) -> dict[str, tuple[int, str]]:
+        """The small files, on rank 0; then every rank makes the names it has written durable."""
+        files = {}
+        if ranks.rank == 0:
+            files = {name: layout.write_file(temporary / name, data) for name, data in job.documents.items()}
+        for folder in {temporary, *(p for part in layout.PARTS for p in ((temporary / part).parent, temporary / part))}:
+            layout.fsync_folder(folder)
+        return files
+
+    def _complete(self, temporary: Path, final: Path, job: _Job, files: list[dict]) -> list[str]:
+        """On rank 0, when all is on disk: manifest, name, retention."""
+        manifest = layout.Manifest(
+            step=job.step,
+            world_size=len(files),
+            config_hash=job.config_hash,
+            saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions={name: version(name) for name in ("torch", "transformers")},
+            metrics=job.metrics,
+            files={name: list(value) for of_rank in files for name, value in sorted(of_rank.items())},
+        )
+        if problems := layout.check_sizes(temporary, manifest):
+            raise CheckpointError(
+                f"rank 0 doesn't see what the other ranks wrote ({problems[0]}): is output_dir "
+                f"{self.folder.parent} on a file system that all machines share?"
+            )
+        layout.write_file(temporary / layout.MANIFEST, manifest.to_bytes())
+        layout.fsync_folder(temporary)
+        notes = layout.publish(temporary, final)
+        try:
+            cfg = self.cfg
+            for folder in layout.prunable(self.folder, cfg.keep_last, cfg.keep_every, cfg.keep_best, job.step):
+                layout.remove(folder)
+        except OSError as error:
+            notes.append(f"old checkpoints could not be removed: {error}")
+        return notes
+
+    def _collective(self, what: str, function, *args):
+        """Run one of torch's collective functions, its errors in our words."""
+        try:
+            return function(*args)
+        except CheckpointException as error:
+            failures = "; ".join(f"rank {rank}: {wrapped[0]}" for rank, wrapped in error.failures.items())
+            raise CheckpointError(f"{what} failed: {failures}") from error
+        except Exception as error:
+            raise CheckpointError(f"{what} failed: {type(error).__name__}: {error}") from error
+
+    def _warn(self, message: str) -> None:
+        if self._ranks.rank == 0:
+            log.warning(message)
+
+
+@dataclass
+class _Job:
+    """All that a save writes, gathered while training stood still."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]  # by folder and name, for their shapes and shardings
+    shards: dict[str, dict[str, Tensor]]  # the data
+    documents: dict[str, bytes]
+    config_hash: str
+    metrics: dict[str, float]
+    random: dict
+
+
+class _BackgroundSave:
+    """A save in a thread of its own, and how it ended."""
+
+    DONE, RUNNING, FAILED = range(3)
+
+    def __init__(self, step: int, write):
+        self.step = step
+        self._error: BaseException | None = None
+        # A daemon: a process that has to go isn't held up by a write that hangs.
+        self._thread = threading.Thread(target=self._run, args=(write,), name=f"save-{step}", daemon=True)
+        self._thread.start()
+
+    def _run(self, write) -> None:
+        try:
+            write()
+        except BaseException as error:
+            self._error = error
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
+
+    def status(self, late: bool = False) -> int:
+        """How it stands; with ``late`` one that still runs has failed."""
+        if self._thread.is_alive():
+            if late:
+                self._error = CheckpointError(f"saving step {self.step} has not finished in time, its disk may hang")
+            return self.FAILED if late else self.RUNNING
+        return self.DONE if self._error is None else self.FAILED
+
+    def reraise(self) -> None:
+        if self._error is not None:
+            raise CheckpointError(f"saving step {self.step} failed: {self._error}") from self._error
+
+
+def load_model(path: str | Path, module: nn.Module, part: str, ranks: Ranks | None = None) -> None:
+    """The weights of ``part`` (``base`` or ``drafter``) of a checkpoint into a module, in place; on one process,
+    or with ``ranks`` on all of them. Tied parameters are stored once: tie the module's before.
+
+    Raises CheckpointError if the module's tensors aren't the checkpoint's.
+    """
+    folder = layout.locate(Path(path)) / part / "model"
+    tensors = state.named_tensors(module)
+    if problems := compat.tensor_differences(part, state.stored_tensors(folder), tensors):
+        raise CheckpointError(f"{folder} doesn't fit: {'; '.join(problems[:8])}")
+    state.load_tensors(folder, tensors, ranks)
+
+
+def _plain(config: DictConfig | dict) -> dict:
+    """As it will be read back from JSON."""
+    return json.loads(json.dumps(OmegaConf.to_container(OmegaConf.create(config), resolve=True)))
+
+
+def _model_config(module: nn.Module) -> dict:
+    return json.loads(module.config.to_json_string(use_diff=False))
+
+
+def _torch_bytes(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _check_json(value: Any, where: str) -> None:
+    """What isn't the same after a trip through JSON is an error that names the place."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{where} has the key {key!r}, a {type(key).__name__}: only text survives JSON")
+            _check_json(item, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_json(item, f"{where}[{index}]")
+    elif not isinstance(value, (str, int, float, bool, type(None))):
+        raise CheckpointError(f"{where} is a {type(value).__name__}: a checkpoint's state is plain JSON")

@@ -1,0 +1,60 @@
+"""What a run may change between a checkpoint and its resume, and what it may not."""
+
+import hashlib
+import json
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+# Keys of a model's Hugging Face configuration that its weights are bound to, even where shapes happen to agree.
+FIXED = frozenset(
+    """
+    model_type vocab_size vocab_size_per_layer_input hidden_size hidden_size_per_layer_input intermediate_size
+    moe_intermediate_size num_hidden_layers num_attention_heads num_key_value_heads num_global_key_value_heads head_dim
+    global_head_dim layer_types num_kv_shared_layers use_double_wide_mlp attention_k_eq_v tie_word_embeddings
+    num_experts enable_moe_block backbone_hidden_size use_ordered_embeddings num_centroids
+    """.split()
+)
+# These describe where a run is, not what it is.
+_IGNORED = frozenset({"resume", "output_dir"})
+
+
+def config_hash(config: dict) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def differences(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with (old, new); a key that one side lacks counts as None there."""
+    old, new = dict(_flat(old)), dict(_flat(new))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in _IGNORED]
+    return {key: (old.get(key), new.get(key)) for key in keys}
+
+
+def fixed_differences(part: str, old: dict, new: dict) -> list[str]:
+    """Differences between two Hugging Face configurations that rule a resume out, in words."""
+    return [
+        f"{part} {key} was {before}, is {now}"
+        for key, (before, now) in differences(old, new).items()
+        if key.rpartition(".")[2] in FIXED
+    ]
+
+
+def tensor_differences(part: str, stored: dict[str, TensorStorageMetadata], tensors: dict[str, Tensor]) -> list[str]:
+    """Tensors that a checkpoint and a model don't both have in one shape, in words."""
+    problems = [f"{part} lacks {name} in the checkpoint" for name in tensors if name not in stored]
+    problems += [f"{part} has no {name} any more" for name in stored if name not in tensors]
+    problems += [
+        f"{part} {name} was {list(stored[name].size)}, is {list(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if name in stored and stored[name].size != tensor.shape
+    ]
+    return problems
+
+
+def _flat(value: Any, prefix: str = ""):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value

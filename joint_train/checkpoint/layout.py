@@ -1,0 +1,328 @@
+"""A checkpoint on disk: names, manifest, verification, retention. Standard library only.
+
+    checkpoints/step_00000100/
+      base/config.json     base/model/       Hugging Face configuration and distributed checkpoint of the base
+      drafter/config.json  drafter/model/    the same of the drafter
+      optimizer/                             distributed checkpoint of the optimizer's state, by parameter name
+      state.json                             step, schedule, data position: what the trainer asked to keep
+      random.pt                              random states of Python, NumPy and torch, one entry a rank
+      config.json                            the run's configuration
+      COMPLETE                               the manifest, written last: every other file, its size and checksum
+
+A checkpoint is written under ``step_00000100.tmp-<unique>``. Once every rank's files are on disk its manifest is
+written there, and one rename gives it its name: nothing without a whole manifest ever has a checkpoint's name. A run
+killed between manifest and rename loses nothing, the next one finishes the rename (:func:`recover`). Two more suffixes
+exist: ``.trash-`` (being removed) and ``.damaged-`` (set aside because its step was saved anew; never removed here).
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import uuid
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+LAYOUT = 1
+MANIFEST = "COMPLETE"
+PARTS = ("base/model", "drafter/model", "optimizer")
+
+_STEP = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(r"step_(\d{8,})\.(tmp|trash)-\w+")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint can't be written, read or used; the message says which, why and what to do."""
+
+
+class IncompleteCheckpoint(CheckpointError):
+    """The folder has no manifest: its save never finished, or it isn't a checkpoint of this project."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A file is missing, has another size or another checksum than the manifest says."""
+
+
+class NewerLayout(CheckpointError):
+    """A later version of joint-train wrote it."""
+
+
+@dataclass
+class Manifest:
+    """Contents of ``COMPLETE``. ``files`` maps a path below the checkpoint to [size in bytes, CRC-32 in hex]."""
+
+    step: int
+    world_size: int
+    config_hash: str
+    saved_at: str
+    versions: dict[str, str]
+    metrics: dict[str, float] = field(default_factory=dict)
+    files: dict[str, list] = field(default_factory=dict)
+    layout: int = LAYOUT
+
+    @property
+    def nbytes(self) -> int:
+        return sum(size for size, _ in self.files.values())
+
+    def to_bytes(self) -> bytes:
+        body = asdict(self)
+        return json.dumps({**body, "checksum": _json_checksum(body)}, indent=1).encode()
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint's name, or None for any other name."""
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def list_steps(checkpoints: Path) -> list[Path]:
+    """Folders with a checkpoint's name, newest first, complete or not."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted((path for path in checkpoints.iterdir() if step_of(path) is not None), key=step_of, reverse=True)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises IncompleteCheckpoint, DamagedCheckpoint (the manifest itself) or NewerLayout."""
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise IncompleteCheckpoint(f"{folder} is incomplete: it has no {MANIFEST}, its save never finished") from None
+    try:
+        body = json.loads(raw)
+        layout, checksum = body["layout"], body.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged: not a manifest ({error})") from None
+    if checksum != _json_checksum(body):
+        raise DamagedCheckpoint(f"{path} is damaged: its checksum doesn't match its contents")
+    if layout > LAYOUT:
+        raise NewerLayout(f"{folder} has layout {layout}, this joint-train reads up to {LAYOUT}: use the newer version")
+    return Manifest(**body)
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> list[str]:
+    """Every file that is missing or has the wrong size, said in words."""
+    problems = []
+    for name, (size, _) in manifest.files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            problems.append(f"{name} is missing")
+            continue
+        if found != size:
+            problems.append(f"{name} has {found} bytes instead of {size}")
+    return problems
+
+
+def check_files(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
+    """Reads every byte of these files; says each that isn't what was written."""
+    problems = []
+    for name in names:
+        size, checksum = manifest.files[name]
+        try:
+            found = file_checksum(folder / name)
+        except OSError as error:
+            problems.append(f"{name} can't be read: {error.strerror}")
+            continue
+        if found != (size, checksum):
+            problems.append(f"{name} has checksum {found[1]} ({found[0]} bytes) instead of {checksum} ({size} bytes)")
+    return problems
+
+
+def verify(folder: Path, contents: bool = True) -> Manifest:
+    """The manifest of a checkpoint whose files all have the right size and, with ``contents``, the right bytes.
+
+    Raises IncompleteCheckpoint, NewerLayout, or DamagedCheckpoint naming every wrong file.
+    """
+    manifest = read_manifest(folder)
+    problems = check_sizes(folder, manifest) or (contents and check_files(folder, manifest, list(manifest.files)))
+    if problems:
+        raise damaged(folder, problems)
+    return manifest
+
+
+def damaged(folder: Path, problems: list[str]) -> DamagedCheckpoint:
+    shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    return DamagedCheckpoint(f"{folder} is damaged: {shown}")
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """The newest checkpoint whose manifest and sizes are right, or None."""
+    for folder in list_steps(checkpoints):
+        try:
+            verify(folder, contents=False)
+        except CheckpointError:
+            continue
+        return folder
+    return None
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint folder that ``path`` means, checked to be one: itself, or the newest of a run's folder.
+
+    Raises CheckpointError, for a Hugging Face folder, half a pair and so on with what to do instead.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder; a checkpoint is OUTPUT_DIR/checkpoints/step_XXXXXXXX")
+    for checkpoints in (path / "checkpoints", path):
+        if list_steps(checkpoints):
+            if found := newest(checkpoints):
+                return found
+            raise CheckpointError(f"{checkpoints} has no complete checkpoint (python -m joint_train.checkpoint ls)")
+    if (path / MANIFEST).exists():
+        read_manifest(path)
+        return path
+    if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
+        raise CheckpointError(
+            f"{path} is a Hugging Face folder, not a distributed checkpoint: it has weights only. "
+            "Start a run from it with model.base or model.drafter and leave resume=auto"
+        )
+    parts = [part for part in PARTS if (path / part).is_dir()]
+    if (path / "model").is_dir() or len(parts) == 1:
+        half = parts[0] if parts else "model"
+        raise CheckpointError(
+            f"{path} is only part of a checkpoint ({half}): a resume needs {', '.join(PARTS)} and {MANIFEST}, "
+            "so give the step_XXXXXXXX folder"
+        )
+    raise IncompleteCheckpoint(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
+
+
+def retained(
+    checkpoints: list[tuple[int, dict[str, float]]], keep_last: int, keep_every: int, keep_best: str | None
+) -> set[int]:
+    """Steps to keep out of (step, metrics) pairs: the newest always.
+
+    ``keep_last`` 0 keeps all; ``keep_every`` keeps its multiples; ``keep_best`` keeps the lowest value of a metric, or
+    the highest with a leading '-', the newest of equals; a checkpoint without the metric or with NaN isn't the best.
+    """
+    steps = sorted((step for step, _ in checkpoints), reverse=True)
+    keep = set(steps if keep_last == 0 else steps[: max(keep_last, 1)])
+    if keep_every:
+        keep |= {step for step in steps if step % keep_every == 0}
+    if keep_best:
+        name, sign = keep_best.removeprefix("-"), -1 if keep_best.startswith("-") else 1
+        values = [(sign * metrics[name], -step) for step, metrics in checkpoints if name in metrics]
+        values = [pair for pair in values if pair[0] == pair[0]]
+        if values:
+            keep.add(-min(values)[1])
+    return keep
+
+
+def prunable(
+    checkpoints: Path, keep_last: int, keep_every: int, keep_best: str | None, newest_step: int | None = None
+) -> list[Path]:
+    """Complete checkpoints that retention gives up, oldest first.
+
+    Only those up to ``newest_step`` count (by default: all): what is newer was found damaged, so it may not push a
+    good one out. Incomplete and damaged folders neither count nor are listed.
+    """
+    found = {}
+    for folder in list_steps(checkpoints):
+        try:
+            manifest = verify(folder, contents=False)
+        except CheckpointError:
+            continue
+        if newest_step is None or manifest.step <= newest_step:
+            found[manifest.step] = (folder, manifest.metrics)
+    keep = retained([(step, metrics) for step, (_, metrics) in found.items()], keep_last, keep_every, keep_best)
+    return [found[step][0] for step in sorted(found) if step not in keep]
+
+
+def recover(checkpoints: Path) -> list[str]:
+    """Finish what a killed run left half done; says what it did. Only for the holder of the run's lock.
+
+    A temporary folder with a manifest was written to the last byte: it gets its name. One without, and trash, is
+    removed: the lock shows that the process which would have finished it is gone.
+    """
+    done = []
+    for folder in sorted(checkpoints.iterdir()):
+        match = _LEFTOVER.fullmatch(folder.name)
+        if not match:
+            continue
+        if match[2] == "tmp" and (folder / MANIFEST).exists():
+            manifest = verify(folder, contents=False)
+            done += publish(folder, checkpoints / folder_name(manifest.step))
+            done.append(f"finished saving {folder_name(manifest.step)}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            done.append(f"removed {folder.name}, left by a killed run")
+    return done
+
+
+def publish(folder: Path, final: Path) -> list[str]:
+    """Give a finished temporary folder its name. What had the name (never a good one) is set aside and named."""
+    notes = []
+    if final.exists():
+        aside = _with_suffix(final, "damaged")
+        final.rename(aside)
+        notes.append(f"{final.name} was there already and isn't usable: set aside as {aside.name}")
+    folder.rename(final)
+    fsync_folder(final.parent)
+    return notes
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint: in one rename it is none any more, then its files go."""
+    trash = _with_suffix(folder, "trash")
+    try:
+        folder.rename(trash)
+    except FileNotFoundError:
+        return
+    fsync_folder(folder.parent)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def temporary(final: Path) -> Path:
+    return _with_suffix(final, "tmp")
+
+
+def write_file(path: Path, data: bytes) -> tuple[int, str]:
+    """Write atomically and durably; returns (size, checksum)."""
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    return len(data), hex_checksum(zlib.crc32(data))
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable. Some network file systems can't and needn't: EINVAL is no error."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def file_checksum(path: Path, chunk: int = 1 << 22) -> tuple[int, str]:
+    """(size in bytes, CRC-32 in hex) of what is on disk."""
+    size = checksum = 0
+    with open(path, "rb", buffering=0) as file:
+        while data := file.read(chunk):
+            size += len(data)
+            checksum = zlib.crc32(data, checksum)
+    return size, hex_checksum(checksum)
+
+
+def hex_checksum(crc: int) -> str:
+    return f"{crc:08x}"
+
+
+def _json_checksum(body: dict) -> str:
+    return hex_checksum(zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()))
+
+
+def _with_suffix(final: Path, suffix: str) -> Path:
+    return final.with_name(f"{final.name}.{suffix}-{uuid.uuid4().hex[:8]}")

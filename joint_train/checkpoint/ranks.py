@@ -1,0 +1,78 @@
+"""Agreement between ranks: what fails on one fails on all, and no wait is without an end."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from joint_train.checkpoint.layout import CheckpointError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """All ranks of the job on a gloo group of its own (one thread at a time), or the only process there is.
+
+    Every method is collective and raises CheckpointError on every rank if it fails on any, within ``timeout_seconds``.
+    """
+
+    def __init__(self, timeout_seconds: float):
+        self.timeout_seconds = timeout_seconds
+        self.group = None
+        self.rank, self.size = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def each(self, what: str, function: Callable[[], T]) -> list[T]:
+        """Run it on every rank; the results, in order of rank. ``what`` names it in errors."""
+        results = [self._attempt(what, function)] * self.size
+        if self.group is not None:
+            mine = results[self.rank]
+            self._bounded(what, lambda: dist.all_gather_object(results, mine, group=self.group))
+        return [_value(result) for result in results]
+
+    def all(self, what: str, function: Callable[[], T]) -> T:
+        """Run it on every rank; this rank's own result."""
+        result = self._attempt(what, function)
+        self.each(what, lambda: _value(result) and None)
+        return result
+
+    def first(self, what: str, function: Callable[[], T]) -> T:
+        """Run it on rank 0; its result, on every rank."""
+        result = [self._attempt(what, function) if self.rank == 0 else None]
+        if self.group is not None:
+            self._bounded(what, lambda: dist.broadcast_object_list(result, src=0, group=self.group))
+        return _value(result[0])
+
+    def highest(self, what: str, value: int) -> int:
+        """The largest of the ranks' values."""
+        if self.group is None:
+            return value
+        tensor = torch.tensor(value)
+        self._bounded(what, lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group))
+        return int(tensor)
+
+    def _bounded(self, what: str, collective: Callable[[], None]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{what}: rank {self.rank} lost another rank, or waited {self.timeout_seconds:g} s for it: {error}"
+            ) from error
+
+    def _attempt(self, what: str, function: Callable[[], T]) -> T | CheckpointError:
+        try:
+            return function()
+        except CheckpointError as error:
+            return error
+        except Exception as error:  # as words: not every exception survives the trip to the other ranks
+            return CheckpointError(f"{what} failed on rank {self.rank}: {type(error).__name__}: {error}")
+
+
+def _value(result: T | CheckpointError) -> T:
+    if isinstance(result, CheckpointError):
+        raise result
+    return result

@@ -1,0 +1,147 @@
+"""Stopping a run in good order when the machine is taken away.
+
+SIGTERM or SIGUSR1 to any rank: all ranks finish the step they are in, save, and exit with :data:`PREEMPTED`:
+
+    with Preemption(cfg.checkpoint.grace_seconds) as preemption:
+        for step in …:
+            …
+            if preemption.should_stop():
+                checkpointer.save(…, block=True)
+                checkpointer.close()
+                preemption.exit()
+
+What a launcher has to know:
+
+- Exit code 85 of a worker means: saved, run the same command again. 86: the grace period passed before the save was
+  done (the newest older checkpoint stands); also to be run again, but no progress was kept.
+- Signals may go to one worker or to all, once or many times, and to torchrun.
+- torchrun (torch 2.13) passes on SIGTERM, SIGINT, SIGHUP and SIGQUIT only; SIGUSR1 kills it and leaves its workers
+  without a parent. So ``torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1`` (or
+  ``PET_SIGNALS_TO_HANDLE``). Slurm's ``--signal=USR1@…`` reaches the tasks of a step, that is torchrun.
+- After passing a signal on, torchrun waits ``--shutdown-timeout`` (``PET_SHUTDOWN_TIMEOUT`` or
+  ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, default 30) seconds, then sends SIGKILL: set it above ``grace_seconds``, and leave
+  Slurm's own notice and ``KillWait`` above that.
+- torchrun never returns a worker's exit code. It exits with 1: after ``SignalException`` if it got the signal itself,
+  after ``ChildFailedError`` (whose ``failures[rank].exitcode`` is 85) if a worker did. A launcher that needs the
+  difference calls ``torch.distributed.launcher.api.elastic_launch`` and catches the two, or starts the ranks itself.
+- torchrun signals the worker's whole process group, data loader workers included. Those have to stay until the step
+  is done: give the loader ``worker_init_fn=ignore_signals``.
+"""
+
+import os
+import signal
+import sys
+import threading
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+PREEMPTED = 85
+OVERRUN = 86
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def ignore_signals(_worker_id: int = 0) -> None:
+    """For ``DataLoader(worker_init_fn=…)``: a loader process lives as long as its rank, whoever is signalled."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Preemption:
+    """Watches for the signals while it is entered (in the main thread, once at a time).
+
+    The countdown starts when the signal arrives, even if Python is inside a collective that hangs: after
+    ``grace_seconds`` without :meth:`exit` the process ends with :data:`OVERRUN` and says so.
+    """
+
+    def __init__(self, grace_seconds: float, timeout_seconds: float = 1800):
+        """Collective if torch.distributed is initialised: it makes a small gloo group of all ranks."""
+        self.grace_seconds = grace_seconds
+        self._signalled = False
+        self._saved = False
+        self._called_off = threading.Event()
+        self._group = None
+        if dist.is_available() and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+
+    def __enter__(self) -> "Preemption":
+        # The interpreter writes each signal's number here from C, at once, whatever the main thread is doing.
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        _active.add(self)
+        threading.Thread(target=self._watch, name="preemption", daemon=True).start()
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        _active.discard(self)
+        signal.set_wakeup_fd(self._previous_fd)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if not self._saved:
+            self._called_off.set()
+        os.close(self._write)  # the watching thread, if it still reads, reads the end
+
+    def local_flag(self) -> bool:
+        """Whether this rank was signalled: to be combined with something that is reduced anyway."""
+        return self._signalled
+
+    def should_stop(self) -> bool:
+        """Whether any rank was signalled: the same answer on all. Collective, once a step."""
+        flag = torch.tensor(int(self._signalled))
+        if self._group is not None:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        if flag and not self._signalled:
+            self._signalled = True
+            os.write(self._write, bytes([SIGNALS[0]]))  # the countdown runs on every rank
+        return bool(flag)
+
+    def exit(self) -> NoReturn:
+        """End the process with :data:`PREEMPTED`: the run is saved. What is left of the countdown bounds the ending."""
+        self._saved = True
+        sys.exit(PREEMPTED)
+
+    def _note(self, _number, _frame) -> None:
+        self._signalled = True
+
+    def _watch(self) -> None:
+        while True:
+            numbers = os.read(self._read, 64)
+            if not numbers:
+                break
+            if any(number in SIGNALS for number in numbers):
+                self._signalled = True
+                self._count_down()
+                break
+        os.close(self._read)
+
+    def _count_down(self) -> None:
+        print(f"signalled to stop: saving within {self.grace_seconds:g} s", file=sys.stderr, flush=True)
+        if self._called_off.wait(self.grace_seconds):
+            return
+        if not self._saved:
+            print(
+                f"not saved within checkpoint.grace_seconds={self.grace_seconds:g} s after the signal: giving up, the "
+                "newest complete checkpoint stands. Raise it (and the launcher's own limits), or save faster",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(PREEMPTED if self._saved else OVERRUN)
+
+
+_active: set[Preemption] = set()
+
+
+def _after_fork() -> None:
+    """A forked child isn't the rank: it dies of a signal as usual, and may not write to its parent's pipe."""
+    if _active:
+        _active.clear()
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_after_fork)
