@@ -1,0 +1,292 @@
+"""Health check of a job's hosts, before its first step: finds the host that would fail or hang the run.
+
+    torchrun … -m launch.preflight [the training's overrides]
+
+Every rank reports to the launcher's key-value store, over TCP and apart from any collective; rank 0 compares and gives
+the verdict, and every wait has an end. Checked are, in this order: every rank answers; its device is there and computes
+right; versions are equal; clocks agree; the output folder is one shared folder, writable, with room for a checkpoint;
+all-reduce agrees, first within each node and then over all ranks. The exit code is 0 or 1.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+
+from joint_train import config
+
+ANSWER_SECONDS = 120.0
+COLLECTIVE_SECONDS = 120.0
+SHARED_FOLDER_SECONDS = 30.0  # a network file system may show a new file late
+MAX_SKEW_SECONDS = 5.0
+PACKAGES = ("torch", "transformers", "torchdata", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """What has to be equal on all ranks for them to run the same program."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found |= {"python": platform.python_version(), "source": source_hash()}
+    if torch.cuda.is_available():
+        found |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    return found
+
+
+def source_hash() -> str:
+    """A hash of joint_train's own files: hosts with local copies may have different ones."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(config.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def clock() -> float:
+    """Seconds since the epoch."""
+    return time.time()
+
+
+def check_device(local_rank: int, local_world_size: int) -> str | None:
+    """What is wrong with this rank's device, if anything: it is missing, or a product of small integers is inexact."""
+    device = torch.device("cpu")
+    if int(os.environ.get("GPUS_PER_NODE", 0)) and not torch.cuda.is_available():
+        return f"no GPU is visible to torch {torch.__version__}: nvidia-smi there says whether the driver sees one"
+    if torch.cuda.is_available():
+        if torch.cuda.device_count() <= local_rank:
+            return f"{torch.cuda.device_count()} GPUs are visible to {local_world_size} ranks"
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    a = torch.arange(256, device=device, dtype=torch.float32).remainder(7).repeat(256, 1)
+    product = (a @ a.T).cpu()
+    expected = float((torch.arange(256).remainder(7) ** 2).sum())
+    wrong = int((product != expected).sum())
+    return f"a matrix product on {device} is wrong in {wrong} of {product.numel()} places" if wrong else None
+
+
+def all_reduce(group: dist.ProcessGroup | None, value: float) -> float:
+    """The sum of ``value`` over the group; nan if the elements of the reduced tensor (16 MiB) disagree."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    tensor = torch.full((1 << 22,), value, device=device)
+    dist.all_reduce(tensor, group=group)
+    low, high = float(tensor.min()), float(tensor.max())
+    return low if low == high else float("nan")
+
+
+def checkpoint_bytes(cfg: DictConfig) -> int | None:
+    """Bytes of one checkpoint at most: weights and AdamW's two moments of every parameter, in ``precision.params``.
+
+    None when the pair is a hub id rather than a folder, so that its size isn't known here.
+    """
+    folders = [Path(cfg.model.base), Path(cfg.model.drafter)]
+    if not all(folder.is_dir() for folder in folders):
+        return None
+    stored = sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
+    return stored // 2 * 3 * (4 if cfg.precision.params == "float32" else 2)  # model.dtype is bfloat16: 2 bytes each
+
+
+def write_probe(folder: Path, name: str) -> str | None:
+    """What is wrong with writing to the folder, if anything."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / name, "wb") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return f"can't write to output_dir: {error}"
+    return None
+
+
+def appears(file: Path, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        os.listdir(file.parent) if file.parent.is_dir() else None  # makes NFS look again
+        time.sleep(0.1)
+    return True
+
+
+class Preflight:
+    """One health check; ``key`` keeps two checks in the same store apart.
+
+    Args:
+        store: reachable from all ranks.
+        output_dir: the run's folder.
+        needed_bytes: free space that is asked for.
+    """
+
+    def __init__(self, store: dist.Store, output_dir: Path, needed_bytes: int | None, key: str = "preflight"):
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
+        self.host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        self.store = dist.PrefixStore(key, store)
+        self.output_dir, self.needed_bytes = output_dir, needed_bytes
+        self.answer_seconds, self.collective_seconds = ANSWER_SECONDS, COLLECTIVE_SECONDS
+
+    def run(self) -> list[str]:
+        """The problems, the same list on every rank; empty when all is well."""
+        probe = f".preflight-{self.rank}"
+        self._put("device", check_device(self.local_rank, self.local_world_size))
+        self._put("host", self.host)
+        self._put("versions", versions())
+        self._put("disk", write_probe(self.output_dir, probe) if self.local_rank == 0 else None)
+        # A collective can hang in native code: it runs in a thread that may be left behind.
+        threading.Thread(target=self._compare, daemon=True).start()
+        try:
+            if self.rank == 0:
+                problems = self._verdict()
+                self.store.set("verdict", json.dumps(problems))
+                return problems
+            most = 6 * self.answer_seconds + SHARED_FOLDER_SECONDS + 2 * self.collective_seconds
+            if not self._wait("verdict", most):
+                return [f"{self._who(0)}: gave no verdict within {most:.0f} s"]
+            return json.loads(self.store.get("verdict"))
+        finally:
+            (self.output_dir / probe).unlink(missing_ok=True)
+
+    def _verdict(self) -> list[str]:
+        """Rank 0's part: compare all answers, and stop at the first kind of problem, which explains the later ones."""
+        for topic in ("device", "host", "versions", "disk"):
+            answers, problems = self._gather(topic, self.answer_seconds)
+            if topic in ("device", "disk"):
+                problems += [f"{self._who(rank)}: {text}" for rank, text in answers.items() if text]
+            if topic == "versions":
+                problems += self._different(answers)
+            if problems:
+                return problems
+        self.store.set("clock", repr(clock()))
+        answers, problems = self._gather("clock", self.answer_seconds)
+        problems += [
+            f"{self._who(rank)}: its clock is {skew:+.1f} s from that of {self.host}"
+            for rank, skew in answers.items()
+            if abs(skew) > MAX_SKEW_SECONDS
+        ]
+        answers, late = self._gather("folder", self.answer_seconds + SHARED_FOLDER_SECONDS)
+        problems += late + [f"{self._who(rank)}: {text}" for rank, text in answers.items() if text]
+        if problems:
+            return problems
+        self.store.set("collectives", "start")
+        for topic in ("node", "all"):
+            answers, problems = self._gather(topic, self.collective_seconds)
+            problems += [f"{self._who(rank)}: {text}" for rank, text in answers.items() if text]
+            if problems:
+                return problems
+        return []
+
+    def _compare(self) -> None:
+        """The checks that need the other ranks: clock, shared folder, collectives."""
+        if not self._wait("clock", 4 * self.answer_seconds):
+            return
+        self._put("clock", clock() - float(self.store.get("clock")))
+        self._put("folder", self._check_folder() if self.local_rank == 0 else None)
+        if not self._wait("collectives", 2 * self.answer_seconds + SHARED_FOLDER_SECONDS):
+            return
+        topic = "node"
+        try:
+            dist.init_process_group(
+                "nccl" if torch.cuda.is_available() else "gloo",
+                store=dist.PrefixStore("collectives", self.store),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timedelta(seconds=self.collective_seconds),
+            )
+            node, _ = dist.new_subgroups(self.local_world_size)
+            first = self.rank - self.local_rank
+            for topic, group, ranks in (
+                ("node", node, range(first, first + self.local_world_size)),
+                ("all", None, range(self.world_size)),
+            ):
+                total, expected = all_reduce(group, float(self.rank + 1)), float(sum(rank + 1 for rank in ranks))
+                wrong = f"all-reduce over {len(ranks)} ranks gave {total:g} instead of {expected:g}"
+                self._put(topic, None if total == expected else wrong)
+            dist.destroy_process_group()
+        except Exception as error:
+            self._put(topic, f"{type(error).__name__}: {error}")
+
+    def _check_folder(self) -> str | None:
+        if not appears(self.output_dir / ".preflight-0", SHARED_FOLDER_SECONDS):
+            return f"doesn't see a file that rank 0 wrote to {self.output_dir}: output_dir must be a shared folder"
+        free = shutil.disk_usage(self.output_dir).free
+        if self.needed_bytes is not None and free < self.needed_bytes:
+            return (
+                f"{free / 1e9:.1f} GB are free in {self.output_dir}, a checkpoint needs {self.needed_bytes / 1e9:.1f}"
+            )
+        return None
+
+    def _different(self, answers: dict[int, dict[str, str]]) -> list[str]:
+        """Ranks whose versions aren't those of most ranks."""
+        problems = []
+        for name in sorted({name for found in answers.values() for name in found}):
+            most, _ = Counter(found.get(name) for found in answers.values()).most_common(1)[0]
+            problems += [
+                f"{self._who(rank)}: {name} is {found.get(name)}, on most ranks {most}"
+                for rank, found in answers.items()
+                if found.get(name) != most
+            ]
+        return problems
+
+    def _gather(self, topic: str, seconds: float) -> tuple[dict, list[str]]:
+        """Every rank's answer, and a problem for each rank that gave none within ``seconds``."""
+        deadline = time.monotonic() + seconds
+        answers, problems = {}, []
+        for rank in range(self.world_size):
+            if self._wait(f"{topic}/{rank}", max(0.0, deadline - time.monotonic())):
+                answers[rank] = json.loads(self.store.get(f"{topic}/{rank}"))
+            else:
+                problems.append(f"{self._who(rank)}: no answer on '{topic}' within {seconds:.0f} s")
+        return answers, problems
+
+    def _put(self, topic: str, value: object) -> None:
+        self.store.set(f"{topic}/{self.rank}", json.dumps(value))
+
+    def _wait(self, key: str, seconds: float) -> bool:
+        # Polling, because a blocking wait would keep the store from the other thread.
+        deadline = time.monotonic() + seconds
+        while not self.store.check([key]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def _who(self, rank: int) -> str:
+        """The rank and its host, by its own word or else by Slurm's list of nodes."""
+        if self.store.check([f"host/{rank}"]):
+            return f"rank {rank} on {json.loads(self.store.get(f'host/{rank}'))}"
+        return (
+            f"rank {rank} on node {rank // self.local_world_size} of {os.environ.get('SLURM_JOB_NODELIST', 'the job')}"
+        )
+
+
+def main(overrides: list[str]) -> int:
+    cfg = config.load(overrides)
+    needed = checkpoint_bytes(cfg)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=ANSWER_SECONDS)))
+    start = time.monotonic()
+    problems = Preflight(store, Path(cfg.output_dir), needed).run()
+    if rank == 0:
+        for problem in problems:
+            print(f"preflight: {problem}", file=sys.stderr)
+        room = "room for a checkpoint not checked" if needed is None else f"room for {needed / 1e9:.1f} GB"
+        seconds = time.monotonic() - start
+        print(f"preflight: {'failed' if problems else f'{world_size} ranks are well, {room}'} ({seconds:.1f} s)")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a collective that hangs would keep the interpreter from ending
