@@ -21,7 +21,16 @@ from transformers import PreTrainedModel
 from transformers.models.gemma4.modeling_gemma4 import get_block_sequence_ids_for_mask
 
 from joint_train.config import LossConfig
-from joint_train.loss import JointTargets, joint_loss, joint_targets, round_weights
+from joint_train.loading import check_pair
+from joint_train.loss import (
+    Centroids,
+    JointTargets,
+    joint_loss,
+    joint_targets,
+    round_weights,
+    sum_weights,
+    token_centroids,
+)
 from joint_train.visibility import Masks, attention_masks
 
 FIRST_TOKEN = {"serving": 1, "same_token": 0}  # round k of row t reads the token at t + FIRST_TOKEN + k
@@ -107,8 +116,9 @@ class Gemma4WithDrafter(nn.Module):
         self.share_embedding_with_base = bool(share_embedding_with_base)
         self.pairing = pairing
         self.rope_position = rope_position
+        self._token_centroid: Tensor | None = None
         self.loss = loss if loss is not None else OmegaConf.structured(LossConfig)
-        self.check_pair(base.config, drafter.config)
+        check_pair(base.config, drafter.config)
 
         if freeze_base_for_drafter:
             base.requires_grad_(False)
@@ -123,24 +133,6 @@ class Gemma4WithDrafter(nn.Module):
             self.share_embedding()
         for model in (base, drafter):
             model.within = MethodType(_within, model)
-
-    @staticmethod
-    def check_pair(base_config: Any, drafter_config: Any) -> None:
-        """Refuse a drafter that was made for another base.
-
-        Raises:
-            ValueError: naming the sizes that differ.
-        """
-        base_text, drafter_text = base_config.get_text_config(), drafter_config.get_text_config()
-        if drafter_config.backbone_hidden_size != base_text.hidden_size:
-            raise ValueError(
-                f"drafter.config.backbone_hidden_size={drafter_config.backbone_hidden_size} doesn't match the base's "
-                f"hidden_size={base_text.hidden_size}: this drafter belongs to another base."
-            )
-        if drafter_text.vocab_size != base_text.vocab_size:
-            raise ValueError(
-                f"the drafter's vocab_size={drafter_text.vocab_size} doesn't match the base's {base_text.vocab_size}."
-            )
 
     @torch.no_grad()
     def share_embedding(self) -> None:
@@ -202,8 +194,7 @@ class Gemma4WithDrafter(nn.Module):
         if labels is not None and targets is None:
             targets = joint_targets(labels, document_ids, self.drafter_num_steps, self.pairing)
         if targets is not None and weights is None:
-            counts = targets.counts.clamp(min=1)
-            weights = self.loss_weights(counts)
+            weights = self.loss_weights(targets.counts)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if return_logits is None:
@@ -216,14 +207,17 @@ class Gemma4WithDrafter(nn.Module):
         return Gemma4JointOutput(**outputs, drafter_loss_weight=self.drafter_loss_weight, targets=targets)
 
     def loss_weights(self, counts: Tensor) -> Tensor:
-        """Coefficients of the loss sums, ``[1 + K]`` float32: ``1 / N_0`` and ``lambda * w_k / N_k``; 0 where N is 0.
+        """Coefficients of the 1 + K loss sums, ``[1 + K]``, for ``counts`` ``[1 + K]`` targets in the whole step."""
+        return sum_weights(counts, round_weights(self.loss, self.drafter_num_steps), self.drafter_loss_weight)
 
-        Args:
-            counts: ``[1 + K]`` numbers of targets of the whole step, over all ranks and micro-batches.
-        """
-        rounds = round_weights(self.loss, self.drafter_num_steps)
-        wanted = torch.tensor([1.0, *(self.drafter_loss_weight * w for w in rounds)], device=counts.device)
-        return torch.where(counts > 0, wanted / counts.clamp(min=1), 0.0)
+    def centroids(self) -> Centroids | None:
+        """The routing of a drafter with ordered embeddings."""
+        routing = self.drafter.masked_embedding
+        if routing is None:
+            return None
+        if self._token_centroid is None:
+            self._token_centroid = token_centroids(routing.token_ordering, routing.num_centroids)
+        return Centroids(routing.centroids.weight, self._token_centroid, routing.centroid_intermediate_top_k)
 
     def _joint(
         self, input_ids, position_ids, document_ids, base_inputs, loss_inputs, return_logits, output_hidden_states
@@ -311,7 +305,7 @@ class Gemma4WithDrafter(nn.Module):
                 self.loss,
                 softcap=self.base.config.get_text_config().final_logit_softcapping,
                 drafter_softcap=None,  # the drafter's own forward has none, and it is what serving runs
-                masked_embedding=drafter.masked_embedding,
+                centroids=self.centroids(),
                 train_base=not self.freeze_base_for_drafter,
                 groups=groups,
                 num_groups=num_groups,

@@ -81,6 +81,7 @@ def parallelize(model: Gemma4WithDrafter, mesh: DeviceMesh, cfg: DictConfig) -> 
         if isinstance(module, FSDPModule):
             # The loss is already a mean over the targets of all ranks: gradients add up.
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # not a sum of products by 1, which gloo can't do
     # Ranks with and without images in a step must reduce the same gradients.
     model.base.set_reduce_scatter_unused_params(True)
 

@@ -71,7 +71,9 @@ def test_same_token_logits_equal_the_published_formula(shape, num_steps):
 def moved(before: Gemma4JointOutput, after: Gemma4JointOutput, first: int, pairing: str) -> list[int]:
     """Rows whose logits differ although no token that they may know of changed: those from ``first`` on did."""
     rows = []
-    for k, (a, b) in enumerate([(before.logits, after.logits), *zip(before.drafter_logits, after.drafter_logits)]):
+    for k, (a, b) in enumerate(
+        [(before.logits, after.logits), *zip(before.drafter_logits, after.drafter_logits, strict=True)]
+    ):
         # Round k's row t reads, besides what comes up to t, the one token at t + FIRST_TOKEN + k.
         reach = 0 if k == 0 else FIRST_TOKEN[pairing] + k - 1
         end = max(0, first - reach)
