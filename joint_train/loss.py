@@ -290,7 +290,8 @@ class _States:
     def __init__(self, hidden: Sequence[Tensor], trained: bool = True):
         self.hidden = [h.detach().flatten(0, -2) for h in hidden]
         trained = trained and torch.is_grad_enabled()
-        self.grads = [torch.zeros_like(h) if trained and h.requires_grad else None for h in hidden]
+        # Contiguous whatever h's strides are: `add` writes through a flattened view.
+        self.grads = [h.new_zeros(h.shape) if trained and h.requires_grad else None for h in hidden]
 
     def gather(self, index: int, rows: Tensor, valid: Tensor) -> Tensor:
         """Rows `[n, H]` of state `index`. One that isn't valid reads as 0: nothing in it can reach a sum."""
@@ -308,7 +309,7 @@ class _Head:
         self.weight, self.states, self.softcap = weight.detach(), states, softcap
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         trained = trained and torch.is_grad_enabled() and weight.requires_grad
-        self.total = torch.zeros_like(weight, dtype=self.dtype) if trained else None
+        self.total = weight.new_zeros(weight.shape, dtype=self.dtype) if trained else None
 
     def needs_backward(self, index: int) -> bool:
         return self.total is not None or self.states.grads[index] is not None

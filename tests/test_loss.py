@@ -1,15 +1,24 @@
 """The chunked joint loss against the plain one: all logits, a loop over rows, autograd."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from joint_train.loss import (
     KINDS,
+    Centroids,
     joint_loss,
     joint_targets,
+    parse_drafter_loss,
+    round_weights,
+    sum_weights,
+    token_centroids,
 )
 
 B, S, V, HB, HD, K = 2, 9, 24, 6, 4, 3
@@ -58,11 +67,16 @@ class Case:
     def targets(self):
         return joint_targets(self.labels, self.documents, K, self.pairing)
 
-    def ours(self, cfg, **options):
-        weights = self.weights.to(torch.float64 if self.base_hidden.dtype == torch.float64 else torch.float32)
-        hidden, weight = self.base_hidden, self.base_weight
+    def ours(self, cfg, targets=None, **options):
         return joint_loss(
-            hidden, weight, self.drafter_hidden, self.drafter_weight, self.targets, weights, cfg, **options
+            self.base_hidden,
+            self.base_weight,
+            self.drafter_hidden,
+            self.drafter_weight,
+            targets or self.targets,
+            self.weights,
+            cfg,
+            **options,
         )
 
     def gradients(self, loss, extra=()):
@@ -217,3 +231,354 @@ def test_chunk_boundaries_are_invisible(rows):
 @pytest.mark.parametrize("pairing", ["serving", "same_token"])
 def test_pairings(pairing):
     check(Case(pairing=pairing, seed=3), config("nla"))
+
+
+@pytest.mark.parametrize("centroid_weight", [0.0, 0.7])
+def test_routing_loss_of_ordered_embeddings(centroid_weight):
+    case = Case(seed=5)
+    token_centroid = token_centroids(case.ordering, 6)
+    centroids = Centroids(case.centroid_weight, token_centroid, top_k=2)
+    cfg = config("kl", centroid_weight=centroid_weight, memory_budget_mb=tiny_chunks(4))
+    check(case, cfg, extra=[("centroids", case.centroid_weight)], centroids=centroids)
+
+
+def test_token_centroids_needs_a_permutation():
+    assert token_centroids(torch.tensor([5, 0, 3, 1, 4, 2]), 3).tolist() == [0, 1, 2, 1, 2, 0]
+    for ordering, count in ((torch.zeros(6), 3), (torch.arange(6), 4)):
+        with pytest.raises(ValueError, match="token_ordering"):
+            token_centroids(ordering, count)
+
+
+@pytest.mark.parametrize("drafter", KINDS)
+def test_what_is_not_a_target_changes_nothing(drafter):
+    """Rows that no target reads may hold NaN and infinities: no value, no gradient and no sum sees them."""
+    case, cfg = Case(supervised=0.4), config(drafter, teacher_grad=True)
+    loss, stats = case.ours(cfg)
+    grads = case.gradients(loss)
+    targets = case.targets
+    used = [targets.rows, *(targets.rows[v] - 1 - k for k, v in enumerate(targets.valid.T[1:]))]
+    with torch.no_grad():
+        for hidden, rows in zip([case.base_hidden, *case.drafter_hidden], used, strict=True):
+            other = torch.ones(B * S, dtype=torch.bool)
+            other[rows] = False
+            assert other.any()
+            hidden.view(B * S, -1)[other] = float("nan")
+            hidden.view(B * S, -1)[other.nonzero()[::2, 0]] = float("inf")
+    again, again_stats = case.ours(cfg)
+    torch.testing.assert_close(again, loss, rtol=0, atol=0)
+    torch.testing.assert_close(again_stats, stats, rtol=0, atol=0)
+    torch.testing.assert_close(case.gradients(again), grads, rtol=0, atol=0)
+
+
+def test_no_target_gives_zero_loss_and_zero_gradients():
+    case = Case()
+    case.labels.fill_(-100)
+    weights = sum_weights(case.targets.counts, [1.0] * K, 1.0)
+    assert weights.tolist() == [0.0] * (1 + K)
+    case.weights = weights
+    centroids = Centroids(case.centroid_weight, token_centroids(case.ordering, 6), top_k=2)
+    loss, stats = case.ours(config(centroid_weight=1.0), centroids=centroids)
+    assert loss.item() == 0 and loss.requires_grad
+    loss.backward()
+    for tensor in [*case.inputs.values(), case.centroid_weight]:
+        assert tensor.grad.abs().max() == 0
+    assert all(value.abs().sum() == 0 for value in stats.values())
+
+
+def test_extreme_logits_stay_finite():
+    """Disjoint supports: alpha and most probabilities are 0 in fp32."""
+    for drafter in KINDS:
+        case = Case()
+        with torch.no_grad():
+            case.base_weight.mul_(200)
+            case.drafter_weight.mul_(-200)
+        loss, stats = case.ours(config(drafter, teacher_grad=True))
+        assert loss.isfinite() and all(value.isfinite().all() for value in stats.values()), drafter
+        assert all(grad.isfinite().all() for grad in case.gradients(loss).values()), drafter
+
+
+@pytest.mark.parametrize("pairing", ["serving", "same_token"])
+@pytest.mark.parametrize("drafter", ["ce", "kl", "nla"])
+def test_bf16(drafter, pairing):
+    """The values are those of fp32 arithmetic on the same bf16 inputs; a gradient differs by at most 1/64 of its
+    tensor's largest entry: the logits' gradient is rounded to bf16 (2^-9 of each entry) before the matmuls, whose sums
+    cancel, and the result is rounded again."""
+    case = Case(dtype=torch.bfloat16, pairing=pairing)
+    cfg = config(drafter, memory_budget_mb=tiny_chunks(4))
+    expected, expected_stats = reference(case, cfg, softcap=2.0)
+    loss, stats = case.ours(cfg, softcap=2.0)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    for name, value in expected_stats.items():
+        torch.testing.assert_close(stats[name].double(), value.double(), rtol=1e-5, atol=1e-5)
+    grads, expected_grads = case.gradients(loss), case.gradients(expected)
+    for name, grad in expected_grads.items():
+        assert grads[name].dtype == torch.bfloat16
+        assert (grads[name].float() - grad.float()).abs().max() <= grad.float().abs().max() / 64, name
+
+
+def test_head_gradients_are_summed_in_fp32():
+    """1024 equal contributions, one a chunk: a bf16 sum would stop growing at 256 of them."""
+    rows = 1024
+    labels = torch.zeros(1, rows + 1, dtype=torch.int64)
+    hidden = torch.ones(1, rows + 1, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    cfg = config("ce", memory_budget_mb=0)
+    loss, _ = joint_loss(
+        hidden, weight, [], weight.detach(), joint_targets(labels, None, 0, "serving"), torch.ones(1), cfg
+    )
+    loss.backward()
+    assert weight.grad.flatten().tolist() == [-rows / 2, rows / 2]
+
+
+class Fresh(torch.autograd.Function):
+    """A function that runs its forward again in each backward: gradcheck calls the backward many times."""
+
+    @staticmethod
+    def forward(ctx, function, *inputs):
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            return None, *torch.autograd.grad(ctx.function(*inputs), inputs, grad)
+
+
+@pytest.mark.parametrize("drafter", [kind for kind in KINDS if kind != "lk_hybrid"])  # its weight is a constant
+def test_gradcheck(drafter):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 5, 2), (7, 2), (7, 2), (2, 2), (1, 5, 2), (1, 5, 2)]
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    cfg = config(drafter, temperature=1.3, teacher_grad=True, centroid_weight=0.5, memory_budget_mb=0)
+    targets = joint_targets(torch.tensor([[-100, 4, 0, 6, 2]]), None, 2, "same_token")
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+
+    def function(base_hidden, base_weight, drafter_weight, centroid_weight, *hidden):
+        centroids = Centroids(centroid_weight, torch.arange(7) // 4, 1)
+        loss, _ = joint_loss(
+            base_hidden, base_weight, hidden, drafter_weight, targets, weights, cfg, 2.0, 3.0, centroids=centroids
+        )
+        return loss
+
+    assert torch.autograd.gradcheck(lambda *x: Fresh.apply(function, *x), inputs)
+
+
+@pytest.mark.parametrize("frozen", ["base_hidden", "base_weight", "drafter_weight", "drafter_hidden", "all"])
+def test_frozen_inputs(frozen):
+    """What is frozen gets no gradient; the rest gets what it got before."""
+    cfg = config("js", teacher_grad=True)
+    expected_loss, _ = reference(Case(), cfg)
+    expected = Case()
+    expected = expected.gradients(reference(expected, cfg)[0])
+    case = Case()
+    chosen = {n: t for n, t in case.inputs.items() if frozen == "all" or n.startswith(frozen)}
+    for tensor in chosen.values():
+        tensor.requires_grad_(False)
+    loss, _ = case.ours(cfg)
+    torch.testing.assert_close(loss, expected_loss.float(), rtol=1e-5, atol=1e-5)
+    assert loss.requires_grad == (frozen != "all")
+    if frozen != "all":
+        loss.backward()
+    for name, tensor in case.inputs.items():
+        if name in chosen:
+            assert tensor.grad is None
+        else:
+            torch.testing.assert_close(tensor.grad, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_train_base_false_makes_the_base_a_constant():
+    case, constant = Case(), Case()
+    constant.base_hidden.requires_grad_(False)
+    constant.base_weight.requires_grad_(False)
+    cfg = config("kl", teacher_grad=True)
+    loss, _ = case.ours(cfg, train_base=False)
+    loss.backward()
+    other, _ = constant.ours(cfg)
+    other.backward()
+    assert case.base_hidden.grad is None and case.base_weight.grad is None
+    torch.testing.assert_close(loss, other)
+    torch.testing.assert_close(case.drafter_weight.grad, constant.drafter_weight.grad)
+
+
+def test_no_grad_takes_no_gradients():
+    case = Case()
+    expected, expected_stats = case.ours(config())
+    with torch.no_grad():
+        loss, stats = case.ours(config())
+    assert not loss.requires_grad
+    torch.testing.assert_close((loss, stats), (expected.detach(), expected_stats))
+
+
+def test_tied_heads_and_a_scaled_loss():
+    """One parameter as both heads, and a loss that is multiplied before its backward."""
+    case = Case()
+    case.drafter_hidden = [torch.randn(B, S, HB).requires_grad_() for _ in range(K)]
+    case.drafter_weight = case.base_weight
+    expected, _ = reference(case, config("kl", teacher_grad=True))
+    (3 * expected).backward()
+    grads = [t.grad.clone() for t in case.inputs.values()]
+    for tensor in case.inputs.values():
+        tensor.grad = None
+    loss, _ = case.ours(config("kl", teacher_grad=True))
+    (3 * loss).backward()
+    torch.testing.assert_close([t.grad for t in case.inputs.values()], grads, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_backward_is_refused():
+    loss, _ = Case().ours(config())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="run the forward again"):
+        loss.backward()
+
+
+def test_parts_of_a_batch_add_up():
+    """The rows of a batch one by one, with the weights of the whole batch: the same loss, sums and gradients."""
+    case = Case()
+    whole, whole_stats = case.ours(config("lk_hybrid"))
+    whole_grads = case.gradients(whole)
+    parts, stats, grads = 0.0, {}, {}
+    for b in range(B):
+        targets = joint_targets(case.labels[b : b + 1], case.documents[b : b + 1], K, case.pairing)
+        hidden = [h[b : b + 1] for h in case.drafter_hidden]
+        loss, part = joint_loss(
+            case.base_hidden[b : b + 1], case.base_weight, hidden, case.drafter_weight, targets,
+            case.weights.float(), config("lk_hybrid"),
+        )  # fmt: skip
+        parts = parts + loss.detach()
+        stats = {name: stats.get(name, 0) + value for name, value in part.items()}
+        grads = {name: grads.get(name, 0) + grad for name, grad in case.gradients(loss).items()}
+    torch.testing.assert_close(parts, whole.detach())
+    torch.testing.assert_close(stats, whole_stats)
+    torch.testing.assert_close(grads, whole_grads)
+
+
+def test_sums_by_group():
+    case = Case()
+    targets = case.targets
+    groups = torch.arange(len(targets.rows)) % 3
+    _, stats = case.ours(config(memory_budget_mb=tiny_chunks(4)), groups=groups, num_groups=3)
+    for group in range(3):
+        mine = groups == group
+        part = replace(targets, rows=targets.rows[mine], labels=targets.labels[mine], valid=targets.valid[mine])
+        _, expected = case.ours(config(), targets=part)
+        torch.testing.assert_close(stats["group_base_ce"][group], expected["ce"][0])
+        torch.testing.assert_close(stats["group_drafter_ce"][group], expected["ce"][1:].sum())
+        assert stats["group_base_count"][group] == expected["count"][0]
+        assert stats["group_drafter_count"][group] == expected["count"][1:].sum()
+
+
+class Watch(TorchDispatchMode):
+    """Records the operators of a region and the largest tensor that one made."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.largest = set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.operators.add(function.overloadpacket.__name__)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("drafter", [*KINDS, MIX], ids=[*KINDS, "mix"])
+def test_memory_is_that_of_a_chunk_and_nothing_waits_for_the_device(drafter):
+    vocabulary, positions, rows = 3000, 50, 2
+    hidden = torch.randn(1, positions, 2).requires_grad_()
+    weight = torch.randn(vocabulary, 2).requires_grad_()
+    targets = joint_targets(torch.randint(vocabulary, (1, positions)), None, 2, "serving")
+    budget = 16 * rows * vocabulary * 4
+    cfg = config(drafter, temperature=1.5, teacher_grad=True, memory_budget_mb=budget / 2**20)
+    centroids = Centroids(torch.randn(10, 2).requires_grad_(), torch.arange(vocabulary) // 300, top_k=3)
+    cfg.centroid_weight = 1.0
+    with Watch() as watch:
+        loss, _ = joint_loss(
+            hidden, weight, [hidden, hidden], weight, targets, torch.ones(3), cfg, softcap=30.0, centroids=centroids
+        )
+    assert watch.largest <= budget < positions * vocabulary * 4
+    # Operators whose result, or its shape, has to be read back from the device.
+    assert not watch.operators & {"_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal"}
+
+
+@pytest.mark.parametrize("pairing", ["serving", "same_token"])
+@pytest.mark.parametrize("rounds", [0, 1, 3, 12])
+def test_targets(pairing, rounds):
+    """Against the definition, position by position, for random documents, padding and labels."""
+    generator = torch.Generator().manual_seed(rounds)
+    offset = {"serving": 1, "same_token": 0}[pairing]
+    rows, length = 5, 11
+    starts = torch.rand(rows, length, generator=generator) < 0.3
+    documents = starts.long().cumsum(1) + 1
+    documents[torch.arange(length) >= torch.tensor([11, 9, 1, 0, 6])[:, None]] = 0
+    tokens = torch.randint(50, (rows, length), generator=generator)
+    labels = torch.where(torch.rand(rows, length, generator=generator) < 0.6, tokens, -100)
+    expected = []
+    for b, p in itertools.product(range(rows), range(length)):
+        same = [t >= 0 and documents[b, t] == documents[b, p] != 0 for t in range(p - 1, p - 2 - offset - rounds, -1)]
+        if labels[b, p] != -100 and same[0]:
+            valid = [same[0], *(same[offset + k] for k in range(rounds))]
+            expected.append((b * length + p - 1, int(labels[b, p]), [bool(v) for v in valid]))
+    targets = joint_targets(labels, documents, rounds, pairing)
+    assert targets.rows.tolist() == [row for row, _, _ in expected]
+    assert targets.labels.tolist() == [label for _, label, _ in expected]
+    assert targets.valid.tolist() == [valid for _, _, valid in expected]
+    assert targets.counts.tolist() == [sum(v[i] for _, _, v in expected) for i in range(1 + rounds)]
+    assert targets.batch_rows == rows * length
+
+
+def test_targets_without_documents_are_one_document_a_row():
+    labels = torch.randint(9, (2, 7))
+    one = joint_targets(labels, None, 2, "serving")
+    two = joint_targets(labels, torch.ones_like(labels), 2, "serving")
+    assert one.rows.equal(two.rows) and one.valid.equal(two.valid)
+    with pytest.raises(ValueError, match="drafter.pairing='both'"):
+        joint_targets(labels, None, 2, "both")
+
+
+def test_sum_weights():
+    weights = sum_weights(torch.tensor([10, 5, 0]), [0.5, 1.0], loss_weight=2.0)
+    torch.testing.assert_close(weights, torch.tensor([0.1, 0.2, 0.0]))
+
+
+def test_drafter_loss_from_the_configuration():
+    def parse(choice):
+        return parse_drafter_loss(OmegaConf.create({"drafter": choice}))
+
+    assert parse("nla") == {"nla": 1.0}
+    assert parse({"ce": 0.1, "nla": 0.9, "kl": 0}) == {"ce": 0.1, "nla": 0.9}
+    for choice in ("mse", {"ce": 1, "mse": 1}, ["ce"], None, 3):
+        with pytest.raises(ValueError, match="loss.drafter=.*ce_argmax.*lk_hybrid"):
+            parse(choice)
+    for weight in (-1, "a", True, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="loss.drafter: the weight of ce"):
+            parse({"ce": weight})
+    with pytest.raises(ValueError, match="loss.drafter="):
+        parse({"ce": 0})
+
+
+def test_round_weights_from_the_configuration():
+    def parse(choice):
+        return round_weights(OmegaConf.create({"round_weights": choice}), 3)
+
+    assert parse(None) == [1.0, 1.0, 1.0]
+    assert parse([1, 0.5, 0]) == [1.0, 0.5, 0.0]
+    assert parse({"decay": 0.5}) == [1.0, 0.5, 0.25]
+    bad = (
+        [1, 1],
+        [1, 1, -1],
+        [1, 1, "a"],
+        {"decay": -1},
+        {"beta": 0.5},
+        {"decay": 1, "beta": 1},
+        "decay",
+        0.5,
+        [0, 0, 0],
+    )
+    for choice in bad:
+        with pytest.raises(ValueError, match="loss.round_weights"):
+            parse(choice)
