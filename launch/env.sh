@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Environment of a run, sourced by job.sbatch and local.sh. A variable that is already set is left as it is.
 # RANKS_PER_NODE is set by the caller.
 

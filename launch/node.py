@@ -11,7 +11,8 @@ How a run is stopped so that its save is not cut off:
 2. ``torchrun``'s agent runs in this process. It hands SIGTERM to its workers by itself, SIGUSR1 because of
    ``--signals-to-handle``; then it waits ``--shutdown-timeout`` seconds (30 by default: too short for a checkpoint)
    before it kills them, and starts no worker again.
-3. The workers save together and exit with 85. Should one node's agent never have had the signal, it sees that code.
+3. The workers save together and exit with 85, or with 86 when the time didn't suffice (joint_train/preemption.py). An
+   agent that never had the signal sees that code.
 
 Either way this process leaves ``STATE_DIR/preempted`` and exits with 0, so that ``srun --kill-on-bad-exit`` does not
 kill the other nodes while they still save. The job script finds the file and puts the job back in the queue.
@@ -28,6 +29,10 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 REPORT_SECONDS = 5.0
 
@@ -56,28 +61,30 @@ def main(state: Path, arguments: list[str]) -> int:
     except SignalException:
         (state / "preempted").touch()
     except ChildFailedError as error:
-        if any(failure.exitcode in (PREEMPTED, OVERRUN) for failure in error.failures.values()):
+        # The first failure only: after a crash the agent ends the node's other ranks, which then report a preemption.
+        rank, failure = error.get_first_failure()
+        if failure.exitcode in (PREEMPTED, OVERRUN):
             (state / "preempted").touch()
             return 0
-        rank, failure = error.get_first_failure()
-        report = failure.error_file_data.get("message", {})
-        with open(state / f"failure-{node}.json", "w") as file:
-            json.dump(
-                {
-                    "rank": rank,
-                    "host": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
-                    "exit_code": failure.exitcode,
-                    "message": failure.message if isinstance(failure.message, str) else failure.message["message"],
-                    "traceback": report.get("extraInfo", {}).get("py_callstack") if isinstance(report, dict) else None,
-                    "time": os.path.getmtime(failure.error_file) if report else failure.timestamp,
-                },
-                file,
-            )
+        (state / f"failure-{node}.json").write_text(json.dumps(describe(rank, failure)))
         # srun kills the other nodes as soon as this process fails. The rank that broke is seldom the one whose agent is
         # first: let the others write their report.
         time.sleep(REPORT_SECONDS)
         return 1
     return 0
+
+
+def describe(rank: int, failure: "ProcessFailure") -> dict:
+    """A rank's failure; one that was killed, or that doesn't ``@record`` its errors, has no traceback."""
+    report = failure.error_file_data["message"] if os.path.isfile(failure.error_file) else None
+    return {
+        "rank": rank,
+        "host": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        "exit_code": failure.exitcode,
+        "message": report["message"] if report else failure.message,
+        "traceback": report["extraInfo"]["py_callstack"] if report else None,
+        "time": os.path.getmtime(failure.error_file) if report else failure.timestamp,
+    }
 
 
 def first_failure(state: Path) -> str:
