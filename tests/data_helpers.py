@@ -27,7 +27,7 @@ TURNS = """\
 SPECIAL = [
     "<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>",
     "<tool_call|>", "<|tool_response>", "<tool_response|>", "<|think|>", '<|"|>', "<|im_start|>", "<|im_end|>",
-    "<|image|>",
+    "<|image|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]", "</s>",
 ]  # fmt: skip
 
 

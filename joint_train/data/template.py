@@ -23,6 +23,8 @@ LAST = 2
 """Flag of a token of the last assistant message."""
 
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# The fields of a message that templates show as thinking.
+THINKING = ("reasoning", "reasoning_content", "thinking")
 # Two texts that share no character at either end, and that no template treats in a special way.
 PROBES = ("\ue000probe\ue001", "\ue002other\ue003")
 
@@ -113,6 +115,11 @@ def assistant_spans(tokenizer, messages: list[dict], text: str, **options) -> li
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if message.get("tool_responses"):
+            raise DataError(
+                f"message {index} is the assistant's and holds tool_responses, which it didn't write: give each in a "
+                "message of the role tool, or put {% generation %} marks into the template"
+            )
         start = _start(tokenizer, messages, index, text, special, options)
         end = _end(tokenizer, messages, index, text, start, special, options)
         if not (spans[-1][1] if spans else 0) <= start <= end:
@@ -123,25 +130,32 @@ def assistant_spans(tokenizer, messages: list[dict], text: str, **options) -> li
 
 def _start(tokenizer, messages, index, text, special, options) -> int:
     """The end of the generation prompt; without one, the first character that depends on the message's content."""
+    start = len(text)
     if index:
         before = render(tokenizer, messages[:index], **options)
         prompt = render(tokenizer, messages[:index], add_generation_prompt=True, **options)
-        if prompt != before:
-            # Not all of the prompt need be in the text: Gemma 4 prompts with an empty thinking channel that it leaves
-            # out of the history.
+        if prompt != before and text.startswith(prompt):
+            return len(prompt)
+        if prompt != before and text.startswith(before):
+            # With thinking off, Gemma 4 prompts with an empty thinking channel that it leaves out of the history.
             start = _common_prefix(text, prompt, special)
-            header = _common_prefix(prompt, before, special)
-            if start > header or start == len(prompt):
-                return start
-    return min(_common_prefix(text, other, special) for other in _replaced(tokenizer, messages, index, options))
+    replaced = _replaced(tokenizer, messages, index, options)
+    return min(start, *(_common_prefix(text, other, special) for other in replaced))
 
 
 def _end(tokenizer, messages, index, text, start, special, options) -> int:
-    upto = render(tokenizer, messages[: index + 1], **options)
-    common = _common_prefix(text, upto, special)
-    if common > start and not special.sub("", upto[common:]).strip():
-        # All that the message renders to is in the text; the two may close the turn in different ways.
-        return _close(text, start, common, special)
+    """The end of the conversation that stops with the message, as far as that is in the text."""
+    whole = messages[: index + 1]
+    for upto in (whole, [_without_thinking(message) for message in whole]):
+        upto = render(tokenizer, upto, **options)
+        common = _common_prefix(text, upto, special)
+        if common > start and not special.sub("", upto[common:]).strip():
+            # All that the message renders to is in the text; the two may close the turn in different ways.
+            return _close(text, start, common, special)
+    if messages[index].get("tool_calls"):
+        # Other content in their place would change the results that follow, too.
+        raise _hidden(tokenizer, index)
+    upto = render(tokenizer, whole, **options)
     rest = len(text) - max(
         _common_suffix(text, other, special) for other in _replaced(tokenizer, messages, index, options)
     )
@@ -150,6 +164,10 @@ def _end(tokenizer, messages, index, text, start, special, options) -> int:
     )
     closing = _common_prefix(text[rest:], upto[tail:], special)
     return _close(text, start, rest + closing, special)
+
+
+def _without_thinking(message: dict) -> dict:
+    return {key: value for key, value in message.items() if key not in THINKING}
 
 
 def _replaced(tokenizer, messages, index, options) -> list[str]:
@@ -168,7 +186,7 @@ def _replaced(tokenizer, messages, index, options) -> list[str]:
 def _hidden(tokenizer, index: int) -> DataError:
     return DataError(
         f"message {index}: the chat template of {tokenizer.name_or_path!r} renders it so that where it starts and ends "
-        "can't be told: put {% generation %} marks into the template, or set data.train_on=all"
+        "can't be told: put {% generation %} marks into the template"
     )
 
 
