@@ -257,6 +257,7 @@ def load_pair(cfg: DictConfig, mesh: DeviceMesh | None, device: torch.device | s
         rope_position=cfg.drafter.rope_position,
         loss=cfg.loss,
     )
+    model.sources = (base_dir, drafter_dir)
     freeze(model, cfg.freeze)
     if mesh is not None:
         parallelize(model, mesh, cfg)

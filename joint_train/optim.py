@@ -4,37 +4,62 @@ import math
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from joint_train.model import Gemma4WithDrafter
 
 
 def build_optimizer(model: Gemma4WithDrafter, cfg: DictConfig) -> AdamW:
-    """Four groups: base and drafter, each with and without weight decay.
+    """Up to four groups: base and drafter, each with and without weight decay.
 
     Norms, biases, scales and embedding tables (with the heads tied to them) have no decay, as is customary.
     """
     groups = []
-    for name, module, lr in (("base", model.base, cfg.lr), ("drafter", model.drafter, cfg.drafter_lr)):
+    for module, lr in ((model.base, cfg.lr), (model.drafter, cfg.drafter_lr)):
         embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
         trained = [p for p in module.parameters() if p.requires_grad]
         decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]
         rest = [p for p in trained if p.ndim <= 1 or id(p) in embeddings]
-        groups.append({"name": f"{name}.decay", "params": decayed, "lr": lr, "weight_decay": cfg.weight_decay})
-        groups.append({"name": f"{name}.no_decay", "params": rest, "lr": lr, "weight_decay": 0.0})
-    return AdamW([g for g in groups if g["params"]], betas=tuple(cfg.betas), eps=cfg.eps, foreach=True)
+        groups.append({"params": decayed, "lr": lr, "peak_lr": lr, "weight_decay": cfg.weight_decay})
+        groups.append({"params": rest, "lr": lr, "peak_lr": lr, "weight_decay": 0.0})
+    # Fused, because it can skip a step by a flag on the device: see update().
+    return AdamW([g for g in groups if g["params"]], betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, cfg: DictConfig, max_steps: int) -> LambdaLR:
-    """Linear warm-up over ``warmup_steps``, then ``schedule`` down to ``min_lr_ratio`` of the peak at ``max_steps``."""
+def lr_factor(step: int, cfg: DictConfig, max_steps: int) -> float:
+    """Learning rate of step 0, 1, … over its peak: linear warm-up, then ``schedule`` down to ``min_lr_ratio``."""
+    if step < cfg.warmup_steps:
+        return (step + 1) / (cfg.warmup_steps + 1)
+    done = min(1.0, (step - cfg.warmup_steps) / max(1, max_steps - cfg.warmup_steps))
+    shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[cfg.schedule]
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape if cfg.schedule != "constant" else 1.0
 
-    def factor(step: int) -> float:
-        if step < cfg.warmup_steps:
-            return (step + 1) / (cfg.warmup_steps + 1)
-        done = (step - cfg.warmup_steps) / max(1, max_steps - cfg.warmup_steps)
-        shape = {"cosine": (1 + math.cos(math.pi * min(1.0, done))) / 2, "linear": max(0.0, 1 - done), "constant": 1.0}
-        return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape[cfg.schedule]
 
-    return LambdaLR(optimizer, factor)
+@torch.no_grad()
+def update(optimizer: AdamW, max_grad_norm: float, factor: float) -> Tensor:
+    """Clip the gradients of both models together, take one step and clear them.
+
+    A step whose gradient norm isn't finite changes nothing, neither weights nor moments; that is decided on the device,
+    so the host doesn't wait.
+
+    Args:
+        max_grad_norm: largest norm over all parameters; 0 leaves the gradients as they are.
+        factor: of :func:`lr_factor`.
+
+    Returns:
+        The norm before clipping, a scalar on the device.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_grad_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm

@@ -1,0 +1,40 @@
+"""The main job: ``torchrun --nproc-per-node N -m joint_train [overrides]``."""
+
+import logging
+import os
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from joint_train.config import ConfigError, conf_dir, help_text, validate, world_size_from_env
+
+
+def run(cfg: DictConfig) -> None:
+    """Train as configured, on this rank."""
+    from joint_train.trainer import Trainer  # torch and transformers take seconds to import
+
+    Trainer(cfg).train()
+
+
+@hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    rank = int(os.environ.get("RANK", 0))
+    level = logging.INFO if rank == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s", force=True)
+    try:
+        validate(cfg, world_size_from_env())
+    except ConfigError as error:
+        sys.exit(f"joint_train: {error}" if rank == 0 else 2)
+    # Writes the first failed rank's traceback to where torchrun looks for it.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(run)(cfg)
+
+
+if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv):
+        print(__doc__ + "\nHydra: --cfg job prints the composed configuration; --hydra-help has its own flags.")
+        print(help_text())
+    else:
+        main()

@@ -1,0 +1,216 @@
+"""A run: the pair, its data, the training loop, and what is kept of it.
+
+config → mesh → models → data → step → checkpoint, in this order, once from top to bottom.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from joint_train import parallelize
+from joint_train.checkpoint import Checkpointer
+from joint_train.data import build_loader, loader_position
+from joint_train.evaluate import accepted_length, validation_prompts
+from joint_train.loading import load_pair, resolve
+from joint_train.loss import JointTargets, joint_targets
+from joint_train.mesh import data_rank, init_distributed, init_mesh
+from joint_train.optim import build_optimizer, lr_factor, update
+from joint_train.preemption import Preemption
+from joint_train.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Everything of a run, on one rank. Making it loads the pair and, with ``resume``, a checkpoint."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.output_dir = Path(cfg.output_dir).absolute()
+        self.device = init_distributed(cfg.parallel.timeout_seconds)
+        self.mesh = init_mesh(cfg.parallel)
+        self.rank, self.ranks = data_rank(self.mesh)
+        torch.manual_seed(cfg.seed + self.rank)
+        self.checkpointer = Checkpointer(self.output_dir, cfg.checkpoint, timeout_seconds=cfg.parallel.timeout_seconds)
+
+        self.model = load_pair(cfg, self.mesh, self.device).train()
+        self.optimizer = build_optimizer(self.model, cfg.optim)
+        self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
+
+        self.step, self.before, position = 0, None, None
+        if path := self.checkpointer.find_resume(cfg.resume):
+            saved = self.checkpointer.load(path, self.model, self.optimizer, config=cfg)
+            self.step, self.before, position = saved["step"], saved["before"], saved["data"]
+        self.loader = build_loader(cfg, self.tokenizer, "train", self.rank, self.ranks, position)
+        self.val_loader = None
+        if cfg.data.val:
+            self.val_loader = build_loader(cfg, self.tokenizer, "val", self.rank, self.ranks)
+        self.tracker = Tracker(cfg, self.rank, self.step)
+        self.checkpointer.restore_random_state()
+
+    def train(self) -> None:
+        """Run from the current step to ``max_steps``, or until the machine is taken away."""
+        cfg = self.cfg
+        batches = iter(self.loader)
+        if self.before is None:
+            self.before = self.evaluate(generate=True)
+            self.tracker.log(self.step, self.before)
+        measured = self.before
+        with Preemption(cfg.checkpoint.grace_seconds, cfg.parallel.timeout_seconds) as preemption:
+            while self.step < cfg.max_steps:
+                metrics = self.train_step(batches)
+                last = self.step == cfg.max_steps
+                if due(self.step, cfg.eval.every) or last:
+                    measured = self.evaluate(generate=due(self.step, cfg.eval.generate_every) or last)
+                    metrics |= measured
+                if metrics:
+                    self.tracker.log(self.step, metrics)
+                self.checkpointer.poll()
+                stop = preemption.should_stop()
+                if stop or due(self.step, cfg.checkpoint.every) or last:
+                    self.save(measured, block=stop or last)
+                if stop and not last:
+                    self.close()
+                    preemption.exit()
+        if cfg.model.export.at_end:
+            self.export(self.output_dir / "export")
+        self.tracker.finish(self.before, measured)
+        self.close()
+
+    def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
+        """One optimizer step over ``grad_accum`` micro-batches; its metrics, or none where they aren't due."""
+        cfg, started = self.cfg, time.perf_counter()
+        micro_batches = [self.prepare(next(batches)) for _ in range(cfg.optim.grad_accum)]
+        waited = time.perf_counter() - started
+
+        # All the counts are known before the first forward, so each loss is its share of the mean over the whole step.
+        counts = torch.stack([torch.cat([targets.counts, tokens]) for _, targets, tokens in micro_batches]).sum(0)
+        counts = counts.to(self.device, non_blocking=True)
+        dist.all_reduce(counts)
+        weights = self.model.loss_weights(counts[:-1])
+
+        sums: dict[str, Tensor] = {}
+        for i, (inputs, targets, _) in enumerate(micro_batches):
+            parallelize.set_last_micro_batch(self.model, i == len(micro_batches) - 1)
+            out = self.model(**inputs, targets=targets.to(self.device, non_blocking=True), weights=weights)
+            out.loss.backward()
+            add(sums, out.stats)
+        factor = lr_factor(self.step, cfg.optim, cfg.max_steps)
+        grad_norm = update(self.optimizer, cfg.optim.max_grad_norm, factor)
+        self.step += 1
+
+        if not due(self.step, cfg.tracking.log_every):
+            return {}
+        metrics = self.metrics(sums)
+        metrics["grad_norm"] = grad_norm.item()
+        seconds = time.perf_counter() - started
+        return metrics | {
+            "lr": cfg.optim.lr * factor,
+            "drafter_lr": cfg.optim.drafter_lr * factor,
+            "tokens_per_second": counts[-1].item() / seconds,
+            "seconds": seconds,
+            "data_wait": waited,
+        }
+
+    def prepare(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], JointTargets, Tensor]:
+        """Find a batch's targets while it is on the CPU, then send it to the device.
+
+        Returns:
+            What the model takes, the targets (still on the CPU), and the number of tokens, ``[1]``.
+        """
+        cfg, documents = self.cfg.drafter, batch["document_ids"]
+        targets = joint_targets(batch["labels"], documents, cfg.num_steps, cfg.pairing)
+        inputs = {name: x for name, x in batch.items() if name not in ("labels", "source")}
+        if int(documents.max()) <= 1:
+            del inputs["document_ids"]  # one document a row, padded on the right: no mask is needed
+        inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
+        return inputs, targets, (documents > 0).sum()[None]
+
+    def metrics(self, sums: dict[str, Tensor], prefix: str = "") -> dict[str, float]:
+        """Means over all ranks of the sums that :func:`joint_train.loss.joint_loss` reports. Waits for the device."""
+        flat = torch.cat([x.double().flatten() for x in sums.values()])
+        dist.all_reduce(flat)
+        parts = flat.cpu().split([x.numel() for x in sums.values()])
+        total = dict(zip(sums, parts, strict=True))
+        count = total["count"].clamp(min=1)
+        mean = {name: total[name] / count for name in ("loss", "ce", "top1")}
+        mean |= {name: total[name] / count[1:] for name in ("agree", "acceptance")}
+        rounds = range(self.cfg.drafter.num_steps)
+        named = {
+            "base_loss": mean["loss"][0],
+            "drafter_loss": mean["loss"][1:].mean(),
+            "base_accuracy": mean["top1"][0],
+            "accepted_length_expected": 1 + total["accepted"][0] / total["full_rows"][0].clamp(min=1),
+        }
+        for k in rounds:
+            named[f"drafter_loss_{k}"] = mean["loss"][1 + k]
+            named[f"drafter_ce_{k}"] = mean["ce"][1 + k]
+            named[f"agreement_{k}"] = mean["agree"][k]
+            named[f"acceptance_{k}"] = mean["acceptance"][k]
+        if "centroid_hit" in total:
+            for k in rounds:
+                named[f"centroid_hit_{k}"] = total["centroid_hit"][k] / count[1 + k]
+        return {prefix + name: x.item() for name, x in named.items()}
+
+    @torch.no_grad()
+    def evaluate(self, generate: bool) -> dict[str, float]:
+        """Validation losses and, with ``generate``, tokens per base forward in assisted generation."""
+        cfg, measured = self.cfg, {}
+        if self.val_loader is None:
+            return measured
+        self.model.eval()
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(self.val_loader):
+            if i == cfg.eval.batches:
+                break
+            inputs, targets, _ = self.prepare(batch)
+            add(sums, self.model(**inputs, targets=targets.to(self.device)).stats)
+        measured |= self.metrics(sums, prefix="val/")
+        if generate and cfg.eval.prompts > 0:
+            prompts = validation_prompts(cfg, self.tokenizer, cfg.eval.prompts)
+            accepted = accepted_length(
+                self.model.base, self.model.drafter, self.tokenizer, prompts, cfg.drafter.num_steps,
+                cfg.eval.max_new_tokens,
+            )  # fmt: skip
+            measured["val/tokens_per_forward"] = accepted["tokens_per_forward"]
+        parallelize.reshard(self.model)
+        self.model.train()
+        return measured
+
+    def save(self, measured: dict[str, float], block: bool) -> None:
+        """A checkpoint of the current step."""
+        state = {"step": self.step, "before": self.before, "data": loader_position(self.loader)}
+        self.checkpointer.save(
+            self.step, self.model, self.optimizer, state, config=self.cfg, metrics=measured, block=block
+        )
+
+    def export(self, folder: Path) -> None:
+        """Both models as Hugging Face folders."""
+        self.model.save_pretrained(
+            folder, tokenizer=self.tokenizer, max_shard_size=self.cfg.model.export.max_shard_size
+        )
+
+    def close(self) -> None:
+        """Finish what is still being written."""
+        self.checkpointer.close()
+        self.tracker.close()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens at this one."""
+    return every > 0 and step % every == 0
+
+
+def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    """Add the sums of another micro-batch."""
+    for name, x in more.items():
+        sums[name] = sums[name] + x if name in sums else x
