@@ -24,8 +24,8 @@ What a launcher has to know:
 - torchrun never returns a worker's exit code. It exits with 1: after ``SignalException`` if it got the signal itself,
   after ``ChildFailedError`` (whose ``failures[rank].exitcode`` is 85) if a worker did. A launcher that needs the
   difference calls ``torch.distributed.launcher.api.elastic_launch`` and catches the two, or starts the ranks itself.
-- torchrun signals the worker's whole process group, data loader workers included. Those have to stay until the step
-  is done: give the loader ``worker_init_fn=ignore_signals``.
+- torchrun signals a worker's whole process group. Data loader processes have to live until the step is done:
+  :func:`leave_process_group`.
 """
 
 import os
@@ -43,10 +43,12 @@ OVERRUN = 86
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-def ignore_signals(_worker_id: int = 0) -> None:
-    """For ``DataLoader(worker_init_fn=…)``: a loader process lives as long as its rank, whoever is signalled."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def leave_process_group(_worker_id: int = 0) -> None:
+    """For ``DataLoader(worker_init_fn=…)``: signals to a rank's process group don't reach the loader's processes.
+
+    Its own rank still can end them, and they notice within seconds when it is gone.
+    """
+    os.setpgid(0, 0)
 
 
 class Preemption:

@@ -19,6 +19,7 @@ from joint_train.data.cache import tokenised
 from joint_train.data.errors import DataError
 from joint_train.data.rows import Cursor, RowSequence, cut
 from joint_train.data.sources import FORMATS, source_name
+from joint_train.preemption import leave_process_group
 
 UNPACKED_MULTIPLE = 64
 POSITION = "position"
@@ -52,6 +53,7 @@ class BatchLoader(StatefulDataLoader):
                 timeout=timeout if num_workers else 0,
                 pin_memory=pin_memory,
                 collate_fn=_identity,
+                worker_init_fn=leave_process_group,
             )
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
