@@ -231,7 +231,7 @@ def test_tool_calls_of_an_earlier_exchange():
     spans = trained("gemma4", {"messages": TOOL_USE + LATER, "tools": TOOLS})
     call = '<|tool_call>call:weather{city:<|"|>Rome<|"|>}<tool_call|><|tool_response>'
     assert spans == [call, "It is sunny.<turn|>", "welcome<turn|>"], "without the thinking, as it is rendered then"
-    # Qwen 3 writes an empty <think> block wherever a conversation stops: the call's end can't be told by stopping there.
+    # Qwen 3 writes an empty <think> block wherever a conversation stops: that hides the call's end.
     with pytest.raises(DataError, match="message 2: .* 'tiny' renders it so that"):
         encode({"messages": TOOL_USE + LATER, "tools": TOOLS}, PAIRS["qwen3"][1])
 

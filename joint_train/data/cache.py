@@ -27,7 +27,9 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from omegaconf import OmegaConf
 
+from joint_train.config import SourceConfig
 from joint_train.data import sources, template
 from joint_train.data.errors import DataError
 
@@ -264,7 +266,9 @@ class Tokenise(torch.utils.data.Dataset):
     """What a worker does: lists of records in, chunks out."""
 
     def __init__(self, source, on_error: str, tokenizer):
-        self.source, self.on_error, self.tokenizer = source, on_error, tokenizer
+        # Reading a key of a DictConfig takes as long as parsing a short line.
+        self.source = SourceConfig(**OmegaConf.to_container(source))
+        self.on_error, self.tokenizer = on_error, tokenizer
 
     def __getitem__(self, records: list[sources.Record]) -> Chunk:
         encoded, files, errors = [], [], []
@@ -303,6 +307,8 @@ def encode_record(record: sources.Record, source, tokenizer) -> tuple[np.ndarray
         return template.encode(example, tokenizer)
     except DataError as error:
         raise DataError(f"{record.file}:{record.line}: {error}") from None
+    except Exception as error:  # whatever a template or a tokenizer makes of odd values deep inside an example
+        raise DataError(f"{record.file}:{record.line}: {type(error).__name__}: {error}") from error
 
 
 def _chunks(source, data, tokenizer, num_workers: int) -> Iterator[Chunk]:
