@@ -15,7 +15,7 @@ How a run is stopped so that its save is not cut off:
    agent that never had the signal sees that code.
 
 Either way this process leaves ``STATE_DIR/preempted`` and exits with 0, so that ``srun --kill-on-bad-exit`` does not
-kill the other nodes while they still save. The job script finds the file and puts the job back in the queue.
+end the other nodes while they still save. The job script finds the file and puts the job back in the queue.
 ``torchrun`` is run with ``--max-restarts=0``: its own restarts would count a preempted worker as a crash and start it
 again. The job script restarts a crashed run as a new job step: a fresh rendezvous on nodes that Slurm has cleaned.
 
@@ -71,6 +71,10 @@ def main(state: Path, arguments: list[str]) -> int:
         # first: let the others write their report.
         time.sleep(REPORT_SECONDS)
         return 1
+    except Exception:
+        # The host of the rendezvous was preempted first, and its store went with it.
+        if not (state / "preempted").exists():
+            raise
     return 0
 
 

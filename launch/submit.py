@@ -15,6 +15,7 @@ uncommitted changes, package versions) and the log.
 import dataclasses
 import importlib.metadata
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -116,10 +117,18 @@ def expand(overrides: list[str], multirun: bool) -> list[list[str]]:
     """The overrides of each run: one, or with ``multirun`` the product of all comma-separated values."""
     if not multirun:
         return [overrides]
+    # Hydra's own sweeper, without starting its application: the product, ranges and choices as everywhere else.
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     [runs] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), max_batch_size=None)
     return runs
+
+
+def hydra_text(text: str) -> str:
+    """A string as a value of an override, quoted where Hydra's grammar would read it otherwise."""
+    if re.fullmatch(r"[\w./-]+", text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def plan_runs(options: Options, overrides: list[str], multirun: bool) -> list[Run]:
@@ -128,15 +137,19 @@ def plan_runs(options: Options, overrides: list[str], multirun: bool) -> list[Ru
     Raises:
         SubmitError: with the configuration's own message, and the run's overrides in a sweep.
     """
+    world_size = options.nodes * options.ranks
+    try:
+        candidates = expand(overrides, multirun)
+    except HydraException as error:
+        raise SubmitError(str(error)) from error
     runs = []
-    for number, run_overrides in enumerate(expand(overrides, multirun)):
+    for number, run_overrides in enumerate(candidates):
         try:
-            cfg = config.load(run_overrides, world_size=options.nodes * options.ranks)
-            # The job starts in the folder it was submitted from, but a requeued one is looked for by its full path.
+            cfg = config.load(run_overrides, world_size)
             directory = Path(cfg.output_dir).resolve() / (str(number) if multirun else "")
             run_overrides = [text for text in run_overrides if not text.startswith("output_dir=")]
-            run_overrides.append(f"output_dir={directory}")
-            cfg = config.load(run_overrides, world_size=options.nodes * options.ranks)
+            run_overrides.append(f"output_dir={hydra_text(str(directory))}")
+            cfg = config.load(run_overrides, world_size)
         except (config.ConfigError, HydraException, OmegaConfBaseException) as error:
             where = f"run {number} ({' '.join(run_overrides)}): " if multirun else ""
             raise SubmitError(f"{where}{error}") from error
@@ -264,7 +277,7 @@ def main(arguments: list[str]) -> int:
     job = result.stdout.strip().split(";")[0]
     log = output_dir / (f"*/slurm/{job}_*.log" if multirun else f"slurm/{job}.log")
     print(f"job {job}: {len(runs)} x {options.nodes} node(s) x {options.ranks} rank(s)")
-    print(f"  follow  tail -F {log}")
+    print(f"  follow  tail -F {log if multirun else shlex.quote(str(log))}")
     print(f"  state   squeue -j {job}")
     print(f"  result  {Path(options.python).name} -m launch.summary {output_dir}")
     print(f"  stop    scancel {job}")

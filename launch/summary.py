@@ -1,0 +1,112 @@
+"""A table over runs: how far each is, and its newest metrics.
+
+    python -m launch.summary DIR [--sort METRIC] [--metrics NAME,NAME,…]
+
+A run is any folder in DIR (or DIR itself) with a metrics.jsonl, or one that was submitted and has not begun. The
+settings in which the runs differ have a column each.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+METRICS = (
+    "base_loss",
+    "drafter_loss",
+    "val/base_loss",
+    "val/drafter_loss",
+    "val/tokens_per_forward",
+    "tokens_per_second",
+)
+NOT_SETTINGS = ("output_dir", "resume", "tracking.name")
+
+
+def read_metrics(file: Path) -> dict[str, float]:
+    """The newest value of each metric, from the run's whole history; empty if there is none.
+
+    A last line that is still being written is left out. Raises ValueError naming file and line for any other bad line.
+    """
+    newest: dict[str, float] = {}
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            newest |= json.loads(line)
+        except json.JSONDecodeError as error:
+            if number < len(lines) or line.endswith("\n"):
+                raise ValueError(f"{file}, line {number}: not JSON ({error})") from error
+    return newest
+
+
+def read_settings(run: Path) -> dict[str, object]:
+    """The run's configuration, flat, by dotted key; as it ran or else as it was submitted."""
+    for file in (run / "config.yaml", run / "slurm" / "config.yaml"):
+        if file.exists():
+            return flatten(OmegaConf.to_container(OmegaConf.load(file), resolve=False))
+    return {}
+
+
+def flatten(value: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(value, dict) or not value:
+        return {prefix.rstrip("."): value}
+    return {key: leaf for name, child in value.items() for key, leaf in flatten(child, f"{prefix}{name}.").items()}
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The folder itself if it is a run, else the runs in it, numbered ones in the order of their numbers."""
+    if (folder / "metrics.jsonl").exists():
+        return [folder]
+    found = [
+        path for path in folder.iterdir() if (path / "metrics.jsonl").exists() or (path / "slurm/config.yaml").exists()
+    ]
+    return sorted(found, key=lambda path: (int(path.name) if path.name.isdigit() else -1, path.name))
+
+
+def summarize(folder: Path, metrics: tuple[str, ...] = METRICS, sort: str | None = None) -> Table:
+    """The table; runs without the metric that is sorted by come last.
+
+    Raises:
+        FileNotFoundError: when there is no run.
+    """
+    runs = find_runs(folder)
+    if not runs:
+        raise FileNotFoundError(f"no run in {folder}: neither it nor a folder in it has a metrics.jsonl")
+    settings = {run: read_settings(run) for run in runs}
+    newest = {run: read_metrics(run / "metrics.jsonl") for run in runs}
+    keys = sorted({key for run in runs for key in settings[run]} - set(NOT_SETTINGS))
+    differing = [key for key in keys if len({str(settings[run].get(key)) for run in runs}) > 1]
+    shown = [name for name in metrics if any(name in newest[run] for run in runs)]
+    if sort is not None:
+        runs.sort(key=lambda run: newest[run].get(sort, float("inf")))
+
+    table = Table(title=str(folder), title_justify="left")
+    table.add_column("run")
+    for key in differing:
+        table.add_column(key)
+    for name in ("step", *shown):
+        table.add_column(name, justify="right")
+    for run in runs:
+        step = newest[run].get("step")
+        of = settings[run].get("max_steps", "?")
+        row = [str(run.relative_to(folder)) if run != folder else run.name]
+        row += [str(settings[run].get(key)) for key in differing]
+        row.append("not begun" if step is None else f"{step:.0f} of {of}")
+        row += [f"{newest[run][name]:.4g}" if name in newest[run] else "" for name in shown]
+        table.add_row(*row)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--sort", help="metric, lowest first")
+    parser.add_argument("--metrics", default=",".join(METRICS), help="columns, separated by commas")
+    arguments = parser.parse_args()
+    Console().print(summarize(arguments.folder, tuple(arguments.metrics.split(",")), arguments.sort))
+
+
+if __name__ == "__main__":
+    main()
