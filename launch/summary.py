@@ -8,6 +8,7 @@ settings in which the runs differ have a column each.
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -25,12 +26,12 @@ METRICS = (
 NOT_SETTINGS = ("output_dir", "resume", "tracking.name")
 
 
-def read_metrics(file: Path) -> dict[str, float]:
+def read_metrics(file: Path) -> dict[str, float | None]:
     """The newest value of each metric, from the run's whole history; empty if there is none.
 
     A last line that is still being written is left out. Raises ValueError naming file and line for any other bad line.
     """
-    newest: dict[str, float] = {}
+    newest: dict[str, float | None] = {}
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     for number, line in enumerate(lines, 1):
         try:
@@ -53,6 +54,10 @@ def flatten(value: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(value, dict) or not value:
         return {prefix.rstrip("."): value}
     return {key: leaf for name, child in value.items() for key, leaf in flatten(child, f"{prefix}{name}.").items()}
+
+
+def number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -80,7 +85,7 @@ def summarize(folder: Path, metrics: tuple[str, ...] = METRICS, sort: str | None
     differing = [key for key in keys if len({str(settings[run].get(key)) for run in runs}) > 1]
     shown = [name for name in metrics if any(name in newest[run] for run in runs)]
     if sort is not None:
-        runs.sort(key=lambda run: newest[run].get(sort, float("inf")))
+        runs.sort(key=lambda run: newest[run].get(sort) if newest[run].get(sort) is not None else math.inf)
 
     table = Table(title=str(folder), title_justify="left")
     table.add_column("run")
@@ -94,7 +99,7 @@ def summarize(folder: Path, metrics: tuple[str, ...] = METRICS, sort: str | None
         row = [str(run.relative_to(folder)) if run != folder else run.name]
         row += [str(settings[run].get(key)) for key in differing]
         row.append("not begun" if step is None else f"{step:.0f} of {of}")
-        row += [f"{newest[run][name]:.4g}" if name in newest[run] else "" for name in shown]
+        row += [number(newest[run][name]) if name in newest[run] else "" for name in shown]
         table.add_row(*row)
     return table
 

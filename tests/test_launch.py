@@ -144,7 +144,7 @@ def test_the_first_failure_is_the_one_that_others_followed(tmp_path):
 
 def test_summary(tmp_path):
     for name, lr, lines in [
-        ("0", 1e-5, [{"step": 1, "base_loss": 3.0}, {"step": 2, "base_loss": 2.0, "val/base_loss": 2.5}]),
+        ("0", 1e-5, [{"step": 1, "base_loss": 3.0}, {"step": 2, "base_loss": 2.0, "val/base_loss": None}]),
         ("1", 3e-5, [{"step": 1, "base_loss": 2.5}, {"step": 2, "base_loss": 1.5}]),
         ("10", 3e-5, None),
     ]:
@@ -161,7 +161,7 @@ def test_summary(tmp_path):
         "optim.lr": ["3e-05", "1e-05", "3e-05"],
         "step": ["2 of 9", "2 of 9", "not begun"],
         "base_loss": ["1.5", "2", ""],
-        "val/base_loss": ["", "2.5", ""],
+        "val/base_loss": ["", "not finite", ""],
     }
     (tmp_path / "0" / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
     with pytest.raises(ValueError, match="metrics.jsonl, line 2"):
