@@ -238,7 +238,7 @@ def load_pair(cfg: DictConfig, mesh: DeviceMesh | None, device: torch.device | s
         WeightsError: for weights that don't fit.
     """
     from joint_train.model import Gemma4WithDrafter  # its from_pretrained uses this module
-    from joint_train.parallelize import DTYPES, freeze, parallelize
+    from joint_train.parallelize import DTYPES, parallelize, prepare
 
     m = cfg.model
     base_dir = resolve(m.base, m.revision, m.cache_dir)
@@ -258,7 +258,7 @@ def load_pair(cfg: DictConfig, mesh: DeviceMesh | None, device: torch.device | s
         loss=cfg.loss,
     )
     model.sources = (base_dir, drafter_dir)
-    freeze(model, cfg.freeze)
+    prepare(model, cfg)
     if mesh is not None:
         parallelize(model, mesh, cfg)
     materialize(model.base, base_dir, device)
@@ -296,17 +296,19 @@ def build_meta(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation
 def materialize(model: PreTrainedModel, folder: str | os.PathLike, device: torch.device | str) -> None:
     """Fill a model of :func:`build_meta` from a folder's safetensors, on `device`.
 
-    Of a sharded parameter only this rank's slice is read, in pieces of at most 64 MiB; what isn't sharded is read whole
-    by every rank. There is no communication, so an error on one rank leaves none waiting here.
+    A model that is on a device already keeps its tensors, and only their values change. Of a sharded parameter only
+    this rank's slice is read, in pieces of at most 64 MiB; what isn't sharded is read whole by every rank. There is no
+    communication, so an error on one rank leaves none waiting here.
 
     Raises:
         WeightsError: before anything is allocated.
     """
     stored = stored_tensors(folder)
     names = match(model, stored, folder)
-    model.to_empty(device=device)
-    model.tie_weights(recompute_mapping=False)  # to_empty gave each of them a tensor of its own
-    _fill_computed_buffers(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device)
+        model.tie_weights(recompute_mapping=False)  # to_empty gave each of them a tensor of its own
+        _fill_computed_buffers(model)
 
     tensors = model.state_dict(keep_vars=True)
     filled = set()

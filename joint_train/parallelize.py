@@ -1,4 +1,4 @@
-"""FSDP2, activation checkpointing and compilation of the pair.
+"""Freezing, activation checkpointing, compilation and FSDP2 of the pair.
 
 Units of the base: each decoder layer; the per-layer embedding table; the root with the rest (the embedding and the head
 tied to it, the final norm, the towers). Units of the drafter: one, the whole of it.
@@ -14,7 +14,10 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_liger_kernel_available
 
+from joint_train.config import ConfigError
 from joint_train.mesh import fsdp_mesh
 from joint_train.model import Gemma4WithDrafter
 
@@ -46,15 +49,21 @@ def freeze(model: Gemma4WithDrafter, cfg: DictConfig) -> None:
             per_layer.requires_grad_(False)
 
 
-def parallelize(model: Gemma4WithDrafter, mesh: DeviceMesh, cfg: DictConfig) -> None:
-    """Checkpoint, compile and shard the pair in place; works on the meta device.
+def prepare(model: Gemma4WithDrafter, cfg: DictConfig) -> None:
+    """What comes before sharding, and is there without it: freezing, kernels, checkpointing, compilation.
 
-    Args:
-        model: the pair, with what is frozen already frozen.
-        mesh: from :func:`joint_train.mesh.init_mesh`.
-        cfg: the whole configuration.
+    Raises:
+        ConfigError: for liger's kernels without its package.
     """
+    freeze(model, cfg.freeze)
     text = text_model(model.base)
+    if cfg.model.use_liger_kernel:
+        if not is_liger_kernel_available():
+            raise ConfigError("model.use_liger_kernel=true needs the liger-kernel package: pip install liger-kernel")
+        kernels = {"rms_norm": True, "geglu": True}
+        others = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+        for layers in (text, model.drafter.model):
+            apply_liger_kernel(layers, kernels | others)
     if cfg.activation_checkpointing.base != "none":
         every = cfg.activation_checkpointing.every_n if cfg.activation_checkpointing.base == "every_n" else 1
         text.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
@@ -62,6 +71,16 @@ def parallelize(model: Gemma4WithDrafter, mesh: DeviceMesh, cfg: DictConfig) -> 
         for layer in (*text.layers, *model.drafter.model.layers):
             layer.compile()
 
+
+def parallelize(model: Gemma4WithDrafter, mesh: DeviceMesh, cfg: DictConfig) -> None:
+    """Shard the pair in place; works on the meta device.
+
+    Args:
+        model: the pair after :func:`prepare`.
+        mesh: from :func:`joint_train.mesh.init_mesh`.
+        cfg: the whole configuration.
+    """
+    text = text_model(model.base)
     params, compute = DTYPES[cfg.precision.params], compute_dtype(cfg.precision, mesh.device_type)
     options = {
         "mesh": fsdp_mesh(mesh),

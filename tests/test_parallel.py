@@ -12,7 +12,7 @@ from joint_train.config import Config, ConfigError
 from joint_train.loss import joint_targets
 from joint_train.mesh import data_rank, init_mesh, mesh_shape
 from joint_train.model import Gemma4WithDrafter
-from joint_train.parallelize import freeze, parallelize, set_last_micro_batch
+from joint_train.parallelize import parallelize, prepare, set_last_micro_batch
 
 ROWS, LENGTH, K = 8, 20, 3
 
@@ -52,7 +52,7 @@ def build(shape: str, cfg) -> Gemma4WithDrafter:
         freeze_base_for_drafter=cfg.freeze.base,
         loss=cfg.loss,
     )
-    freeze(model, cfg.freeze)
+    prepare(model, cfg)
     return model.train()
 
 
@@ -99,7 +99,8 @@ def sharded_step(rank: int, shape: str, options: dict, accumulate: int):
 
 
 def compare(shape, options, world_size, accumulate):
-    cfg = config(**{name: x for name, x in options.items() if not name.startswith("parallel")})
+    whole = {"activation_checkpointing__base": "none"}
+    cfg = config(**{name: x for name, x in options.items() if not name.startswith("parallel")} | whole)
     model = build(shape, cfg)
     loss = step(model, [batch()], all_counts(batch()))
     expected = gradients(model)
