@@ -1,0 +1,225 @@
+"""Decoding with transformers' own generation, plain and assisted, and counting what it does.
+
+Everything is counted from outside: a hook sees each forward of the base and how many tokens it is given, a streamer
+sees the tokens that each of them settles. ``tokens_per_forward`` leaves the prompt's own forward out, which settles one
+token with any drafter: it is the mean number of tokens of a verification, 1 without a drafter and at most K + 1.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer
+
+from joint_train.evaluate.prompts import Prompt
+
+
+@dataclass
+class Decoded:
+    """One prompt decoded.
+
+    Attributes:
+        ids: the new tokens, with the end token if there is one.
+        drafted: for each verification (each base forward after the prompt's), the number of drafts it was given.
+        settled: for each verification, the tokens it settled: the accepted drafts and one of the base's own.
+        ended: whether it ended with an end token, rather than with its budget.
+        seconds: of the whole generation, the prompt's forward included.
+    """
+
+    ids: list[int]
+    drafted: list[int] = field(default_factory=list)
+    settled: list[int] = field(default_factory=list)
+    ended: bool = False
+    seconds: float = 0.0
+
+
+class SettledTokens(BaseStreamer):
+    """Records how many tokens each step of a generation settles; the first record is the prompt."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        self.counts.append(value.numel())
+
+    def end(self) -> None:
+        pass
+
+
+def decode(
+    base: PreTrainedModel,
+    drafter: PreTrainedModel | None,
+    prompt_ids: Sequence[int],
+    num_steps: int,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    ignore_eos: bool = False,
+) -> Decoded:
+    """Decode one prompt.
+
+    Args:
+        drafter: ``None`` for plain decoding.
+        num_steps: K, drafts for a verification.
+        temperature: 0 for greedy decoding; else of sampling from the base's whole distribution.
+        ignore_eos: go on to ``max_new_tokens``.
+    """
+    device = base.get_input_embeddings().weight.device
+    ids = torch.tensor([list(prompt_ids)], device=device)
+    ends = [] if ignore_eos else end_tokens(base)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        eos_token_id=ends or None,
+        pad_token_id=base.config.get_text_config().pad_token_id,
+    )
+    if temperature > 0:
+        config.temperature, config.top_k, config.top_p = temperature, 0, 1.0
+    lengths: list[int] = []
+    streamer = SettledTokens()
+    assisted = {}
+    with contextlib.ExitStack() as stack:
+        if drafter is not None:
+            stack.enter_context(num_assistant_tokens(drafter, num_steps))
+            assisted["assistant_model"] = drafter
+        hook = base.register_forward_pre_hook(
+            lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        stack.callback(hook.remove)
+        stack.enter_context(own_generation_config(base, config))
+        synchronize(device)
+        started = time.perf_counter()
+        out = base.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, synced_gpus=False, **assisted)
+        synchronize(device)
+        seconds = time.perf_counter() - started
+    new = out[0, ids.shape[1] :].tolist()
+    return Decoded(
+        ids=new,
+        drafted=[length - 1 for length in lengths[1:]],
+        settled=streamer.counts[2:],
+        ended=bool(new) and new[-1] in ends,
+        seconds=seconds,
+    )
+
+
+def end_tokens(base: PreTrainedModel) -> list[int]:
+    """The tokens that end a text, by the base's generation configuration."""
+    ends = base.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+@contextlib.contextmanager
+def num_assistant_tokens(drafter: PreTrainedModel, count: int) -> Iterator[None]:
+    """Let the drafter propose ``count`` tokens at a time."""
+    before = drafter.generation_config.num_assistant_tokens
+    drafter.generation_config.num_assistant_tokens = count
+    try:
+        yield
+    finally:
+        drafter.generation_config.num_assistant_tokens = before
+
+
+@contextlib.contextmanager
+def own_generation_config(base: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Replace the base's generation configuration: what isn't set in one that is only passed is filled in from it."""
+    before, base.generation_config = base.generation_config, config
+    try:
+        yield
+    finally:
+        base.generation_config = before
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's work, so that a clock read next to it means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def tokens_per_forward(decoded: Sequence[Decoded]) -> float:
+    """Mean number of tokens that a verification settles, over all of them; NaN if there was none."""
+    verifications = sum(len(d.settled) for d in decoded)
+    return sum(sum(d.settled) for d in decoded) / verifications if verifications else float("nan")
+
+
+def acceptance_by_position(decoded: Sequence[Decoded], num_steps: int) -> list[dict[str, int]]:
+    """For each draft position 0 … K-1: how often it was drafted, was reached, and was accepted.
+
+    A position is reached when all drafts before it were accepted. A verification that an end token cut short doesn't
+    say what became of the drafts after it, and isn't counted.
+    """
+    steps = [
+        (drafts, settled - 1)
+        for d in decoded
+        for drafts, settled in list(zip(d.drafted, d.settled, strict=True))[: -1 if d.ended else None]
+    ]
+    return [
+        {
+            "drafted": sum(drafts > k for drafts, _ in steps),
+            "reached": sum(drafts > k and accepted >= k for drafts, accepted in steps),
+            "accepted": sum(accepted > k for _, accepted in steps),
+        }
+        for k in range(num_steps)
+    ]
+
+
+@torch.no_grad()
+def accepted_length(
+    base: PreTrainedModel,
+    drafter: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    num_steps: int,
+    max_new_tokens: int,
+) -> dict[str, object]:
+    """Tokens per base forward in greedy assisted generation, with models that may be sharded.
+
+    Under a process group every rank calls it with the same prompts, and all decode them in lockstep: each forward is
+    then a collective that all ranks enter, and no rank ever holds a whole model. Rank 0's logits are everybody's, so
+    that ranks can't part ways over a rounding error.
+
+    Args:
+        base, drafter: plain modules or FSDP2 roots (the base's root must stay gathered after its forward).
+        num_steps: K, drafts for a verification.
+
+    Returns:
+        ``tokens_per_forward``; ``accepted_{k}``: share of verifications whose draft k was accepted, with all before it;
+        ``examples``: dictionaries of prompt, text and tokens per forward, for a table.
+    """
+    training = {model: model.training for model in (base, drafter)}
+    hooks = []
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        hooks = [model.register_forward_hook(share_logits) for model in (base, drafter)]
+    try:
+        for model in training:
+            model.eval()
+        decoded = [decode(base, drafter, prompt.ids, num_steps, max_new_tokens) for prompt in prompts]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for model, mode in training.items():
+            model.train(mode)
+    shares = acceptance_by_position(decoded, num_steps)
+    return {
+        "tokens_per_forward": tokens_per_forward(decoded),
+        **{f"accepted_{k}": p["accepted"] / max(1, p["drafted"]) for k, p in enumerate(shares)},
+        "examples": [
+            {
+                "prompt": prompt.text,
+                "text": tokenizer.decode(d.ids, skip_special_tokens=True),
+                "tokens_per_forward": round(tokens_per_forward([d]), 3),
+            }
+            for prompt, d in zip(prompts, decoded, strict=True)
+        ],
+    }
+
+
+def share_logits(module: torch.nn.Module, args: tuple, output):
+    """A forward hook: everybody goes on with rank 0's logits."""
+    output.logits = output.logits.contiguous()
+    dist.broadcast(output.logits, src=0)
+    return output

@@ -1,0 +1,87 @@
+"""Prompts to measure on: a run's validation data, the general set of this package, or anybody's chat JSONL."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerBase
+
+from joint_train.config import SourceConfig
+from joint_train.data.sources import parse, read_records, source_name
+
+GENERAL = "general"
+TEXT_PROMPT_TOKENS = 64  # of an example that is plain text: its beginning is the prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its tokens, the text for people, and the group it is reported in."""
+
+    ids: list[int]
+    text: str
+    category: str
+
+
+def validation_prompts(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
+    """The first prompts of a run's validation sources, taken from each in turn; the same on every rank."""
+    streams = [source_prompts(source, tokenizer, cfg.data.max_line_bytes) for source in cfg.data.val]
+    prompts: list[Prompt] = []
+    while streams and len(prompts) < count:
+        stream = streams.pop(0)
+        if (prompt := next(stream, None)) is not None:
+            prompts.append(prompt)
+            streams.append(stream)
+    return prompts
+
+
+def load_prompts(name: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Prompt]:
+    """Prompts of a set: ``general``, or a JSONL file in any format that training data has.
+
+    Raises:
+        joint_train.data.DataError: if the file isn't there or one of its lines is bad.
+        ValueError: if there are none.
+    """
+    file = resources.files(__package__) / "prompts.jsonl" if name == GENERAL else Path(name)
+    source = OmegaConf.structured(SourceConfig(path=str(file), name=name if name == GENERAL else None))
+    prompts = list(islice(source_prompts(source, tokenizer), limit))
+    if not prompts:
+        raise ValueError(f"no prompts in {name}")
+    return prompts
+
+
+def source_prompts(
+    source: DictConfig, tokenizer: PreTrainedTokenizerBase, max_line_bytes: int = 1 << 24
+) -> Iterator[Prompt]:
+    """Yield the prompts of a data source: a chat up to its last assistant turn, or the beginning of a text.
+
+    A record's ``category`` is its group in the report; the source's name otherwise.
+    """
+    for record in read_records(source, max_line_bytes):
+        example = parse(record, source)
+        fields = json.loads(record.data) if isinstance(record.data, bytes) else record.data
+        category = str(fields.get("category", source_name(source)))
+        if "messages" not in example:
+            ids = tokenizer(example["text"])["input_ids"][:TEXT_PROMPT_TOKENS]
+            yield Prompt(ids, tokenizer.decode(ids, skip_special_tokens=True), category)
+            continue
+        messages = example["messages"]
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            continue
+        options = {"tools": example.get("tools"), **example.get("chat_template_kwargs", {})}
+        if tokenizer.chat_template:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+            ids = ids["input_ids"]
+        else:  # a base model that was never taught turns
+            ids = tokenizer(text_of(messages[-1]["content"]))["input_ids"]
+        yield Prompt(ids, text_of(messages[-1]["content"]), category)
+
+
+def text_of(content: str | list) -> str:
+    """A message's text, without its images and sounds."""
+    return content if isinstance(content, str) else " ".join(p["text"] for p in content if p.get("type") == "text")

@@ -1,0 +1,410 @@
+"""What a run reports: metrics.jsonl always, wandb and TensorBoard if wanted, and the console.
+
+Only rank 0 writes. Nothing here may end a run: a tracker that fails is turned off with one warning. The exception is
+``metrics.jsonl``, which is the record that other tools rely on.
+"""
+
+import json
+import logging
+import math
+import netrc
+import os
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+log = logging.getLogger(__name__)
+
+METRICS = {
+    "step": "optimizer steps done",
+    "time": "seconds since 1970 when the line was written",
+    "base_loss": "cross-entropy of the base, mean over the step's targets on all ranks",
+    "base_accuracy": "share of targets that the base's most likely token hits",
+    "drafter_loss": "the drafter's loss (`loss.drafter`), mean over its rounds",
+    "drafter_loss_{k}": "that of round k, from 0",
+    "drafter_ce_{k}": "cross-entropy of round k with the text's token",
+    "agreement_{k}": "share of targets where round k's most likely token is the base's",
+    "acceptance_{k}": "probability that sampling accepts round k's token, sum over tokens of min(p, q)",
+    "accepted_length_expected": "1 + the expected number of drafts accepted in a row, teacher forced",
+    "centroid_hit_{k}": "share of targets whose centroid is among the top ones of round k (ordered embeddings)",
+    "grad_norm": "L2 norm of the gradients of both models together, before clipping",
+    "grad_norm_base": "that of the base alone",
+    "grad_norm_drafter": "that of the drafter alone",
+    "grad_norm_base_from_drafter": "of the base, from the drafter's loss alone (`tracking.diagnose_every`)",
+    "base_drift": "|W - W_start| / |W_start| over all of the base's weights (`tracking.diagnose_every`)",
+    "base_drift_kl": "KL of the base at the start from the base now, on a fixed batch (`tracking.diagnose_every`)",
+    "lr": "learning rate of the base",
+    "drafter_lr": "learning rate of the drafter",
+    "tokens_per_second": "tokens (without padding) of all ranks over the seconds of the step",
+    "tokens_per_second_per_gpu": "that over the number of ranks",
+    "seconds": "of the step on rank 0",
+    "data_wait": "seconds of it that rank 0 waited for its batches",
+    "mfu": "model FLOPs utilisation: FLOPs of the step over what the GPUs can do in its time",
+    "memory_peak_gb": "most memory allocated on a GPU so far, GiB",
+    "bad_steps": "steps skipped so far because their loss or gradient wasn't finite",
+    "loss_spike": "1 where the loss is far above its recent past",
+    "val/{metric}": "any of the losses above on the validation data",
+    "val/tokens_per_forward": "tokens per base forward in assisted generation on validation prompts",
+    "{source}/{metric}": "any of the losses above on one source's targets",
+}
+"""Every metric's meaning; ``{k}`` is a round, from 0."""
+
+CONSOLE_SECONDS = 10  # between lines in a log; a terminal is updated at every step
+CLOSE_SECONDS = 120  # for wandb's last upload: a dead network must not keep a finished run
+
+
+class Tracker:
+    """Where a run's metrics go.
+
+    Args:
+        cfg: the whole configuration.
+        rank: only rank 0 does anything.
+        step: the step that the run goes on from; 0 for a fresh one. Records after it, of a run that was cut short,
+            are moved out of the way.
+
+    Raises:
+        OSError: if ``output_dir`` can't be written.
+        ImportError: for ``tracking.tensorboard=true`` without the tensorboard package.
+    """
+
+    def __init__(self, cfg: DictConfig, rank: int, step: int = 0) -> None:
+        self.sinks: list[Any] = []
+        if rank != 0:
+            return
+        output_dir = Path(cfg.output_dir).absolute()
+        output_dir.mkdir(parents=True, exist_ok=True)
+        values = OmegaConf.to_container(cfg, resolve=True)
+        replace(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(values)))
+        self.sinks = [JsonLines(output_dir / "metrics.jsonl", step), ConsoleLines(cfg, step)]
+        if cfg.tracking.tensorboard:
+            self.sinks.append(Guarded("TensorBoard", TensorBoard(output_dir / "tensorboard", step)))
+        if cfg.tracking.wandb != "disabled":
+            self.sinks.append(Guarded("wandb", Wandb(cfg.tracking, output_dir, values, step)))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record a step's metrics (see ``METRICS``): once for each step, in order."""
+        for sink in self.sinks:
+            sink.log(step, metrics)
+
+    def examples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Show generated texts: dictionaries with the same keys, one for each prompt."""
+        for sink in self.sinks:
+            if rows and hasattr(sink, "examples"):
+                sink.examples(step, rows)
+
+    def finish(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+        """Say what the run achieved: validation metrics before and after it, and where the models are."""
+        for sink in self.sinks:
+            if hasattr(sink, "finish"):
+                sink.finish(before, after)
+
+    def close(self) -> None:
+        """Finish what is still being written. Does nothing the second time."""
+        for sink in self.sinks:
+            sink.close()
+        self.sinks = []
+
+
+class JsonLines:
+    """``metrics.jsonl``: one JSON object a step, append-only, every step once.
+
+    Records after ``step`` belong to steps that are about to be run again, and a crash may have torn the last line. They
+    are moved to ``metrics.dropped.jsonl``, so that nothing measured is lost. A fresh run (step 0) moves all of them.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept, dropped = {}, []
+        for line in lines:
+            done = recorded_step(line)
+            if step > 0 and 0 <= done <= step and done not in kept:
+                kept[done] = line
+            else:
+                dropped.append(line)
+        if dropped:
+            with open(path.with_suffix(".dropped.jsonl"), "a", encoding="utf-8") as file:
+                file.write("".join(line + "\n" for line in dropped))
+            replace(path, "".join(line + "\n" for line in kept.values()))
+        self.file = open(path, "a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        record = {"step": step, "time": round(time.time(), 3)} | {k: plain(v) for k, v in metrics.items()}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def recorded_step(line: str) -> int:
+    """The step of a line of ``metrics.jsonl``, or -1 if the line isn't whole."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
+def plain(value: float) -> float | None:
+    """A number that JSON has: infinities and NaN become null."""
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all, also through a crash of the machine."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Guarded:
+    """A tracker whose first failure turns it off, with a warning, and never ends the run."""
+
+    def __init__(self, name: str, sink: Any) -> None:
+        self.name, self.sink = name, sink
+
+    def __getattr__(self, method: str) -> Callable[..., None]:
+        if self.sink is not None and not hasattr(self.sink, method):
+            raise AttributeError(method)
+        return lambda *args: self.call(method, *args)
+
+    def call(self, method: str, *args: Any) -> None:
+        if self.sink is None:
+            return
+        try:
+            getattr(self.sink, method)(*args)
+        except Exception as error:  # whatever it is, the run is worth more
+            self.sink = None
+            log.warning("%s failed and is off for the rest of the run: %s: %s", self.name, type(error).__name__, error)
+
+
+class Wandb:
+    """A wandb run; the same one after a restart, by the id kept in ``OUTPUT_DIR/wandb/run_id``.
+
+    Starts with the first metrics, so that a failure to start is a failure like any other.
+    """
+
+    def __init__(self, cfg: DictConfig, output_dir: Path, config: dict[str, Any], step: int) -> None:
+        self.cfg, self.output_dir, self.config, self.step = cfg, output_dir, config, step
+        self.run: Any = None
+
+    def start(self) -> Any:
+        """The run, started at the first call."""
+        if self.run is None:
+            import wandb  # takes a second: not for those who have it off
+
+            file = self.output_dir / "wandb" / "run_id"
+            resumed = self.step > 0 and file.exists()
+            run_id = file.read_text().strip() if resumed else uuid.uuid4().hex[:8]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace(file, run_id + "\n")
+            self.run = wandb.init(
+                project=self.cfg.project,
+                name=self.cfg.name or self.output_dir.name,
+                id=run_id,
+                resume="allow",
+                mode=wandb_mode(self.cfg.wandb),
+                dir=str(self.output_dir),
+                config=self.config | {"versions": code_version()},
+                settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+            )
+            # Steps go back after a restart, which wandb's own counter can't.
+            self.run.define_metric("step")
+            self.run.define_metric("*", step_metric="step")
+        return self.run
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.start().log({"step": step, **metrics})
+
+    def examples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        import wandb
+
+        run = self.start()
+        run.log({"step": step, "examples": wandb.Table(list(rows[0]), [list(row.values()) for row in rows])})
+
+    def close(self) -> None:
+        if self.run is not None:
+            finish = threading.Thread(target=self.run.finish, daemon=True)
+            finish.start()
+            finish.join(CLOSE_SECONDS)
+            if finish.is_alive():
+                log.warning("wandb didn't finish in %d s; `wandb sync` its folder later", CLOSE_SECONDS)
+
+
+def wandb_mode(mode: str) -> str:
+    """``tracking.wandb`` without ``auto``: ``WANDB_MODE`` if set, else online where there is a key, else offline."""
+    if mode != "auto":
+        return mode
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
+    try:
+        return "online" if netrc.netrc().authenticators(host) else "offline"
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
+
+
+class TensorBoard:
+    """TensorBoard event files; those after ``step`` are hidden by a resumed run."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("tracking.tensorboard=true needs the tensorboard package: pip install tensorboard") from (
+                error
+            )
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def examples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        for i, row in enumerate(rows):
+            text = "\n\n".join(f"**{name}**\n\n{value}" for name, value in row.items())
+            self.writer.add_text(f"examples/{i}", text, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class ConsoleLines:
+    """Progress for people: a bar and the newest numbers on a terminal, a line now and then in a log; 80 columns."""
+
+    def __init__(self, cfg: DictConfig, step: int, console: Console | None = None) -> None:
+        self.console = console or Console(soft_wrap=True, highlight=False)
+        self.total, self.output_dir = cfg.max_steps, Path(cfg.output_dir)
+        self.exports = cfg.model.export.at_end
+        self.first, self.started, self.printed = step, time.monotonic(), -math.inf
+        self.live: Live | None = None
+        if self.console.is_terminal:
+            self.bar = Progress(
+                BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
+                console=self.console,
+            )  # fmt: skip
+            self.task = self.bar.add_task("", total=self.total, completed=step, numbers="")
+            self.live = Live(self.bar, console=self.console, refresh_per_second=4)
+            self.live.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if any(name.startswith("val/") for name in metrics):
+            self.console.print(validation_line(step, metrics))
+        if "base_loss" not in metrics:
+            return
+        numbers = self.numbers(step, metrics)
+        if self.live:
+            self.bar.update(self.task, completed=step, numbers=numbers)
+        elif step == self.total or time.monotonic() - self.printed >= CONSOLE_SECONDS:
+            self.console.print(f"step {step:>6}/{self.total}  {numbers}")
+            self.printed = time.monotonic()
+        if metrics.get("loss_spike"):
+            self.console.print(f"step {step}: the loss jumped; see metrics.jsonl")
+
+    def numbers(self, step: int, metrics: Mapping[str, float]) -> str:
+        """Both losses, speed and time left, in under 60 columns."""
+        text = f"base {metrics['base_loss']:.3f}  drafter {metrics.get('drafter_loss', math.nan):.3f}"
+        if speed := metrics.get("tokens_per_second"):
+            text += f"  {short(speed)} tok/s"
+        if step > self.first:
+            each = (time.monotonic() - self.started) / (step - self.first)
+            text += f"  {duration(each * (self.total - step))} left"
+        if bad := int(metrics.get("bad_steps", 0)):
+            text += f"  bad {bad}"
+        return text
+
+    def finish(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+        self.stop()
+        rows = [(name, before[key], after[key]) for key, name in SUMMARY.items() if key in before and key in after]
+        if rows:
+            self.console.print(f"\n{'on the validation data':<32}{'before':>10}{'after':>10}")
+            for name, old, new in rows:
+                self.console.print(f"  {name:<30}{old:>10.3f}{new:>10.3f}")
+        if self.exports:
+            for part in ("base", "drafter"):
+                self.console.print(f"Hugging Face {part}: {self.output_dir / 'export' / part}")
+
+    def stop(self) -> None:
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+    def close(self) -> None:
+        self.stop()
+
+
+SUMMARY = {
+    "val/base_loss": "base loss",
+    "val/drafter_loss": "drafter loss",
+    "val/drafter_ce_0": "drafter cross-entropy, round 0",
+    "val/accepted_length_expected": "accepted length, expected",
+    "val/tokens_per_forward": "tokens per base forward",
+}
+
+
+def validation_line(step: int, metrics: Mapping[str, float]) -> str:
+    """One line for a validation."""
+    text = f"step {step}: validation"
+    for key, name, digits in (("base_loss", "base", 3), ("drafter_loss", "drafter", 3)):
+        if (value := metrics.get(f"val/{key}")) is not None:
+            text += f"  {name} {value:.{digits}f}"
+    if (value := metrics.get("val/tokens_per_forward")) is not None:
+        text += f"  {value:.2f} tokens/forward"
+    return text
+
+
+def short(number: float) -> str:
+    """``1234567`` as ``1.2M``, in at most five characters below 10^12."""
+    for unit in ("", "k", "M"):
+        if abs(number) < 999.5:
+            return f"{number:.0f}{unit}" if not unit or abs(number) >= 99.95 else f"{number:.1f}{unit}"
+        number /= 1000
+    return f"{number:.1f}G"
+
+
+def duration(seconds: float) -> str:
+    """``75`` as ``1:15``, ``3675`` as ``1:01:15``, and days as ``2d 03h``."""
+    seconds = round(seconds)
+    if seconds >= 86400:
+        return f"{seconds // 86400}d {seconds % 86400 // 3600:02}h"
+    hours, minutes, seconds = seconds // 3600, seconds % 3600 // 60, seconds % 60
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def code_version() -> dict[str, str]:
+    """What ran: the package's version and its commit (with ``+changes`` for an edited tree), torch's, transformers'."""
+    versions = {}
+    for package in ("joint-train", "torch", "transformers"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        # An installed package may lie inside somebody else's repository: only a tree that tracks this file counts.
+        git("ls-files", "--error-unmatch", "tracking.py")
+        versions["commit"] = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return versions
