@@ -139,8 +139,12 @@ def export_checkpoint(
 
     def fill(slots: dict[str, Slot]) -> None:
         # The checkpoint's reader copies into the tensors that it is given, converting their dtype: here, the files.
+        files = {key: _mapped(slots[key]) for key in saved_names}
+        wanted = {name: files[key] for key, name in saved_names.items()}
+        dcp.load(wanted, storage_reader=reader, no_dist=True)
         for key, name in saved_names.items():
-            dcp.load({name: _mapped(slots[key])}, storage_reader=reader, no_dist=True)
+            if files[key] is not wanted[name]:  # a tied tensor that the source holds under both names
+                files[key].copy_(wanted[name])
 
     _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill)
 

@@ -58,6 +58,15 @@ def test_equals_from_pretrained(pairs, shape, dtype, monkeypatch):
         assert_same_model(model, type(model).from_pretrained(pairs / shape / part, dtype=dtype))
 
 
+def test_a_filled_model_is_overwritten_in_place(tmp_path, e2b):
+    model = load_model(e2b[0], torch.float32)
+    before = dict(model.named_parameters())
+    make_pair(tmp_path / "other", "e2b", seed=1)
+    materialize(model, tmp_path / "other/base", "cpu")
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())  # an optimizer's still
+    assert_same_model(model, type(model).from_pretrained(tmp_path / "other/base", dtype=torch.float32))
+
+
 def pair_config(folder, **parallel):
     cfg = OmegaConf.structured(Config)
     cfg.model.base, cfg.model.drafter = f"{folder}/base", f"{folder}/drafter"
