@@ -39,7 +39,7 @@ def lr_factor(step: int, cfg: DictConfig, max_steps: int) -> float:
 
 @torch.no_grad()
 def update(optimizer: AdamW, max_grad_norm: float, factor: float) -> Tensor:
-    """Clip the gradients of both models together, take one step and clear them.
+    """Clip the gradients of both models together and take one step.
 
     A step whose gradient norm isn't finite changes nothing, neither weights nor moments; that is decided on the device,
     so the host doesn't wait.
@@ -61,5 +61,4 @@ def update(optimizer: AdamW, max_grad_norm: float, factor: float) -> Tensor:
         group["lr"] = group["peak_lr"] * factor
     optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
     optimizer.step()
-    optimizer.zero_grad()
     return norm

@@ -32,6 +32,7 @@ METRICS = {
     "base_accuracy": "share of targets that the base's most likely token hits",
     "drafter_loss": "the drafter's loss (`loss.drafter`), mean over its rounds",
     "drafter_loss_{k}": "that of round k, from 0",
+    "drafter_ce": "the drafter's cross-entropy with the text's token, whatever it is trained on; mean over its rounds",
     "drafter_ce_{k}": "cross-entropy of round k with the text's token",
     "agreement_{k}": "share of targets where round k's most likely token is the base's",
     "acceptance_{k}": "probability that sampling accepts round k's token, sum over tokens of min(p, q)",
@@ -55,7 +56,9 @@ METRICS = {
     "loss_spike": "1 where the loss is far above its recent past",
     "val/{metric}": "any of the losses above on the validation data",
     "val/tokens_per_forward": "tokens per base forward in assisted generation on validation prompts",
-    "{source}/{metric}": "any of the losses above on one source's targets",
+    "{source}/base_ce": "cross-entropy of the base on one source's targets, where there are several sources",
+    "{source}/drafter_ce": "that of the drafter, all rounds together",
+    "{source}/targets": "how many targets of it the step had",
 }
 """Every metric's meaning; ``{k}`` is a round, from 0."""
 

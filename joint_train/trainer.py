@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from joint_train import parallelize
 from joint_train.checkpoint import Checkpointer
-from joint_train.data import build_loader, loader_position
+from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
 from joint_train.evaluate import accepted_length, validation_prompts
+from joint_train.guards import BadSteps, LossSpikes, StepProfiler, TooManyBadSteps, Watchdog, dump, flight_recorder
 from joint_train.loading import load_pair, resolve
 from joint_train.loss import JointTargets, joint_targets
 from joint_train.mesh import data_rank, init_distributed, init_mesh
@@ -34,6 +35,7 @@ class Trainer:
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.output_dir = Path(cfg.output_dir).absolute()
+        flight_recorder(self.output_dir)
         self.device = init_distributed(cfg.parallel.timeout_seconds)
         self.mesh = init_mesh(cfg.parallel)
         self.rank, self.ranks = data_rank(self.mesh)
@@ -48,12 +50,23 @@ class Trainer:
         if path := self.checkpointer.find_resume(cfg.resume):
             saved = self.checkpointer.load(path, self.model, self.optimizer, config=cfg)
             self.step, self.before, position = saved["step"], saved["before"], saved["data"]
-        self.loader = build_loader(cfg, self.tokenizer, "train", self.rank, self.ranks, position)
+        self.loader = self.build_train_loader(position)
         self.val_loader = None
         if cfg.data.val:
             self.val_loader = build_loader(cfg, self.tokenizer, "val", self.rank, self.ranks)
         self.tracker = Tracker(cfg, self.rank, self.step)
+        self.profiler = StepProfiler(cfg.tracking.profile_steps, self.output_dir / "profile", self.rank)
+        self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device)
+        self.spikes = LossSpikes()
         self.checkpointer.restore_random_state()
+
+    def build_train_loader(self, position: dict | None) -> BatchLoader:
+        """The training data from a checkpoint's position; from their start where they aren't the checkpoint's."""
+        try:
+            return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks, position)
+        except OtherData:
+            log.warning("the data settings aren't the checkpoint's: the data start from their beginning")
+            return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks)
 
     def train(self) -> None:
         """Run from the current step to ``max_steps``, or until the machine is taken away."""
@@ -63,9 +76,12 @@ class Trainer:
             self.before = self.evaluate(generate=True)
             self.tracker.log(self.step, self.before)
         measured = self.before
-        with Preemption(cfg.checkpoint.grace_seconds, cfg.parallel.timeout_seconds) as preemption:
+        timeout = cfg.parallel.timeout_seconds
+        with Preemption(cfg.checkpoint.grace_seconds, timeout) as preemption, Watchdog(timeout, self.rank) as watchdog:
             while self.step < cfg.max_steps:
-                metrics = self.train_step(batches)
+                watchdog.beat()
+                with self.profiler.step(self.step + 1):
+                    metrics = self.train_step(batches)
                 last = self.step == cfg.max_steps
                 if due(self.step, cfg.eval.every) or last:
                     measured = self.evaluate(generate=due(self.step, cfg.eval.generate_every) or last)
@@ -87,7 +103,7 @@ class Trainer:
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
         """One optimizer step over ``grad_accum`` micro-batches; its metrics, or none where they aren't due."""
         cfg, started = self.cfg, time.perf_counter()
-        micro_batches = [self.prepare(next(batches)) for _ in range(cfg.optim.grad_accum)]
+        micro_batches = [self.prepare(next(batches), self.loader.source_names) for _ in range(cfg.optim.grad_accum)]
         waited = time.perf_counter() - started
 
         # All the counts are known before the first forward, so each loss is its share of the mean over the whole step.
@@ -96,6 +112,7 @@ class Trainer:
         dist.all_reduce(counts)
         weights = self.model.loss_weights(counts[:-1])
 
+        self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         for i, (inputs, targets, _) in enumerate(micro_batches):
             parallelize.set_last_micro_batch(self.model, i == len(micro_batches) - 1)
@@ -104,12 +121,21 @@ class Trainer:
             add(sums, out.stats)
         factor = lr_factor(self.step, cfg.optim, cfg.max_steps)
         grad_norm = update(self.optimizer, cfg.optim.max_grad_norm, factor)
+        self.bad_steps.observe(grad_norm)
         self.step += 1
 
         if not due(self.step, cfg.tracking.log_every):
             return {}
-        metrics = self.metrics(sums)
+        metrics = self.metrics(sums, self.loader.source_names) | self.bad_steps.read()
+        if self.bad_steps.exhausted():
+            inputs = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b, _, _ in micro_batches]
+            folder = dump(self.output_dir, self.rank, self.step, inputs, self.model)
+            raise TooManyBadSteps(
+                f"{cfg.tracking.max_bad_steps} steps in a row had a loss or gradient that isn't finite "
+                f"(tracking.max_bad_steps); weights are as before them, batches and norms are in {folder}"
+            )
         metrics["grad_norm"] = grad_norm.item()
+        metrics["loss_spike"] = float(self.spikes.observe(metrics["base_loss"]))
         seconds = time.perf_counter() - started
         return metrics | {
             "lr": cfg.optim.lr * factor,
@@ -119,8 +145,11 @@ class Trainer:
             "data_wait": waited,
         }
 
-    def prepare(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], JointTargets, Tensor]:
+    def prepare(self, batch: dict[str, Tensor], sources: list[str]) -> tuple[dict[str, Tensor], JointTargets, Tensor]:
         """Find a batch's targets while it is on the CPU, then send it to the device.
+
+        Args:
+            batch: from a loader with these ``sources``.
 
         Returns:
             What the model takes, the targets (still on the CPU), and the number of tokens, ``[1]``.
@@ -130,10 +159,13 @@ class Trainer:
         inputs = {name: x for name, x in batch.items() if name not in ("labels", "source")}
         if int(documents.max()) <= 1:
             del inputs["document_ids"]  # one document a row, padded on the right: no mask is needed
+        if len(sources) > 1:
+            inputs["groups"] = batch["source"].flatten()[targets.rows + 1]
         inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
+        inputs["num_groups"] = len(sources)
         return inputs, targets, (documents > 0).sum()[None]
 
-    def metrics(self, sums: dict[str, Tensor], prefix: str = "") -> dict[str, float]:
+    def metrics(self, sums: dict[str, Tensor], sources: list[str], prefix: str = "") -> dict[str, float]:
         """Means over all ranks of the sums that :func:`joint_train.loss.joint_loss` reports. Waits for the device."""
         flat = torch.cat([x.double().flatten() for x in sums.values()])
         dist.all_reduce(flat)
@@ -146,6 +178,7 @@ class Trainer:
         named = {
             "base_loss": mean["loss"][0],
             "drafter_loss": mean["loss"][1:].mean(),
+            "drafter_ce": mean["ce"][1:].mean(),
             "base_accuracy": mean["top1"][0],
             "accepted_length_expected": 1 + total["accepted"][0] / total["full_rows"][0].clamp(min=1),
         }
@@ -157,6 +190,13 @@ class Trainer:
         if "centroid_hit" in total:
             for k in rounds:
                 named[f"centroid_hit_{k}"] = total["centroid_hit"][k] / count[1 + k]
+        if "group_base_ce" in total:
+            for i, source in enumerate(sources):
+                for part in ("base", "drafter"):
+                    targets = total[f"group_{part}_count"][i]
+                    if targets > 0:
+                        named[f"{source}/{part}_ce"] = total[f"group_{part}_ce"][i] / targets
+                named[f"{source}/targets"] = total["group_base_count"][i]
         return {prefix + name: x.item() for name, x in named.items()}
 
     @torch.no_grad()
@@ -170,9 +210,9 @@ class Trainer:
         for i, batch in enumerate(self.val_loader):
             if i == cfg.eval.batches:
                 break
-            inputs, targets, _ = self.prepare(batch)
+            inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
             add(sums, self.model(**inputs, targets=targets.to(self.device)).stats)
-        measured |= self.metrics(sums, prefix="val/")
+        measured |= self.metrics(sums, self.val_loader.source_names, prefix="val/")
         if generate and cfg.eval.prompts > 0:
             prompts = validation_prompts(cfg, self.tokenizer, cfg.eval.prompts)
             accepted = accepted_length(
