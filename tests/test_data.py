@@ -9,8 +9,8 @@ import torch
 from data_helpers import chat, make_config, make_tokenizer, numbered, write_jsonl
 
 from joint_train.data import DataError, build_loader, loader_position
+from joint_train.data.order import hash64, permutation
 from joint_train.data.packing import best_fit
-from joint_train.data.rows import hash64, permutation
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +36,7 @@ from joint_train.data.errors import DataError
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+META = "meta.json"
 CHUNK_RECORDS = 64
 CHUNK_BYTES = 1 << 20
 REPORTED = 20
@@ -113,18 +114,26 @@ def tokenised(source, data, tokenizer, num_workers: int, timeout: float) -> Toke
         DataError: a bad example (``data.on_error=raise``), or no good one.
         TimeoutError: another process holds the cache's lock and makes no progress.
     """
-    root = cache_folder(data)
-    root.mkdir(parents=True, exist_ok=True)
-    key = cache_key(source, data, tokenizer)
-    folder = root / key
-    if not (folder / "meta.json").exists():
-        lock_path = root / f"{key}.lock"
-        with _locked(lock_path, timeout):
-            if not (folder / "meta.json").exists():
-                for left in root.glob(f"{key}.tmp-*"):  # by builders that died: we hold their lock
-                    shutil.rmtree(left, ignore_errors=True)
-                _build(folder, source, data, tokenizer, num_workers, lambda: os.utime(lock_path))
-    meta = json.loads((folder / "meta.json").read_text())
+    folder = cache_folder(data) / cache_key(source, data, tokenizer)
+
+    def build(progressed: Callable[[], None]) -> None:
+        records = sources.read_records(source, data.max_line_bytes)
+        write(folder, records, source, data, tokenizer, num_workers, progressed)
+
+    once(folder, build, timeout)
+    cached = load(folder, source, data)
+    if not len(cached.documents):
+        raise DataError(f"data source {source.path}: no usable example in it ({cached.skipped} bad records)")
+    return cached
+
+
+def load(folder: Path, source, data) -> Tokenised:
+    """What :func:`write` wrote.
+
+    Raises:
+        DataError: there were bad records and ``data.on_error=raise``.
+    """
+    meta = json.loads((folder / META).read_text())
     if meta["skipped"]:
         if data.on_error == "raise":
             raise DataError(meta["errors"][0])
@@ -135,8 +144,6 @@ def tokenised(source, data, tokenizer, num_workers: int, timeout: float) -> Toke
             "; ".join(meta["errors"][:3]),
         )
     documents = np.load(folder / "documents.npy")
-    if not len(documents):
-        raise DataError(f"data source {source.path}: no usable example in it ({meta['skipped']} bad records)")
     return Tokenised(
         sources.source_name(source), folder, documents, source_files(source), meta["skipped"], meta["errors"]
     )
@@ -176,13 +183,34 @@ def source_files(source) -> list[str]:
 def _content(source) -> list:
     files = sources.local_files(source)
     if not files:
-        dataset = sources.open_dataset(source)
-        return [source.path, source.subset, source.split, dataset._fingerprint]
+        return [source.path, source.subset, source.split, sources.dataset_fingerprint(source)]
     digests = []
     for file in files:
         with open(file, "rb") as stream:
             digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
     return digests
+
+
+def once(folder: Path, build: Callable[[Callable[[], None]], None], timeout: float) -> None:
+    """Have ``folder`` built by one process of the machine, while the others wait.
+
+    Args:
+        folder: complete when it has a META file.
+        build: makes it; has to call its argument whenever it gets on.
+        timeout: seconds without progress of another process, before giving up.
+
+    Raises:
+        TimeoutError: another process holds the lock and makes no progress.
+    """
+    if (folder / META).exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock_path = folder.with_name(f"{folder.name}.lock")
+    with _locked(lock_path, timeout):
+        if not (folder / META).exists():
+            for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # by builders that died: we hold their lock
+                shutil.rmtree(left, ignore_errors=True)
+            build(lambda: os.utime(lock_path))
 
 
 @contextmanager
@@ -207,8 +235,21 @@ def _locked(path: Path, timeout: float) -> Iterator[None]:
         lock.release()
 
 
-def _build(folder: Path, source, data, tokenizer, num_workers: int, progressed: Callable[[], None]) -> None:
-    """Write ``folder``: all of it, or nothing."""
+def write(
+    folder: Path,
+    records: Iterable[sources.Record],
+    source,
+    data,
+    tokenizer,
+    num_workers: int,
+    progressed: Callable[[], None],
+    more: dict | None = None,
+) -> None:
+    """Tokenise records into ``folder``: all of it, or nothing.
+
+    Args:
+        more: kept in META, too.
+    """
     temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     temporary.mkdir()
     try:
@@ -216,7 +257,7 @@ def _build(folder: Path, source, data, tokenizer, num_workers: int, progressed: 
         documents, errors, skipped, offset = [], [], 0, 0
         logged = began = time.monotonic()
         with open(temporary / "tokens.bin", "wb") as tokens_file, open(temporary / "flags.bin", "wb") as flags_file:
-            for chunk in _chunks(source, data, tokenizer, num_workers):
+            for chunk in _chunks(records, source, data, tokenizer, num_workers):
                 tokens_file.write(chunk.tokens.tobytes())
                 flags_file.write(chunk.flags.tobytes())
                 chunk.documents["offset"] += offset
@@ -235,8 +276,8 @@ def _build(folder: Path, source, data, tokenizer, num_workers: int, progressed: 
                 stream.flush()
                 os.fsync(stream.fileno())
         np.save(temporary / "documents.npy", np.concatenate(documents) if documents else np.empty(0, DOCUMENT))
-        meta = {"skipped": skipped, "errors": errors, "tokens": offset}
-        (temporary / "meta.json").write_text(json.dumps(meta))
+        meta = {"skipped": skipped, "errors": errors, "tokens": offset, **(more or {})}
+        (temporary / META).write_text(json.dumps(meta))
         _rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -247,7 +288,7 @@ def _rename(temporary: Path, folder: Path) -> None:
         temporary.rename(folder)
     except OSError:
         # On a file system without locks another process may have been first: its content is the same.
-        if not (folder / "meta.json").exists():
+        if not (folder / META).exists():
             raise
 
 
@@ -311,14 +352,14 @@ def encode_record(record: sources.Record, source, tokenizer) -> tuple[np.ndarray
         raise DataError(f"{record.file}:{record.line}: {type(error).__name__}: {error}") from error
 
 
-def _chunks(source, data, tokenizer, num_workers: int) -> Iterator[Chunk]:
+def _chunks(records: Iterable[sources.Record], source, data, tokenizer, num_workers: int) -> Iterator[Chunk]:
     # DataLoader is the pool of processes: it reads ahead a bounded number of chunks, keeps their order, notices a
     # worker that dies, and raises a worker's error here.
     return iter(
         torch.utils.data.DataLoader(
             Tokenise(source, data.on_error, tokenizer),
             batch_size=None,
-            sampler=_batches(sources.read_records(source, data.max_line_bytes)),
+            sampler=_batches(records),
             num_workers=num_workers,
             collate_fn=_identity,
         )
@@ -329,7 +370,7 @@ def _identity(chunk: Chunk) -> Chunk:
     return chunk
 
 
-def _batches(records: Iterator[sources.Record]) -> Iterator[list[sources.Record]]:
+def _batches(records: Iterable[sources.Record]) -> Iterator[list[sources.Record]]:
     batch, size = [], 0
     for record in records:
         batch.append(record)

@@ -7,6 +7,7 @@ is counted in rows of the global sequence, so it holds on any number of ranks an
 import hashlib
 import itertools
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +17,11 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from joint_train.data.cache import tokenised
-from joint_train.data.errors import DataError
-from joint_train.data.rows import Cursor, RowSequence, cut
+from joint_train.data.errors import DataError, OtherData
+from joint_train.data.pieces import Pieces, cut
+from joint_train.data.rows import Cursor, RowSequence
 from joint_train.data.sources import FORMATS, source_name
+from joint_train.data.streams import StreamPieces
 from joint_train.preemption import leave_process_group
 
 UNPACKED_MULTIPLE = 64
@@ -40,7 +43,7 @@ class BatchLoader(StatefulDataLoader):
     """
 
     def __init__(self, batches: "RankBatches", num_workers: int, timeout: float, pin_memory: bool, position: dict):
-        self.source_names = [pieces.source.name for pieces in batches.sequence.sources]
+        self.source_names = [source.name for source in batches.sequence.sources]
         self.position = position
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 deprecates.
@@ -141,29 +144,29 @@ def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, positio
         ``loader.source_names``, -1: padding), each ``[B, S]`` int64 on the CPU.
 
     Raises:
-        DataError: bad data or settings; a position of other data.
+        DataError: bad data or settings.
+        OtherData: a position of other data.
         TimeoutError: another process holds the cache and makes no progress.
     """
     data = cfg.data
     _check(data, split)
     specs = data.train if split == "train" else data.val
     timeout = cfg.parallel.timeout_seconds
-    sources = [tokenised(spec, data, tokenizer, data.num_workers, timeout) for spec in specs]
-    pieces = [cut(source, data) for source in sources]
     train = split == "train"
+    sources = [open_source(spec, data, tokenizer, timeout) for spec in specs]
     sequence = RowSequence(
-        pieces,
+        sources,
         [spec.weight for spec in specs],
         data,
         seed=cfg.seed if train else 0,
         mixture=data.mixture if train else "epoch",
         shuffle=data.shuffle,
     )
-    fingerprint = _fingerprint(cfg, split, [source.folder.name for source in sources])
+    fingerprint = _fingerprint(cfg, split, [source.key for source in sources])
     start = {"rows": 0, "window": 0, "row": 0, "data": fingerprint}
     if position is not None:
         if position["data"] != fingerprint:
-            raise DataError(
+            raise OtherData(
                 "the checkpoint's data position belongs to other data: its sources, the tokenizer, the seed or one of "
                 "the data settings that make rows (max_length, packing, overlong, train_on, mixture, shuffle, weights) "
                 "differ from this run's. Set them as they were, or start a run of its own (another output_dir) from "
@@ -176,6 +179,26 @@ def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, positio
         count = -(-last // (dp_size * data.micro_batch_size))
     batches = RankBatches(sequence, start, dp_rank, dp_size, data.micro_batch_size, count, last)
     return BatchLoader(batches, data.num_workers, timeout, torch.cuda.is_available(), start)
+
+
+def open_source(spec, data, tokenizer, timeout: float) -> Pieces | StreamPieces:
+    """What of a source goes into rows. All of it is tokenised first, unless it is a stream without a limit.
+
+    Raises:
+        DataError: bad data, or nothing usable.
+        TimeoutError: another process tokenises it and makes no progress.
+    """
+    if spec.streaming and spec.limit is None:
+        return StreamPieces(spec, data, tokenizer, timeout)
+    # The other ranks of this machine wait meanwhile: their loader processes' share of the cores is free.
+    workers = data.num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    pieces = cut(tokenised(spec, data, tokenizer, workers, timeout), data)
+    if not len(pieces):
+        raise DataError(
+            f"data source {pieces.name!r}: nothing is left of its {len(pieces.source.documents)} examples with "
+            f"data.max_length={data.max_length}, data.overlong={data.overlong}, data.train_on={data.train_on}"
+        )
+    return pieces
 
 
 def loader_position(loader: BatchLoader) -> dict:
@@ -198,6 +221,11 @@ def _check(data, split: str) -> None:
         where = f"data.{split}[{index}] ({source_name(spec)})"
         if spec.format not in FORMATS:
             raise DataError(f"{where}: format={spec.format!r} is none of {', '.join(FORMATS)}")
+        if spec.streaming and spec.limit is None and (split == "val" or data.mixture == "epoch"):
+            raise DataError(
+                f"{where}: a stream's length isn't known, so it has no epoch: set its limit, or streaming=false"
+                + (", or data.mixture=endless" if split == "train" else "")
+            )
         if spec.weight <= 0:
             raise DataError(f"{where}: weight={spec.weight} isn't positive")
         if split == "train" and data.mixture == "epoch" and spec.weight != 1.0:

@@ -7,6 +7,7 @@ A record is what a file holds at one line; an example is what a template can ren
 import bz2
 import glob
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -14,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from joint_train.config import SourceConfig
 from joint_train.data.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -81,10 +83,7 @@ def read_records(source, max_line_bytes: int) -> Iterator[Record]:
         records = _read_dataset(source)
     else:
         records = (record for file in files for record in _read_file(file, max_line_bytes))
-    for index, record in enumerate(records):
-        if source.limit is not None and index >= source.limit:
-            return
-        yield record
+    yield from itertools.islice(records, source.limit)
 
 
 def _read_file(file: str, max_line_bytes: int) -> Iterator[Record]:
@@ -138,18 +137,52 @@ def _read_parquet(file: str) -> Iterator[Record]:
         yield Record(file, number + 1, None, f"can't be read: {error}")
 
 
+def _saved(path: str) -> bool:
+    return any(os.path.exists(os.path.join(path, name)) for name in ("dataset_info.json", "dataset_dict.json"))
+
+
 def open_dataset(source):
-    """The source's Hugging Face dataset (map-style or iterable)."""
+    """The source's Hugging Face dataset; iterable if ``source.streaming``.
+
+    Raises:
+        DataError: it can't be opened.
+    """
     datasets = _need("datasets", f"the data source {source.path}")
     path = os.path.expanduser(source.path)
-    if os.path.exists(os.path.join(path, "dataset_info.json")) or os.path.exists(
-        os.path.join(path, "dataset_dict.json")
-    ):
-        loaded = datasets.load_from_disk(path)
-        if isinstance(loaded, datasets.DatasetDict):
-            loaded = loaded[source.split]
-        return loaded.to_iterable_dataset() if source.streaming else loaded
-    return datasets.load_dataset(path, source.subset, split=source.split, streaming=source.streaming)
+    try:
+        if _saved(path):
+            loaded = datasets.load_from_disk(path)
+            if isinstance(loaded, datasets.DatasetDict):
+                loaded = loaded[source.split]
+            return loaded.to_iterable_dataset() if source.streaming else loaded
+        return datasets.load_dataset(path, source.subset, split=source.split, streaming=source.streaming)
+    except Exception as error:  # the library raises errors of many kinds
+        raise _not_opened(source, error) from error
+
+
+def dataset_fingerprint(source) -> str:
+    """A hash of a dataset's content, or of its files' revisions if it is streamed.
+
+    Raises:
+        DataError: it can't be opened.
+    """
+    if not source.streaming or _saved(os.path.expanduser(source.path)):
+        return open_dataset(SourceConfig(path=source.path, split=source.split, subset=source.subset))._fingerprint
+    datasets = _need("datasets", f"the data source {source.path}")
+    try:
+        builder = datasets.load_dataset_builder(os.path.expanduser(source.path), source.subset)
+        files = builder.config.data_files[source.split]
+    except Exception as error:  # the library raises errors of many kinds
+        raise _not_opened(source, error) from error
+    # The commits that the hub's files belong to, or the times that local ones were changed.
+    return repr(files.origin_metadata)
+
+
+def _not_opened(source, error: Exception) -> DataError:
+    return DataError(
+        f"the dataset {source.path} (subset {source.subset}, split {source.split}) can't be opened: "
+        f"{type(error).__name__}: {error}"
+    )
 
 
 def _read_dataset(source) -> Iterator[Record]:
