@@ -23,7 +23,7 @@ if [[ -n ${NCCL_SOCKET_IFNAME:-} ]]; then
 fi
 
 # Sharded training allocates and frees blocks of many sizes: without this the allocator fragments.
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
 # Tokenizer threads deadlock in forked loader processes.
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}

@@ -199,8 +199,8 @@ def render(options: Options, runs: list[Run], output_dir: Path, multirun: bool) 
         sbatch=sbatch,
         options=options,
         runs=runs,
-        launch_dir=str(LAUNCH),
-        grace_seconds=grace + SIGNAL_MARGIN_SECONDS // 3,
+        environment=(LAUNCH / "env.sh").read_text().rstrip(),
+        shutdown_seconds=grace + SIGNAL_MARGIN_SECONDS // 3,
     )
 
 

