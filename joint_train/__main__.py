@@ -22,14 +22,14 @@ def main(cfg: DictConfig) -> None:
     rank = int(os.environ.get("RANK", 0))
     level = logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s", force=True)
-    try:
-        validate(cfg, world_size_from_env())
-    except ConfigError as error:
-        sys.exit(f"joint_train: {error}" if rank == 0 else 2)
     # Writes the first failed rank's traceback to where torchrun looks for it.
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    record(run)(cfg)
+    try:
+        validate(cfg, world_size_from_env())
+        record(run)(cfg)
+    except ConfigError as error:
+        sys.exit(f"joint_train: {error}" if rank == 0 else 2)
 
 
 if __name__ == "__main__":

@@ -266,6 +266,7 @@ def validate(cfg: DictConfig, world_size: int | None = None) -> None:
     from joint_train.loss import parse_drafter_loss, round_weights
     from joint_train.mesh import mesh_shape
 
+    _check_keys(cfg, Config)
     mesh_shape(cfg.parallel, world_size)
     if cfg.model.dtype != "bfloat16":
         raise ConfigError(
@@ -288,6 +289,17 @@ def validate(cfg: DictConfig, world_size: int | None = None) -> None:
         )
     parse_drafter_loss(cfg.loss)
     round_weights(cfg.loss, cfg.drafter.num_steps)
+
+
+def _check_keys(cfg: DictConfig, schema: type, prefix: str = "") -> None:
+    """Hydra lets ``+key=value`` add a key that nothing reads."""
+    fields = {field.name: field.type for field in dataclasses.fields(schema)}
+    for name in cfg:
+        if name not in fields:
+            reason = ": joint training with adapters is out of scope" if name == "peft" else ""
+            raise ConfigError(f"{prefix}{name} is not a key{reason}. Known here: {', '.join(fields)}.")
+        if dataclasses.is_dataclass(fields[name]):
+            _check_keys(cfg[name], fields[name], f"{prefix}{name}.")
 
 
 def conf_dir() -> Path:

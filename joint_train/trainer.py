@@ -35,17 +35,19 @@ class Trainer:
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.output_dir = Path(cfg.output_dir).absolute()
-        flight_recorder(self.output_dir)
+        if torch.cuda.is_available():
+            flight_recorder(self.output_dir)
         self.device = init_distributed(cfg.parallel.timeout_seconds)
         self.mesh = init_mesh(cfg.parallel)
         self.rank, self.ranks = data_rank(self.mesh)
         torch.manual_seed(cfg.seed + self.rank)
-        self.checkpointer = Checkpointer(self.output_dir, cfg.checkpoint, timeout_seconds=cfg.parallel.timeout_seconds)
 
         self.model = load_pair(cfg, self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
 
+        # After the pair, so that one that can't be loaded leaves no output_dir behind.
+        self.checkpointer = Checkpointer(self.output_dir, cfg.checkpoint, timeout_seconds=cfg.parallel.timeout_seconds)
         self.step, self.before, position = 0, None, None
         if path := self.checkpointer.find_resume(cfg.resume):
             saved = self.checkpointer.load(path, self.model, self.optimizer, config=cfg)
