@@ -354,7 +354,7 @@ class ConsoleLines:
 SUMMARY = {
     "val/base_loss": "base loss",
     "val/drafter_loss": "drafter loss",
-    "val/drafter_ce_0": "drafter cross-entropy, round 0",
+    "val/drafter_ce": "drafter cross-entropy",
     "val/accepted_length_expected": "accepted length, expected",
     "val/tokens_per_forward": "tokens per base forward",
 }

@@ -146,25 +146,13 @@ def tokens_per_forward(decoded: Sequence[Decoded]) -> float:
     return sum(sum(d.settled) for d in decoded) / verifications if verifications else float("nan")
 
 
-def acceptance_by_position(decoded: Sequence[Decoded], num_steps: int) -> list[dict[str, int]]:
-    """For each draft position 0 … K-1: how often it was drafted, was reached, and was accepted.
+def acceptance_steps(decoded: Decoded) -> list[tuple[int, int]]:
+    """(drafts, accepted drafts) of each verification.
 
-    A position is reached when all drafts before it were accepted. A verification that an end token cut short doesn't
-    say what became of the drafts after it, and isn't counted.
+    One that an end token cut short doesn't say what became of the drafts after it, and is left out.
     """
-    steps = [
-        (drafts, settled - 1)
-        for d in decoded
-        for drafts, settled in list(zip(d.drafted, d.settled, strict=True))[: -1 if d.ended else None]
-    ]
-    return [
-        {
-            "drafted": sum(drafts > k for drafts, _ in steps),
-            "reached": sum(drafts > k and accepted >= k for drafts, accepted in steps),
-            "accepted": sum(accepted > k for _, accepted in steps),
-        }
-        for k in range(num_steps)
-    ]
+    steps = list(zip(decoded.drafted, decoded.settled, strict=True))
+    return [(drafts, settled - 1) for drafts, settled in (steps[:-1] if decoded.ended else steps)]
 
 
 @torch.no_grad()
@@ -203,10 +191,11 @@ def accepted_length(
             hook.remove()
         for model, mode in training.items():
             model.train(mode)
-    shares = acceptance_by_position(decoded, num_steps)
+    steps = [step for d in decoded for step in acceptance_steps(d)]
+    drafted = [max(1, sum(drafts > k for drafts, _ in steps)) for k in range(num_steps)]
     return {
         "tokens_per_forward": tokens_per_forward(decoded),
-        **{f"accepted_{k}": p["accepted"] / max(1, p["drafted"]) for k, p in enumerate(shares)},
+        **{f"accepted_{k}": sum(accepted > k for _, accepted in steps) / drafted[k] for k in range(num_steps)},
         "examples": [
             {
                 "prompt": prompt.text,

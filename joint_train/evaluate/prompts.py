@@ -1,6 +1,7 @@
 """Prompts to measure on: a run's validation data, the general set of this package, or anybody's chat JSONL."""
 
 import json
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -12,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from joint_train.config import SourceConfig
 from joint_train.data.sources import parse, read_records, source_name
+from joint_train.starter import examples
 
-GENERAL = "general"
+GENERAL, STARTER = "general", "starter"
 TEXT_PROMPT_TOKENS = 64  # of an example that is plain text: its beginning is the prompt
 
 
@@ -39,15 +41,19 @@ def validation_prompts(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, coun
 
 
 def load_prompts(name: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Prompt]:
-    """Prompts of a set: ``general``, or a JSONL file in any format that training data has.
+    """Prompts of a set: ``general``, ``starter``, or a JSONL file in any format that training data has.
 
     Raises:
         joint_train.data.DataError: if the file isn't there or one of its lines is bad.
         ValueError: if there are none.
     """
-    file = resources.files(__package__) / "prompts.jsonl" if name == GENERAL else Path(name)
-    source = OmegaConf.structured(SourceConfig(path=str(file), name=name if name == GENERAL else None))
-    prompts = list(islice(source_prompts(source, tokenizer), limit))
+    if name == STARTER:
+        _, held_out = examples(Path(sysconfig.get_paths()["stdlib"]))
+        prompts = [chat_prompt(chat["messages"], tokenizer, STARTER) for chat in held_out[:limit]]
+    else:
+        file = resources.files(__package__) / "prompts.jsonl" if name == GENERAL else Path(name)
+        source = OmegaConf.structured(SourceConfig(path=str(file), name=name if name == GENERAL else None))
+        prompts = list(islice(source_prompts(source, tokenizer), limit))
     if not prompts:
         raise ValueError(f"no prompts in {name}")
     return prompts
@@ -68,18 +74,21 @@ def source_prompts(
             ids = tokenizer(example["text"])["input_ids"][:TEXT_PROMPT_TOKENS]
             yield Prompt(ids, tokenizer.decode(ids, skip_special_tokens=True), category)
             continue
-        messages = example["messages"]
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages:
-            continue
         options = {"tools": example.get("tools"), **example.get("chat_template_kwargs", {})}
-        if tokenizer.chat_template:
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
-            ids = ids["input_ids"]
-        else:  # a base model that was never taught turns
-            ids = tokenizer(text_of(messages[-1]["content"]))["input_ids"]
-        yield Prompt(ids, text_of(messages[-1]["content"]), category)
+        if any(message["role"] != "assistant" for message in example["messages"]):
+            yield chat_prompt(example["messages"], tokenizer, category, **options)
+
+
+def chat_prompt(messages: list[dict], tokenizer: PreTrainedTokenizerBase, category: str, **options) -> Prompt:
+    """The prompt of a chat: all of it before the assistant's last turn; ``options`` go to the chat template."""
+    while messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    text = text_of(messages[-1]["content"])
+    if tokenizer.chat_template:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+    else:  # a base model that was never taught turns
+        encoded = tokenizer(text)
+    return Prompt(encoded["input_ids"], text, category)
 
 
 def text_of(content: str | list) -> str:

@@ -1,0 +1,139 @@
+"""Speculative decoding with a base and its drafter, measured against plain decoding.
+
+    python -m joint_train.evaluate BASE DRAFTER [options]
+    python -m joint_train.evaluate compare RUN RUN …
+
+Prompt sets: `general` (40 prompts in eight categories), `starter` (held-out docstrings of the standard library), or a
+JSONL file in any format that training data has.
+"""
+
+import argparse
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from joint_train.config import ConfigError
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m joint_train.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("base", metavar="BASE", help="folder or hub id of the base")
+    parser.add_argument("drafter", metavar="DRAFTER", help="folder or hub id of its drafter")
+    parser.add_argument("--prompts", default="general", help="general | starter | a JSONL file (default: general)")
+    parser.add_argument("--limit", type=int, help="at most this many prompts")
+    parser.add_argument(
+        "--num-steps", type=step_list, default=step_list("1-8"), help="K: 4, 1-8 or 1,2,4 (default 1-8)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens for a prompt (default 128)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="also sample at this temperature (0: don't)")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
+    parser.add_argument(
+        "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: bfloat16 on GPU"
+    )
+    parser.add_argument("--device", help="cuda, cpu, … (default: a GPU if there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="of samples and bootstrap (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder to write (default: evaluation)")
+    return parser
+
+
+def step_list(text: str) -> list[int]:
+    """``1-8``, ``4`` or ``1,2,4`` as a list of K."""
+    first, dash, last = text.partition("-")
+    try:
+        steps = list(range(int(first), int(last) + 1)) if dash else sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        steps = []
+    if not steps or steps[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of 4, 1-8 or 1,2,4")
+    return steps
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate a pair; 1 if speculative decoding gave another text by more than rounding."""
+    import torch
+    import transformers
+    from transformers import AutoTokenizer
+
+    from joint_train.evaluate.measure import measure, sampling
+    from joint_train.evaluate.prompts import load_prompts
+    from joint_train.evaluate.report import page, text
+    from joint_train.loading import check_pair, resolve
+    from joint_train.tracking import code_version, replace
+
+    transformers.utils.logging.disable_progress_bar()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}.get(args.dtype) or getattr(
+        torch, args.dtype
+    )
+    models = []
+    for name in (args.base, args.drafter):
+        folder = resolve(name)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        architecture = getattr(transformers, (config.architectures or [""])[0], None)
+        if architecture is None:
+            raise ConfigError(f"{name}: config.json names no model class in `architectures`")
+        models.append(architecture.from_pretrained(folder, dtype=dtype).to(device).eval())
+    base, drafter = models
+    check_pair(base.config, drafter.config)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(args.base))
+    prompts = load_prompts(args.prompts, tokenizer, args.limit)
+
+    results = {
+        "base": args.base,
+        "drafter": args.drafter,
+        "when": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": code_version(),
+        "options": {
+            "num_steps": args.num_steps,
+            "max_new_tokens": args.max_new_tokens,
+            "temperature": args.temperature,
+            "ignore_eos": args.ignore_eos,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+            "seed": args.seed,
+        },
+        "prompts": {"name": args.prompts, "count": len(prompts)},
+        **measure(
+            base, drafter, tokenizer, prompts, args.num_steps, args.max_new_tokens,
+            ignore_eos=args.ignore_eos, seed=args.seed, progress=progress,
+        ),
+        "sampling": None,
+    }  # fmt: skip
+    if args.temperature > 0:
+        k = max(args.num_steps)
+        results["sampling"] = sampling(base, drafter, prompts, k, args.max_new_tokens, args.temperature, args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    replace(args.out / "evaluation.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    replace(args.out / "evaluation.html", page(results))
+    print(text(results))
+    print(f"written: {args.out / 'evaluation.json'}, {args.out / 'evaluation.html'}")
+    margins = [d["margin"] for s in results["speculative"] for d in s["differences"] if d["margin"] is not None]
+    # Two orders of the same sum differ by a few units in the last place of logits of size 10 to 30.
+    return int(any(abs(m) > 256 * torch.finfo(dtype).eps for m in margins))
+
+
+def progress(what: str, done: int, total: int) -> None:
+    """One line that is written over, on a terminal."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{what}: {done}/{total} prompts" + ("\n" if done == total else ""))
+        sys.stderr.flush()
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["compare"]:
+            from joint_train.evaluate.compare import main as compare
+
+            return compare(argv[1:])
+        return run(parser().parse_args(argv))
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"joint_train.evaluate: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

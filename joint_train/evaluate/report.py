@@ -1,0 +1,235 @@
+"""What :mod:`joint_train.evaluate.measure` found, as a table for a terminal and as a page."""
+
+from typing import Any
+
+from joint_train.evaluate.page import Section, Table, figure, html, plots_available
+
+Interval = dict[str, float | None]
+
+
+def number(interval: Interval, digits: int = 2) -> str:
+    """``1.52 [1.45, 1.60]``; a dash where there is no value."""
+    if interval["value"] is None:
+        return "–"
+    if interval["low"] is None:
+        return f"{interval['value']:.{digits}f}"
+    return f"{interval['value']:.{digits}f} [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
+
+
+def best(results: dict[str, Any]) -> dict[str, Any]:
+    """The K with the largest speed-up."""
+    return max(results["speculative"], key=lambda s: s["speedup"]["value"] or 0)
+
+
+def text(results: dict[str, Any]) -> str:
+    """The main table, 80 columns wide at most, and what is wrong if anything is."""
+    lines = [f"{'K':>3}  {'tokens/forward':<20}{'tokens/s':<22}{'speed-up':<20}{'same text':>9}"]
+    plain, prompts = results["plain"], results["prompts"]["count"]
+    lines.append(f"{'–':>3}  {'1':<20}{number(plain['tokens_per_second'], 1):<22}{'1':<20}")
+    for s in results["speculative"]:
+        same = f"{prompts - len(s['differences'])}/{prompts}"
+        lines.append(
+            f"{s['num_steps']:>3}  {number(s['tokens_per_forward']):<20}{number(s['tokens_per_second'], 1):<22}"
+            f"{number(s['speedup']):<20}{same:>9}"
+        )
+    lines += ["", f"{'draft':>5}  accepted (with all before it), K = {results['speculative'][-1]['num_steps']}"]
+    for k, position in enumerate(results["speculative"][-1]["acceptance"]):
+        lines.append(f"{k + 1:>5}  {number(position['share'])}")
+    for s in results["speculative"]:
+        for d in s["differences"]:
+            margin = "" if d["margin"] is None else f", margin of the base's logits {d['margin']:.2g}"
+            lines.append(
+                f"K = {s['num_steps']}, prompt {d['prompt']}: differs at token {d['position']}, "
+                f"{d['plain']!r} and {d['speculative']!r}{margin}"
+            )
+    for s in results["sampling"] or []:
+        verdict = "the base's distribution" if s["bases_distribution"] else "NOT the base's distribution"
+        deviation = ", ".join(f"{name} {z:+.1f}" for name, z in s["deviation"].items())
+        length = "" if s["tokens_per_forward"] is None else f", {s['tokens_per_forward']:.2f} tokens/forward"
+        lines.append(f"sampling, {s['way']}: {verdict} (standard errors: {deviation}){length}")
+    return "\n".join(lines)
+
+
+def page(results: dict[str, Any]) -> str:
+    """The page."""
+    options, prompts, top = results["options"], results["prompts"], best(results)
+    lead = (
+        f"With K = {top['num_steps']} drafts, {number(top['tokens_per_forward'])} tokens per base forward and "
+        f"{number(top['speedup'])} times the speed of plain decoding, on {prompts['count']} prompts "
+        f"({prompts['name']}). Brackets are 95 % bootstrap intervals over prompts."
+    )
+    sections = [decoding_section(results), acceptance_section(results), category_section(top), text_section(results)]
+    if results["sampling"]:
+        sections.append(sampling_section(results["sampling"], options["temperature"]))
+    sections += [examples_section(results), setting_section(results)]
+    return html("Speculative decoding, measured", lead, sections)
+
+
+def decoding_section(results: dict[str, Any]) -> Section:
+    rows = [["plain", "1", number(results["plain"]["tokens_per_second"], 1), "1"]]
+    for s in results["speculative"]:
+        rows.append(
+            [
+                str(s["num_steps"]),
+                number(s["tokens_per_forward"]),
+                number(s["tokens_per_second"], 1),
+                number(s["speedup"]),
+            ]
+        )
+    section = Section(
+        "Speed",
+        "Tokens per base forward is the mean number of tokens that a verification settles: the accepted drafts and one "
+        "of the base's own. The prompt's forward isn't counted.",
+        tables=[Table(["K", "tokens per base forward", "tokens/s", "speed-up"], rows)],
+    )
+    if plots_available():
+        section.figures = [
+            (
+                "Tokens per base forward",
+                over_k(results["speculative"], "tokens_per_forward", "tokens per base forward"),
+            ),
+            ("Speed against plain decoding", over_k(results["speculative"], "speedup", "speed-up")),
+        ]
+    return section
+
+
+def over_k(speculative: list[dict[str, Any]], key: str, label: str) -> str:
+    """A quantity and its interval over K."""
+
+    def draw(axes) -> None:
+        points = [(s["num_steps"], s[key]) for s in speculative if s[key]["value"] is not None]
+        errorbars(axes, points)
+        axes.axhline(1, color="#888888", linewidth=1, linestyle="--")
+        axes.set_xticks([k for k, _ in points])
+
+    return figure(draw, "K, drafts in a verification", label)
+
+
+def errorbars(axes, points: list[tuple[float, Interval]], **style: Any) -> None:
+    """Points with their intervals."""
+    below = [i["value"] - i["low"] if i["low"] is not None else 0 for _, i in points]
+    above = [i["high"] - i["value"] if i["high"] is not None else 0 for _, i in points]
+    axes.errorbar(
+        [x for x, _ in points],
+        [i["value"] for _, i in points],
+        yerr=[[max(0, b) for b in below], [max(0, a) for a in above]],
+        fmt="o-",
+        markersize=4,
+        linewidth=1.5,
+        capsize=3,
+        **style,
+    )
+
+
+def acceptance_section(results: dict[str, Any]) -> Section:
+    last = results["speculative"][-1]
+    rows = [
+        [str(k + 1), number(p["share"]), number(p["share_if_reached"]), f"{p['accepted']:,} of {p['drafted']:,}"]
+        for k, p in enumerate(last["acceptance"])
+    ]
+    section = Section(
+        f"Acceptance by draft position, K = {last['num_steps']}",
+        tables=[Table(["draft", "accepted", "accepted if all before it were", "count"], rows)],
+    )
+    if plots_available():
+
+        def draw(axes) -> None:
+            for key, label in (("share", "with all before it"), ("share_if_reached", "if all before it were")):
+                points = [(k + 1, p[key]) for k, p in enumerate(last["acceptance"]) if p[key]["value"] is not None]
+                errorbars(axes, points, label=label)
+            axes.set_ylim(0, 1)
+            axes.set_xticks(range(1, last["num_steps"] + 1))
+            axes.legend()
+
+        section.figures = [("Accepted drafts", figure(draw, "draft position", "share accepted"))]
+    return section
+
+
+def category_section(top: dict[str, Any]) -> Section:
+    found = top["tokens_per_forward_by_category"]
+    section = Section(
+        f"By kind of prompt, K = {top['num_steps']}",
+        tables=[Table(["kind", "tokens per base forward"], [[name, number(i)] for name, i in found.items()])],
+    )
+    if plots_available() and len(found) > 1:
+
+        def draw(axes) -> None:
+            names = [name for name in reversed(found) if found[name]["value"] is not None]
+            values = [found[name]["value"] for name in names]
+            spread = [
+                [max(0, found[n]["value"] - found[n]["low"]) if found[n]["low"] is not None else 0 for n in names],
+                [max(0, found[n]["high"] - found[n]["value"]) if found[n]["low"] is not None else 0 for n in names],
+            ]
+            axes.barh(names, values, xerr=spread, height=0.6, error_kw={"capsize": 3, "linewidth": 1})
+            axes.grid(axis="y", visible=False)
+
+        section.figures = [("Tokens per base forward", figure(draw, "tokens per base forward", ""))]
+    return section
+
+
+def text_section(results: dict[str, Any]) -> Section:
+    rows = [
+        [
+            str(s["num_steps"]),
+            str(d["prompt"]),
+            str(d["position"]),
+            repr(d["plain"]),
+            repr(d["speculative"]),
+            "–" if d["margin"] is None else f"{d['margin']:.2g}",
+        ]
+        for s in results["speculative"]
+        for d in s["differences"]
+    ]
+    section = Section("The text")
+    if rows:
+        section.text = (
+            "Greedy speculative decoding must give plain decoding's text. Where it doesn't, a margin near the dtype's "
+            "rounding error means that the base was undecided between two tokens, and anything larger is a mistake."
+        )
+        heads = ["K", "prompt", "first difference at token", "plain", "speculative", "margin of the base's logits"]
+        section.tables = [Table(heads, rows)]
+    else:
+        section.text = (
+            "Greedy speculative decoding gave plain decoding's text, token for token, for every K and prompt."
+        )
+    return section
+
+
+def sampling_section(sampling: list[dict[str, Any]], temperature: float) -> Section:
+    rows = [
+        [
+            s["way"],
+            "yes" if s["bases_distribution"] else "no",
+            f"{s['deviation']['log_probability']:+.1f}",
+            f"{s['deviation']['most_likely']:+.1f}",
+            "–" if s["tokens_per_forward"] is None else f"{s['tokens_per_forward']:.2f}",
+            f"{s['tokens']:,}",
+        ]
+        for s in sampling
+    ]
+    heads = [
+        "acceptance",
+        "base's distribution",
+        "log-probability",
+        "most likely token",
+        "tokens per forward",
+        "tokens",
+    ]
+    return Section(
+        f"Sampling at temperature {temperature:g}",
+        "Whether sampled tokens are as probable, and as often the most likely one, as samples of the base have to be; "
+        "in standard errors, of which more than 4 are no chance. transformers accepts its most likely draft as if it "
+        "had been drawn at random; the exact rule doesn't.",
+        tables=[Table(heads, rows)],
+    )
+
+
+def examples_section(results: dict[str, Any]) -> Section:
+    rows = [[e["category"], e["prompt"][:400], e["text"][:600]] for e in results["examples"][:12]]
+    return Section("Examples", tables=[Table(["kind", "prompt", "text"], rows)])
+
+
+def setting_section(results: dict[str, Any]) -> Section:
+    rows = [["base", results["base"]], ["drafter", results["drafter"]], ["when", results["when"]]]
+    rows += [[name, str(value)] for name, value in {**results["options"], **results["versions"]}.items()]
+    return Section("Setting", tables=[Table(["", ""], rows)])
