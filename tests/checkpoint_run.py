@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from pairs import build_pair
+from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
 
 from joint_train.checkpoint import Checkpointer
 from joint_train.checkpoint.state import optimizer_tensors, pair_tensors
@@ -49,6 +51,33 @@ def build(cfg: DictConfig, shape: str = "e2b", seed: int = 0, **pair):
     if dist.is_initialized():
         parallelize(model, init_mesh(cfg.parallel), cfg)
     return model.train(), build_optimizer(model, cfg.optim)
+
+
+class Half(nn.Module):
+    """One half of a stand-in pair, where only files and ranks are tested."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(size, size), nn.Linear(size, size))
+        self.register_buffer("layer_scalar", torch.ones(1))
+        self.config = PreTrainedConfig(hidden_size=size)
+
+
+class StandIn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base, self.drafter = Half(64), Half(32)
+
+
+def build_stand_in():
+    """Replicated, so that saving spreads its tensors over the ranks; with optimizer state."""
+    torch.manual_seed(0)
+    model = StandIn()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.rand_like(parameter)
+    optimizer.step()
+    return model, optimizer
 
 
 def train_step(model, optimizer) -> float:

@@ -26,6 +26,8 @@ from joint_train.checkpoint.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
+_GRACE_SECONDS = 10
+
 
 class Checkpointer:
     """The checkpoints of one run. Every method but :meth:`close` is collective: all ranks call it, in the same order.
@@ -276,7 +278,7 @@ class Checkpointer:
         """Raise on every rank if a background save failed on any. Free unless one is under way; call it each step."""
         if self._save is None:
             return
-        worst = self._ranks.highest("watching the save", self._save.status())
+        worst = self._ranks.highest(f"saving step {self._save.step}", self._save.status())
         if worst != _BackgroundSave.RUNNING:
             self._finish(worst)
 
@@ -285,11 +287,12 @@ class Checkpointer:
         if self._save is None:
             return
         self._save.join(self.timeout_seconds)
-        self._finish(self._ranks.highest("waiting for the save", self._save.status(late=True)))
+        self._finish(self._ranks.highest(f"saving step {self._save.step}", self._save.status(late=True)))
 
     def _finish(self, status: int) -> None:
         save, self._save = self._save, None
         if status == _BackgroundSave.FAILED:
+            save.join(_GRACE_SECONDS)  # the others' failure is on its way to this rank's thread too, with its reason
             save.reraise()
             raise CheckpointError(f"saving step {save.step} failed on another rank, which says why")
         self._step = save.step
