@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing_programs
+from omegaconf import OmegaConf
 
 pytestmark = [
     pytest.mark.slurm,
@@ -188,3 +189,20 @@ def test_a_bad_override_is_refused_before_queuing(cluster, pair, tmp_path):
     assert job.submitted.returncode == 2 and job.id is None
     assert "optim.learning_rate" in job.submitted.stderr
     assert cluster.run("squeue", "--noheader").stdout == "" and not job.output_dir.exists()
+
+
+def test_a_sweep_is_an_array_of_runs(cluster, pair, tmp_path):
+    command = [sys.executable, "-m", "launch.submit", "--multirun", "gpus_per_node=0", "preflight=false", "--"]
+    sweep = [f"pair={pair}", f"output_dir={tmp_path}/sweep", "optim.lr=1e-3,2e-3", "max_steps=2"]
+    submitted = cluster.run(*command, *TRAINING, *sweep, timeout=60).stdout
+    job = re.match(r"job (\d+): 2 x 1 node", submitted)[1]
+    deadline = time.monotonic() + STARTED + 30
+    while cluster.run("squeue", "--noheader", "--states=pending,running,completing", "-j", job).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    runs = [tmp_path / "sweep" / str(number) for number in range(2)]
+    logs = [next(run.glob(f"slurm/{job}_*.log")).read_text() for run in runs]
+    assert all(log.rstrip().endswith("finished") for log in logs), logs
+    assert [OmegaConf.load(run / "config.yaml").optim.lr for run in runs] == [1e-3, 2e-3]
+    table = cluster.run(sys.executable, "-m", "launch.summary", str(tmp_path / "sweep")).stdout
+    assert "optim.lr" in table and table.count("2 of 2") == 2
