@@ -316,6 +316,10 @@ class Gemma4WithDrafter(nn.Module):
             )
         target.copy_(source)
 
+    def parts(self) -> tuple[tuple[str, PreTrainedModel], tuple[str, PreTrainedModel]]:
+        """Both models with their names."""
+        return ("base", self.base), ("drafter", self.drafter)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -429,12 +433,16 @@ class Gemma4WithDrafter(nn.Module):
             return_logits,
         )  # fmt: skip
         if return_logits:
-            logits = self.base.lm_head(hidden)
-            if (cap := base_text.final_logit_softcapping) is not None:
-                logits = torch.tanh(logits / cap) * cap
-            outputs["logits"] = logits
+            outputs["logits"] = self.base_logits(hidden)
         outputs["hidden_states"] = base_out.hidden_states if output_hidden_states else (hidden,)
         return outputs
+
+    def base_logits(self, hidden: Tensor) -> Tensor:
+        """The base's logits ``[..., V]`` of final hidden states ``[..., H_b]``; under FSDP2 inside ``base.within``."""
+        logits = self.base.lm_head(hidden)
+        if (cap := self.base.config.get_text_config().final_logit_softcapping) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
 
     def _draft(
         self,

@@ -1,6 +1,7 @@
 """AdamW over both models, and its learning-rate schedule."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from omegaconf import DictConfig
@@ -17,7 +18,7 @@ def build_optimizer(model: Gemma4WithDrafter, cfg: DictConfig) -> AdamW:
     Norms, biases, scales and embedding tables (with the heads tied to them) have no decay, as is customary.
     """
     groups = []
-    for module, lr in ((model.base, cfg.lr), (model.drafter, cfg.drafter_lr)):
+    for (_, module), lr in zip(model.parts(), (cfg.lr, cfg.drafter_lr), strict=True):
         embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
         trained = [p for p in module.parameters() if p.requires_grad]
         decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]
@@ -37,8 +38,14 @@ def lr_factor(step: int, cfg: DictConfig, max_steps: int) -> float:
     return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape if cfg.schedule != "constant" else 1.0
 
 
+def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
+    """L2 norm of all gradients together, over all ranks: a scalar on the device; 0, on the CPU, if there is none."""
+    norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 @torch.no_grad()
-def update(optimizer: AdamW, max_grad_norm: float, factor: float) -> Tensor:
+def update(optimizer: AdamW, model: Gemma4WithDrafter, max_grad_norm: float, factor: float) -> dict[str, Tensor]:
     """Clip the gradients of both models together and take one step.
 
     A step whose gradient norm isn't finite changes nothing, neither weights nor moments; that is decided on the device,
@@ -49,16 +56,15 @@ def update(optimizer: AdamW, max_grad_norm: float, factor: float) -> Tensor:
         factor: of :func:`lr_factor`.
 
     Returns:
-        The norm before clipping, a scalar on the device.
+        The norms before clipping, scalars on the device: ``grad_norm`` and that of each model.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norms = {f"grad_norm_{name}": total_norm(p.grad for p in part.parameters()) for name, part in model.parts()}
+    device = next(model.parameters()).device
+    norm = torch.stack([norm.to(device, non_blocking=True) for norm in norms.values()]).norm()
     if max_grad_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
     optimizer.step()
-    return norm
+    return {"grad_norm": norm, **norms}

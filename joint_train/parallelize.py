@@ -94,7 +94,9 @@ def parallelize(model: Gemma4WithDrafter, mesh: DeviceMesh, cfg: DictConfig) -> 
         fully_shard(per_layer, reshard_after_forward=True, **options)
         per_layer.set_unshard_in_backward(False)  # the gradient of a look-up doesn't need the table
     for root in (model.base, model.drafter):
+        name = type(root).__name__
         fully_shard(root, reshard_after_forward=False, **options)
+        type(root).__name__ = name  # transformers' generation knows an assistant by the name of its class
         register_fsdp_forward_method(root, "within")
     for module in model.modules():
         if isinstance(module, FSDPModule):

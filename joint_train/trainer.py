@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from joint_train import parallelize
 from joint_train.checkpoint import Checkpointer
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
+from joint_train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.guards import BadSteps, LossSpikes, StepProfiler, TooManyBadSteps, Watchdog, dump, flight_recorder
 from joint_train.loading import load_pair, resolve
@@ -46,16 +47,22 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, cfg.optim)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
 
-        # After the pair, so that one that can't be loaded leaves no output_dir behind.
-        self.checkpointer = Checkpointer(self.output_dir, cfg.checkpoint, timeout_seconds=cfg.parallel.timeout_seconds)
-        self.step, self.before, position = 0, None, None
-        if path := self.checkpointer.find_resume(cfg.resume):
-            saved = self.checkpointer.load(path, self.model, self.optimizer, config=cfg)
-            self.step, self.before, position = saved["step"], saved["before"], saved["data"]
-        self.loader = self.build_train_loader(position)
-        self.val_loader = None
+        self.val_loader = self.drift = None
         if cfg.data.val:
             self.val_loader = build_loader(cfg, self.tokenizer, "val", self.rank, self.ranks)
+        if cfg.tracking.diagnose_every:
+            loader = self.build_train_loader(None) if self.val_loader is None else self.val_loader
+            self.fixed_batch = self.prepare(next(iter(loader)), loader.source_names)
+            self.drift = BaseDrift(self.model, *self.fixed_batch[:2])
+
+        # After the pair, so that one that can't be loaded leaves no output_dir behind.
+        self.checkpointer = Checkpointer(self.output_dir, cfg.checkpoint, timeout_seconds=cfg.parallel.timeout_seconds)
+        self.step, self.before, self.measured, position = 0, None, None, None
+        if path := self.checkpointer.find_resume(cfg.resume):
+            saved = self.checkpointer.load(path, self.model, self.optimizer, config=cfg)
+            self.step, self.before, self.measured = saved["step"], saved["before"], saved["measured"]
+            position = saved["data"]
+        self.loader = self.build_train_loader(position)
         self.tracker = Tracker(cfg, self.rank, self.step)
         self.profiler = StepProfiler(cfg.tracking.profile_steps, self.output_dir / "profile", self.rank)
         self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device)
@@ -75,9 +82,8 @@ class Trainer:
         cfg = self.cfg
         batches = iter(self.loader)
         if self.before is None:
-            self.before = self.evaluate(generate=True)
+            self.before = self.measured = self.evaluate(generate=True)
             self.tracker.log(self.step, self.before)
-        measured = self.before
         timeout = cfg.parallel.timeout_seconds
         with Preemption(cfg.checkpoint.grace_seconds, timeout) as preemption, Watchdog(timeout, self.rank) as watchdog:
             while self.step < cfg.max_steps:
@@ -86,20 +92,22 @@ class Trainer:
                     metrics = self.train_step(batches)
                 last = self.step == cfg.max_steps
                 if due(self.step, cfg.eval.every) or last:
-                    measured = self.evaluate(generate=due(self.step, cfg.eval.generate_every) or last)
-                    metrics |= measured
+                    self.measured = self.evaluate(generate=due(self.step, cfg.eval.generate_every) or last)
+                    metrics |= self.measured
+                if due(self.step, cfg.tracking.diagnose_every):
+                    metrics |= self.diagnose()
                 if metrics:
                     self.tracker.log(self.step, metrics)
                 self.checkpointer.poll()
                 stop = preemption.should_stop()
                 if stop or due(self.step, cfg.checkpoint.every) or last:
-                    self.save(measured, block=stop or last)
+                    self.save(block=stop or last)
                 if stop and not last:
                     self.close()
                     preemption.exit()
         if cfg.model.export.at_end:
             self.export(self.output_dir / "export")
-        self.tracker.finish(self.before, measured)
+        self.tracker.finish(self.before, self.measured)
         self.close()
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
@@ -109,8 +117,7 @@ class Trainer:
         waited = time.perf_counter() - started
 
         # All the counts are known before the first forward, so each loss is its share of the mean over the whole step.
-        counts = torch.stack([torch.cat([targets.counts, tokens]) for _, targets, tokens in micro_batches]).sum(0)
-        counts = counts.to(self.device, non_blocking=True)
+        counts = torch.stack([counts for _, _, counts in micro_batches]).sum(0).to(self.device, non_blocking=True)
         dist.all_reduce(counts)
         weights = self.model.loss_weights(counts[:-1])
 
@@ -118,12 +125,12 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for i, (inputs, targets, _) in enumerate(micro_batches):
             parallelize.set_last_micro_batch(self.model, i == len(micro_batches) - 1)
-            out = self.model(**inputs, targets=targets.to(self.device, non_blocking=True), weights=weights)
+            out = self.model(**inputs, targets=targets, weights=weights)
             out.loss.backward()
             add(sums, out.stats)
         factor = lr_factor(self.step, cfg.optim, cfg.max_steps)
-        grad_norm = update(self.optimizer, cfg.optim.max_grad_norm, factor)
-        self.bad_steps.observe(grad_norm)
+        norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor)
+        self.bad_steps.observe(norms["grad_norm"])
         self.step += 1
 
         if not due(self.step, cfg.tracking.log_every):
@@ -136,15 +143,17 @@ class Trainer:
                 f"{cfg.tracking.max_bad_steps} steps in a row had a loss or gradient that isn't finite "
                 f"(tracking.max_bad_steps); weights are as before them, batches and norms are in {folder}"
             )
-        metrics["grad_norm"] = grad_norm.item()
+        metrics |= {name: norm.item() for name, norm in norms.items()}
         metrics["loss_spike"] = float(self.spikes.observe(metrics["base_loss"]))
         seconds = time.perf_counter() - started
         return metrics | {
             "lr": cfg.optim.lr * factor,
             "drafter_lr": cfg.optim.drafter_lr * factor,
             "tokens_per_second": counts[-1].item() / seconds,
+            "tokens_per_second_per_gpu": counts[-1].item() / seconds / self.ranks,
             "seconds": seconds,
             "data_wait": waited,
+            **({"memory_peak_gb": torch.cuda.max_memory_allocated() / 2**30} if self.device.type == "cuda" else {}),
         }
 
     def prepare(self, batch: dict[str, Tensor], sources: list[str]) -> tuple[dict[str, Tensor], JointTargets, Tensor]:
@@ -154,7 +163,7 @@ class Trainer:
             batch: from a loader with these ``sources``.
 
         Returns:
-            What the model takes, the targets (still on the CPU), and the number of tokens, ``[1]``.
+            What the model takes, the targets, and their counts with the number of tokens, ``[1 + K + 1]`` on the CPU.
         """
         cfg, documents = self.cfg.drafter, batch["document_ids"]
         targets = joint_targets(batch["labels"], documents, cfg.num_steps, cfg.pairing)
@@ -165,7 +174,8 @@ class Trainer:
             inputs["groups"] = batch["source"].flatten()[targets.rows + 1]
         inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
         inputs["num_groups"] = len(sources)
-        return inputs, targets, (documents > 0).sum()[None]
+        counts = torch.cat([targets.counts, (documents > 0).sum()[None]])
+        return inputs, targets.to(self.device, non_blocking=True), counts
 
     def metrics(self, sums: dict[str, Tensor], sources: list[str], prefix: str = "") -> dict[str, float]:
         """Means over all ranks of the sums that :func:`joint_train.loss.joint_loss` reports. Waits for the device."""
@@ -213,7 +223,7 @@ class Trainer:
             if i == cfg.eval.batches:
                 break
             inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
-            add(sums, self.model(**inputs, targets=targets.to(self.device)).stats)
+            add(sums, self.model(**inputs, targets=targets).stats)
         measured |= self.metrics(sums, self.val_loader.source_names, prefix="val/")
         if generate and cfg.eval.prompts > 0:
             prompts = validation_prompts(cfg, self.tokenizer, cfg.eval.prompts)
@@ -226,11 +236,22 @@ class Trainer:
         self.model.train()
         return measured
 
-    def save(self, measured: dict[str, float], block: bool) -> None:
+    def diagnose(self) -> dict[str, float]:
+        """What the drafter's loss does to the base, and how far the base has moved."""
+        inputs, targets, _ = self.fixed_batch
+        counts = targets.counts
+        dist.all_reduce(counts)
+        measured = self.drift.measure()
+        measured["grad_norm_base_from_drafter"] = base_gradient_from_drafter(self.model, inputs, targets, counts)
+        parallelize.reshard(self.model)
+        return measured
+
+    def save(self, block: bool) -> None:
         """A checkpoint of the current step."""
-        state = {"step": self.step, "before": self.before, "data": loader_position(self.loader)}
+        state = {"step": self.step, "before": self.before, "measured": self.measured}
+        state["data"] = loader_position(self.loader)
         self.checkpointer.save(
-            self.step, self.model, self.optimizer, state, config=self.cfg, metrics=measured, block=block
+            self.step, self.model, self.optimizer, state, config=self.cfg, metrics=self.measured, block=block
         )
 
     def export(self, folder: Path) -> None:

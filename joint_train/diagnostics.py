@@ -1,0 +1,76 @@
+"""Costly looks at a run, every ``tracking.diagnose_every`` steps: what joint training does to the base."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from joint_train.loss import JointTargets
+from joint_train.model import Gemma4WithDrafter
+from joint_train.optim import total_norm
+
+POSITIONS = 64  # targets whose distribution at the start is kept: 64 MiB at V = 262,144
+
+
+class BaseDrift:
+    """How far the base has moved from where it started.
+
+    Made right after the pair is loaded from its folders, before a checkpoint is. Keeps the starting weights of this
+    rank's shards in CPU memory, as bfloat16 (what they are on disk), and the log-probabilities of a few targets.
+
+    Args:
+        model: the pair, in its starting state.
+        inputs, targets: a fixed batch, on the device, with ``inputs`` as the model takes them.
+    """
+
+    def __init__(self, model: Gemma4WithDrafter, inputs: dict, targets: JointTargets) -> None:
+        self.model, self.inputs, self.rows = model, inputs, targets.rows[:POSITIONS]
+        self.start = [local(p).detach().to("cpu", torch.bfloat16) for p in model.base.parameters()]
+        self.log_probs = self._log_probs()
+
+    @torch.no_grad()
+    def _log_probs(self) -> Tensor:
+        """``[POSITIONS, V]`` of the base on the fixed batch."""
+        training = self.model.training
+        self.model.eval()
+        hidden = self.model(**self.inputs, return_logits=False).hidden_states[-1].flatten(0, 1)[self.rows]
+        logits = self.model.base.within(self.model.base_logits, hidden)
+        self.model.train(training)
+        return logits.float().log_softmax(-1)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """``base_drift``, ``|W - W_start| / |W_start|`` over all weights, and ``base_drift_kl``, KL(start || now)."""
+        sums = torch.zeros(4, dtype=torch.float64)
+        for parameter, start in zip(self.model.base.parameters(), self.start, strict=True):
+            now, start = local(parameter).float().cpu(), start.float()
+            sums[0] += (now - start).square().sum()
+            sums[1] += start.square().sum()
+        log_probs = self._log_probs()
+        sums[2] = (self.log_probs.exp() * (self.log_probs - log_probs)).sum()
+        sums[3] = len(self.rows)
+        sums = sums.to(log_probs.device)
+        dist.all_reduce(sums)  # with HSDP each shard is there several times, above and below the line
+        moved, size, divergence, rows = sums.tolist()
+        return {"base_drift": (moved / size) ** 0.5, "base_drift_kl": divergence / max(1, rows)}
+
+
+def base_gradient_from_drafter(model: Gemma4WithDrafter, inputs: dict, targets: JointTargets, counts: Tensor) -> float:
+    """Norm of the base's gradient from the drafter's loss alone, on one micro-batch of every rank.
+
+    Leaves no gradient behind; to be called between steps.
+
+    Args:
+        counts: ``[1 + K]`` targets of that micro-batch on all ranks.
+    """
+    weights = model.loss_weights(counts)
+    weights[0] = 0
+    model(**inputs, targets=targets, weights=weights).loss.backward()
+    norm = total_norm(p.grad for p in model.base.parameters()).item()
+    model.zero_grad()
+    return norm
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
