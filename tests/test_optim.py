@@ -1,0 +1,96 @@
+"""AdamW's groups, the schedule, clipping over both models, and steps that aren't taken."""
+
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from pairs import build_pair
+
+from joint_train.config import OptimConfig
+from joint_train.model import Gemma4WithDrafter
+from joint_train.optim import build_optimizer, lr_factor, update
+
+
+def config(**values):
+    return OmegaConf.merge(OmegaConf.structured(OptimConfig), values)
+
+
+@pytest.fixture
+def model():
+    base, drafter = build_pair("e2b")
+    model = Gemma4WithDrafter(base, drafter, drafter_num_steps=2).train()
+    ids = torch.randint(3, 240, (2, 12), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+    return model
+
+
+def test_groups(model):
+    optimizer = build_optimizer(model, config(lr=0.1, drafter_lr=0.2, weight_decay=0.3))
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            assert id(p) not in seen
+            seen[id(p)] = (group["lr"], group["weight_decay"])
+    assert seen.keys() == {id(p) for p in model.parameters() if p.requires_grad}
+    for key, (lr, decay) in seen.items():
+        name = names[key]
+        assert lr == (0.1 if name.startswith("base.") else 0.2), name
+        customary = "norm" in name or "embed_tokens" in name or name.endswith("bias")
+        assert decay == (0.0 if customary else 0.3), name
+
+
+def test_schedule():
+    cfg = config(warmup_steps=10, min_lr_ratio=0.1, schedule="cosine")
+    warm = [lr_factor(step, cfg, 100) for step in range(10)]
+    assert 0 < warm[0] and warm == sorted(warm) and warm[-1] < 1
+    assert lr_factor(10, cfg, 100) == 1
+    assert lr_factor(55, cfg, 100) == pytest.approx(0.1 + 0.9 / 2 * (1 + math.cos(math.pi / 2)))
+    assert lr_factor(100, cfg, 100) == pytest.approx(0.1)
+    assert lr_factor(55, config(warmup_steps=10, min_lr_ratio=0, schedule="linear"), 100) == pytest.approx(0.5)
+    assert lr_factor(99, config(warmup_steps=10, schedule="constant"), 100) == 1
+    assert lr_factor(0, config(warmup_steps=0), 100) == 1
+
+
+def test_clipping_is_over_both_models_together(model):
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+    assert norm > 0.5
+    norms = update(build_optimizer(model, config()), model, 0.5, 1.0)
+    torch.testing.assert_close(norms["grad_norm"], norm)
+    for name in ("base", "drafter"):
+        own = torch.stack([g.norm() for n, g in gradients.items() if n.startswith(name)]).norm()
+        torch.testing.assert_close(norms[f"grad_norm_{name}"], own)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, gradients[name] * 0.5 / norm, rtol=1e-4, atol=1e-9)
+
+
+def test_one_step_is_adamws(model):
+    """Written out for a first step: p - lr * (g / (|g| + eps) + decay * p)."""
+    cfg = config(lr=0.01, drafter_lr=0.02, weight_decay=0.1, eps=1e-6)
+    before = {name: (p.detach().clone(), p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    optimizer = build_optimizer(model, cfg)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    update(optimizer, model, 0.0, 0.5)
+    for name, p in model.named_parameters():
+        if name in before:
+            old, g = before[name]
+            lr = 0.5 * (0.01 if name.startswith("base") else 0.02)
+            expected = old * (1 - lr * decays[id(p)]) - lr * g / (g.abs() + 1e-6)
+            torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(model, bad):
+    optimizer = build_optimizer(model, config())
+    update(optimizer, model, 1.0, 1.0)
+    weights = [p.detach().clone() for p in model.parameters()]
+    state = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in optimizer.state]
+    next(p for p in model.drafter.parameters() if p.requires_grad).grad.view(-1)[0] = bad
+    norms = update(optimizer, model, 1.0, 1.0)
+    assert not norms["grad_norm"].isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    for before, after in zip(state, optimizer.state.values(), strict=True):
+        assert all(torch.equal(before[k], after[k]) for k in before)
