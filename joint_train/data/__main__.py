@@ -1,0 +1,133 @@
+"""Look at the data, or make some.
+
+    python -m joint_train.data show [--split val] [--row 0] [--rows 2] [--at POSITION] [overrides]
+    torchrun --nproc-per-node N -m joint_train.data regenerate OUT.jsonl [--max-new-tokens 512] [overrides]
+
+Overrides are those of the main job: ``+experiment=starter pair=DIR``, ``data=tulu3_magicoder model.base=…``.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from joint_train.config import ConfigError, conf_dir
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m joint_train.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="print rows in colour")
+    show.add_argument("--split", choices=("train", "val"), default="train")
+    show.add_argument("--row", type=int, default=0, help="the first row")
+    show.add_argument("--rows", type=int, default=2, help="how many")
+    show.add_argument(
+        "--at", type=int, help="position whose rounds are spelled out; default: the first with all of them"
+    )
+    regenerate = commands.add_parser("regenerate", help="have the base answer the prompts of a dataset")
+    regenerate.add_argument("output", type=Path, help="JSONL file to make")
+    regenerate.add_argument("--split", choices=("train", "val"), default="train")
+    regenerate.add_argument("--batch-size", type=int, default=8)
+    regenerate.add_argument("--max-new-tokens", type=int, default=512)
+    regenerate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    for command in (show, regenerate):
+        command.add_argument("overrides", nargs="*", help="of the configuration, e.g. data.max_length=512")
+    return top
+
+
+def load_config(overrides: list[str]) -> DictConfig:
+    """The configuration; unlike the main job's it needs no drafter."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", overrides)
+
+
+def main(arguments: list[str]) -> None:
+    options, more = parser().parse_known_args(arguments)
+    unknown = [argument for argument in more if argument.startswith("--")]
+    if unknown:
+        parser().error(f"unknown option {unknown[0]}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from joint_train.data.errors import DataError  # after parsing: transformers takes seconds to import
+
+    try:
+        cfg = load_config(options.overrides + more)
+        if cfg.data.tokenizer is None and OmegaConf.is_missing(cfg.model, "base"):
+            sys.exit("joint_train.data: model.base is not set (or data.tokenizer, for show)")
+        {"show": run_show, "regenerate": run_regenerate}[options.command](cfg, options)
+    except (ConfigError, DataError, TimeoutError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"joint_train.data: {error}")
+
+
+def load_tokenizer(cfg: DictConfig):
+    """The tokenizer of the data, as the main job loads it."""
+    from transformers import AutoTokenizer
+
+    from joint_train.loading import resolve
+
+    return AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(*_base(cfg)))
+
+
+def _base(cfg: DictConfig) -> tuple[str, str | None, str | None]:
+    return cfg.model.base, cfg.model.revision, cfg.model.cache_dir
+
+
+def run_show(cfg: DictConfig, options: argparse.Namespace) -> None:
+    """``show``."""
+    from rich.console import Console
+
+    from joint_train.data.loader import build_loader
+    from joint_train.data.show import show
+
+    tokenizer = load_tokenizer(cfg)
+    cfg.data.num_workers = max(cfg.data.num_workers, 1)
+    sequence = build_loader(cfg, tokenizer, options.split, 0, 1).dataset.sequence
+    show(Console(), cfg.drafter, sequence, tokenizer, options.row, options.rows, options.at)
+
+
+def run_regenerate(cfg: DictConfig, options: argparse.Namespace) -> None:
+    """``regenerate``, on each rank."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from joint_train.data.regenerate import prompts, regenerate
+    from joint_train.loading import resolve
+    from joint_train.parallelize import compute_dtype
+
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    tokenizer = load_tokenizer(cfg)
+    examples = list(prompts(cfg.data.train if options.split == "train" else cfg.data.val, cfg.data))
+    dtype = compute_dtype(cfg.precision, device.type)
+    model = AutoModelForImageTextToText.from_pretrained(resolve(*_base(cfg)), dtype=dtype).to(device).eval()
+    counts = regenerate(
+        examples,
+        model,
+        tokenizer,
+        options.output,
+        rank=rank,
+        world_size=world_size,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=cfg.seed,
+    )
+    state = f"{options.output} is whole" if not counts["missing"] else f"{counts['missing']} are still to be answered"
+    print(
+        f"[rank {rank}] {counts['answered']} of {len(examples)} prompts answered now; {counts['unfinished']} answers "
+        f"without an end are left out; {state}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

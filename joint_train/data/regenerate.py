@@ -1,0 +1,159 @@
+"""Self-distillation data: the base answers the prompts of a dataset, since a drafter has to guess what its base says.
+
+Each rank answers every ``world_size``-th prompt and appends each answer to a file of its own beside the output. A run
+that was stopped goes on with the prompts that no such file answers, on any number of ranks. Whoever finds that all are
+answered puts them together, in the order of the dataset, and renames the result: no rank waits for another.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from joint_train.data import sources
+from joint_train.data.errors import DataError
+from joint_train.data.template import THINKING
+
+CHANNEL = re.compile(r"<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
+
+
+def prompts(specs, data) -> Iterator[dict]:
+    """The examples of the sources, each up to its last user message: ``messages``, and ``tools`` where there are any.
+
+    Raises:
+        DataError: a bad example (``data.on_error=raise``); with ``skip`` it is left out.
+    """
+    for spec in specs:
+        for record in sources.read_records(spec, data.max_line_bytes):
+            try:
+                example = sources.parse(record, spec)
+                roles = [message["role"] for message in example.get("messages", [])]
+                if "user" not in roles:
+                    raise DataError(f"{record.file}:{record.line}: no user message to answer")
+            except DataError:
+                if data.on_error == "raise":
+                    raise
+                continue
+            last = len(roles) - 1 - roles[::-1].index("user")
+            yield {**example, "messages": example["messages"][: last + 1]}
+
+
+def regenerate(
+    examples: list[dict],
+    model,
+    tokenizer,
+    output: Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 8,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> dict[str, int]:
+    """Answer this rank's share of the prompts that are not answered yet; write ``output`` if that was all of them.
+
+    Args:
+        examples: what :func:`prompts` yields.
+        model: the base, on its device, in eval mode.
+        tokenizer: with a chat template.
+        output: JSONL of conversations; an answer that ``max_new_tokens`` cut off is left out of it, since it would
+            teach to stop there.
+        rank, world_size: this process among those that share the work.
+        batch_size: prompts answered at once.
+        temperature: 0 is greedy.
+        seed: of the sampling.
+
+    Returns:
+        ``answered`` by this call, ``unfinished`` among all known answers, ``missing`` in all.
+    """
+    parts = output.with_name(f"{output.name}.parts")
+    if output.exists():
+        return {"answered": 0, "unfinished": 0, "missing": 0}
+    parts.mkdir(parents=True, exist_ok=True)
+    done = _answers(parts)
+    mine = [index for index in range(rank, len(examples), world_size) if index not in done]
+    part = parts / f"{socket.gethostname()}-{os.getpid()}-{rank}.jsonl"
+    with open(part, "a") as stream, Progress(transient=True, disable=rank > 0) as progress:
+        bar = progress.add_task("prompts", total=len(mine))
+        for first in range(0, len(mine), batch_size):
+            indices = mine[first : first + batch_size]
+            torch.manual_seed(seed + indices[0])
+            batch = [examples[index] for index in indices]
+            answers = answer_batch(batch, model, tokenizer, max_new_tokens, temperature)
+            for index, answer in zip(indices, answers, strict=True):
+                stream.write(json.dumps({"index": index, "answer": answer}) + "\n")
+            stream.flush()
+            progress.advance(bar, len(indices))
+    done = _answers(parts)
+    unfinished = sum(answer is None for answer in done.values())
+    missing = len(examples) - len(done)
+    if not missing:
+        _put_together(examples, done, output)
+        shutil.rmtree(parts, ignore_errors=True)
+    return {"answered": len(mine), "unfinished": unfinished, "missing": missing}
+
+
+def _answers(parts: Path) -> dict[int, dict | None]:
+    """What is answered so far; None where the answer had no end."""
+    answers = {}
+    for part in sorted(parts.glob("*.jsonl")):
+        for line in part.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a run that was killed
+                continue
+            answers[record["index"]] = record["answer"]
+    return answers
+
+
+def _put_together(examples: list[dict], answers: dict[int, dict | None], output: Path) -> None:
+    temporary = output.with_name(f"{output.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    with open(temporary, "w") as stream:
+        for index, example in enumerate(examples):
+            if (answer := answers[index]) is not None:
+                stream.write(json.dumps({**example, "messages": [*example["messages"], answer]}) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(output)
+
+
+@torch.inference_mode()
+def answer_batch(examples: list[dict], model, tokenizer, max_new_tokens: int, temperature: float) -> list[dict | None]:
+    """The base's message for each prompt; None where ``max_new_tokens`` cut it off."""
+    rows = []
+    for example in examples:
+        options = {"tools": example.get("tools"), **example.get("chat_template_kwargs", {})}
+        rows.append(
+            tokenizer.apply_chat_template(example["messages"], add_generation_prompt=True, return_dict=True, **options)[
+                "input_ids"
+            ]
+        )
+    width = max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
+    )
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or [])
+    return [_message(new, ends, tokenizer) for new in out[:, width:].tolist()]
+
+
+def _message(tokens: list[int], ends: set[int], tokenizer) -> dict | None:
+    end = next((index for index, token in enumerate(tokens) if token in ends), None)
+    if end is None:
+        return None
+    text = tokenizer.decode(tokens[:end])
+    message = {"role": "assistant", "content": CHANNEL.sub("", text).strip()}
+    if thinking := "\n".join(CHANNEL.findall(text)).strip():
+        message[THINKING[0]] = thinking
+    return message

@@ -1,0 +1,184 @@
+"""``python -m joint_train.data``: rows in colour, and answers of the base that resume to the example."""
+
+import io
+import json
+
+import pytest
+import torch
+from data_helpers import chat, make_config, make_tokenizer, numbered, write_jsonl
+from pairs import build_pair
+from rich.console import Console
+
+from joint_train.data import DataError, build_loader
+from joint_train.data import __main__ as command
+from joint_train.data.regenerate import answer_batch, prompts, regenerate
+from joint_train.data.show import CUT, TRAINED, UNTRAINED, show
+
+TOKENIZER = make_tokenizer()
+END = TOKENIZER.convert_tokens_to_ids("<turn|>")
+
+
+@pytest.fixture
+def printed(tmp_path):
+    """What ``show`` prints for one row of two documents, with terminal colours."""
+
+    def of(at=None, pairing="serving", **options):
+        path = write_jsonl(tmp_path / "a.jsonl", [chat("ask", "answer"), chat("more", "and more")])
+        cfg = make_config(tmp_path, [path], mixture="epoch", shuffle=False, max_length=80, **options)
+        cfg.drafter.num_steps, cfg.drafter.pairing = 2, pairing
+        sequence = build_loader(cfg, TOKENIZER, "train", 0, 1).dataset.sequence
+        console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=200)
+        show(console, cfg.drafter, sequence, TOKENIZER, 0, 1, at)
+        return console.file.getvalue(), sequence.row(sequence.window(0)[0], 80)
+
+    return of
+
+
+def styled(text: str, style: str) -> str:
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=200)
+    console.print(f"[{style}]{text}[/]", end="", highlight=False)
+    return console.file.getvalue()
+
+
+def test_show_colours_what_is_trained_on_and_where_documents_are_cut(printed, tmp_path):
+    text, row = printed()
+    start = int((row["document_ids"] == 2).argmax())
+    assert styled("answer<turn|>", TRAINED) in text and styled("and more<turn|>", TRAINED) in text
+    assert styled("<bos><|turn>user↵", UNTRAINED) in text
+    assert f"document 2 · positions {start}–" in text and f"{tmp_path}/a.jsonl:2" in text
+    assert styled("── ", CUT)[:8] in text and "positions of padding" in text
+
+
+@pytest.mark.parametrize("pairing, offset", [("serving", 1), ("same_token", 0)])
+def test_show_spells_out_what_each_round_predicts(printed, pairing, offset):
+    text, row = printed(at=14, pairing=pairing)
+    lines = [line for line in text.splitlines() if "round" in line and "x[" in line]
+    assert len(lines) == 2
+    for k, line in enumerate(lines):
+        target = 15 + offset + k
+        assert f"x[{14 + offset + k}]" in line and f"x[{target}]" in line
+        assert ("yes" in line) == bool(row["labels"][target] != -100)
+
+
+def test_prompts_end_with_the_last_user_message(tmp_path):
+    examples = [chat("a", "b", "c", "d"), chat("e"), {"messages": [{"role": "assistant", "content": "x"}]}]
+    cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", examples)])
+    with pytest.raises(DataError, match="a.jsonl:3: no user message to answer"):
+        list(prompts(cfg.data.train, cfg.data))
+    cfg.data.on_error = "skip"
+    assert list(prompts(cfg.data.train, cfg.data)) == [chat("a", "b", "c"), chat("e")]
+
+
+@pytest.fixture(scope="module")
+def base():
+    model, _ = build_pair("e2b", vocab_size=400, vocab_size_per_layer_input=400)
+    return model
+
+
+COUNT = 10
+EXAMPLES = [chat(f"{example['messages'][0]['content']}{'?' * i}") for i, example in enumerate(numbered(7))]
+
+
+@pytest.fixture(scope="module")
+def continuations(base):
+    """Greedy decoding of each prompt alone, without a cache and without an end."""
+    rows = []
+    for example in EXAMPLES:
+        ids = TOKENIZER.apply_chat_template(example["messages"], add_generation_prompt=True, return_dict=True)
+        ids = prompt = ids["input_ids"]
+        for _ in range(COUNT):
+            with torch.no_grad():
+                ids = [*ids, int(base(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+        rows.append(ids[len(prompt) :])
+    return rows
+
+
+@pytest.fixture
+def expected(base, continuations):
+    """The whole output, with end tokens that the base emits sooner, later or not at all."""
+    base.generation_config.eos_token_id = ends = [END, continuations[0][6], continuations[3][3]]
+    lines = []
+    for example, tokens in zip(EXAMPLES, continuations, strict=True):
+        if ends_at := [index for index, token in enumerate(tokens) if token in ends]:
+            answer = {"role": "assistant", "content": TOKENIZER.decode(tokens[: ends_at[0]]).strip()}
+            lines.append({"messages": [*example["messages"], answer]})
+    assert 0 < len(lines) < len(EXAMPLES)
+    return lines
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_are_those_of_plain_greedy_decoding(base, expected, tmp_path):
+    counts = regenerate(EXAMPLES, base, TOKENIZER, tmp_path / "out.jsonl", batch_size=4, max_new_tokens=COUNT)
+    assert read(tmp_path / "out.jsonl") == expected
+    assert counts == {"answered": 7, "unfinished": 7 - len(expected), "missing": 0}
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_it_goes_on_where_it_was_stopped_on_other_ranks(base, expected, tmp_path, monkeypatch):
+    output, answered = tmp_path / "out.jsonl", []
+
+    def counting(examples, *args):
+        if len(answered) >= 4:
+            raise KeyboardInterrupt
+        answered.extend(examples)
+        return answer_batch(examples, *args)
+
+    monkeypatch.setattr("joint_train.data.regenerate.answer_batch", counting)
+    options = dict(batch_size=2, max_new_tokens=COUNT)
+    with pytest.raises(KeyboardInterrupt):
+        regenerate(EXAMPLES, base, TOKENIZER, output, **options)
+    (part,) = (tmp_path / "out.jsonl.parts").iterdir()
+    lines = part.read_text().splitlines()
+    assert len(lines) == 4
+    part.write_text("\n".join(lines[:3]) + "\n" + lines[3][:9])  # killed in the middle of a line
+    part.rename(part.with_name("elsewhere-1-0.jsonl"))
+
+    monkeypatch.setattr("joint_train.data.regenerate.answer_batch", answer_batch)
+    first = regenerate(EXAMPLES, base, TOKENIZER, output, rank=0, world_size=2, **options)
+    assert not output.exists() and first["missing"] > 0
+    second = regenerate(EXAMPLES, base, TOKENIZER, output, rank=1, world_size=2, **options)
+    assert first["answered"] + second["answered"] == 4 and second["missing"] == 0
+    assert read(output) == expected
+    assert regenerate(EXAMPLES, base, TOKENIZER, output, **options)["answered"] == 0, "done is done"
+
+
+def test_thinking_is_kept_apart(base, monkeypatch):
+    text = "<|channel>thought\nhm<channel|>yes<turn|>"
+    monkeypatch.setattr(
+        base, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([TOKENIZER.encode(text)])], 1)
+    )
+    base.generation_config.eos_token_id = END
+    (message,) = answer_batch([chat("q")], base, TOKENIZER, 9, 0.0)
+    assert message == {"role": "assistant", "content": "yes", "reasoning": "hm"}
+
+
+def test_the_commands(base, tmp_path, capsys):
+    base.generation_config.eos_token_id = list(range(400))  # whatever comes first ends it
+    for part in (base, TOKENIZER):
+        part.save_pretrained(tmp_path / "base")
+    path = write_jsonl(tmp_path / "a.jsonl", numbered(3))
+    overrides = [
+        f"model.base={tmp_path}/base",
+        f"data.train=[{{path: {path}}}]",
+        f"data.cache_dir={tmp_path}/cache",
+        "data.max_length=128",
+        "data.num_workers=0",
+    ]
+    command.main(["show", "--rows", "1", *overrides])
+    assert "position" in capsys.readouterr().out
+    command.main(["regenerate", f"{tmp_path}/out.jsonl", "--max-new-tokens", "4", *overrides])
+    assert "3 of 3 prompts answered now" in capsys.readouterr().out
+    assert [line["messages"][0] for line in read(tmp_path / "out.jsonl")] == [e["messages"][0] for e in numbered(3)]
+    for arguments, message in (
+        (["show"], "model.base is not set"),
+        (["show", "data.max_len=3", *overrides], "max_len"),
+        (["show", "--at=x", *overrides], None),
+        (["show", f"model.base={tmp_path}/base"], "data.train has no source"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            command.main(arguments)
+        assert stopped.value.code not in (0, None)
+        assert message is None or message in str(stopped.value.code)
