@@ -30,8 +30,9 @@ smoke() {
         export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
         "$venv/bin/python" -m joint_train.starter pair
         "$venv/bin/python" -m torch.distributed.run --standalone --nproc-per-node=2 -m joint_train \
-            +experiment=starter pair=pair output_dir=run max_steps=2 tracking.wandb=disabled
-        "$venv/bin/python" -m launch.submit --dry-run gpus_per_node=2 -- +experiment=starter pair=pair output_dir=run
+            +experiment=starter pair=pair output_dir=run max_steps=2 data.max_length=64 eval.batches=1 \
+            eval.max_new_tokens=8 tracking.wandb=disabled
+        "$venv/bin/python" -m launch.submit --dry-run gpus_per_node=2 -- +experiment=starter pair=pair >job.sh
     )
 }
 
