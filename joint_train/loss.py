@@ -309,7 +309,8 @@ class _Head:
         self.weight, self.states, self.softcap = weight.detach(), states, softcap
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         trained = trained and torch.is_grad_enabled() and weight.requires_grad
-        self.total = weight.new_zeros(weight.shape, dtype=self.dtype) if trained else None
+        self.total = weight.new_empty(weight.shape, dtype=self.dtype) if trained else None
+        self.written = False
 
     def needs_backward(self, index: int) -> bool:
         return self.total is not None or self.states.grads[index] is not None
@@ -325,13 +326,16 @@ class _Head:
             grad.addcmul_(grad, torch.div(logits, self.softcap, out=scratch).square_(), value=-1)
         grad = grad.to(self.weight.dtype)
         if self.total is not None:
-            _add_matmul(self.total, grad.t(), hidden)
+            _add_matmul(self.total, grad.t(), hidden, beta=int(self.written))
+            self.written = True
         if self.states.grads[index] is not None:
             self.states.add(index, rows, _matmul(grad, self.weight))
 
     def gradient(self) -> Tensor | None:
         """The weight's gradient, in the weight's dtype."""
-        return None if self.total is None else self.total.to(self.weight.dtype)
+        if self.total is None:
+            return None
+        return self.total.to(self.weight.dtype) if self.written else torch.zeros_like(self.weight)
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -343,14 +347,14 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a.float(), b.float(), out=out)
 
 
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, total being fp32 for half-precision inputs."""
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """total = beta·total + a @ b, total being fp32 for half-precision inputs; beta 0 reads nothing of total."""
     if a.dtype.itemsize >= 4:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=beta)
     elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        total.addmm_(a.float(), b.float(), beta=beta)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

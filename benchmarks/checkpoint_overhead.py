@@ -1,0 +1,138 @@
+"""What a checkpoint costs the training loop, saved at once and in the background.
+
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.checkpoint_overhead [--millions 60] [--folder DIR]
+
+Each mode trains the same stand-in pair (matrix products and AdamW, so weights and two moments are saved), with and
+without checkpoints. Two costs are printed, per save:
+
+- blocked: time inside ``save`` and ``poll``, when no step can run;
+- all told: the loop's time above the same number of steps without a save. In the background this includes what the
+  writing takes from the step's own CPU time, which a machine with cores to spare doesn't notice.
+
+The first save of a run also touches the memory of the copies for the first time; it is shown on its own.
+"""
+
+import argparse
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedConfig
+
+from joint_train.checkpoint import Checkpointer
+from joint_train.config import Config
+
+
+class Half(nn.Module):
+    def __init__(self, millions: float):
+        super().__init__()
+        width = 1024
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(max(1, round(millions * 1e6 / width**2))))
+        self.config = PreTrainedConfig(hidden_size=width)
+
+
+class Pair(nn.Module):
+    def __init__(self, millions: float):
+        super().__init__()
+        self.base, self.drafter = Half(0.9 * millions), Half(0.1 * millions)
+
+
+def step(model: Pair, optimizer: torch.optim.Optimizer, seconds: float) -> None:
+    """A step of about so many seconds."""
+    started = time.perf_counter()
+    x = torch.ones(64, 1024)
+    while time.perf_counter() - started < seconds:
+        x = torch.tanh(x @ x.T @ x)
+    dist.all_reduce(x)
+    optimizer.step()
+
+
+def run(model, optimizer, folder: Path, background: bool, saves: int, every: int, seconds: float) -> dict:
+    cfg = OmegaConf.structured(Config)
+    cfg.model.base, cfg.model.drafter = "base", "drafter"
+    cfg.checkpoint["async"], cfg.checkpoint.keep_last = background, 1
+    checkpointer = Checkpointer(folder, cfg.checkpoint)
+    blocked, loops, durations = [], [], []
+    for save in range(saves):
+        dist.barrier()
+        started = time.perf_counter()
+        spent = written = 0.0
+        for i in range(every):
+            step(model, optimizer, seconds)
+            before = time.perf_counter()
+            if i == 0:
+                checkpointer.save(save + 1, model, optimizer, {"step": save + 1}, config=cfg)
+            checkpointer.poll()
+            spent += time.perf_counter() - before
+            if not written and not checkpointer.saving:
+                written = time.perf_counter() - started
+        before = time.perf_counter()
+        checkpointer.wait()
+        spent += time.perf_counter() - before
+        blocked.append(spent)
+        loops.append(time.perf_counter() - started)
+        durations.append(written or loops[-1])
+    checkpointer.close()
+    return {"blocked": blocked, "loops": loops, "written": durations}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--millions", type=float, default=60, help="millions of parameters of the pair")
+    parser.add_argument("--saves", type=int, default=4)
+    parser.add_argument("--every", type=int, default=40, help="steps between saves")
+    parser.add_argument("--step-seconds", type=float, default=0.2)
+    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    args = parser.parse_args()
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    model = Pair(args.millions)
+    for half in (model.base, model.drafter):
+        fully_shard(half)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+
+    chosen = [tempfile.mkdtemp(dir=args.folder) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(chosen)
+    folder = Path(chosen[0])
+    rows = {}
+    try:
+        dist.barrier()
+        started = time.perf_counter()
+        for _ in range(args.every):
+            step(model, optimizer, args.step_seconds)
+        plain = time.perf_counter() - started
+        for name, background in (("at once", False), ("in the background", True)):
+            rows[name] = run(
+                model, optimizer, folder / name.replace(" ", "-"), background, args.saves, args.every, args.step_seconds
+            )
+            dist.barrier()
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder)
+    if dist.get_rank() == 0:
+        size = sum(p.numel() for p in model.parameters()) * 12 / 1e9
+        print(
+            f"{size:.2f} GB a checkpoint, {dist.get_world_size()} ranks, {args.every} steps between saves: {plain:.1f} s"
+        )
+        for name, row in rows.items():
+            mean = {key: sum(values[1:]) / len(values[1:]) for key, values in row.items()}
+            print(
+                f"{name:>18}: blocked {mean['blocked']:.2f} s (first {row['blocked'][0]:.2f} s), "
+                f"all told {mean['loops'] - plain:+.2f} s, on disk after {mean['written']:.1f} s"
+            )
+        at_once, background = (sum(row["blocked"][1:]) / len(row["blocked"][1:]) for row in rows.values())
+        print(f"blocked in the background / at once: {background / at_once:.2f}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
