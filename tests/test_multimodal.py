@@ -1,0 +1,124 @@
+"""Images beside text: they reach the base and not the drafter, and ranks without one don't wait for those with."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from pairs import MM_TOKENS, build_pair
+from ranks import run_ranks
+
+from joint_train.config import Config
+from joint_train.loss import joint_targets
+from joint_train.mesh import init_mesh
+from joint_train.model import Gemma4WithDrafter
+from joint_train.parallelize import parallelize, prepare
+from joint_train.visibility import attention_masks
+
+K, LENGTH, SOFT_TOKENS, PATCH = 2, 20, 4, 4
+IMAGE = MM_TOKENS["image_token_id"]
+# Two handwritten digits of 8 x 8 pixels with 16 shades, from the UCI optical recognition data set.
+DIGITS = [
+    "005d910000dfaf5003f20b8004c008800580098004b01c7002e5ac00006da000",
+    "007fd10008d6f400021dd000002fb1000001cc1000001a8000845e90007dd900",
+]
+
+
+def patches(digit: str) -> torch.Tensor:
+    """``[16, 48]``: the digit at 16 x 16 pixels in three equal channels, cut into patches of 4 x 4."""
+    image = torch.tensor([int(x, 16) for x in digit]).view(8, 8) / 15
+    image = image.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    cut = image.unfold(0, PATCH, PATCH).unfold(1, PATCH, PATCH).reshape(16, PATCH * PATCH)
+    return cut.repeat_interleave(3, dim=1)
+
+
+def images_and_text() -> dict[str, torch.Tensor]:
+    """Two rows, each with a digit before its text; a placeholder is no target."""
+    ids = torch.randint(3, 240, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    ids[:, 3 : 3 + SOFT_TOKENS] = IMAGE
+    labels = ids.clone()
+    labels[:, : 3 + SOFT_TOKENS] = -100
+    y, x = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+    places = torch.stack([x.flatten(), y.flatten()], dim=-1).repeat(2, 1, 1)
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "pixel_values": torch.stack([patches(digit) for digit in DIGITS]),
+        "image_position_ids": places,
+        "mm_token_type_ids": (ids == IMAGE).long(),
+    }
+
+
+def text() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 240, (2, LENGTH), generator=torch.Generator().manual_seed(2))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def build(shape: str, towers_frozen: bool):
+    cfg = OmegaConf.structured(Config)
+    cfg.freeze.towers = towers_frozen
+    base, drafter = build_pair(shape)
+    model = Gemma4WithDrafter(base, drafter, drafter_num_steps=K).train()
+    prepare(model, cfg)
+    return model, cfg
+
+
+def counts() -> torch.Tensor:
+    return sum(joint_targets(batch["labels"], None, K, "serving").counts for batch in (images_and_text(), text()))
+
+
+def backward(model, batch) -> torch.Tensor:
+    out = model(**batch, weights=model.loss_weights(counts()))
+    out.loss.backward()
+    return out.loss.detach()
+
+
+def sharded(rank: int, shape: str, towers_frozen: bool):
+    model, cfg = build(shape, towers_frozen)
+    parallelize(model, init_mesh(cfg.parallel), cfg)
+    loss = backward(model, images_and_text() if rank == 0 else text())
+    torch.distributed.all_reduce(loss)
+    return loss, {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("towers_frozen", [True, False])
+@pytest.mark.parametrize("shape", ["multimodal", "31b"])
+def test_images_on_one_rank_and_text_on_the_other(shape, towers_frozen):
+    model, _ = build(shape, towers_frozen)
+    loss = backward(model, images_and_text()) + backward(model, text())
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert any("vision_tower" in name for name in expected) == (not towers_frozen)
+    sharded_loss, gradients = run_ranks(sharded, 2, shape, towers_frozen)[0]
+    torch.testing.assert_close(sharded_loss, loss, rtol=1e-5, atol=0)
+    for name, gradient in gradients.items():
+        reference = expected.get(name, torch.zeros_like(gradient))
+        assert (gradient - reference).norm() <= 1e-5 * reference.norm().clamp(min=1e-3), name
+    assert expected.keys() <= gradients.keys()
+
+
+@pytest.mark.parametrize("shape", ["multimodal", "31b"])
+def test_the_base_sees_the_image_as_transformers_shows_it(shape):
+    model, _ = build(shape, True)
+    model.eval()
+    batch = images_and_text()
+    del batch["labels"]
+    with torch.no_grad():
+        out = model(**batch)
+        reference = model.base(**batch, use_cache=False).logits
+        other = model(**batch | {"pixel_values": batch["pixel_values"].flip(0)})
+    torch.testing.assert_close(out.logits, reference, rtol=1e-4, atol=1e-4)
+    # What comes before the image doesn't know it; what comes after does, in the drafter too, by the keys and values.
+    for a, b in ((out.logits, other.logits), (out.drafter_logits[0], other.drafter_logits[0])):
+        differs = (a - b).abs().amax(dim=(0, 2)) > 1e-4
+        assert not differs[:3].any() and differs[3 + SOFT_TOKENS :].all()
+
+
+def test_an_image_sees_itself_both_ways_on_sliding_layers_only():
+    base, _ = build_pair("31b")
+    config = base.config.get_text_config()
+    blocks = torch.full((1, LENGTH), -1)
+    blocks[0, 3:7] = 0
+    masks = attention_masks(config, (1, LENGTH), torch.float32, torch.device("cpu"), None, blocks)
+    assert masks["full_attention"] is None
+    t, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None, :]
+    inside = (blocks[0][:, None] == blocks[0][None]) & (blocks[0] >= 0)
+    expected = ((j <= t) | inside) & (t - j < config.sliding_window)
+    assert torch.equal(masks["sliding_attention"][0, 0], expected)
