@@ -237,18 +237,34 @@ def load_pair(cfg: DictConfig, mesh: DeviceMesh | None, device: torch.device | s
         ConfigError: for a pair that can't be found or doesn't fit together.
         WeightsError: for weights that don't fit.
     """
-    from joint_train.model import Gemma4WithDrafter  # its from_pretrained uses this module
-    from joint_train.parallelize import DTYPES, parallelize, prepare
+    from joint_train.parallelize import DTYPES, parallelize
 
     m = cfg.model
     base_dir = resolve(m.base, m.revision, m.cache_dir)
     drafter_dir = resolve(m.drafter, m.drafter_revision, m.cache_dir)
     text_config = OmegaConf.to_container(m.text_config, resolve=True)
-    base_config, drafter_config = read_configs(base_dir, drafter_dir, text_config=text_config)
-    dtype = DTYPES[cfg.precision.params]
+    configs = read_configs(base_dir, drafter_dir, text_config=text_config)
+    model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params])
+    model.sources = (base_dir, drafter_dir)
+    if mesh is not None:
+        parallelize(model, mesh, cfg)
+    materialize(model.base, base_dir, device)
+    materialize(model.drafter, drafter_dir, device)
+    if cfg.drafter.share_embedding_with_base:
+        model.share_embedding()
+    return model
+
+
+def meta_pair(
+    cfg: DictConfig, base_config: PreTrainedConfig, drafter_config: PreTrainedConfig, dtype: torch.dtype
+) -> "Gemma4WithDrafter":
+    """The pair of a configuration on the meta device: what is frozen, recomputed and compiled is decided."""
+    from joint_train.model import Gemma4WithDrafter  # its from_pretrained uses this module
+    from joint_train.parallelize import prepare
+
     model = Gemma4WithDrafter(
-        build_meta(base_config, dtype, m.attn_implementation),
-        build_meta(drafter_config, dtype, m.attn_implementation),
+        build_meta(base_config, dtype, cfg.model.attn_implementation),
+        build_meta(drafter_config, dtype, cfg.model.attn_implementation),
         drafter_loss_weight=cfg.drafter.loss_weight,
         drafter_num_steps=cfg.drafter.num_steps,
         freeze_base_for_drafter=cfg.freeze.base,
@@ -257,14 +273,7 @@ def load_pair(cfg: DictConfig, mesh: DeviceMesh | None, device: torch.device | s
         rope_position=cfg.drafter.rope_position,
         loss=cfg.loss,
     )
-    model.sources = (base_dir, drafter_dir)
     prepare(model, cfg)
-    if mesh is not None:
-        parallelize(model, mesh, cfg)
-    materialize(model.base, base_dir, device)
-    materialize(model.drafter, drafter_dir, device)
-    if cfg.drafter.share_embedding_with_base:
-        model.share_embedding()
     return model
 
 
