@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_run import TIMEOUT, build, config, everything, seed_all, train, train_step
-from pairs import build_pair
+from pairs import SHAPES, base_config, build_pair, drafter_config
 from ranks import run_ranks
 
-from joint_train.checkpoint import Checkpointer, CheckpointError, layout, load_model
+from joint_train.checkpoint import Checkpointer, CheckpointError, compat, layout, load_model
 from joint_train.checkpoint import checkpointer as module
 from joint_train.checkpoint.state import new_optimizer_state, random_state, set_random_state, stored_tensors
 from joint_train.optim import build_optimizer
@@ -231,6 +231,7 @@ def test_what_may_change_is_said(tmp_path, caplog):
         ({"vocab_size": 300}, r"base text_config.vocab_size was 256, is 300.*embed_tokens.weight was \[256, 64\], is"),
         ({"intermediate_size": 128}, "base text_config.intermediate_size was 96, is 128"),
         ({"drafter_overrides": {"use_ordered_embeddings": False}}, "drafter use_ordered_embeddings was True, is False"),
+        ({"global_head_dim": 64}, "base text_config.per_layer_config.1.head_dim was 32, is 64"),
         ({"shape": "31b"}, "base text_config.num_hidden_layers was 5, is 4"),
     ],
 )
@@ -243,6 +244,16 @@ def test_what_may_not_change_is_an_error_that_names_it(tmp_path, pair, words):
         checkpointer.load(checkpointer.find_resume(), model, optimizer, config=cfg)
     checkpointer.close()
     same(before, everything(model, optimizer))
+
+
+def test_the_fixed_keys_are_keys_of_the_models():
+    """A misspelt one would guard nothing."""
+    keys = set()
+    for shape in SHAPES:
+        base = base_config(shape)
+        for cfg in (base, drafter_config(base)):
+            keys |= {key.rpartition(".")[2] for key in compat.differences({}, json.loads(cfg.to_json_string(False)))}
+    assert keys >= compat.FIXED
 
 
 def test_what_auto_resumes_from(tmp_path, caplog):
@@ -341,16 +352,19 @@ def open_only(rank, folder):
     Checkpointer(folder, config().checkpoint, timeout_seconds=TIMEOUT, lock_wait_seconds=0).close()
 
 
-def test_retention_of_a_run(tmp_path):
+def test_retention_of_a_run(tmp_path, caplog):
     cfg, checkpointer = open_run(
         tmp_path, checkpoint__keep_last=2, checkpoint__keep_every=4, checkpoint__keep_best="loss"
     )
     model, optimizer = build(cfg)
     for step, loss in enumerate([5, 1, 4, 3, 3, 3, 3], start=1):
         checkpointer.save(step, model, optimizer, {"step": step}, config=cfg, metrics={"loss": loss})
+    assert "keep_best" not in caplog.text
+    checkpointer.save(8, model, optimizer, {"step": 8}, config=cfg, metrics={"acc": 1})
+    assert "checkpoint.keep_best=loss is not a metric of step_00000008 (those are: acc)" in caplog.text
     checkpointer.close()
     names = sorted(p.name for p in checkpointer.folder.iterdir())
-    assert names == [layout.folder_name(step) for step in (2, 4, 6, 7)]
+    assert names == [layout.folder_name(step) for step in (2, 4, 7, 8)]
 
 
 @pytest.fixture

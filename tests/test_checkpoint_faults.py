@@ -62,7 +62,7 @@ def save_twice(rank, folder, background, before_second=None, timeout=30):
     started = time.monotonic()
     try:
         checkpointer.save(2, model, optimizer, {"step": 2}, config=cfg)
-        while checkpointer._save is not None:
+        while checkpointer.saving:
             checkpointer.poll()
             time.sleep(0.01)
     except CheckpointError as error:

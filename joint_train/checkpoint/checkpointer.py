@@ -274,6 +274,11 @@ class Checkpointer:
             self._write(job, self._ranks)
             self._step = step
 
+    @property
+    def saving(self) -> bool:
+        """Whether a background save is under way: the same on every rank."""
+        return self._save is not None
+
     def poll(self) -> None:
         """Raise on every rank if a background save failed on any. Free unless one is under way; call it each step."""
         if self._save is None:
@@ -388,8 +393,11 @@ class Checkpointer:
         layout.write_file(temporary / layout.MANIFEST, manifest.to_bytes())
         layout.fsync_folder(temporary)
         notes = layout.publish(temporary, final)
+        cfg = self.cfg
+        if cfg.keep_best and cfg.keep_best.removeprefix("-") not in job.metrics:
+            known = ", ".join(sorted(job.metrics)) or "none"
+            notes.append(f"checkpoint.keep_best={cfg.keep_best} is not a metric of {final.name} (those are: {known})")
         try:
-            cfg = self.cfg
             for folder in layout.prunable(self.folder, cfg.keep_last, cfg.keep_every, cfg.keep_best, job.step):
                 layout.remove(folder)
         except OSError as error:

@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 FIXED = frozenset(
     """
     model_type vocab_size vocab_size_per_layer_input hidden_size hidden_size_per_layer_input intermediate_size
-    moe_intermediate_size num_hidden_layers num_attention_heads num_key_value_heads num_global_key_value_heads head_dim
-    global_head_dim layer_types num_kv_shared_layers use_double_wide_mlp attention_k_eq_v tie_word_embeddings
-    num_experts enable_moe_block backbone_hidden_size use_ordered_embeddings num_centroids
+    moe_intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim layer_types
+    num_kv_shared_layers use_double_wide_mlp attention_k_eq_v tie_word_embeddings num_experts enable_moe_block
+    backbone_hidden_size use_ordered_embeddings num_centroids
     """.split()
 )
 # These describe where a run is, not what it is.
