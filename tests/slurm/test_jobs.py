@@ -24,7 +24,7 @@ STEPS = 12
 TRAINING = [
     "+experiment=starter", f"max_steps={STEPS}", "data.max_length=64", "data.micro_batch_size=1", "data.num_workers=0",
     "optim.warmup_steps=2", "eval.every=4", "eval.batches=1", "eval.prompts=0", "model.export.at_end=false",
-    "checkpoint.every=1000", "checkpoint.grace_seconds=20", "tracking.wandb=disabled", "parallel.timeout_seconds=60",
+    "checkpoint.every=1000", "checkpoint.grace_seconds=20", "tracking.wandb=disabled", "parallel.timeout_seconds=300",
 ]  # fmt: skip
 STARTED = 180  # seconds within which a job makes its first step, on a busy machine
 
