@@ -68,17 +68,17 @@ def run(args: argparse.Namespace) -> int:
     dtype = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}.get(args.dtype) or getattr(
         torch, args.dtype
     )
-    models = []
-    for name in (args.base, args.drafter):
-        folder = resolve(name)
-        config = transformers.AutoConfig.from_pretrained(folder)
-        architecture = getattr(transformers, (config.architectures or [""])[0], None)
-        if architecture is None:
-            raise ConfigError(f"{name}: config.json names no model class in `architectures`")
-        models.append(architecture.from_pretrained(folder, dtype=dtype).to(device).eval())
-    base, drafter = models
-    check_pair(base.config, drafter.config)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(args.base))
+    folders = [resolve(args.base), resolve(args.drafter)]
+    configs = [transformers.AutoConfig.from_pretrained(folder) for folder in folders]
+    for folder, config, drafts in zip(folders, configs, (False, True), strict=True):
+        if hasattr(config, "backbone_hidden_size") != drafts:
+            raise ConfigError(f"{folder} is a {config.model_type}: give the base first, then its drafter.")
+    check_pair(*configs)
+    base, drafter = (
+        getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=dtype).to(device).eval()
+        for folder, config in zip(folders, configs, strict=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
     prompts = load_prompts(args.prompts, tokenizer, args.limit)
 
     results = {

@@ -110,7 +110,7 @@ def smooth(series: list[tuple[int, float]]) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in pieces]
 
 
-def curve(runs: Sequence[Run], metric: str, label: str) -> str | None:
+def curve(runs: Sequence[Run], metric: str) -> str | None:
     """A metric of all runs over steps, or nothing if none has it."""
     series = [smooth(run.series(metric)) for run in runs]
     if not any(series):
@@ -121,9 +121,8 @@ def curve(runs: Sequence[Run], metric: str, label: str) -> str | None:
             if points:
                 marker = {"marker": "o", "markersize": 3} if len(points) < 20 else {}
                 axes.plot(*zip(*points, strict=True), label=run.name, linewidth=1.4, **marker)
-        axes.legend()
 
-    return figure(draw, "step", label)
+    return figure(draw, "step", "")
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -131,7 +130,7 @@ def page(runs: Sequence[Run]) -> str:
     heads = ["", *(run.name for run in runs)]
     sections = [Section("Results", tables=[Table(heads, result_rows(runs), "First and last value that was measured.")])]
     for title, metrics in CURVES.items() if plots_available() else ():
-        figures = [(label, svg) for metric, label in metrics if (svg := curve(runs, metric, label))]
+        figures = [(label, svg) for metric, label in metrics if (svg := curve(runs, metric))]
         if figures:
             sections.append(Section(title, figures=figures))
     rows = differences(runs)
@@ -150,10 +149,8 @@ def main(argv: Sequence[str]) -> int:
     runs = [load_run(folder, name) for folder, name in zip(args.runs, names(args.runs), strict=True)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     replace(args.out, page(runs))
-    width = max(len(run.name) for run in runs) + 2
-    for what, *values in result_rows(runs):
-        print(f"{what:<34}" + "".join(f"{value:<{max(width, 18)}}" for value in values))
-    for key, *values in differences(runs):
-        print(f"{key:<34}" + "".join(f"{value:<{max(width, 18)}}" for value in values))
+    width = max(18, 2 + max(len(run.name) for run in runs))
+    for what, *values in [["", *(run.name for run in runs)], *result_rows(runs), *differences(runs)]:
+        print(f"{what:<34}" + "".join(f"{value:<{width}}" for value in values).rstrip())
     print(f"written: {args.out}")
     return 0

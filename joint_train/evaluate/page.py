@@ -51,7 +51,7 @@ def figure(draw: Callable[[Any], None], x: str, y: str) -> str:
 
     Args:
         draw: draws into a matplotlib ``Axes``.
-        x, y: axis labels.
+        x, y: axis labels. Labelled curves get a legend, above the axes, where it hides nothing.
 
     Raises:
         ImportError: without matplotlib.
@@ -66,10 +66,12 @@ def figure(draw: Callable[[Any], None], x: str, y: str) -> str:
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         draw(axes)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
         out = io.StringIO()
         fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     head, rest = svg.split(">", 1)
     return re.sub(r' (width|height)="[^"]*"', "", head) + ' role="img">' + rest
 

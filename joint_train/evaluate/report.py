@@ -139,7 +139,6 @@ def acceptance_section(results: dict[str, Any]) -> Section:
                 errorbars(axes, points, label=label)
             axes.set_ylim(0, 1)
             axes.set_xticks(range(1, last["num_steps"] + 1))
-            axes.legend()
 
         section.figures = [("Accepted drafts", figure(draw, "draft position", "share accepted"))]
     return section

@@ -1,0 +1,360 @@
+"""Acceptance as it is counted: against independent counts, doubles whose result is known, and sharded models."""
+
+import copy
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from pairs import build_pair, make_pair
+from ranks import run_ranks
+from torch import nn
+from transformers import GenerationConfig
+
+from joint_train.config import Config, SourceConfig
+from joint_train.data import DataError
+from joint_train.evaluate import accepted_length, decoding, measure, validation_prompts
+from joint_train.evaluate.__main__ import main, step_list
+from joint_train.evaluate.decoding import Decoded, acceptance_steps, decode, tokens_per_forward
+from joint_train.evaluate.prompts import Prompt, load_prompts
+from joint_train.mesh import init_mesh
+from joint_train.model import Gemma4WithDrafter
+from joint_train.parallelize import parallelize
+from joint_train.starter import CHAT_TEMPLATE
+
+K = 3
+
+
+class FakeTokenizer:
+    """Just enough for texts: a token is its number. Its chat prompts are the lengths of the messages."""
+
+    chat_template = None
+
+    def decode(self, ids, **kwargs) -> str:
+        return " ".join(map(str, ids))
+
+    def __call__(self, text) -> dict:
+        return {"input_ids": [2, *(3 + len(word) for word in text.split())]}
+
+
+def prompts(count: int = 4) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        Prompt([2, *torch.randint(3, 240, (3 + 5 * i,), generator=generator).tolist()], f"prompt {i}", "ab"[i % 2])
+        for i in range(count)
+    ]
+
+
+def pair(shape: str = "e2b", eos: int | None = None):
+    base, drafter = build_pair(shape)
+    base.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
+    drafter.generation_config = GenerationConfig(num_assistant_tokens=7)
+    return base.eval(), drafter.eval()
+
+
+class Gemma4AssistantDouble(nn.Module):
+    """A drafter whose logits are the base's own for the first ``right`` drafts, and certain of a wrong token after.
+
+    It reads the text so far from what the generation streams out, and runs a copy of the base on it.
+    """
+
+    def __init__(self, base, right: int, monkeypatch) -> None:
+        super().__init__()
+        self.base, self.right, self.position = copy.deepcopy(base), right, None
+        self.config, self.device = base.config, base.device
+        self.generation_config = GenerationConfig(num_assistant_tokens=5)
+        double = self
+
+        class Streamer(decoding.SettledTokens):
+            def put(self, value):
+                super().put(value)
+                if len(self.counts) == 1:
+                    double.text = []
+                double.text += value.flatten().tolist()
+
+        monkeypatch.setattr(decoding, "SettledTokens", Streamer)
+
+    def forward(self, inputs_embeds, position_ids, **kwargs):
+        if self.position != (len(self.text), int(position_ids)):
+            self.position, self.drafts = (len(self.text), int(position_ids)), []
+        assert int(position_ids) == len(self.text) - 1
+        logits = self.base(input_ids=torch.tensor([self.text + self.drafts]), use_cache=False).logits[:, -1:]
+        if len(self.drafts) >= self.right:
+            worst = logits.argmin(-1, keepdim=True)
+            logits = torch.full_like(logits, -30.0).scatter(-1, worst, 30.0)
+        self.drafts.append(int(logits.argmax()))
+        state = inputs_embeds[..., : inputs_embeds.shape[-1] // 2]
+        return SimpleNamespace(last_hidden_state=state, logits=logits)
+
+
+# counting
+
+
+@pytest.mark.parametrize("shape", ["e2b", "26b_a4b", "text"])
+def test_accepted_length_equals_a_count_of_the_bases_forwards(shape):
+    base, drafter = pair(shape)
+    forwards, tokens = 0, 0
+    forward = base.forward
+
+    def counted(*args, **kwargs):
+        nonlocal forwards
+        forwards += 1
+        return forward(*args, **kwargs)
+
+    base.forward = counted
+    drafter.generation_config.num_assistant_tokens = K
+    for prompt in prompts(2):
+        ids = torch.tensor([prompt.ids])
+        out = base.generate(ids, assistant_model=drafter, max_new_tokens=20, do_sample=False)
+        tokens += out.shape[1] - ids.shape[1] - 1  # the first one comes from the prompt's forward
+        forwards -= 1
+    base.forward = forward
+    drafter.generation_config.num_assistant_tokens = 7
+    found = accepted_length(base, drafter, FakeTokenizer(), prompts(2), K, 20)
+    assert found["tokens_per_forward"] == tokens / forwards
+    assert drafter.generation_config.num_assistant_tokens == 7  # as it was
+
+
+@pytest.mark.parametrize("shape", ["e2b", "31b"])
+def test_a_random_drafter_gives_about_1(shape):
+    base, drafter = pair(shape)
+    found = accepted_length(base, drafter, FakeTokenizer(), prompts(2), K, 32)
+    assert 1.0 <= found["tokens_per_forward"] < 1.15
+
+
+@pytest.mark.parametrize("right", [0, 1, K])
+def test_a_double_with_the_bases_logits_gives_k_plus_1(right, monkeypatch):
+    base, _ = pair()
+    double = Gemma4AssistantDouble(base, right, monkeypatch)
+    # Whole verifications: one token from the prompt, then right + 1 at a time.
+    found = accepted_length(base, double, FakeTokenizer(), prompts(2), K, 1 + 4 * (right + 1) + (K - right))
+    shares = [found[f"accepted_{k}"] for k in range(K)]
+    assert shares == pytest.approx([1.0] * right + [0.0] * (K - right), abs=1e-9)
+    if right == K:
+        assert found["tokens_per_forward"] == K + 1
+
+
+def test_end_tokens_end_the_text_and_its_count():
+    base, drafter = pair()
+    prompt = prompts(1)[0]
+    free = decode(base, None, prompt.ids, 0, 12)
+    end = free.ids[5]
+    base.generation_config.eos_token_id = end
+    cut = decode(base, drafter, prompt.ids, K, 12)
+    assert cut.ids == free.ids[: free.ids.index(end) + 1] and cut.ended
+    assert 1 + sum(cut.settled) == len(cut.ids)
+    assert decode(base, drafter, prompt.ids, K, 12, ignore_eos=True).ids == free.ids
+    assert base.generation_config.eos_token_id == end
+
+
+def test_acceptance_leaves_out_what_an_end_token_cut_short():
+    decoded = Decoded(ids=[9] * 7, drafted=[3, 3, 3], settled=[2, 3, 1], ended=True)
+    assert acceptance_steps(decoded) == [(3, 1), (3, 2)]
+    assert tokens_per_forward([decoded]) == 2.0
+    assert math.isnan(tokens_per_forward([Decoded(ids=[9])]))
+
+
+def test_training_mode_is_put_back():
+    base, drafter = pair()
+    base.train()
+    accepted_length(base, drafter, FakeTokenizer(), prompts(1), K, 4)
+    assert base.training and not drafter.training
+    assert not base._forward_hooks and not base._forward_pre_hooks and not drafter._forward_hooks
+
+
+# sharded
+
+
+def sharded_length(rank: int, shape: str, noise: bool) -> dict:
+    base, drafter = pair(shape)
+    cfg = OmegaConf.structured(Config)
+    cfg.drafter.num_steps = K
+    model = Gemma4WithDrafter(base, drafter, drafter_num_steps=K).train()
+    parallelize(model, init_mesh(cfg.parallel), cfg)
+    if noise and rank:  # as if this rank's kernels added up in another order, only more so
+        for part in (model.base, model.drafter):
+            part.register_forward_hook(scramble)
+    return accepted_length(model.base, model.drafter, FakeTokenizer(), prompts(2), K, 16)
+
+
+def scramble(module, args, output):
+    output.logits = output.logits * torch.rand_like(output.logits)
+    return output
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_sharded_models_decode_as_whole_ones_in_lockstep(noise):
+    base, drafter = pair()
+    expected = accepted_length(base, drafter, FakeTokenizer(), prompts(2), K, 16)
+    for found in run_ranks(sharded_length, 2, "e2b", noise):
+        assert found == expected
+
+
+# what is made of the counts
+
+
+def test_measure_finds_equal_texts_and_its_numbers_add_up():
+    base, drafter = pair()
+    results = measure.measure(base, drafter, FakeTokenizer(), prompts(), [1, K], 8)
+    for s in results["speculative"]:
+        decoded = [decode(base, drafter, p.ids, s["num_steps"], 8) for p in prompts()]
+        assert s["tokens_per_forward"]["value"] == pytest.approx(tokens_per_forward(decoded))
+        assert s["differences"] == []
+        assert s["tokens"] == 4 * 8 and len(s["acceptance"]) == s["num_steps"]
+        assert set(s["tokens_per_forward_by_category"]) == {"a", "b"}
+        assert s["speedup"]["value"] == pytest.approx(
+            s["tokens_per_second"]["value"] / results["plain"]["tokens_per_second"]["value"]
+        )
+    json.dumps(results, allow_nan=False)
+
+
+def test_a_difference_is_found_with_the_bases_margin():
+    base, _ = pair()
+    prompt = prompts(1)[0]
+    plain = decode(base, None, prompt.ids, 0, 8)
+    other = copy.deepcopy(plain)
+    other.ids[3] = (other.ids[3] + 1) % 256
+    found = measure.difference(base, FakeTokenizer(), 0, prompt, plain, other)
+    ids = torch.tensor([prompt.ids + plain.ids[:3]])
+    logits = base(input_ids=ids).logits[0, -1]
+    assert found["position"] == 3 and found["margin"] > 0
+    assert found["margin"] == pytest.approx((logits[plain.ids[3]] - logits[other.ids[3]]).item(), abs=1e-4)
+    assert measure.difference(base, FakeTokenizer(), 0, prompt, plain, copy.deepcopy(plain)) is None
+    other.ids = plain.ids[:-1]
+    assert measure.difference(base, FakeTokenizer(), 0, prompt, plain, other)["position"] == 7
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for trial in range(200):
+        steps = torch.randint(5, 40, (30,), generator=generator)
+        rate = 1.5 + 0.5 * torch.randn(30, generator=generator)
+        found = measure.interval([(steps * rate).tolist(), steps.tolist()], lambda a, b: a / b, seed=trial)
+        hits += found["low"] <= 1.5 <= found["high"]
+    assert 175 <= hits <= 198  # 190 expected
+
+
+def test_an_interval_of_one_prompt_or_of_nothing_isnt_made_up():
+    assert measure.interval([[6.0], [3.0]], lambda a, b: a / b, 0) == {"value": 2.0, "low": None, "high": None}
+    assert measure.interval([[0.0, 0.0], [0.0, 0.0]], lambda a, b: a / b, 0)["value"] is None
+
+
+def test_sampling_check_tells_a_biased_acceptance_from_an_exact_one(monkeypatch):
+    base, _ = pair()
+    double = Gemma4AssistantDouble(base, K, monkeypatch)
+    plain, biased, exact = measure.sampling(base, double, prompts(2), K, 48, temperature=1.0)
+    # With q = p, transformers accepts the most likely token always, as if it had been drawn.
+    assert biased["way"] == "transformers" and not biased["bases_distribution"]
+    assert biased["deviation"]["most_likely"] > 4
+    assert plain["bases_distribution"] and exact["bases_distribution"]
+    assert exact["tokens_per_forward"] > 1.0
+
+
+def test_surprise_is_zero_in_expectation():
+    logits = 3 * torch.randn(1, 3, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    class Base:
+        def get_input_embeddings(self):
+            return nn.Embedding(1, 1)
+
+        def __call__(self, input_ids, logits_to_keep, use_cache):
+            assert input_ids.shape == (1, 6) and logits_to_keep == 3  # of 2 new tokens, and of what comes after
+            return SimpleNamespace(logits=logits)
+
+    p, q = (logits[0, :2] / 0.7).softmax(-1)
+    mean, square = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    for i in range(50):
+        for j in range(50):
+            row = measure.surprise(Base(), [2, 7, 7, 7], [i, j], 0.7)
+            mean += p[i] * q[j] * row
+            square += p[i] * q[j] * row.square()
+    assert mean[[0, 2]].abs().max() < 1e-9
+    assert torch.allclose(square[[0, 2]], mean[[1, 3]])  # the variances
+
+
+# prompts and the command
+
+
+def test_the_general_set_has_40_prompts_in_8_categories():
+    found = load_prompts("general", FakeTokenizer())
+    assert len(found) == 40 and len({p.text for p in found}) == 40
+    counts = {c: sum(p.category == c for p in found) for c in {p.category for p in found}}
+    assert len(counts) == 8 and set(counts.values()) == {5}
+
+
+def test_prompts_of_files_stop_before_the_last_answer(tmp_path):
+    lines = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bb"}]},
+        {"prompt": "ccc dddd", "response": "e", "category": "own"},
+        {"text": "one two three"},
+    ]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chat, pair_, text = load_prompts(str(file), FakeTokenizer())
+    assert (chat.ids, chat.text, chat.category) == ([2, 4], "a", "mine")
+    assert (pair_.text, pair_.category) == ("ccc dddd", "own")
+    assert text.ids == [2, 6, 6, 8]
+    assert len(load_prompts(str(file), FakeTokenizer(), limit=2)) == 2
+    file.write_text('{"messages": 3}\n')
+    with pytest.raises(DataError, match="mine.jsonl:1"):
+        load_prompts(str(file), FakeTokenizer())
+
+
+def test_validation_prompts_are_taken_from_each_source_in_turn(tmp_path):
+    for name, count in (("a", 3), ("b", 1)):
+        text = "".join(json.dumps({"prompt": f"{name}{i}", "response": "x"}) + "\n" for i in range(count))
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    cfg = OmegaConf.structured(Config)
+    cfg.data.val = [SourceConfig(path=str(tmp_path / "a.jsonl")), SourceConfig(path=str(tmp_path / "b.jsonl"))]
+    assert [p.text for p in validation_prompts(cfg, FakeTokenizer(), 10)] == ["a0", "b0", "a1", "a2"]
+    assert [p.text for p in validation_prompts(cfg, FakeTokenizer(), 3)] == ["a0", "b0", "a1"]
+
+
+@pytest.mark.parametrize(("text", "steps"), [("4", [4]), ("1-8", list(range(1, 9))), ("4,1,2", [1, 2, 4])])
+def test_k_as_it_is_written(text, steps):
+    assert step_list(text) == steps
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of a pair with a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    base, drafter = make_pair(tmp_path_factory.mktemp("pair"), "e2b")
+    vocabulary = {f"w{i}": i for i in range(256)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w2", unk_token="w3")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(base)
+    return base, drafter
+
+
+def test_the_command_writes_json_and_page_and_prints_a_table(folders, tmp_path, capsys):
+    arguments = ["--limit", "3", "--num-steps", "1,2", "--max-new-tokens", "6", "--temperature", "1"]
+    assert main([*map(str, folders), *arguments, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    table = out.splitlines()
+    assert all(len(line) <= 80 for line in table if not line.startswith(("sampling", "written")))
+    assert table[0].split() == ["K", "tokens/forward", "tokens/s", "speed-up", "same", "text"]
+    assert [line.split()[0] for line in table[1:4]] == ["–", "1", "2"] and "3/3" in table[3]
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [s["num_steps"] for s in results["speculative"]] == [1, 2]
+    assert [s["way"] for s in results["sampling"]] == ["plain", "transformers", "exact"]
+    page = (tmp_path / "evaluation.html").read_text()
+    assert page.count("<svg") >= 3
+    assert not re.search(r"""(src|href)=["'](?!#|data:)|url\((?!#)|@import""", page)  # needs nothing from anywhere
+
+
+def test_the_command_says_what_is_wrong(folders, tmp_path, capsys):
+    assert main([str(tmp_path / "nothing"), str(folders[1])]) == 2
+    assert "nothing" in capsys.readouterr().err
+    assert main([*map(str, folders), "--prompts", str(tmp_path / "no.jsonl")]) == 2
+    assert "no.jsonl" in capsys.readouterr().err
+    assert main([str(folders[1]), str(folders[0])]) == 2
+    assert "give the base first" in capsys.readouterr().err

@@ -1,0 +1,232 @@
+"""The HTML pages: what is in them, and how they look in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from joint_train.evaluate import compare, page, report
+from joint_train.evaluate.__main__ import main
+
+WIDTHS = (1280, 400)
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def near(value: float, spread: float) -> dict:
+    return {"value": value, "low": value - spread, "high": value + spread}
+
+
+def results(**changes) -> dict:
+    """What an evaluation of a good pair finds."""
+    kinds = ["code", "conversation", "extraction", "mathematics", "reasoning", "rewriting", "summary", "writing"]
+    speculative = [
+        {
+            "num_steps": k,
+            "tokens": 5120,
+            "seconds": 100.0,
+            "verifications": 2000,
+            "tokens_per_forward": near(1 + 2.2 * (1 - 0.68**k), 0.08),
+            "tokens_per_second": near(50.0, 2.0),
+            "speedup": near(1 + 0.9 * (1 - 0.68**k) - 0.03 * k, 0.06),
+            "acceptance": [
+                {"drafted": 2000, "accepted": int(2000 * 0.68 ** (i + 1))}
+                | {"share": near(0.68 ** (i + 1), 0.02), "share_if_reached": near(0.68, 0.02)}
+                for i in range(k)
+            ],
+            "tokens_per_forward_by_category": {name: near(1.8 + 0.1 * i, 0.15) for i, name in enumerate(kinds)},
+            "differences": [],
+        }
+        for k in range(1, 9)
+    ]
+    return {
+        "base": "/models/gemma-4-E4B-it",
+        "drafter": "/models/gemma-4-E4B-it-assistant",
+        "when": "2026-07-01T12:00:00+00:00",
+        "versions": {"joint-train": "0.1.0", "torch": "2.13.0", "commit": "0123456789abcdef0123456789abcdef01234567"},
+        "options": {"num_steps": list(range(1, 9)), "max_new_tokens": 128, "temperature": 0.0, "dtype": "bfloat16"},
+        "prompts": {"name": "general", "count": 40},
+        "plain": {"tokens": 5120, "seconds": 170.0, "tokens_per_second": near(30.0, 1.0)},
+        "speculative": speculative,
+        "examples": [{"category": "code", "prompt": "Explain <b>this</b> & that", "text": "A text.\n" * 12}],
+        "sampling": None,
+    } | changes
+
+
+SAMPLING = [
+    {"way": way, "tokens": 5120, "tokens_per_forward": 2.5, "bases_distribution": abs(z) < 4}
+    | {"deviation": {"log_probability": z, "most_likely": z}}
+    for way, z in (("plain", 0.3), ("transformers", 18.2), ("exact", -0.7))
+]
+DIFFERENCE = {"prompt": 7, "position": 31, "plain": " the", "speculative": " a", "margin": 0.001}
+
+
+class Text(HTMLParser):
+    """Checks that tags are closed in order, and gathers the text."""
+
+    VOID = {"meta", "link", "br"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.text = [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def write_run(folder: Path, name: str, pairing: str, slow: float) -> Path:
+    run = folder / name
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"output_dir: {run}\ndrafter:\n  pairing: {pairing}\noptim:\n  lr: 0.001\n")
+    lines = []
+    for step in range(501):
+        record = {"step": step, "time": 1000.0 + step}
+        if step:
+            record |= {"base_loss": 8 * slow**step + 3, "drafter_loss": 6 * slow**step + 3}
+            record |= {"tokens_per_second": 9000 + 50 * (step % 7), "grad_norm": 1 + 0.1 * (step % 5), "bad_steps": 0}
+        if step % 50 == 0:
+            record |= {"val/base_loss": 8 * slow**step + 3.1, "val/drafter_ce": 6 * slow**step + 3.1}
+            record |= {"val/tokens_per_forward": 2.5 - 1.5 * slow**step, "val/accepted_length_expected": 2.0}
+        lines.append(json.dumps(record) + "\n")
+    (run / "metrics.jsonl").write_text("".join(lines) + '{"step": 501, "torn')
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    return [write_run(tmp_path, "serving", "serving", 0.99), write_run(tmp_path, "same", "same_token", 0.995)]
+
+
+def test_the_page_shows_the_numbers_and_is_well_formed():
+    text = Text(report.page(results(sampling=SAMPLING))).text
+    assert "40 prompts" in text and "token by token" in text
+    assert "With K = 6 drafts, 2.98 [2.90, 3.06] tokens per base forward" in text  # K = 6 is the fastest
+    assert "NOT" not in text and "+18.2" in text
+    assert "Explain <b>this</b> & that" in text  # a text isn't markup
+
+
+def test_differences_are_shown_with_their_margin():
+    found = results()
+    found["speculative"][2]["differences"] = [DIFFERENCE]
+    shown = Text(report.page(found)).text
+    assert "' the'" in shown and "0.001" in shown
+    assert "K = 3, prompt 7: differs at token 31" in report.text(found)
+    assert "39/40" in report.text(found)
+
+
+def test_the_table_fits_80_columns():
+    assert max(map(len, report.text(results()).splitlines())) <= 80
+
+
+def test_what_was_not_measured_is_a_dash_and_no_crash():
+    nothing = {"value": None, "low": None, "high": None}
+    found = results()
+    for s in found["speculative"]:
+        s |= {"tokens_per_forward": nothing, "tokens_per_forward_by_category": {"a": nothing, "b": nothing}}
+        for position in s["acceptance"]:
+            position |= {"share": nothing, "share_if_reached": {"value": 0.5, "low": None, "high": None}}
+    assert "–" in Text(report.page(found)).text
+    assert "–" in report.text(found)
+
+
+def test_without_matplotlib_there_is_a_page_without_plots(monkeypatch):
+    monkeypatch.setattr(report, "plots_available", lambda: False)
+    text = report.page(results())
+    assert "<svg" not in text and "2.98 [2.90, 3.06]" in text
+
+
+def test_a_figure_has_no_size_of_its_own_and_is_the_same_each_time():
+    def draw(axes):
+        axes.plot([1, 2], [3, 4])
+
+    svg = page.figure(draw, "x", "a label")
+    head = svg[: svg.index(">")]
+    assert "viewBox" in head and " width=" not in head and " height=" not in head
+    assert "a label" in svg
+    assert svg == page.figure(draw, "x", "a label")
+
+
+def test_runs_side_by_side(runs, tmp_path, capsys):
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
+    text = Text((tmp_path / "page.html").read_text()).text
+    said = capsys.readouterr().out
+    for shown in (text, said):
+        assert "drafter.pairing" in shown and "same_token" in shown
+        assert "optim.lr" not in shown  # the same in both
+    assert "11.100 → 3.153" in said  # base validation loss of the first: 8 + 3.1, 8 * 0.99**500 + 3.1
+    assert (tmp_path / "page.html").read_text().count("<svg") == 8
+
+
+def test_runs_are_told_apart_by_the_ends_of_their_folders():
+    assert compare.names([Path("/a/x/run"), Path("/a/y/run")]) == ["x/run", "y/run"]
+    with pytest.raises(ValueError, match="twice"):
+        compare.names([Path("/a"), Path("/a")])
+
+
+def test_a_folder_that_is_no_run_is_an_error_that_says_so(tmp_path, capsys):
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "no run" in capsys.readouterr().err
+
+
+def test_curves_are_thinned_without_bending_them():
+    series = [(step, 2.0 * step) for step in range(1, 1001)]
+    thin = compare.smooth(series)
+    assert len(thin) <= compare.SMOOTHING
+    assert all(y == pytest.approx(2 * x) for x, y in thin)
+    assert compare.smooth(series[:10]) == series[:10]
+
+
+def browse(file: Path, width: int, *arguments: str) -> subprocess.CompletedProcess:
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},900"]
+    log = ["--enable-logging=stderr", "--log-level=0", "--virtual-time-budget=3000"]
+    profile = f"--user-data-dir={file.parent / 'profile'}"
+    return subprocess.run(
+        [BROWSER, *options, *log, profile, *arguments, file.as_uri()], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("which", ["evaluation", "comparison"])
+def test_in_a_browser_nothing_is_cut_off_or_tiny_and_the_console_is_clean(runs, tmp_path, which, width):
+    file = tmp_path / "page.html"
+    if which == "evaluation":
+        file.write_text(report.page(results(sampling=SAMPLING)))
+    else:
+        assert main(["compare", *map(str, runs), "--out", str(file)]) == 0
+    probe = """<iframe id="frame" style="border:0;width:%dpx;height:900px"></iframe><pre id="found"></pre><script>
+    const frame = document.getElementById("frame");
+    frame.onload = () => {
+        const page = frame.contentDocument.documentElement;
+        const sizes = [...page.querySelectorAll("svg text")].map(t => t.getBoundingClientRect().height);
+        const plots = [...page.querySelectorAll("svg")].map(s => s.getBoundingClientRect().width);
+        document.getElementById("found").textContent = JSON.stringify(
+            {overflow: page.scrollWidth - page.clientWidth, smallest: Math.min(...sizes), plots: plots});
+    };
+    frame.srcdoc = %s;
+    </script>"""
+    outer = tmp_path / "probe.html"
+    outer.write_text(probe % (width, json.dumps(file.read_text()).replace("</", "<\\/")))
+    done = browse(outer, 1300, "--dump-dom")
+    assert "CONSOLE" not in done.stderr
+    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1])
+    assert found["overflow"] <= 0
+    assert found["smallest"] >= 9  # height of the smallest text in a plot, in pixels
+    assert len(found["plots"]) >= 4 and min(found["plots"]) >= 0.9 * min(width - 32, 440)
