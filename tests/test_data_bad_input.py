@@ -196,7 +196,7 @@ def test_a_thousand_bad_files(lines, ends):
         spec = source(path=path)
         for record in read_records(spec, 1000):
             try:
-                tokens, flags = cache.encode_record(record, spec, TOKENIZER)
+                tokens, flags, _ = cache.encode_record(record, spec, TOKENIZER)
             except DataError as error:
                 assert str(error).startswith(f"{path}:{record.line}: "), error
             else:

@@ -30,12 +30,12 @@ import transformers
 from omegaconf import OmegaConf
 
 from joint_train.config import SourceConfig
-from joint_train.data import sources, template
+from joint_train.data import images, sources, template
 from joint_train.data.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 META = "meta.json"
 CHUNK_RECORDS = 64
 CHUNK_BYTES = 1 << 20
@@ -51,6 +51,16 @@ DOCUMENT = np.dtype(
         ("file", np.int32),
     ]
 )
+PICTURE = np.dtype(
+    [
+        ("document", np.int64),
+        ("position", np.int32),  # in the document, of the token that begins it
+        ("tokens", np.int32),  # soft tokens, without those that begin and end it
+        ("offset", np.int64),  # of its path or its bytes
+        ("size", np.int64),
+        ("embedded", bool),  # bytes, not a path
+    ]
+)
 
 
 @dataclass
@@ -61,6 +71,7 @@ class Tokenised:
         name: of the source, in the metrics.
         folder: of the arrays.
         documents: ``[N]`` DOCUMENT.
+        pictures: ``[M]`` PICTURE, ascending in (document, position).
         files: what ``documents["file"]`` counts.
         skipped: how many records were bad.
         errors: the messages of the first of them.
@@ -69,6 +80,7 @@ class Tokenised:
     name: str
     folder: Path
     documents: np.ndarray
+    pictures: np.ndarray
     files: list[str]
     skipped: int
     errors: list[str]
@@ -89,6 +101,20 @@ class Tokenised:
         """Token ids and flags, both ``[length]``, of a part of a document."""
         first = int(self.documents["offset"][document]) + start
         return self._tokens[first : first + length], self._flags[first : first + length]
+
+    def pictures_of(self, document: int, start: int, length: int) -> np.ndarray:
+        """The pictures (indices) that begin in a part of a document."""
+        first, last = np.searchsorted(self.pictures["document"], [document, document + 1])
+        position = self.pictures["position"][first:last]
+        return first + np.flatnonzero((position >= start) & (position < start + length))
+
+    def picture(self, index: int) -> str | bytes:
+        """A picture's path or bytes."""
+        picture = self.pictures[index]
+        with open(self.folder / "pictures.bin", "rb") as stream:
+            stream.seek(int(picture["offset"]))
+            data = stream.read(int(picture["size"]))
+        return data if picture["embedded"] else data.decode()
 
     def where(self, document: int) -> str:
         """``file:line`` of a document."""
@@ -144,9 +170,9 @@ def load(folder: Path, source, data) -> Tokenised:
             "; ".join(meta["errors"][:3]),
         )
     documents = np.load(folder / "documents.npy")
-    return Tokenised(
-        sources.source_name(source), folder, documents, source_files(source), meta["skipped"], meta["errors"]
-    )
+    pictures = np.load(folder / "pictures.npy")
+    name = sources.source_name(source)
+    return Tokenised(name, folder, documents, pictures, source_files(source), meta["skipped"], meta["errors"])
 
 
 def cache_key(source, data, tokenizer) -> str:
@@ -171,7 +197,13 @@ def tokenizer_fingerprint(tokenizer) -> str:
     for volatile in ("truncation", "padding"):  # set by the last call, not part of what it does with a text
         state.pop(volatile, None)
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    text = json.dumps([state, special, tokenizer.chat_template], sort_keys=True)
+    # An image's number of tokens depends on its processor's configuration.
+    processor = [
+        file.read_text()
+        for name in ("preprocessor_config.json", "processor_config.json")
+        if (file := Path(tokenizer.name_or_path) / name).is_file()
+    ]
+    text = json.dumps([state, special, tokenizer.chat_template, processor], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -254,28 +286,38 @@ def write(
     temporary.mkdir()
     try:
         files = {file: index for index, file in enumerate(source_files(source))}
-        documents, errors, skipped, offset = [], [], 0, 0
+        documents, pictures, errors, skipped, offset, count, picture_offset = [], [], [], 0, 0, 0, 0
         logged = began = time.monotonic()
-        with open(temporary / "tokens.bin", "wb") as tokens_file, open(temporary / "flags.bin", "wb") as flags_file:
+        with (
+            open(temporary / "tokens.bin", "wb") as tokens_file,
+            open(temporary / "flags.bin", "wb") as flags_file,
+            open(temporary / "pictures.bin", "wb") as pictures_file,
+        ):
             for chunk in _chunks(records, source, data, tokenizer, num_workers):
                 tokens_file.write(chunk.tokens.tobytes())
                 flags_file.write(chunk.flags.tobytes())
                 chunk.documents["offset"] += offset
                 chunk.documents["file"] = [files[file] for file in chunk.files]
                 offset += len(chunk.tokens)
+                pictures_file.write(chunk.picture_data)
+                chunk.pictures["document"] += count
+                chunk.pictures["offset"] += picture_offset
+                picture_offset += len(chunk.picture_data)
+                pictures.append(chunk.pictures)
                 documents.append(chunk.documents)
+                count += len(chunk.documents)
                 skipped += len(chunk.errors)
                 errors = (errors + chunk.errors)[:REPORTED]
                 progressed()
                 if time.monotonic() - logged > LOG_SECONDS:
                     logged = time.monotonic()
-                    done = sum(map(len, documents))
-                    rate = done / (logged - began)
-                    logger.info("tokenising %s: %d examples, %.0f a second", source.path, done, rate)
-            for stream in (tokens_file, flags_file):
+                    rate = count / (logged - began)
+                    logger.info("tokenising %s: %d examples, %.0f a second", source.path, count, rate)
+            for stream in (tokens_file, flags_file, pictures_file):
                 stream.flush()
                 os.fsync(stream.fileno())
         np.save(temporary / "documents.npy", np.concatenate(documents) if documents else np.empty(0, DOCUMENT))
+        np.save(temporary / "pictures.npy", np.concatenate(pictures) if pictures else np.empty(0, PICTURE))
         meta = {"skipped": skipped, "errors": errors, "tokens": offset, **(more or {})}
         (temporary / META).write_text(json.dumps(meta))
         _rename(temporary, folder)
@@ -300,6 +342,8 @@ class Chunk:
     flags: np.ndarray
     documents: np.ndarray
     files: list[str]
+    pictures: np.ndarray
+    picture_data: bytes
     errors: list[str]
 
 
@@ -312,12 +356,12 @@ class Tokenise(torch.utils.data.Dataset):
         self.on_error, self.tokenizer = on_error, tokenizer
 
     def __getitem__(self, records: list[sources.Record]) -> Chunk:
-        encoded, files, errors = [], [], []
+        encoded, files, errors, pictures, picture_data = [], [], [], [], bytearray()
         documents = np.zeros(len(records), dtype=DOCUMENT)
         offset = 0
         for record in records:
             try:
-                tokens, flags = encode_record(record, self.source, self.tokenizer)
+                tokens, flags, found = encode_record(record, self.source, self.tokenizer)
             except DataError as error:
                 if self.on_error == "raise":
                     raise
@@ -325,6 +369,11 @@ class Tokenise(torch.utils.data.Dataset):
                 continue
             targets = np.count_nonzero(flags & template.ASSISTANT)
             documents[len(files)] = (offset, len(tokens), targets, record.line, 0)
+            for position, count, reference in found:
+                data = reference.encode() if isinstance(reference, str) else reference
+                embedded = isinstance(reference, bytes)
+                pictures.append((len(files), position, count, len(picture_data), len(data), embedded))
+                picture_data += data
             offset += len(tokens)
             encoded.append((tokens, flags))
             files.append(record.file)
@@ -333,19 +382,26 @@ class Tokenise(torch.utils.data.Dataset):
             flags=np.concatenate([flags for _, flags in encoded] or [np.empty(0, np.uint8)]),
             documents=documents[: len(files)],
             files=files,
+            pictures=np.array(pictures, dtype=PICTURE),
+            picture_data=bytes(picture_data),
             errors=errors,
         )
 
 
-def encode_record(record: sources.Record, source, tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and flags of a record.
+def encode_record(
+    record: sources.Record, source, tokenizer
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, str | bytes]]]:
+    """Token ids and flags of a record, and (position, soft tokens, path or bytes) of its images.
 
     Raises:
         DataError: what is wrong with it, with file and line.
     """
     example = sources.parse(record, source)
     try:
-        return template.encode(example, tokenizer)
+        references = example.get("images", [])
+        tokens, flags = template.encode(example, tokenizer)
+        tokens, flags, places = images.expand(tokens, flags, references, tokenizer)
+        return tokens, flags, [(*place, reference) for place, reference in zip(places, references, strict=True)]
     except DataError as error:
         raise DataError(f"{record.file}:{record.line}: {error}") from None
     except Exception as error:  # whatever a template or a tokenizer makes of odd values deep inside an example

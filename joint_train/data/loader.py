@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from joint_train.data import images
 from joint_train.data.cache import tokenised
 from joint_train.data.errors import DataError, OtherData
 from joint_train.data.pieces import Pieces, cut
@@ -100,7 +101,10 @@ class RankBatches(torch.utils.data.Dataset):
         last: rows of the sequence; a batch that goes beyond it is filled with empty rows. None: no end.
     """
 
-    def __init__(self, sequence, start: dict, rank: int, size: int, rows: int, count: int | None, last: int | None):
+    def __init__(
+        self, sequence, start: dict, rank: int, size: int, rows: int, count: int | None, last: int | None, tokenizer
+    ):
+        self.folder, self.image_token = tokenizer.name_or_path, getattr(tokenizer, "image_token_id", None)
         self.sequence, self.rank, self.size, self.rows, self.count, self.last = sequence, rank, size, rows, count, last
         self.start = start
         self.cursor = Cursor(sequence, start["window"], start["row"])
@@ -116,6 +120,9 @@ class RankBatches(torch.utils.data.Dataset):
         empty = np.empty((0, 2), dtype=np.int64)
         rows = [self.sequence.row(row, length) for row in documents + [empty] * (self.rows - len(documents))]
         batch: dict[str, Any] = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
+        if pictures := [picture for row in documents for picture in self.sequence.pictures(row)]:
+            batch |= self._pixels(pictures)
+            batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_token).long()
         consumed = (number + 1) * self.size * self.rows
         if self.last is None:
             window, row = self.cursor.locate(consumed)
@@ -123,6 +130,22 @@ class RankBatches(torch.utils.data.Dataset):
         else:
             batch[POSITION] = {**self.start, "rows": min(consumed, self.last)}
         return batch
+
+    def _pixels(self, pictures: list[tuple[str | bytes, int, str]]) -> dict[str, torch.Tensor]:
+        values, positions = [], []
+        for reference, tokens, where in pictures:
+            try:
+                image = images.pixels(reference, self.folder)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            if (now := int(image["num_soft_tokens_per_image"])) != tokens:
+                raise DataError(
+                    f"{where}: image {images.name_of(reference)} has {now} tokens now, and had {tokens} when it was "
+                    "tokenised: it was changed. Remove data.cache_dir, or undo the change"
+                )
+            values.append(torch.from_numpy(image["pixel_values"]))
+            positions.append(torch.from_numpy(image["image_position_ids"]))
+        return {"pixel_values": torch.stack(values), "image_position_ids": torch.stack(positions)}
 
 
 def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, position: dict | None = None) -> BatchLoader:
@@ -141,7 +164,9 @@ def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, positio
     Yields:
         ``input_ids``, ``labels`` (-100: not a target; not shifted), ``position_ids`` (from 0 in each document),
         ``document_ids`` (0: padding; 1, 2, …: the documents of a row) and ``source`` (index into
-        ``loader.source_names``, -1: padding), each ``[B, S]`` int64 on the CPU.
+        ``loader.source_names``, -1: padding), each ``[B, S]`` int64 on the CPU. A batch with images also has
+        ``mm_token_type_ids`` ``[B, S]`` int64 (1: stands for a part of an image), ``pixel_values`` ``[images, patches,
+        values]`` float32 and ``image_position_ids`` ``[images, patches, 2]`` int64, in the order of the rows.
 
     Raises:
         DataError: bad data or settings.
@@ -177,7 +202,7 @@ def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, positio
     if not train:
         last = sequence.rows_an_epoch()
         count = -(-last // (dp_size * data.micro_batch_size))
-    batches = RankBatches(sequence, start, dp_rank, dp_size, data.micro_batch_size, count, last)
+    batches = RankBatches(sequence, start, dp_rank, dp_size, data.micro_batch_size, count, last, tokenizer)
     return BatchLoader(batches, data.num_workers, timeout, torch.cuda.is_available(), start)
 
 

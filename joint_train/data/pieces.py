@@ -1,6 +1,7 @@
 """What of a source goes into rows: its documents, cut and sorted out by the ``data`` options."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,14 @@ class Pieces:
         """Token ids and flags of a piece, both ``[T]``."""
         return self.source.read(int(self.document[piece]), int(self.start[piece]), int(self.length[piece]))
 
+    def pictures(self, piece: int) -> list[tuple[str | bytes, int, str]]:
+        """The images of a piece: path or bytes, soft tokens, and ``file:line`` of the document."""
+        document, source = int(self.document[piece]), self.source
+        if not len(source.pictures):
+            return []
+        found = source.pictures_of(document, int(self.start[piece]), int(self.length[piece]))
+        return [(source.picture(index), int(source.pictures["tokens"][index]), self.where(piece)) for index in found]
+
     def where(self, piece: int) -> str:
         """``file:line`` of a piece's document."""
         return self.source.where(int(self.document[piece]))
@@ -89,10 +98,7 @@ def cut(source: Tokenised, data) -> Pieces:
     pieces = [np.stack([short, np.zeros_like(short), documents["length"][short]], axis=1)]
     lost = 0
     for document in np.flatnonzero(keep & long).tolist():
-        length = int(documents["length"][document])
-        starts = {"drop": [], "truncate": [0], "split": range(0, length, data.max_length)}[data.overlong]
-        for start in starts:
-            size = min(data.max_length, length - start)
+        for start, size in _parts(source, document, data):
             # The first token of a piece is nobody's target: nothing before it predicts it.
             flags = source.read(document, start + 1, size - 1)[1]
             if size > 1 and (mask is None or np.any(flags & mask)):
@@ -111,3 +117,23 @@ def cut(source: Tokenised, data) -> Pieces:
         )
     table = np.concatenate(pieces)
     return Pieces(source, *table[np.lexsort((table[:, 1], table[:, 0]))].T)
+
+
+def _parts(source: Tokenised, document: int, data) -> Iterator[tuple[int, int]]:
+    """Start and length of what ``data.overlong`` leaves of a document that is too long. No image is cut in two."""
+    if data.overlong == "drop":
+        return
+    length, start = int(source.documents["length"][document]), 0
+    while start < length:
+        end = min(start + data.max_length, length)
+        if end < length:
+            held = source.pictures[source.pictures_of(document, start, end - start)]
+            for position, tokens in zip(held["position"].tolist(), held["tokens"].tolist(), strict=True):
+                if position + tokens + 2 > end:
+                    end = position
+        if end == start:  # an image longer than a row
+            return
+        yield start, end - start
+        if data.overlong == "truncate":
+            return
+        start = end

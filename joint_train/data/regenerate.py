@@ -36,6 +36,8 @@ def prompts(specs, data) -> Iterator[dict]:
                 roles = [message["role"] for message in example.get("messages", [])]
                 if "user" not in roles:
                     raise DataError(f"{record.file}:{record.line}: no user message to answer")
+                if "images" in example:
+                    raise DataError(f"{record.file}:{record.line}: prompts with images can't be answered here")
             except DataError:
                 if data.on_error == "raise":
                     raise

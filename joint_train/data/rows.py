@@ -14,6 +14,7 @@ from joint_train.data.order import permutation, uniform
 from joint_train.data.packing import assemble, best_fit
 from joint_train.data.pieces import MASKS, Pieces
 from joint_train.data.streams import StreamPieces
+from joint_train.data.template import IMAGE
 
 WINDOW = 4096
 """Documents that are packed together. More fill the rows better; it takes about 20 ms to pack these."""
@@ -111,9 +112,13 @@ class RowSequence:
         parts = []
         for source, piece in documents.tolist():
             tokens, flags = self.sources[source].read(piece)
-            targets = np.ones(len(tokens), dtype=bool) if self.mask is None else (flags & self.mask) != 0
+            targets = (flags & IMAGE) == 0 if self.mask is None else (flags & self.mask) != 0
             parts.append((tokens, targets, source))
         return assemble(parts, length)
+
+    def pictures(self, documents: np.ndarray) -> list[tuple[str | bytes, int, str]]:
+        """The images of a row, in order: path or bytes, soft tokens, and ``file:line`` of the document."""
+        return [found for source, piece in documents.tolist() for found in self.sources[source].pictures(piece)]
 
     def length_of(self, documents: np.ndarray) -> int:
         """Tokens of a row."""

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from joint_train.config import SourceConfig
+from joint_train.data import images
 from joint_train.data.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -191,7 +192,7 @@ def _read_dataset(source) -> Iterator[Record]:
 
 
 def parse(record: Record, source) -> dict[str, Any]:
-    """The example of a record.
+    """The example of a record; its images, if there are any, in ``images``.
 
     Raises:
         DataError: what is wrong with it, with file and line.
@@ -202,7 +203,13 @@ def parse(record: Record, source) -> dict[str, Any]:
         row = _decode(record.data) if isinstance(record.data, bytes) else record.data
         if not isinstance(row, dict):
             raise DataError(f"a JSON object is expected, not {_kind_of(row)}")
-        return _adapt(row, source.format, dict(source.columns))
+        example = _adapt(row, source.format, dict(source.columns))
+        if "messages" in example:
+            listed = next((row[name] for name in images.LISTS if row.get(name)), None)
+            example["messages"], found = images.take(example["messages"], listed, os.path.dirname(record.file))
+            if found:
+                example["images"] = found
+        return example
     except DataError as error:
         raise DataError(f"{record.file}:{record.line}: {error}") from None
 

@@ -74,6 +74,10 @@ class StreamPieces:
         """Token ids and flags of a piece, both ``[T]``."""
         return self.block(piece >> 32)[1].read(piece & 0xFFFFFFFF)
 
+    def pictures(self, piece: int) -> list[tuple[str | bytes, int, str]]:
+        """The images of a piece: path or bytes, soft tokens, and ``file:line`` of the document."""
+        return self.block(piece >> 32)[1].pictures(piece & 0xFFFFFFFF)
+
     def where(self, piece: int) -> str:
         """``file:line`` of a piece's document."""
         return self.block(piece >> 32)[1].where(piece & 0xFFFFFFFF)

@@ -21,6 +21,8 @@ ASSISTANT = 1
 """Flag of a token that the assistant wrote."""
 LAST = 2
 """Flag of a token of the last assistant message."""
+IMAGE = 4
+"""Flag of a token that stands for an image or a part of one: never a target."""
 
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # The fields of a message that templates show as thinking.

@@ -1,0 +1,158 @@
+"""Images in conversations: found, checked and counted when a source is tokenised, made into pixels when a row is read.
+
+The template writes one placeholder token for an image; here it becomes a begin token, as many placeholders as the
+image has soft tokens, and an end token. None of them is ever a target. The cache holds where the images of a document
+are, not their pixels: these are made in the loader's worker processes, for the rows of a batch only.
+"""
+
+import base64
+import binascii
+import io
+import os
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from joint_train.data.errors import DataError
+from joint_train.data.template import IMAGE
+
+FIELDS = ("image", "path", "url", "image_url", "bytes")
+LISTS = ("images", "image")
+
+
+def take(messages: list[dict], listed: Any, folder: str) -> tuple[list[dict], list[str | bytes]]:
+    """Take the images out of the messages, which keep a part ``{"type": "image"}`` for each.
+
+    Args:
+        messages: with images in their parts (``image``, ``path``, ``url``, ``image_url`` or ``bytes``), or without and
+            listed beside them.
+        listed: the example's ``images`` or ``image`` column.
+        folder: that paths are relative to.
+
+    Returns:
+        The messages, and each image in order: a file's path, or the bytes of one.
+
+    Raises:
+        DataError: an image that can't be had, or as many images as there are places for them it is not.
+    """
+    found = []
+    for index, message in enumerate(messages):
+        if isinstance(message.get("content"), list):
+            parts = []
+            for part in message["content"]:
+                if part["type"] in ("image", "image_url"):
+                    found.append(next((part[field] for field in FIELDS if part.get(field) is not None), None))
+                    parts.append({"type": "image"})
+                elif part["type"] == "text":
+                    parts.append(part)
+                else:
+                    raise DataError(f"message {index}: content of type {part['type']!r} can't be trained on")
+            messages[index] = {**message, "content": parts}
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if listed and all(image is None for image in found):
+        if len(listed) != len(found):
+            raise DataError(f"{len(listed)} images for {len(found)} places in the messages")
+        found = listed
+    return messages, [_reference(image, folder) for image in found]
+
+
+def _reference(image: Any, folder: str) -> str | bytes:
+    if isinstance(image, dict):  # Parquet's images are {bytes, path}; an image_url is {url}
+        image = next((image[field] for field in ("bytes", "path", "url") if image.get(field) is not None), None)
+    if image is None:
+        raise DataError("a place for an image, and no image")
+    if isinstance(image, bytes):
+        return image
+    if hasattr(image, "save"):  # datasets decodes images
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue()
+    if not isinstance(image, str):
+        raise DataError(f"an image is a path or bytes, not {type(image).__name__}")
+    if image.startswith("data:"):
+        try:
+            return base64.b64decode(image.split(",", 1)[1], validate=True)
+        except (IndexError, binascii.Error) as error:
+            raise DataError(f"an image whose data URL isn't base64: {error}") from None
+    if image.startswith(("http://", "https://")):
+        raise DataError(f"image {image}: nothing is fetched while training; download it and give its path")
+    return os.path.join(folder, os.path.expanduser(image.removeprefix("file://")))
+
+
+def name_of(reference: str | bytes) -> str:
+    """What to call an image in a message."""
+    return reference if isinstance(reference, str) else f"of {len(reference)} bytes"
+
+
+@lru_cache(maxsize=2)
+def _processor(folder: str):
+    try:
+        from PIL import Image  # noqa: F401
+        from transformers import AutoImageProcessor
+    except ImportError as error:
+        raise DataError("images need the pillow package: pip install 'joint-train[data]'") from error
+    try:
+        # Pillow's resizing is the same on every machine; torchvision may be missing.
+        return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError) as error:
+        raise DataError(f"the data have images, and {folder} has no image processor: {error}") from error
+
+
+def pixels(reference: str | bytes, folder: str) -> dict[str, np.ndarray]:
+    """An image as the model takes it.
+
+    Args:
+        reference: path, or the bytes of a file.
+        folder: of the model, with the configuration of its image processor.
+
+    Returns:
+        ``pixel_values`` ``[patches, values]`` float32, ``image_position_ids`` ``[patches, 2]`` int64 (-1: padding), and
+        ``num_soft_tokens_per_image``.
+
+    Raises:
+        DataError: it doesn't decode.
+    """
+    processor = _processor(folder)
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(reference) if isinstance(reference, bytes) else reference) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+        out = processor(images=[image], return_tensors="np")
+    except Exception as error:  # decoders raise errors of many kinds
+        raise DataError(f"image {name_of(reference)} can't be read: {type(error).__name__}: {error}") from None
+    return {key: np.asarray(value[0]) for key, value in out.items()}
+
+
+def expand(
+    tokens: np.ndarray, flags: np.ndarray, references: list[str | bytes], tokenizer
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+    """Put as many placeholders as an image has soft tokens in the place of each one.
+
+    Args:
+        tokens, flags: ``[T]`` of a document.
+        references: its images, in order.
+
+    Returns:
+        Tokens and flags ``[T + …]``, and (position of the begin token, soft tokens) of each image.
+
+    Raises:
+        DataError: an image doesn't decode, or the template hasn't one placeholder for each.
+    """
+    placeholder = getattr(tokenizer, "image_token_id", None)
+    places = np.flatnonzero(tokens == placeholder) if placeholder is not None else np.empty(0, dtype=np.int64)
+    if len(places) != len(references):
+        raise DataError(f"{len(references)} images, and {len(places)} placeholders for them in the rendered text")
+    if not references:
+        return tokens, flags, []
+    begin, end = tokenizer.boi_token_id, tokenizer.eoi_token_id
+    token_parts, flag_parts, found, last, length = [], [], [], 0, 0
+    for place, reference in zip(places.tolist(), references, strict=True):
+        count = int(pixels(reference, tokenizer.name_or_path)["num_soft_tokens_per_image"])
+        token_parts += [tokens[last:place], np.array([begin, *[placeholder] * count, end], dtype=np.int32)]
+        flag_parts += [flags[last:place], np.full(count + 2, IMAGE, dtype=np.uint8)]
+        found.append((length + place - last, count))
+        length += place - last + count + 2
+        last = place + 1
+    return np.concatenate([*token_parts, tokens[last:]]), np.concatenate([*flag_parts, flags[last:]]), found
