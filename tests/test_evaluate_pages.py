@@ -115,7 +115,7 @@ def runs(tmp_path) -> list[Path]:
 
 def test_the_page_shows_the_numbers_and_is_well_formed():
     text = Text(report.page(results(sampling=SAMPLING))).text
-    assert "40 prompts" in text and "token by token" in text
+    assert "40 prompts" in text and "token for token" in text
     assert "With K = 6 drafts, 2.98 [2.90, 3.06] tokens per base forward" in text  # K = 6 is the fastest
     assert "NOT" not in text and "+18.2" in text
     assert "Explain <b>this</b> & that" in text  # a text isn't markup
