@@ -200,6 +200,13 @@ def test_parts_of_the_memory(pairs):
     assert plan.checkpoint == 4 * sum(p.numel() * (1 + 2 * p.requires_grad) for p in pair.parameters())
     assert (plan.ranks, plan.tokens) == (4, 4 * cfg.data.max_length)
 
+    # At the peak, in the loss: the roots' weights, and of the layers' one that is on its way, or all of them.
+    layers = [4 * sum(p.numel() for p in layer.parameters()) for layer in pair.base.model.language_model.layers]
+    whole = sum(p.nbytes for p in pair.parameters())
+    assert plan.memory["gathered weights"] == whole - sum(layers) + max(layers)
+    cfg.parallel.reshard_after_forward = False
+    assert make_plan(cfg, Machine(), **CPU).memory["gathered weights"] == whole + max(layers)
+
 
 @pytest.mark.parametrize(
     ("setting", "value"),
