@@ -121,7 +121,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         size = sum(p.numel() for p in model.parameters()) * 12 / 1e9
         print(
-            f"{size:.2f} GB a checkpoint, {dist.get_world_size()} ranks, {args.every} steps between saves: {plain:.1f} s"
+            f"{size:.2f} GB a checkpoint on {dist.get_world_size()} ranks, {args.every} steps without one {plain:.1f} s"
         )
         for name, row in rows.items():
             mean = {key: sum(values[1:]) / len(values[1:]) for key, values in row.items()}

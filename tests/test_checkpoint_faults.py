@@ -17,6 +17,7 @@ from checkpoint_run import build_stand_in, config
 from ranks import CONTEXT
 
 from joint_train.checkpoint import Checkpointer, CheckpointError, layout, state
+from joint_train.checkpoint import checkpointer as checkpointer_module
 
 BOUND = 90  # seconds for a whole scenario on a busy machine; the time-outs under test are far shorter
 
@@ -200,7 +201,7 @@ def save_while_hanging(rank, folder, background):
     if rank == 1:
         # The hanging rank is ended by its launcher once the other has failed.
         signal.signal(signal.SIGALRM, lambda *_: os._exit(9))
-        signal.alarm(12)
+        signal.alarm(9)
     return save_while(rank, folder, background, 1, hang, 3)
 
 
@@ -271,6 +272,7 @@ def save_to_a_disk_of_its_own(rank, folder):
         ctypes.CDLL(None, use_errno=True).unshare(0x00020000)  # CLONE_NEWNS
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+    checkpointer_module._GRACE_SECONDS = 1
     cfg = config()
     model, optimizer = build_stand_in()
     checkpointer = Checkpointer(folder, cfg.checkpoint, timeout_seconds=20)

@@ -26,7 +26,8 @@ from joint_train.checkpoint.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 10
+# How long what another rank did may take to be seen here: its error in this rank's thread, its files over a network.
+_GRACE_SECONDS = 10.0
 
 
 class Checkpointer:
@@ -297,7 +298,7 @@ class Checkpointer:
     def _finish(self, status: int) -> None:
         save, self._save = self._save, None
         if status == _BackgroundSave.FAILED:
-            save.join(_GRACE_SECONDS)  # the others' failure is on its way to this rank's thread too, with its reason
+            save.join(_GRACE_SECONDS)
             save.reraise()
             raise CheckpointError(f"saving step {save.step} failed on another rank, which says why")
         self._step = save.step
@@ -385,11 +386,14 @@ class Checkpointer:
             metrics=job.metrics,
             files={name: list(value) for of_rank in files for name, value in sorted(of_rank.items())},
         )
-        if problems := layout.check_sizes(temporary, manifest):
-            raise CheckpointError(
-                f"rank 0 doesn't see what the other ranks wrote ({problems[0]}): is output_dir "
-                f"{self.folder.parent} on a file system that all machines share?"
-            )
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while problems := layout.check_sizes(temporary, manifest):
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"rank 0 doesn't see what the other ranks wrote ({problems[0]}): is output_dir "
+                    f"{self.folder.parent} on a file system that all machines share?"
+                )
+            time.sleep(0.5)
         layout.write_file(temporary / layout.MANIFEST, manifest.to_bytes())
         layout.fsync_folder(temporary)
         notes = layout.publish(temporary, final)
