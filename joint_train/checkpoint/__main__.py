@@ -15,10 +15,14 @@ from joint_train.checkpoint import layout
 from joint_train.checkpoint.layout import CheckpointError
 from joint_train.checkpoint.lock import RunLock
 
+METRICS_SHOWN = 4
+
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0; 1 if ``verify`` finds damage; 2 for an error."""
-    parser = argparse.ArgumentParser(prog="python -m joint_train.checkpoint", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m joint_train.checkpoint", description="Look at a run's checkpoints and thin them out."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in (
         ("ls", "a table of what is there, without reading contents"),
@@ -72,7 +76,8 @@ def _table(folders: list[Path], contents: bool, console: Console) -> bool:
         status, manifest = _status(folder, contents)
         if manifest:
             saved = manifest.saved_at.removesuffix("+00:00").replace("T", " ")
-            metrics = " ".join(f"{name}={value:.4g}" for name, value in manifest.metrics.items())
+            shown = [f"{name}={value:.4g}" for name, value in manifest.metrics.items()]
+            metrics = " ".join(shown[:METRICS_SHOWN]) + (" …" if len(shown) > METRICS_SHOWN else "")
             table.add_row(folder.name, saved, _size(manifest.nbytes), str(manifest.world_size), metrics, status)
         else:
             good &= layout.step_of(folder.absolute()) is None
