@@ -15,6 +15,7 @@ would need more memory than is free is stopped and says so.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -154,7 +155,9 @@ def fresh_process(side: str, options, length: int, supervised: float, head: str)
     command += ["--rounds", str(options.rounds), "--vocab-size", str(options.vocab_size)]
     command += ["--budget-mb", str(options.budget_mb)]
     command += ["--limit", str(available_memory() - options.spare_gib * GIB)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
+    # glibc otherwise keeps freed blocks of up to 32 MiB, which would count as memory of the step.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=options.timeout)
     if result.returncode == 0:
         return json.loads(result.stdout.splitlines()[-1])
     if "not enough memory" in result.stderr or "Cannot allocate memory" in result.stderr:

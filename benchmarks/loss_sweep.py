@@ -1,0 +1,87 @@
+"""Which drafter loss accepts most: the starter pair, trained once for each kind, measured by speculative decoding.
+
+    python -m benchmarks.loss_sweep WORK_DIR                       # a trained and frozen base, a fresh drafter for each
+    python -m benchmarks.loss_sweep WORK_DIR --joint               # base and drafter train together from random weights
+    python -m benchmarks.loss_sweep WORK_DIR --kinds kl nla '{ce: 0.1, nla: 0.9}' --seeds 0 1 2
+
+Every run is the main job in a process of its own, on one rank, in WORK_DIR; one that has ended is not run again. The
+first builds the starter pair and, without --joint, trains its base by `--base-steps` joint steps.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from joint_train.loss import KINDS
+
+METRICS = {
+    "val/tokens_per_forward": "tokens per base forward",
+    "val/accepted_length_expected": "expected, teacher forced",
+    "val/acceptance_0": "alpha of round 0",
+    "val/drafter_ce": "drafter CE",
+}
+
+
+def train(output: Path, pair: Path, options, *overrides: str) -> dict[str, float]:
+    """The last validation of the run in `output`, made if it isn't there."""
+    if not (output / "export" / "drafter").exists():
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+        command += ["-m", "joint_train", "+experiment=starter", f"pair={pair}", f"output_dir={output}"]
+        command += ["resume=never", "tracking.wandb=disabled", "checkpoint.every=1000000", "eval.every=0"]
+        command += [f"eval.prompts={options.prompts}", *overrides]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=options.timeout)
+        if result.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}")
+    last: dict[str, float] = {}
+    for line in (output / "metrics.jsonl").read_text().splitlines():
+        last |= json.loads(line)
+    return {name: last[name] for name in METRICS}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work_dir", type=Path)
+    parser.add_argument("--kinds", nargs="+", default=[*KINDS, "{ce: 0.1, nla: 0.9}"], help="values of loss.drafter")
+    parser.add_argument("--joint", action="store_true", help="train the base too, with each kind")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each kind")
+    parser.add_argument("--base-steps", type=int, default=600, help="joint steps that make the frozen base")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--prompts", type=int, default=32, help="held-out prompts of a measurement")
+    parser.add_argument("--timeout", type=float, default=7200, help="seconds for one run")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run")
+    options = parser.parse_args()
+
+    pair = options.work_dir / "pair"
+    if not (pair / "COMPLETE").exists():
+        subprocess.run([sys.executable, "-m", "joint_train.starter", pair], check=True, timeout=options.timeout)
+    common = [f"max_steps={options.steps}", *options.set]
+    if not options.joint:
+        base = options.work_dir / f"base_{options.base_steps}"
+        train(base, pair, options, f"max_steps={options.base_steps}", *options.set)
+        common += ["freeze.base=true", f"model.base={base}/export/base"]
+
+    print("| loss.drafter | " + " | ".join(METRICS.values()) + " |")
+    print("| --- |" + " --- |" * len(METRICS), flush=True)
+    for kind in options.kinds:
+        runs = []
+        for seed in options.seeds:
+            overrides = [f"loss.drafter={kind}", f"seed={seed}", *common]
+            name = hashlib.sha256(" ".join(overrides).encode()).hexdigest()[:12]
+            runs.append(train(options.work_dir / f"run_{name}", pair, options, *overrides))
+        print(f"| {kind} | " + " | ".join(spread([run[name] for run in runs]) for name in METRICS) + " |", flush=True)
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and with several seeds the standard deviation."""
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+if __name__ == "__main__":
+    main()
