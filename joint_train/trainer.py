@@ -4,6 +4,7 @@ config → mesh → models → data → step → checkpoint, in this order, once
 """
 
 import logging
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +25,13 @@ from joint_train.loading import load_pair, resolve
 from joint_train.loss import JointTargets, joint_targets
 from joint_train.mesh import data_rank, init_distributed, init_mesh
 from joint_train.optim import build_optimizer, lr_factor, update
+from joint_train.plan import Machine, make_plan
 from joint_train.preemption import Preemption
 from joint_train.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bfloat16, by the vendor's data sheets
 
 
 class Trainer:
@@ -41,6 +45,7 @@ class Trainer:
         self.device = init_distributed(cfg.parallel.timeout_seconds)
         self.mesh = init_mesh(cfg.parallel)
         self.rank, self.ranks = data_rank(self.mesh)
+        self.memory_at_start = peak_memory(self.device)
         torch.manual_seed(cfg.seed + self.rank)
 
         self.model = load_pair(cfg, self.mesh, self.device).train()
@@ -64,6 +69,8 @@ class Trainer:
             position = saved["data"]
         self.loader = self.build_train_loader(position)
         self.tracker = Tracker(cfg, self.rank, self.step)
+        self.plan = make_plan(cfg, Machine(gpus=self.ranks), self.device.type)
+        log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.tracking.profile_steps, self.output_dir / "profile", self.rank)
         self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device)
         self.spikes = LossSpikes()
@@ -108,6 +115,8 @@ class Trainer:
         if cfg.model.export.at_end:
             self.export(self.output_dir / "export")
         self.tracker.finish(self.before, self.measured)
+        planned, peak = self.plan.peak / 2**30, (peak_memory(self.device) - self.memory_at_start) / 2**30
+        log.info("peak memory of rank 0: %.2f GiB; planned: %.2f GiB", peak, planned)
         self.close()
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
@@ -153,7 +162,8 @@ class Trainer:
             "tokens_per_second_per_gpu": counts[-1].item() / seconds / self.ranks,
             "seconds": seconds,
             "data_wait": waited,
-            **({"memory_peak_gb": torch.cuda.max_memory_allocated() / 2**30} if self.device.type == "cuda" else {}),
+            **utilisation(self.plan.flops / seconds / 1e12, self.device),
+            "memory_peak_gb": (peak_memory(self.device) - self.memory_at_start) / 2**30,
         }
 
     def prepare(self, batch: dict[str, Tensor], sources: list[str]) -> tuple[dict[str, Tensor], JointTargets, Tensor]:
@@ -266,6 +276,20 @@ class Trainer:
         self.tracker.close()
         dist.barrier()
         dist.destroy_process_group()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes so far: allocated on a GPU; of the whole process, with what Python and its libraries take, on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def utilisation(tflops: float, device: torch.device) -> dict[str, float]:
+    """10^12 operations a second of a rank, and their share of what its GPU can do, where that is known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    most = next((peak for gpu, peak in TFLOPS.items() if gpu in name), None)
+    return {"tflops_per_gpu": tflops} | ({"hfu": tflops / most} if most else {})
 
 
 def due(step: int, every: int) -> bool:
