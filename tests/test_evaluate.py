@@ -193,6 +193,47 @@ def test_sharded_models_decode_as_whole_ones_in_lockstep(noise):
         assert found == expected
 
 
+# what the drafter is shown
+
+
+@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize("shape", ["31b", "12b_unified"])
+def test_as_engines_the_drafter_computes_what_it_is_trained_on(shape, engine, monkeypatch):
+    """Also after rejections and past the sliding window (8). transformers' own view isn't that one."""
+    base, drafter = pair(shape)
+    texts, drafted = [[]], []  # the text at each verification, and the drafter's logits there
+
+    class Streamer(decoding.SettledTokens):
+        def put(self, value):
+            super().put(value)
+            texts.append(texts[-1] + value.flatten().tolist())
+
+    monkeypatch.setattr(decoding, "SettledTokens", Streamer)
+    hook = drafter.register_forward_hook(lambda module, args, out: drafted.append(out.logits[0, -1]))
+    prompt = prompts(2)[1].ids
+    decode(base, drafter, prompt, K, 16, engine=engine)
+    hook.remove()
+    joint = Gemma4WithDrafter(base, drafter, drafter_num_steps=K, rope_position="last_kv").eval()
+    worst = 0.0
+    whole = [text for text in texts[2:] if len(text) + K < len(prompt) + 16]  # the last drafts are cut to the budget
+    for text, logits in zip(whole, torch.stack(drafted).split(K), strict=False):
+        forced = text + [int(row.argmax()) for row in logits]
+        if max(forced) >= 248:  # placeholders of images: a forward embeds something else for them
+            continue
+        trained = joint(torch.tensor([forced])).drafter_logits
+        for k, row in enumerate(logits):
+            worst = max(worst, (trained[k][0, len(text) - 2] - row).abs().max().item())
+    assert len(drafted) > 5 * K
+    assert (worst < 1e-4) == engine, worst
+
+
+def test_as_engines_the_text_stays_the_bases():
+    base, drafter = pair()
+    for prompt in prompts(2):
+        plain = decode(base, None, prompt.ids, 0, 16)
+        assert decode(base, drafter, prompt.ids, K, 16, engine=True).ids == plain.ids
+
+
 # what is made of the counts
 
 

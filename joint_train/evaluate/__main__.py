@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
             "max_new_tokens": args.max_new_tokens,
             "temperature": args.temperature,
             "ignore_eos": args.ignore_eos,
+            "serving": args.serving,
             "dtype": str(dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
             "seed": args.seed,
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         "prompts": {"name": args.prompts, "count": len(prompts)},
         **measure(
             base, drafter, tokenizer, prompts, args.num_steps, args.max_new_tokens,
-            ignore_eos=args.ignore_eos, seed=args.seed, progress=progress,
+            ignore_eos=args.ignore_eos, engine=args.serving == "engine", seed=args.seed, progress=progress,
         ),
         "sampling": None,
     }  # fmt: skip

@@ -60,6 +60,7 @@ def decode(
     *,
     temperature: float = 0.0,
     ignore_eos: bool = False,
+    engine: bool = False,
 ) -> Decoded:
     """Decode one prompt.
 
@@ -68,6 +69,7 @@ def decode(
         num_steps: K, drafts for a verification.
         temperature: 0 for greedy decoding; else of sampling from the base's whole distribution.
         ignore_eos: go on to ``max_new_tokens``.
+        engine: let the drafter see what serving engines show it, see :func:`as_engines`.
     """
     device = base.get_input_embeddings().weight.device
     ids = torch.tensor([list(prompt_ids)], device=device)
@@ -86,6 +88,8 @@ def decode(
     with contextlib.ExitStack() as stack:
         if drafter is not None:
             stack.enter_context(num_assistant_tokens(drafter, num_steps))
+            if engine:
+                stack.enter_context(as_engines(base, drafter))
             assisted["assistant_model"] = drafter
         hook = base.register_forward_pre_hook(
             lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -105,6 +109,45 @@ def decode(
         ended=bool(new) and new[-1] in ends,
         seconds=seconds,
     )
+
+
+@contextlib.contextmanager
+def as_engines(base: PreTrainedModel, drafter: PreTrainedModel) -> Iterator[None]:
+    """Show the drafter, in transformers' generation, what vLLM and SGLang show it, which is also what it is trained on.
+
+    transformers 5.22 differs in three ways. After a rejection the keys and values end with those of the rejected draft
+    (``[:current_length]`` keeps one position too many, and once the sliding window is full, all of the rejected ones
+    in the sliding layers). Sliding layers see more than their window after a long prompt. And it rotates by the
+    position of the token whose keys aren't there yet, t + 1, where engines rotate by the last one that is, t
+    (``drafter.rope_position``).
+    """
+    window = drafter.config.get_text_config().sliding_window
+    latest: dict[str, object] = {}
+
+    def remember(module, args, output) -> None:
+        latest["kv"] = output.shared_kv_states
+
+    def settled(module, args, kwargs):
+        count = int(kwargs["position_ids"])  # positions before the newest token's: all that have keys
+        rejected = latest["kv"]["full_attention"][0].shape[2] - count
+        states = {}
+        for kind, pair in latest["kv"].items():
+            end = pair[0].shape[2] - rejected
+            start = max(0, end - window) if kind == "sliding_attention" else 0
+            states[kind] = tuple(x[:, :, start:end] for x in pair)
+        kwargs["shared_kv_states"] = states
+        kwargs["position_ids"] = kwargs["position_ids"] - 1
+        return args, kwargs
+
+    hooks = [
+        base.register_forward_hook(remember),
+        drafter.register_forward_pre_hook(settled, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def end_tokens(base: PreTrainedModel) -> list[int]:

@@ -26,6 +26,7 @@ def measure(
     max_new_tokens: int,
     *,
     ignore_eos: bool = False,
+    engine: bool = False,
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def measure(
     Intervals are 95 % bootstrap intervals over prompts: they say how far another set of such prompts might be off.
 
     Args:
+        engine: as for :func:`joint_train.evaluate.decoding.decode`.
         progress: called with what is being done, how many prompts of it are done, and of how many.
 
     Returns:
@@ -46,7 +48,7 @@ def measure(
         decoded = []
         for i, prompt in enumerate(prompts):
             progress(what, i, len(prompts))
-            decoded.append(decode(base, drafter, prompt.ids, k, max_new_tokens, ignore_eos=ignore_eos))
+            decoded.append(decode(base, drafter, prompt.ids, k, max_new_tokens, ignore_eos=ignore_eos, engine=engine))
         progress(what, len(prompts), len(prompts))
         return decoded
 
