@@ -144,7 +144,7 @@ def base_config(shape: str, **overrides):
 
 
 def drafter_config(base, drafter_overrides: dict | None = None):
-    """Configuration of the drafter that fits `base`'s; `drafter_overrides` are keys of the drafter's own configuration."""
+    """Configuration of the drafter that fits `base`'s; `drafter_overrides` are keys of its own, not its text's."""
     text = base.get_text_config()
     layers = ["sliding_attention", "sliding_attention", "full_attention"]
     unified = base.model_type == "gemma4_unified"
@@ -252,8 +252,14 @@ def build_pair(
 
 
 def make_pair(
-    directory, shape: str = "e2b", *, seed: int = 0, drafter_overrides: dict | None = None, max_shard_size="5GB", **overrides
-) -> tuple[Path, Path]:  # fmt: skip
+    directory,
+    shape: str = "e2b",
+    *,
+    seed: int = 0,
+    drafter_overrides: dict | None = None,
+    max_shard_size: str = "5GB",
+    **overrides,
+) -> tuple[Path, Path]:
     """Write `build_pair(...)` by `save_pretrained` in bfloat16 to `directory`/base and `directory`/drafter."""
     pair = build_pair(shape, seed=seed, dtype=torch.bfloat16, drafter_overrides=drafter_overrides, **overrides)
     folders = Path(directory) / "base", Path(directory) / "drafter"
