@@ -242,6 +242,7 @@ class Trainer:
                 cfg.eval.max_new_tokens,
             )  # fmt: skip
             measured["val/tokens_per_forward"] = accepted["tokens_per_forward"]
+            self.tracker.examples(self.step, accepted["examples"])
         parallelize.reshard(self.model)
         self.model.train()
         return measured
