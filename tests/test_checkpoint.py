@@ -423,7 +423,8 @@ def test_a_failure_in_the_background_is_loud(tmp_path, slow_writes, where):
     if where == "poll":
         checkpointer._save.join(20)
     with pytest.raises(CheckpointError, match="(?s)saving step 1 failed: writing .*No space left on device"):
-        save(2) if where == "save" else getattr(checkpointer, where)()
+        for _ in range(2):  # a poll's answer comes with the next one
+            save(2) if where == "save" else getattr(checkpointer, where)()
     checkpointer.close()
     assert list(checkpointer.folder.iterdir()) == []
     actions.clear()

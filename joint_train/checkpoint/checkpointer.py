@@ -8,6 +8,7 @@ import logging
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -69,6 +70,7 @@ class Checkpointer:
         self._writer_ranks = Ranks(timeout_seconds)  # a background save talks while the training loop does
         self._staging = state.Staging()
         self._save: _BackgroundSave | None = None
+        self._answers: Callable[[], int] | None = None  # of all ranks to the last poll
         self._step: int | None = None  # of the newest checkpoint known to be good
         self._random: dict | None = None
         self._lock: RunLock | None = None
@@ -281,18 +283,28 @@ class Checkpointer:
         return self._save is not None
 
     def poll(self) -> None:
-        """Raise on every rank if a background save failed on any. Free unless one is under way; call it each step."""
+        """Raise on every rank if a background save failed on any. Call it each step: it costs next to nothing.
+
+        The ranks' answers to a poll are looked at in the next one, when all have given them: none waits for another.
+        """
         if self._save is None:
             return
-        worst = self._ranks.highest(f"saving step {self._save.step}", self._save.status())
-        if worst != _BackgroundSave.RUNNING:
-            self._finish(worst)
+        if self._answers is not None:
+            worst = self._answers()
+            self._answers = None
+            if worst != _BackgroundSave.RUNNING:
+                self._finish(worst)
+                return
+        self._answers = self._ranks.start_highest(f"saving step {self._save.step}", self._save.status())
 
     def wait(self) -> None:
         """Wait until a background save is finished, on every rank; raises as :meth:`poll` does."""
         if self._save is None:
             return
         self._save.join(self.timeout_seconds)
+        if self._answers is not None:
+            self._answers()
+            self._answers = None
         self._finish(self._ranks.highest(f"saving step {self._save.step}", self._save.status(late=True)))
 
     def _finish(self, status: int) -> None:

@@ -49,11 +49,21 @@ class Ranks:
 
     def highest(self, what: str, value: int) -> int:
         """The largest of the ranks' values."""
-        if self.group is None:
-            return value
+        return self.start_highest(what, value)()
+
+    def start_highest(self, what: str, value: int) -> Callable[[], int]:
+        """Start :meth:`highest` without waiting; the result of what this returns, called later, is its value."""
         tensor = torch.tensor(value)
-        self._bounded(what, lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group))
-        return int(tensor)
+        if self.group is None:
+            return lambda: value
+        work = []
+        self._bounded(what, lambda: work.append(dist.all_reduce(tensor, dist.ReduceOp.MAX, self.group, async_op=True)))
+
+        def finish() -> int:
+            self._bounded(what, work[0].wait)
+            return int(tensor)
+
+        return finish
 
     def _bounded(self, what: str, collective: Callable[[], None]) -> None:
         try:
