@@ -470,6 +470,24 @@ def test_sums_by_group():
         assert stats["group_drafter_count"][group] == expected["count"][1:].sum()
 
 
+def test_accepted_counts_only_leading_rounds_that_agree():
+    """Heads that read the argmax off one-hot states, so that each round agrees with the base just where it should."""
+    length, vocabulary = 12, 8
+    generator = torch.Generator().manual_seed(0)
+    base_tokens = torch.randint(vocabulary, (length,), generator=generator)
+    agree = torch.rand(length, K, generator=generator) < 0.6
+    full = range(length - K - 1)  # rows t whose last target, t + 1 + K, is in the row (pairing "serving")
+    assert any(not agree[t, 0] and agree[t, 1:].any() for t in full) and any(agree[t].all() for t in full)
+    draft = torch.stack([base_tokens.roll(-1 - k) for k in range(K)], dim=1)  # the base's row for it is t + 1 + k
+    draft = torch.where(agree, draft, (draft + 1) % vocabulary)
+    eye = torch.eye(vocabulary)
+    targets = joint_targets(torch.zeros(1, length, dtype=torch.int64), None, K, "serving")
+    hidden = [eye[draft[:, k]][None] for k in range(K)]
+    _, stats = joint_loss(eye[base_tokens][None], eye, hidden, eye, targets, torch.ones(1 + K), config())
+    assert stats["full_rows"] == len(full)
+    assert stats["accepted"] == sum(len(list(itertools.takewhile(bool, agree[t]))) for t in full)
+
+
 class Watch(TorchDispatchMode):
     """Records the operators of a region and the largest tensor that one made."""
 
