@@ -295,7 +295,8 @@ class ConsoleLines:
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.total, self.output_dir = cfg.max_steps, Path(cfg.output_dir)
         self.exports = cfg.model.export.at_end
-        self.first, self.started, self.printed = step, time.monotonic(), -math.inf
+        self.first: tuple[int, float] | None = None  # the first step that was reported, and when
+        self.printed = -math.inf
         self.live: Live | None = None
         if self.console.is_terminal:
             self.bar = Progress(
@@ -325,8 +326,9 @@ class ConsoleLines:
         text = f"base {metrics['base_loss']:.3f}  drafter {metrics.get('drafter_loss', math.nan):.3f}"
         if speed := metrics.get("tokens_per_second"):
             text += f"  {short(speed)} tok/s"
-        if step > self.first:
-            each = (time.monotonic() - self.started) / (step - self.first)
+        self.first = self.first or (step, time.monotonic())
+        if step > self.first[0]:
+            each = (time.monotonic() - self.first[1]) / (step - self.first[0])
             text += f"  {duration(each * (self.total - step))} left"
         if bad := int(metrics.get("bad_steps", 0)):
             text += f"  bad {bad}"

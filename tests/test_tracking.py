@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -279,6 +280,8 @@ def lines(cfg, terminal: bool = False, first: int = 0) -> tuple[ConsoleLines, io
 def test_a_log_has_plain_lines_of_80_columns_with_what_matters(tmp_path):
     console, out = lines(config(tmp_path, "max_steps=1000000"))
     console.log(0, {"val/base_loss": 8.34, "val/drafter_loss": 8.1, "val/tokens_per_forward": 1.0})
+    console.log(999_998, STEP)
+    console.printed = -math.inf
     console.log(999_999, {**STEP, "tokens_per_second": 98_765_432.0, "bad_steps": 12})
     console.log(1_000_000, {"base_loss": 123.456, "drafter_loss": 234.567, "tokens_per_second": 1.0})
     console.finish({"val/base_loss": 8.34}, {"val/base_loss": 2.5})
@@ -309,9 +312,13 @@ def test_a_terminal_gets_a_bar_that_fits(tmp_path):
 
 
 def test_time_left_comes_from_the_steps_of_this_run(tmp_path, monkeypatch):
-    clock = iter([0.0, 30.0, 30.0, 30.0, 30.0])
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: next(clock))
-    console, out = lines(config(tmp_path, "max_steps=100"), first=50)
+    """And not from what came before the first of them: loading, and a first step that compiles and warms up."""
+    now = 1000.0
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now)
+    console, out = lines(config(tmp_path, "max_steps=100"), first=49)
+    console.log(50, STEP)
+    assert "left" not in out.getvalue()
+    now += 30
     console.log(60, STEP)
     assert "2:00 left" in out.getvalue()  # 10 steps took 30 s; 40 are left
 
