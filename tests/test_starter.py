@@ -13,14 +13,12 @@ from transformers import AutoTokenizer, Gemma4AssistantForCausalLM, Gemma4ForCon
 from joint_train import starter
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("starter") / "pair"
-    starter.build(folder)
-    return folder
+@pytest.fixture
+def pair(starter_dir):
+    return starter_dir
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer(pair):
     return AutoTokenizer.from_pretrained(pair / "base")
 

@@ -1,0 +1,122 @@
+"""The main job with a fault in it: NaN in one rank's batch, and a rank that stops answering."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_main_job import SMALL, settings
+
+from joint_train.config import load
+from joint_train.guards import TooManyBadSteps
+
+
+def poisoned(rank: int, overrides: list[str], steps: list[int]) -> tuple[str, list[torch.Tensor]]:
+    """The job on one rank, where rank 1's drafter gives NaN in some steps.
+
+    Returns:
+        What it ended with, and the sum of the weights before the first step and after each.
+    """
+    from joint_train import trainer
+
+    sums = []
+
+    class Poisoned(trainer.Trainer):
+        def train_step(self, batches):
+            if not sums:
+                sums.append(self.total())
+            hook = None
+            if rank == 1 and self.step + 1 in steps:
+                hook = self.model.drafter.model.norm.register_forward_hook(lambda module, args, out: out * torch.nan)
+            try:
+                return super().train_step(batches)
+            finally:
+                if hook is not None:
+                    hook.remove()
+                sums.append(self.total())
+
+        def total(self):
+            return sum(p.to_local().double().abs().sum() for p in self.model.parameters())
+
+    try:
+        Poisoned(load(overrides)).train()
+    except TooManyBadSteps as error:
+        return str(error), sums
+    return "done", sums
+
+
+def records(folder: Path) -> dict[int, dict]:
+    return {record["step"]: record for record in map(json.loads, (folder / "metrics.jsonl").open())}
+
+
+def test_a_poisoned_batch_is_skipped_and_counted_and_the_run_goes_on(starter_dir, tmp_path):
+    overrides = settings(starter_dir, tmp_path, "max_steps=5", "model.export.at_end=false")
+    for ended, sums in run_ranks(poisoned, 2, overrides, [2, 4]):
+        assert ended == "done"
+        changed = [bool(after != before) for before, after in zip(sums, sums[1:], strict=False)]
+        assert changed == [True, False, True, False, True]
+        assert all(torch.isfinite(x) for x in sums)
+    found = records(tmp_path)
+    assert [found[step]["bad_steps"] for step in range(1, 6)] == [0, 1, 1, 2, 2]
+    assert found[2]["grad_norm"] is None and found[3]["grad_norm"] > 0
+
+
+def test_too_many_in_a_row_end_the_run_with_a_dump(starter_dir, tmp_path):
+    overrides = settings(starter_dir, tmp_path, "max_steps=9", "tracking.max_bad_steps=3")
+    for ended, sums in run_ranks(poisoned, 2, overrides, [2, 3, 4, 5]):
+        assert "tracking.max_bad_steps" in ended and "bad_step_00000004" in ended
+        assert len(sums) == 1 + 4
+    report = json.loads((tmp_path / "bad_step_00000004" / "rank_1.json").read_text())
+    name, facts = next(iter(report["parameters"].items()))
+    assert facts["gradient_nonfinite"] > 0 and facts["weight_nonfinite"] == 0, name
+    batches = torch.load(tmp_path / "bad_step_00000004" / "rank_1.pt")
+    assert len(batches) == 2 and batches[0]["input_ids"].shape == (1, 48)  # SMALL's accumulation and rows
+
+
+HANGS = """
+import sys, time
+from joint_train import trainer
+
+def stops_answering():
+    time.sleep(600)
+
+step = trainer.Trainer.train_step
+
+def train_step(self, batches):
+    if self.rank == 1 and self.step == 2:
+        print(f"hanging {time.time()}", flush=True)
+        stops_answering()
+    return step(self, batches)
+
+trainer.Trainer.train_step = train_step
+sys.argv[0] = "joint_train"
+from joint_train.__main__ import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_answering_ends_the_run_with_its_stack_on_screen(starter_dir, tmp_path):
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS)
+    timeout = 30
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    overrides = ["+experiment=starter", f"pair={starter_dir}", f"output_dir={tmp_path / 'run'}", *SMALL]
+    root = str(Path(__file__).resolve().parent.parent)
+    done = subprocess.run(
+        [*command, *overrides, "max_steps=5", f"parallel.timeout_seconds={timeout}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+    )
+    ended = time.time()
+    assert done.returncode != 0
+    assert any(line.startswith("[rank 1] ") and "stops_answering" in line for line in done.stderr.splitlines())
+    hanging = float(done.stdout.split("hanging ")[1].split()[0])
+    assert ended - hanging < timeout + 15  # torchrun's own end included
