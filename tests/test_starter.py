@@ -163,4 +163,4 @@ def test_random_weights_start_near_a_uniform_prediction(pair, tokenizer):
     base = Gemma4ForConditionalGeneration.from_pretrained(pair / "base", dtype=torch.float32)
     ids = tokenizer(ast.literal_eval.__doc__, return_tensors="pt")["input_ids"]
     loss = base(input_ids=ids, labels=ids).loss
-    assert loss.item() == pytest.approx(torch.tensor(len(tokenizer)).log().item(), abs=1.0)
+    assert loss.item() == pytest.approx(torch.tensor(len(tokenizer)).log().item(), abs=1.5)

@@ -31,6 +31,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="also sample at this temperature (0: don't)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
     parser.add_argument(
+        "--serving",
+        choices=["transformers", "engine"],
+        default="transformers",
+        help="what the drafter sees: as transformers 5.22 has it, or as vLLM and SGLang (default: transformers)",
+    )
+    parser.add_argument(
         "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: bfloat16 on GPU"
     )
     parser.add_argument("--device", help="cuda, cpu, … (default: a GPU if there is one)")
