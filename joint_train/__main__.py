@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -32,9 +33,24 @@ def main(cfg: DictConfig) -> None:
         sys.exit(f"joint_train: {error}" if rank == 0 else 2)
 
 
+def leave(code: int | str | None) -> NoReturn:
+    """End this process here. All that matters is closed by now, and torch's threads don't always survive Python's own
+    ending ("terminate called without an active exception"): a run that had finished would count as a crash."""
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
 if __name__ == "__main__":
     if {"--help", "-h"} & set(sys.argv):
         print(__doc__ + "\nHydra: --cfg job prints the composed configuration; --hydra-help has its own flags.")
         print(help_text())
     else:
-        main()
+        try:
+            main()
+            leave(0)
+        except SystemExit as end:
+            leave(end.code)

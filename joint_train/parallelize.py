@@ -68,7 +68,11 @@ def prepare(model: Gemma4WithDrafter, cfg: DictConfig) -> None:
         every = cfg.activation_checkpointing.every_n if cfg.activation_checkpointing.base == "every_n" else 1
         text.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
     if cfg.parallel.compile:
-        for layer in (*text.layers, *model.drafter.model.layers):
+        layers = (*text.layers, *model.drafter.model.layers)
+        # All layers run one function, and a layer's number and kind are constants in it: each may need a graph, with
+        # and without a gradient. Past the limit a layer would run uncompiled, in the forward but not in its replay.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(layers))
+        for layer in layers:
             layer.compile()
 
 
