@@ -18,6 +18,7 @@ from ranks import CONTEXT
 
 from joint_train.checkpoint import Checkpointer, layout
 from joint_train.checkpoint.state import load_tensors, stored_tensors
+from joint_train.preemption import PREEMPTED
 
 # --- every point of a save ------------------------------------------------------------------------------------------
 
@@ -221,13 +222,13 @@ class Job:
             process.kill()
             process.join()
 
-    def finish(self) -> None:
+    def finish(self, code: int = 0) -> None:
         for process in self.processes:
             process.join(240)
         codes = [process.exitcode for process in self.processes]
         self.kill([])
         with open(self.log) as log:
-            assert codes == [0, 0], log.read()[-4000:]
+            assert codes == [code, code], f"{codes}: {log.read()[-4000:]}"
 
 
 MOMENTS = {
@@ -287,7 +288,15 @@ def torture(starter_dir, folder, kills, seed) -> None:
         reached = newest
     assert reached > 0
 
-    steps = reached + 3
+    job = Job(folder, f"pair={starter_dir}", f"output_dir={run}", "checkpoint.async=true", "max_steps=9999")
+    assert wait_for("renamed", checkpoints, job, 2)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        os.kill(job.processes[1].pid, number)
+        time.sleep(0.02)
+    job.finish(PREEMPTED)
+    assert newest_good(checkpoints) == max(losses(run))  # the step that was under way is saved, none is repeated
+
+    steps = newest_good(checkpoints) + 3
     Job(folder, f"pair={starter_dir}", f"output_dir={run}", f"max_steps={steps}").finish()
     Job(folder, f"pair={starter_dir}", f"output_dir={folder / 'whole'}", f"max_steps={steps}").finish()
     print(f"{killed} kills ({counts}), {steps} steps")
