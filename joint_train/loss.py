@@ -39,10 +39,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:  # configuration checks import this module, and must not load transformers
+    from joint_train.tied import TiedGradient
 
 KINDS = ("ce", "ce_argmax", "kl", "reverse_kl", "js", "tv", "nla", "lk_hybrid")
 LK_ETA = 3.0  # best setting of arXiv 2602.23881
@@ -210,6 +214,7 @@ def joint_loss(
     train_base: bool = True,
     groups: Tensor | None = None,
     num_groups: int = 0,
+    tied: "TiedGradient | None" = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``sum_i weights[i] * (loss sum of the base or of round i-1 over its targets)``, and what there is to report.
 
@@ -231,6 +236,8 @@ def joint_loss(
         centroids: for ordered embeddings; adds ``loss.centroid_weight`` times the cross-entropy of the centroid of the
             data's token to each round's loss.
         train_base: False treats `base_hidden` and `base_weight` as constants.
+        tied: takes the gradient of `base_weight` on to the look-up in the embedding tied to it, which then returns it;
+            only where that look-up's backward follows, so where `base_hidden` requires a gradient.
         groups, num_groups: int64 `[P]` below `num_groups`, e.g. the source of each target, for the `group_*` sums.
 
     Returns:
@@ -257,12 +264,13 @@ def joint_loss(
     with torch.no_grad():
         run = _Pass(base, drafter, routing, centroids, targets, weights, loss_cfg, groups, num_groups)
         loss, stats = run.run()
-        inputs = [base_hidden, *drafter_hidden, base_weight, drafter_weight]
-        gradients = [*base_states.grads, *drafter_states.grads, base.gradient(), drafter.gradient()]
+        inputs = [base_weight, base_hidden, *drafter_hidden, drafter_weight]
+        gradients = [base.gradient(), *base_states.grads, *drafter_states.grads, drafter.gradient()]
         if routing is not None:
             inputs, gradients = [*inputs, centroids.weight], [*gradients, routing.gradient()]
     if any(gradient is not None for gradient in gradients):
-        loss = _WithGradients.apply(loss, gradients, *inputs)
+        leave = tied if base_states.grads[0] is not None else None
+        loss = _WithGradients.apply(loss, gradients, leave, *inputs)
     return loss, stats
 
 
@@ -270,8 +278,8 @@ class _WithGradients(torch.autograd.Function):
     """A loss whose gradients are already there: backward multiplies them by the gradient of the loss, in place."""
 
     @staticmethod
-    def forward(ctx, loss, gradients, *inputs):
-        ctx.gradients = gradients
+    def forward(ctx, loss, gradients, tied, *inputs):
+        ctx.gradients, ctx.tied = gradients, tied
         return loss.clone()
 
     @staticmethod
@@ -281,7 +289,10 @@ class _WithGradients(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("joint_loss: a second backward through one forward; run the forward again")
-        return None, None, *(g if g is None else g.mul_(grad) for g in gradients)
+        base_weight, *others = (g if g is None else g.mul_(grad) for g in gradients)
+        if ctx.tied is not None:
+            ctx.tied.waiting, base_weight = base_weight, None
+        return None, None, None, base_weight, *others
 
 
 class _States:
