@@ -46,7 +46,12 @@ def whole(starter_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "sharding"), [(2, 1, ()), (2, 4, ("parallel.dp_replicate=2",)), (4, 2, ())]
+    ("before", "after", "sharding"),
+    [
+        (2, 1, ()),
+        (2, 4, ("parallel.dp_replicate=2",)),
+        pytest.param(4, 2, (), marks=pytest.mark.slow),
+    ],
 )
 def test_resharding_loses_and_repeats_no_sample(starter_dir, tmp_path, whole, before, after, sharding):
     rows = run(before, starter_dir, tmp_path, 2) | run(after, starter_dir, tmp_path, 5, *sharding)

@@ -124,7 +124,7 @@ def kill_saves(folder, background):
     raise AssertionError("no end")
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sync", "async"])
 def test_a_save_killed_at_every_point_of_it(tmp_path, background):
     survivors = in_child(kill_saves, tmp_path, background)
     assert len(survivors) > 40 and survivors.count(1) > 20 and survivors.count(2) > 3

@@ -310,7 +310,8 @@ class Checkpointer:
     def _finish(self, status: int) -> None:
         save, self._save = self._save, None
         if status == _BackgroundSave.FAILED:
-            save.join(_GRACE_SECONDS)
+            if save.error is None:
+                save.join(_GRACE_SECONDS)
             save.reraise()
             raise CheckpointError(f"saving step {save.step} failed on another rank, which says why")
         self._step = save.step
@@ -455,7 +456,7 @@ class _BackgroundSave:
 
     def __init__(self, step: int, write):
         self.step = step
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         # A daemon: a process that has to go isn't held up by a write that hangs.
         self._thread = threading.Thread(target=self._run, args=(write,), name=f"save-{step}", daemon=True)
         self._thread.start()
@@ -464,7 +465,7 @@ class _BackgroundSave:
         try:
             write()
         except BaseException as error:
-            self._error = error
+            self.error = error
 
     def join(self, timeout: float) -> None:
         self._thread.join(timeout)
@@ -473,13 +474,13 @@ class _BackgroundSave:
         """How it stands; with ``late`` one that still runs has failed."""
         if self._thread.is_alive():
             if late:
-                self._error = CheckpointError(f"saving step {self.step} has not finished in time, its disk may hang")
+                self.error = CheckpointError(f"saving step {self.step} has not finished in time, its disk may hang")
             return self.FAILED if late else self.RUNNING
-        return self.DONE if self._error is None else self.FAILED
+        return self.DONE if self.error is None else self.FAILED
 
     def reraise(self) -> None:
-        if self._error is not None:
-            raise CheckpointError(f"saving step {self.step} failed: {self._error}") from self._error
+        if self.error is not None:
+            raise CheckpointError(f"saving step {self.step} failed: {self.error}") from self.error
 
 
 def load_model(path: str | Path, module: nn.Module, part: str, ranks: Ranks | None = None) -> None:
