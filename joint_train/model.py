@@ -11,6 +11,7 @@ both through ``within``, which ``parallelize`` registers with FSDP.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
@@ -37,6 +38,7 @@ from joint_train.loss import (
     sum_weights,
     token_centroids,
 )
+from joint_train.tied import TiedGradient
 from joint_train.visibility import Masks, attention_masks
 
 FIRST_TOKEN = {"serving": 1, "same_token": 0}  # round k of row t reads the token at t + FIRST_TOKEN + k
@@ -408,7 +410,13 @@ class Gemma4WithDrafter(nn.Module):
         embedded = []
         # The base looks its embeddings up once; a second look-up would make a second gradient of the whole table.
         hook = embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_base_for_drafter):
+        tied = None
+        if loss_inputs is not None and embedding.weight.requires_grad and embedding.weight is self.base.lm_head.weight:
+            tied = TiedGradient()
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_base_for_drafter),
+            tied.lookups_of(embedding) if tied is not None else nullcontext(),
+        ):
             try:
                 base_out = self.base.model(
                     input_ids=input_ids,
@@ -430,7 +438,7 @@ class Gemma4WithDrafter(nn.Module):
         positions = position_ids + (self.rope_position == "next_token")
         outputs = self.drafter.within(
             self._draft, embedded[0], hidden, dict(base_out.shared_kv_states), drafter_masks, positions, loss_inputs,
-            return_logits,
+            tied, return_logits,
         )  # fmt: skip
         if return_logits:
             outputs["logits"] = self.base_logits(hidden)
@@ -452,6 +460,7 @@ class Gemma4WithDrafter(nn.Module):
         masks: Masks,
         position_ids: Tensor,
         loss_inputs: tuple | None,
+        tied: TiedGradient | None,
         return_logits: bool,
     ) -> dict[str, Any]:
         """K rounds and the losses, inside the drafter's FSDP forward; masks and rotary tables serve every round."""
@@ -484,6 +493,7 @@ class Gemma4WithDrafter(nn.Module):
                 train_base=not self.freeze_base_for_drafter,
                 groups=groups,
                 num_groups=num_groups,
+                tied=tied,
             )
         if return_logits:
             outputs["drafter_logits"] = [drafter.lm_head(h) for h in rounds]
