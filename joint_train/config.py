@@ -263,6 +263,7 @@ def validate(cfg: DictConfig, world_size: int | None = None) -> None:
         ConfigError: naming the key, the reason and what to set instead.
     """
     # Deferred: `--help` and a misspelt key need not wait for torch.
+    from joint_train.guards import parse_steps
     from joint_train.loss import parse_drafter_loss, round_weights
     from joint_train.mesh import mesh_shape
 
@@ -287,8 +288,12 @@ def validate(cfg: DictConfig, world_size: int | None = None) -> None:
         raise ConfigError(
             "data.train is empty: name a source, e.g. 'data.train=[{path: train.jsonl}]' or data=starter."
         )
-    parse_drafter_loss(cfg.loss)
-    round_weights(cfg.loss, cfg.drafter.num_steps)
+    parse_steps(cfg.tracking.profile_steps)
+    try:
+        parse_drafter_loss(cfg.loss)
+        round_weights(cfg.loss, cfg.drafter.num_steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_keys(cfg: DictConfig, schema: type, prefix: str = "") -> None:

@@ -153,6 +153,7 @@ REFUSALS = [
     ("+peft.r=8", "peft"),
     ("loss.drafter=mse", "loss.drafter"),
     ("loss.round_weights=[1,2]", "loss.round_weights"),
+    ("tracking.profile_steps=ten", "tracking.profile_steps=ten"),
     ("model.base=/nowhere", "/nowhere"),
 ]
 
