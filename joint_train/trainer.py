@@ -74,7 +74,6 @@ class Trainer:
         self.profiler = StepProfiler(cfg.tracking.profile_steps, self.output_dir / "profile", self.rank)
         self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device)
         self.spikes = LossSpikes()
-        self.checkpointer.restore_random_state()
 
     def build_train_loader(self, position: dict | None) -> BatchLoader:
         """The training data from a checkpoint's position; from their start where they aren't the checkpoint's."""
@@ -86,8 +85,17 @@ class Trainer:
 
     def train(self) -> None:
         """Run from the current step to ``max_steps``, or until the machine is taken away."""
+        try:
+            self.loop()
+        except Exception:
+            self.checkpointer.close()  # a save that is still being written is finished, whatever became of the step
+            raise
+
+    def loop(self) -> None:
+        """The steps, and what happens between them."""
         cfg = self.cfg
         batches = iter(self.loader)
+        self.checkpointer.restore_random_state()  # last: making an iterator draws from torch's generator
         if self.before is None:
             self.before = self.measured = self.evaluate(generate=True)
             self.tracker.log(self.step, self.before)
