@@ -17,8 +17,8 @@ Measured on one core of a shared 2-core machine with 24 GB, V = 262,144, K = 4, 
     head     S     supervised  ours       reference               ratio of memory, of time
     dense    512   100 %       2.89 GiB   9.10 GiB                0.32, 0.59
     ordered  256   100 %       2.56 GiB   8.54 GiB                0.30, 0.42
-    ordered  512   100 %       2.89 GiB   does not fit in 16 GiB  < 0.18
-    dense    2048  30 %        4.78 GiB   does not fit
+    ordered  512   100 %       2.89 GiB   did not fit beside the machine's other work
+    dense    2048  30 %        4.78 GiB   not run
 
 Of our 2.89 GiB, 1.75 are the gradients of the two heads, which no loss can do without, 0.5 the budget and 0.64 the
 activations of the layers, which are what grows with S.
@@ -159,20 +159,21 @@ def available_memory() -> int:
     return int(info["MemAvailable"].split()[0]) * 1024
 
 
-def fresh_process(side: str, options, length: int, supervised: float, head: str) -> dict | None:
-    """`measure` in a new process; None if it needs more memory than there is."""
+def fresh_process(side: str, options, length: int, supervised: float, head: str) -> dict:
+    """`measure` in a new process; only the `limit` in bytes that it ran under, if it needs more memory than that."""
+    limit = available_memory() - options.spare_gib * GIB
     command = [sys.executable, "-m", "benchmarks.joint_step", "--side", side, "--head", head]
     command += ["--length", str(length), "--supervised", str(supervised), "--loss", options.loss]
     command += ["--rounds", str(options.rounds), "--vocab-size", str(options.vocab_size)]
     command += ["--budget-mb", str(options.budget_mb)]
-    command += ["--limit", str(available_memory() - options.spare_gib * GIB)]
+    command += ["--limit", str(limit)]
     # glibc otherwise keeps freed blocks of up to 32 MiB, which would count as memory of the step.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=options.timeout)
     if result.returncode == 0:
         return json.loads(result.stdout.splitlines()[-1])
     if "not enough memory" in result.stderr or "Cannot allocate memory" in result.stderr:
-        return None
+        return {"limit": limit}
     raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
 
 
@@ -209,12 +210,15 @@ def main():
                 print(row(head, length, supervised, *results), flush=True)
 
 
-def row(head, length, supervised, ours, reference=None) -> str:
+def row(head, length, supervised, *sides) -> str:
+    """A line of the table; a side that was not run leaves its cells empty."""
     cells = [head, str(length), f"{supervised:.0%}"]
     for key in ("gib", "seconds"):
-        values = [None if side is None else side[key] for side in (ours, reference)]
-        cells += ["does not fit" if value is None else f"{value:.2f}" for value in values]
-        cells.append("" if None in values else f"{values[0] / values[1]:.2f}")
+        values = [side.get(key) for side in sides]
+        for side, value in zip(sides, values, strict=True):
+            cells.append(f"over {side['limit'] / GIB:.0f} GiB with weights" if value is None else f"{value:.2f}")
+        cells += [""] * (2 - len(sides))
+        cells.append(f"{values[0] / values[1]:.2f}" if len(values) == 2 and None not in values else "")
     return f"| {' | '.join(cells)} |"
 
 
