@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from joint_train import config
 from joint_train.data import images
 from joint_train.data.cache import tokenised
 from joint_train.data.errors import DataError, OtherData
@@ -27,12 +28,7 @@ from joint_train.preemption import leave_process_group
 
 UNPACKED_MULTIPLE = 64
 POSITION = "position"
-CHOICES = {
-    "overlong": ("truncate", "split", "drop"),
-    "train_on": ("assistant", "last_assistant", "all"),
-    "mixture": ("endless", "epoch"),
-    "on_error": ("raise", "skip"),
-}
+CHOICES = {key.removeprefix("data."): of for key, of in config.CHOICES.items() if key.startswith("data.")}
 
 
 class BatchLoader(StatefulDataLoader):
