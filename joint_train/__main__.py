@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import time
 from typing import NoReturn
 
 import hydra
@@ -30,7 +32,16 @@ def main(cfg: DictConfig) -> None:
         validate(cfg, world_size_from_env())
         record(run)(cfg)
     except ConfigError as error:
-        sys.exit(f"joint_train: {error}" if rank == 0 else 2)
+        refuse(error, rank)
+
+
+def refuse(error: ConfigError, rank: int) -> NoReturn:
+    """Say what is wrong once. torchrun ends every rank as soon as one has ended, so the others leave rank 0 the time to
+    speak; one that is still here after that has a configuration of its own, and says so itself."""
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would only take note
+        time.sleep(20)
+    sys.exit(f"[rank {rank}] joint_train: {error}" if rank else f"joint_train: {error}")
 
 
 def leave(code: int | str | None) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from joint_train.config import conf_dir, load
+import joint_train.__main__ as main_job
+from joint_train.config import ConfigError, conf_dir, load
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -174,6 +176,18 @@ def test_a_refusal_under_torchrun_is_said_once():
     run = job("+experiment=starter", "pair=/nowhere", "parallel.dp_replicate=3", ranks=2)
     assert run.returncode != 0
     assert (run.stderr + run.stdout).count("doesn't fit 2 ranks (2 / 3 isn't whole)") == 1
+
+
+def test_a_refusal_of_another_rank_waits_for_rank_0_and_is_said_in_the_end(monkeypatch):
+    """torchrun ends all ranks when the first one ends: rank 1 must not be it, unless rank 0 has nothing to say."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    for rank in (0, 1):
+        with pytest.raises(SystemExit) as end:
+            main_job.refuse(ConfigError("max_steps=0: must be at least 1"), rank)
+        assert end.value.code == ["", "[rank 1] "][rank] + "joint_train: max_steps=0: must be at least 1"
+    assert len(waited) == 1 and 10 <= waited[0] <= 60
 
 
 def test_help_and_composed_configuration_from_any_folder(tmp_path):
