@@ -64,7 +64,8 @@ def build_pair(vocab_size: int, ordered: bool):
 
 def our_step(base, drafter, options):
     cfg = OmegaConf.structured(LossConfig(drafter=options.loss, memory_budget_mb=options.budget_mb))
-    model = Gemma4WithDrafter(base, drafter, drafter_num_steps=options.rounds, loss=cfg)
+    recompute = {f"{part}_activation_checkpointing": options.recompute for part in ("base", "drafter")}
+    model = Gemma4WithDrafter(base, drafter, drafter_num_steps=options.rounds, loss=cfg, **recompute)
     return lambda ids, labels: model(input_ids=ids, labels=labels).loss.backward()
 
 
@@ -79,6 +80,9 @@ def reference_step(base, drafter, options):
         return {"full_attention": full[None, None], "sliding_attention": (full & (t - j < window))[None, None]}
 
     drafter.create_attention_masks = causal_masks
+    if options.recompute:
+        for model in (base, drafter):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def divergence(student, teacher, tokens):
         if options.loss == "ce":
@@ -166,7 +170,7 @@ def fresh_process(side: str, options, length: int, supervised: float, head: str)
     command += ["--length", str(length), "--supervised", str(supervised), "--loss", options.loss]
     command += ["--rounds", str(options.rounds), "--vocab-size", str(options.vocab_size)]
     command += ["--budget-mb", str(options.budget_mb)]
-    command += ["--limit", str(limit)]
+    command += ["--limit", str(limit), "--recompute" if options.recompute else "--no-recompute"]
     # glibc otherwise keeps freed blocks of up to 32 MiB, which would count as memory of the step.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=options.timeout)
@@ -186,6 +190,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=4, help="K")
     parser.add_argument("--vocab-size", type=int, default=262_144)
     parser.add_argument("--budget-mb", type=int, default=LossConfig().memory_budget_mb, help="loss.memory_budget_mb")
+    parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True, help="the layers' outputs")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one process")
     parser.add_argument("--spare-gib", type=int, default=2, help="free memory that no run may take")
     parser.add_argument("--skip-reference", action="store_true", help="measure only ours")

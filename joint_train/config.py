@@ -137,6 +137,7 @@ class PrecisionConfig:
 class ActivationCheckpointingConfig:
     base: str = key("full", "none | full: every base layer | every_n: each n-th")
     every_n: int = key(2, "n of every_n")
+    drafter: str = key("full", "none | full: every round")
 
 
 @dataclass
@@ -223,6 +224,7 @@ CHOICES = {
     "precision.params": ("float32", "bfloat16"),
     "precision.reduce": ("float32", "bfloat16"),
     "activation_checkpointing.base": ("none", "full", "every_n"),
+    "activation_checkpointing.drafter": ("none", "full"),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
 }
 AT_LEAST = {

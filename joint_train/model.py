@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.gemma4.modeling_gemma4 import get_block_sequence_ids_for_mask
 
@@ -85,6 +87,7 @@ class Gemma4WithDrafter(nn.Module):
         freeze_base_for_drafter: train the drafter alone.
         share_embedding_with_base: copy the base's input embedding into the drafter's, once, now.
         base_activation_checkpointing: recompute the base's layers in the backward.
+        drafter_activation_checkpointing: recompute the drafter's rounds in the backward.
         pairing: ``serving`` or ``same_token``: which token meets which state in a round.
         rope_position: ``last_kv``: row t rotates at its own position; ``next_token``: at the next.
         loss: the ``loss`` configuration group; its defaults otherwise.
@@ -105,6 +108,7 @@ class Gemma4WithDrafter(nn.Module):
         freeze_base_for_drafter: bool = False,
         share_embedding_with_base: bool = False,
         base_activation_checkpointing: bool = False,
+        drafter_activation_checkpointing: bool = False,
         pairing: str = "serving",
         rope_position: str = "last_kv",
         loss: DictConfig | None = None,
@@ -122,6 +126,7 @@ class Gemma4WithDrafter(nn.Module):
         self.drafter_num_steps = int(drafter_num_steps)
         self.freeze_base_for_drafter = bool(freeze_base_for_drafter)
         self.share_embedding_with_base = bool(share_embedding_with_base)
+        self.drafter_activation_checkpointing = bool(drafter_activation_checkpointing)
         self.pairing = pairing
         self.rope_position = rope_position
         self.sources: tuple[Path, Path] | None = None  # the folders that the pair was loaded from
@@ -155,6 +160,7 @@ class Gemma4WithDrafter(nn.Module):
         freeze_base_for_drafter: bool = False,
         share_embedding_with_base: bool = False,
         base_activation_checkpointing: bool = False,
+        drafter_activation_checkpointing: bool = False,
         torch_dtype: torch.dtype | str | None = None,
         attn_implementation: str | None = None,
         use_liger_kernel: bool | None = None,
@@ -180,9 +186,9 @@ class Gemma4WithDrafter(nn.Module):
             base_path: folder or hub id of the base.
             drafter_path: folder or hub id of the drafter.
             pretrained_model_name_or_path: another name of ``base_path``.
-            drafter_loss_weight, drafter_num_steps, freeze_base_for_drafter, share_embedding_with_base, pairing,
-                rope_position, loss: as for the class.
-            base_activation_checkpointing: recompute the base's layers in the backward.
+            drafter_loss_weight, drafter_num_steps, freeze_base_for_drafter, share_embedding_with_base,
+                base_activation_checkpointing, drafter_activation_checkpointing, pairing, rope_position, loss: as for
+                the class.
             torch_dtype: dtype of the weights in memory; ``torch.bfloat16``, the drafter's only one. By default they are
                 float32 masters of the bfloat16 weights on disk, as in a run.
             attn_implementation: of both models' text layers: sdpa, flex_attention or eager.
@@ -245,7 +251,10 @@ class Gemma4WithDrafter(nn.Module):
             "freeze": {**(freeze_config or {}), "base": freeze_base_for_drafter},
             "parallel": distributed_config or {},
             "precision": {"params": None if torch_dtype is None else "bfloat16"},
-            "activation_checkpointing": {"base": "full" if base_activation_checkpointing else "none"},
+            "activation_checkpointing": {
+                "base": "full" if base_activation_checkpointing else "none",
+                "drafter": "full" if drafter_activation_checkpointing else "none",
+            },
             "loss": loss or {},
         }
         for group, values in given.items():
@@ -466,13 +475,19 @@ class Gemma4WithDrafter(nn.Module):
         """K rounds and the losses, inside the drafter's FSDP forward; masks and rotary tables serve every round."""
         drafter, text = self.drafter, self.drafter.model
         rotary = {kind: text.rotary_emb(hidden, position_ids, kind) for kind in set(text.config.layer_types)}
-        state, rounds = hidden, []
-        for k in range(self.drafter_num_steps):
+
+        def round_of(k: int, state: Tensor) -> Tensor:
             token = shift_left(embedded, FIRST_TOKEN[self.pairing] + k)
             x = drafter.pre_projection(torch.cat([token, state], dim=-1))
             for layer, kind in zip(text.layers, text.config.layer_types, strict=True):
                 x = layer(x, shared_kv_states=shared_kv, position_embeddings=rotary[kind], attention_mask=masks[kind])
-            rounds.append(text.norm(x))
+            return text.norm(x)
+
+        if self.drafter_activation_checkpointing and torch.is_grad_enabled():
+            round_of = partial(checkpoint, round_of, use_reentrant=False, preserve_rng_state=False)
+        state, rounds = hidden, []
+        for k in range(self.drafter_num_steps):
+            rounds.append(round_of(k, state))
             if k + 1 < self.drafter_num_steps:
                 state = drafter.post_projection(rounds[-1])
 

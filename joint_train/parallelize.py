@@ -67,6 +67,7 @@ def prepare(model: Gemma4WithDrafter, cfg: DictConfig) -> None:
     if cfg.activation_checkpointing.base != "none":
         every = cfg.activation_checkpointing.every_n if cfg.activation_checkpointing.base == "every_n" else 1
         text.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    model.drafter_activation_checkpointing = cfg.activation_checkpointing.drafter == "full"
     if cfg.parallel.compile:
         layers = (*text.layers, *model.drafter.model.layers)
         # All layers run one function, and a layer's number and kind are constants in it: each may need a graph, with

@@ -265,6 +265,7 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int) -> Step:
     if cfg.activation_checkpointing.base != "none":
         every = cfg.activation_checkpointing.every_n if cfg.activation_checkpointing.base == "every_n" else 1
         text.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    model.drafter_activation_checkpointing = cfg.activation_checkpointing.drafter == "full"
     model.train()
     for layer in text.layers:
         unit(list(layer.parameters()), not cfg.parallel.reshard_after_forward).wrap(layer)
@@ -440,6 +441,7 @@ def savings(cfg: DictConfig, machine: Machine) -> dict[str, int]:
     changes = [
         {"parallel.reshard_after_forward": True},
         {"loss.memory_budget_mb": smaller_loss},
+        {"activation_checkpointing.drafter": "full"},
         {"activation_checkpointing.base": "full"},
         {"data.micro_batch_size": 1, "optim.grad_accum": cfg.optim.grad_accum * cfg.data.micro_batch_size},
         {"parallel.dp_shard": 2 * mesh_sizes(cfg, machine.gpus)[1]},

@@ -164,6 +164,18 @@ def test_base_activation_checkpointing_recomputes_the_base(folders):
         assert len(calls) == expected
 
 
+def test_drafter_activation_checkpointing_recomputes_the_rounds(folders):
+    calls = []
+    for checkpointing, expected in ((False, 3), (True, 6)):
+        model = Gemma4WithDrafter.from_pretrained(
+            *folders, drafter_num_steps=3, drafter_activation_checkpointing=checkpointing
+        ).train()
+        calls.clear()
+        model.drafter.model.layers[0].mlp.register_forward_hook(lambda *args: calls.append(1))
+        model(input_ids=ids(), labels=ids()).loss.backward()
+        assert len(calls) == expected
+
+
 def test_torch_dtype(folders):
     assert Gemma4WithDrafter.from_pretrained(*folders).base.dtype == torch.float32
     for dtype in (torch.bfloat16, "bfloat16", "torch.bfloat16"):

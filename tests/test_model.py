@@ -208,7 +208,8 @@ def text_layers(base):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_drafters_loss_reaches_the_base_by_three_ways(shape, checkpointing):
     base, drafter = build_pair(shape)
-    model = Gemma4WithDrafter(base, drafter, drafter_num_steps=3, base_activation_checkpointing=checkpointing).train()
+    recompute = {f"{part}_activation_checkpointing": checkpointing for part in ("base", "drafter")}
+    model = Gemma4WithDrafter(base, drafter, drafter_num_steps=3, **recompute).train()
     out = model(input_ids=tokens())
     sum(x.float().logsumexp(-1).mean() for x in out.drafter_logits).backward()
     for layer in store_layers(base):

@@ -99,7 +99,7 @@ def sharded_step(rank: int, shape: str, options: dict, accumulate: int):
 
 
 def compare(shape, options, world_size, accumulate):
-    whole = {"activation_checkpointing__base": "none"}
+    whole = {"activation_checkpointing__base": "none", "activation_checkpointing__drafter": "none"}
     cfg = config(**{name: x for name, x in options.items() if not name.startswith("parallel")} | whole)
     model = build(shape, cfg)
     loss = step(model, [batch()], all_counts(batch()))
@@ -114,10 +114,11 @@ def compare(shape, options, world_size, accumulate):
         assert error <= 1e-5, f"{name}: relative error {error:.2e}"
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full", "every_n"])
+@pytest.mark.parametrize("base, drafter", [("none", "none"), ("full", "full"), ("every_n", "full"), ("full", "none")])
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_two_ranks_equal_one_process(checkpointing, accumulate):
-    compare("e2b", {"activation_checkpointing__base": checkpointing}, 2, accumulate)
+def test_two_ranks_equal_one_process(base, drafter, accumulate):
+    recompute = {"activation_checkpointing__base": base, "activation_checkpointing__drafter": drafter}
+    compare("e2b", recompute, 2, accumulate)
 
 
 @pytest.mark.parametrize("shape", ["text", "multimodal", "26b_a4b", "31b", "12b_unified"])

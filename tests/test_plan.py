@@ -98,6 +98,7 @@ def test_released_pairs_fit_together():
     [
         ("e2b", {"activation_checkpointing.base": "full"}),
         ("e2b", {"activation_checkpointing.base": "none", "drafter.num_steps": 1}),
+        ("e2b", {"activation_checkpointing.base": "none", "activation_checkpointing.drafter": "none"}),
         ("e2b", {"activation_checkpointing.base": "every_n", "activation_checkpointing.every_n": 3}),
         ("26b_a4b", {"activation_checkpointing.base": "full"}),
         ("31b", {"freeze.base": True}),
@@ -212,6 +213,7 @@ def test_parts_of_the_memory(pairs):
     ("setting", "value"),
     [
         ("activation_checkpointing.base", "none"),
+        ("activation_checkpointing.drafter", "none"),
         ("data.max_length", 96),
         ("data.micro_batch_size", 2),
         ("drafter.num_steps", 6),
