@@ -64,8 +64,15 @@ def build_pair(vocab_size: int, ordered: bool):
 
 def our_step(base, drafter, options):
     cfg = OmegaConf.structured(LossConfig(drafter=options.loss, memory_budget_mb=options.budget_mb))
-    recompute = {f"{part}_activation_checkpointing": options.recompute for part in ("base", "drafter")}
-    model = Gemma4WithDrafter(base, drafter, drafter_num_steps=options.rounds, loss=cfg, **recompute)
+    model = Gemma4WithDrafter(
+        base,
+        drafter,
+        drafter_num_steps=options.rounds,
+        freeze_base_for_drafter=options.freeze_base,
+        base_activation_checkpointing=True,
+        drafter_activation_checkpointing=True,
+        loss=cfg,
+    )
     return lambda ids, labels: model(input_ids=ids, labels=labels).loss.backward()
 
 
@@ -80,7 +87,8 @@ def reference_step(base, drafter, options):
         return {"full_attention": full[None, None], "sliding_attention": (full & (t - j < window))[None, None]}
 
     drafter.create_attention_masks = causal_masks
-    if options.recompute:
+    base.requires_grad_(not options.freeze_base)
+    if options.reference_recompute:
         for model in (base, drafter):
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -93,8 +101,9 @@ def reference_step(base, drafter, options):
         out = base(input_ids=ids, output_hidden_states=True, return_shared_kv_states=True)
         positions = torch.arange(ids.shape[1])[None]
         targets = (labels != -100)[0].nonzero()[:, 0]
-        # As transformers' own loss does: the whole shifted logits, with ignored labels.
-        loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = 0.0
+        if not options.freeze_base:  # as transformers' own loss does: the whole shifted logits, with ignored labels
+            loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         teacher, embedding, state = out.logits.detach(), base.get_input_embeddings(), out.hidden_states[-1]
         for k in range(options.rounds):
             tokens = F.pad(ids[:, 1 + k :], (0, 1 + k))
@@ -155,7 +164,8 @@ def measure(options) -> dict:
         start = time.process_time(), time.perf_counter()
         step(ids, labels)
         seconds, wall = time.process_time() - start[0], time.perf_counter() - start[1]
-    return {"gib": memory.bytes / GIB, "seconds": seconds, "wall": wall}
+    gradients = sum(p.grad.nbytes for m in (base, drafter) for p in m.parameters() if p.grad is not None)
+    return {"gradients": gradients / GIB, "gib": memory.bytes / GIB, "seconds": seconds, "wall": wall}
 
 
 def available_memory() -> int:
@@ -170,7 +180,8 @@ def fresh_process(side: str, options, length: int, supervised: float, head: str)
     command += ["--length", str(length), "--supervised", str(supervised), "--loss", options.loss]
     command += ["--rounds", str(options.rounds), "--vocab-size", str(options.vocab_size)]
     command += ["--budget-mb", str(options.budget_mb)]
-    command += ["--limit", str(limit), "--recompute" if options.recompute else "--no-recompute"]
+    command += ["--limit", str(limit)]
+    command += ["--freeze-base"] * options.freeze_base + ["--reference-recompute"] * options.reference_recompute
     # glibc otherwise keeps freed blocks of up to 32 MiB, which would count as memory of the step.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=options.timeout)
@@ -189,8 +200,11 @@ def main():
     parser.add_argument("--loss", default="kl", choices=["ce", "kl"], help="loss.drafter")
     parser.add_argument("--rounds", type=int, default=4, help="K")
     parser.add_argument("--vocab-size", type=int, default=262_144)
-    parser.add_argument("--budget-mb", type=int, default=LossConfig().memory_budget_mb, help="loss.memory_budget_mb")
-    parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True, help="the layers' outputs")
+    parser.add_argument(
+        "--budget-mb", type=int, default=256, help="loss.memory_budget_mb; the default is that of a CPU"
+    )
+    parser.add_argument("--freeze-base", action="store_true", help="train the drafter alone, in both")
+    parser.add_argument("--reference-recompute", action="store_true", help="activation checkpointing there too")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one process")
     parser.add_argument("--spare-gib", type=int, default=2, help="free memory that no run may take")
     parser.add_argument("--skip-reference", action="store_true", help="measure only ours")
@@ -205,8 +219,18 @@ def main():
     print(
         f"V = {options.vocab_size}, K = {options.rounds}, fp32, loss.drafter={options.loss}; memory above the weights"
     )
-    print("| head | S | supervised | ours GiB | reference GiB | ratio | ours s | reference s | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    columns = [
+        "head",
+        "S",
+        "supervised",
+        "gradients GiB",
+        "ours GiB",
+        "reference GiB",
+        "ratio",
+        "ratio beyond gradients",
+    ]
+    columns += ["ours s", "reference s", "ratio"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
     sides = ["ours"] if options.skip_reference else ["ours", "reference"]
     for head in options.head:
         for length in options.length:
@@ -217,13 +241,15 @@ def main():
 
 def row(head, length, supervised, *sides) -> str:
     """A line of the table; a side that was not run leaves its cells empty."""
-    cells = [head, str(length), f"{supervised:.0%}"]
-    for key in ("gib", "seconds"):
+    gradients = max(side.get("gradients", 0) for side in sides)
+    cells = [head, str(length), f"{supervised:.0%}", f"{gradients:.2f}"]
+    for key, ratios in (("gib", (0, gradients)), ("seconds", (0,))):
         values = [side.get(key) for side in sides]
         for side, value in zip(sides, values, strict=True):
             cells.append(f"over {side['limit'] / GIB:.0f} GiB with weights" if value is None else f"{value:.2f}")
         cells += [""] * (2 - len(sides))
-        cells.append(f"{values[0] / values[1]:.2f}" if len(values) == 2 and None not in values else "")
+        both = len(values) == 2 and None not in values
+        cells += [f"{(values[0] - part) / (values[1] - part):.3f}" if both else "" for part in ratios]
     return f"| {' | '.join(cells)} |"
 
 

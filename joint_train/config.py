@@ -149,7 +149,9 @@ class LossConfig:
     teacher_grad: bool = key(False, "let the distillation losses train the base's head and state as a teacher")
     round_weights: Any = key(None, "w_k: a list of num_steps numbers, or {decay: b} for b**k; 1 each by default")
     centroid_weight: float = key(0.0, "routing loss of ordered embeddings; 0 freezes the centroids")
-    memory_budget_mb: int = key(512, "logits and their gradients that are alive at once, on a rank")
+    memory_budget_mb: int | None = key(
+        None, "logits and their gradients that are alive at once, on a rank; by default 1024 on GPU, 256 on CPU"
+    )
 
 
 class CheckpointConfig:
@@ -281,7 +283,7 @@ def validate(cfg: DictConfig, world_size: int | None = None) -> None:
         if (value := OmegaConf.select(cfg, name)) not in choices:
             raise ConfigError(f"{name}={value}: choose one of {', '.join(choices)}.")
     for name, least in AT_LEAST.items():
-        if (value := OmegaConf.select(cfg, name)) < least:
+        if (value := OmegaConf.select(cfg, name)) is not None and value < least:
             raise ConfigError(f"{name}={value}: must be at least {least}.")
     for name in ("model.base", "model.drafter"):
         if OmegaConf.is_missing(OmegaConf.select(cfg, name.split(".")[0]), name.split(".")[1]):

@@ -31,8 +31,10 @@ lk_hybrid  l KL(p||q) + (1-l) TV,           KL far from the base, acceptance its
            l = exp(-3 alpha)                gradient (arXiv 2602.23881, "LK-lambda", eta = 3, here for each row)
 ========== ================================ ===========================================================================
 
-Libraries: liger-kernel's and cut-cross-entropy's fused linear losses take one head at a time and return a loss. They
-have no teacher that is itself a softcapped head shared by K students, nor the agreement and acceptance of the pair.
+Libraries: liger-kernel's chunked distillation losses take one student and one teacher head without a softcap, and
+cut-cross-entropy and liger's fused linear cross-entropy one head. All divide by a count of their own and return a
+loss. Here the teacher's logits would then be made K + 1 times, and the agreement and acceptance of the pair would take
+as many products with the heads again.
 """
 
 import math
@@ -49,7 +51,7 @@ if TYPE_CHECKING:  # configuration checks import this module, and must not load 
     from joint_train.tied import TiedGradient
 
 KINDS = ("ce", "ce_argmax", "kl", "reverse_kl", "js", "tv", "nla", "lk_hybrid")
-LK_ETA = 3.0  # best setting of arXiv 2602.23881
+LK_ETA = 3.0  # as published implementations of arXiv 2602.23881 have it
 SMALLEST_ALPHA = 1e-20  # below it nla's 1/alpha would overflow against its own numerator
 TEMPORARIES = {"reverse_kl": 1, "js": 3, "tv": 1, "nla": 1, "lk_hybrid": 1}  # [n, V] tensors that a kind allocates
 
@@ -91,6 +93,14 @@ def round_weights(loss_cfg, num_steps: int) -> list[float]:
     if not any(weights):
         raise ValueError("loss.round_weights are all 0: the drafter would not train; give a round a positive weight")
     return weights
+
+
+def memory_budget(loss_cfg, device_type: str) -> int:
+    """``loss.memory_budget_mb`` in bytes. By default 1024 MB on a GPU: every chunk reads the head and its fp32 gradient
+    once, so a chunk of few rows waits for memory; a CPU is slow enough for 256 MB."""
+    default = 256 if device_type == "cpu" else 1024
+    megabytes = default if loss_cfg.memory_budget_mb is None else loss_cfg.memory_budget_mb
+    return int(megabytes * 2**20)
 
 
 def _number(key: str, value) -> float:
@@ -503,7 +513,7 @@ class _Pass:
         temporary = max((TEMPORARIES.get(kind, 0) for kind in self.mix), default=0)
         temporary += 4 if self.mix and self.temperature != 1 else 0
         row_bytes = (self.buffers + temporary) * base.weight.shape[0] * self.dtype.itemsize
-        self.chunk = max(1, int(loss_cfg.memory_budget_mb * 2**20) // row_bytes)
+        self.chunk = max(1, memory_budget(loss_cfg, self.device.type) // row_bytes)
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         rounds, total, vocabulary = self.num_steps, len(self.targets.rows), self.base.weight.shape[0]

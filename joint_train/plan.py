@@ -30,7 +30,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 from joint_train import config, released
 from joint_train.config import ConfigError
 from joint_train.loading import check_pair, meta_pair, read_config
-from joint_train.loss import joint_targets
+from joint_train.loss import joint_targets, memory_budget
 from joint_train.model import Gemma4WithDrafter
 from joint_train.parallelize import DTYPES, compute_dtype, text_model
 
@@ -374,13 +374,19 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
     """Estimate a run.
 
     Args:
-        device_type: decides what ``precision.compute=auto`` is.
+        device_type: decides what ``precision.compute=auto`` and the loss's default budget are.
 
     Raises:
         ConfigError: as :func:`read`.
     """
     base_config, drafter_config, sources = read(cfg)
-    cfg = OmegaConf.merge(cfg, {"parallel": {"compile": False}, "model": {"use_liger_kernel": False}})
+    budget = memory_budget(cfg.loss, device_type) // 2**20
+    as_planned = {
+        "parallel": {"compile": False},
+        "model": {"use_liger_kernel": False},
+        "loss": {"memory_budget_mb": budget},
+    }
+    cfg = OmegaConf.merge(cfg, as_planned)
     model = meta_pair(cfg, base_config, drafter_config, compute_dtype(cfg.precision, device_type))
     ranks, shard = mesh_sizes(cfg, machine.gpus)
     step = simulate(model, cfg, shard)
@@ -437,7 +443,7 @@ def with_overrides(cfg: DictConfig, changes: dict) -> DictConfig:
 
 def savings(cfg: DictConfig, machine: Machine) -> dict[str, int]:
     """Settings that take less memory, those that cost the least time first, and the peak with each alone."""
-    smaller_loss = min(128, cfg.loss.memory_budget_mb)
+    smaller_loss = min(256, memory_budget(cfg.loss, "cuda") // 2**20)
     changes = [
         {"parallel.reshard_after_forward": True},
         {"loss.memory_budget_mb": smaller_loss},
