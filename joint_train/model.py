@@ -382,10 +382,11 @@ class Gemma4WithDrafter(nn.Module):
         if return_logits is None:
             return_logits = targets is None
         loss_inputs = None if targets is None else (targets, weights, groups, num_groups)
+        # Bound to the function, not passed: FSDP rounds a forward's arguments to the dtype of compute.
+        joint = partial(self._joint, loss_inputs)
         outputs = self.base.within(
-            self._joint, input_ids, position_ids, document_ids, base_inputs, loss_inputs, return_logits,
-            output_hidden_states,
-        )  # fmt: skip
+            joint, input_ids, position_ids, document_ids, base_inputs, return_logits, output_hidden_states
+        )
         return Gemma4JointOutput(**outputs, drafter_loss_weight=self.drafter_loss_weight, targets=targets)
 
     def loss_weights(self, counts: Tensor) -> Tensor:
@@ -402,7 +403,7 @@ class Gemma4WithDrafter(nn.Module):
         return Centroids(routing.centroids.weight, self._token_centroid, routing.centroid_intermediate_top_k)
 
     def _joint(
-        self, input_ids, position_ids, document_ids, base_inputs, loss_inputs, return_logits, output_hidden_states
+        self, loss_inputs, input_ids, position_ids, document_ids, base_inputs, return_logits, output_hidden_states
     ) -> dict[str, Any]:
         """The joint forward, inside the base's FSDP forward. Only tensors leave it, so that FSDP sees its outputs."""
         base_text, drafter_text = self.base.config.get_text_config(), self.drafter.config.get_text_config()
@@ -445,10 +446,10 @@ class Gemma4WithDrafter(nn.Module):
                 "transformers release."
             )
         positions = position_ids + (self.rope_position == "next_token")
+        draft = partial(self._draft, loss_inputs, tied)
         outputs = self.drafter.within(
-            self._draft, embedded[0], hidden, dict(base_out.shared_kv_states), drafter_masks, positions, loss_inputs,
-            tied, return_logits,
-        )  # fmt: skip
+            draft, embedded[0], hidden, dict(base_out.shared_kv_states), drafter_masks, positions, return_logits
+        )
         if return_logits:
             outputs["logits"] = self.base_logits(hidden)
         outputs["hidden_states"] = base_out.hidden_states if output_hidden_states else (hidden,)
@@ -463,13 +464,13 @@ class Gemma4WithDrafter(nn.Module):
 
     def _draft(
         self,
+        loss_inputs: tuple | None,
+        tied: TiedGradient | None,
         embedded: Tensor,
         hidden: Tensor,
         shared_kv: dict[str, tuple[Tensor, Tensor]],
         masks: Masks,
         position_ids: Tensor,
-        loss_inputs: tuple | None,
-        tied: TiedGradient | None,
         return_logits: bool,
     ) -> dict[str, Any]:
         """K rounds and the losses, inside the drafter's FSDP forward; masks and rotary tables serve every round."""

@@ -1,30 +1,34 @@
 """Sharded equals unsharded: the same losses and full gradients on 1, 2 and 4 ranks, FSDP and HSDP, however a batch is
 split over ranks and micro-batches, with and without activation checkpointing."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 from pairs import build_pair
 from ranks import run_ranks
 from torch import Tensor
+from torch.optim import AdamW
 
 from joint_train.config import Config, ConfigError
 from joint_train.loss import joint_targets
 from joint_train.mesh import data_rank, init_mesh, mesh_shape
 from joint_train.model import Gemma4WithDrafter
+from joint_train.optim import build_optimizer, update
 from joint_train.parallelize import parallelize, prepare, set_last_micro_batch
 
 ROWS, LENGTH, K = 8, 20, 3
 
 
-def batch() -> dict[str, Tensor]:
-    """Rows with very different numbers of targets, one of them with none, some of two documents."""
+def batch(silent: Sequence[int] = ()) -> dict[str, Tensor]:
+    """Rows with very different numbers of targets, one of them and the silent ones with none, some of two documents."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 240, (ROWS, LENGTH), generator=generator)
     labels, documents = ids.clone(), torch.ones_like(ids)
     for row in range(ROWS):
         labels[row, : 2 * row] = -100
-    labels[5] = -100
+    labels[[5, *silent]] = -100
     documents[1::2, 12:] = 2
     documents[2, -4:] = 0
     labels[documents == 0] = -100
@@ -42,12 +46,12 @@ def config(**overrides):
     return cfg
 
 
-def build(shape: str, cfg) -> Gemma4WithDrafter:
-    base, drafter = build_pair(shape)
+def build(shape: str, cfg, dtype: torch.dtype = torch.float32) -> Gemma4WithDrafter:
+    base, drafter = build_pair(shape, dtype=dtype)
     model = Gemma4WithDrafter(
         base,
         drafter,
-        drafter_num_steps=K,
+        drafter_num_steps=cfg.drafter.num_steps,
         drafter_loss_weight=cfg.drafter.loss_weight,
         freeze_base_for_drafter=cfg.freeze.base,
         loss=cfg.loss,
@@ -56,62 +60,78 @@ def build(shape: str, cfg) -> Gemma4WithDrafter:
     return model.train()
 
 
-def step(model: Gemma4WithDrafter, micro_batches: list[dict], counts: Tensor) -> Tensor:
-    """Loss and gradients of one step, as the trainer makes them."""
-    total = torch.zeros(())
-    for micro in micro_batches:
-        targets = joint_targets(micro["labels"], micro["document_ids"], K, model.pairing)
-        inputs = {name: x for name, x in micro.items() if name != "labels"}
-        out = model(**inputs, targets=targets, weights=model.loss_weights(counts))
-        out.loss.backward()
-        total += out.loss.detach()
-    return total
+def step(model: Gemma4WithDrafter, rows: dict, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and sums of a micro-batch, as the trainer makes them; the gradients are added to what there is."""
+    targets = joint_targets(rows["labels"], rows["document_ids"], model.drafter_num_steps, model.pairing)
+    inputs = {name: x for name, x in rows.items() if name != "labels"}
+    out = model(**inputs, targets=targets, weights=model.loss_weights(counts))
+    out.loss.backward()
+    return out.loss.detach(), out.stats
 
 
-def all_counts(rows: dict) -> Tensor:
-    return joint_targets(rows["labels"], rows["document_ids"], K, "serving").counts
+def all_counts(rows: dict, num_steps: int = K) -> Tensor:
+    return joint_targets(rows["labels"], rows["document_ids"], num_steps, "serving").counts
 
 
 def gradients(model) -> dict[str, Tensor]:
-    full = {}
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            full[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-    return full
+    return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
-def sharded_step(rank: int, shape: str, options: dict, accumulate: int):
-    cfg = config(**options)
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sharded(shape: str, cfg) -> tuple[Gemma4WithDrafter, int, int]:
+    """The sharded pair, and which part of the rows is this rank's."""
     mesh = init_mesh(cfg.parallel)
     model = build(shape, cfg)
     parallelize(model, mesh, cfg)
-    index, size = data_rank(mesh)
-    rows = batch()
-    mine = {name: x.chunk(size)[index] for name, x in rows.items()}
-    micro_batches = [{name: x.chunk(accumulate)[i] for name, x in mine.items()} for i in range(accumulate)]
-    total = torch.zeros(())
-    for i, micro in enumerate(micro_batches):
-        set_last_micro_batch(model, i == accumulate - 1)
-        total += step(model, [micro], all_counts(rows))
-    torch.distributed.all_reduce(total)
-    full = gradients(model)
-    return (total, full) if rank == 0 else None
+    return model, *data_rank(mesh)
 
 
-def compare(shape, options, world_size, accumulate):
+def sharded_steps(rank: int, shape: str, options: dict, accumulate: int, silent: list[tuple[int, ...]]):
+    """Loss, sums and gradients of a step over all ranks' micro-batches, for each choice of silent rows."""
+    cfg = config(**options)
+    model, index, size = sharded(shape, cfg)
+    found = []
+    for rows in map(batch, silent):
+        counts = all_counts(rows, cfg.drafter.num_steps)
+        micro_batches = [
+            {name: x.chunk(size * accumulate)[index * accumulate + i] for name, x in rows.items()}
+            for i in range(accumulate)
+        ]
+        model.zero_grad()
+        loss, sums = torch.zeros(()), {}
+        for i, micro in enumerate(micro_batches):
+            set_last_micro_batch(model, i == accumulate - 1)
+            part, stats = step(model, micro, counts)
+            loss += part
+            sums = {name: sums.get(name, 0) + x for name, x in stats.items()}
+        for x in (loss, *sums.values()):
+            torch.distributed.all_reduce(x)
+        found.append((loss, sums, gradients(model)))
+    return found if rank == 0 else None
+
+
+def compare(shape, options, world_size, accumulate, silent=((),)):
     whole = {"activation_checkpointing__base": "none", "activation_checkpointing__drafter": "none"}
     cfg = config(**{name: x for name, x in options.items() if not name.startswith("parallel")} | whole)
     model = build(shape, cfg)
-    loss = step(model, [batch()], all_counts(batch()))
-    expected = gradients(model)
-    sharded_loss, full = run_ranks(sharded_step, world_size, shape, options, accumulate)[0]
-    torch.testing.assert_close(sharded_loss, loss, rtol=1e-5, atol=0)
-    # What only images and sound reach has no gradient in one process, and zeros where ranks must agree.
-    assert {n for n, g in full.items() if g.abs().max() > 0} >= {n for n, g in expected.items() if g.abs().max() > 0}
-    for name, gradient in full.items():
-        reference = expected.get(name, torch.zeros_like(gradient))
-        error = (gradient - reference).norm() / reference.norm().clamp(min=1e-8)
-        assert error <= 1e-5, f"{name}: relative error {error:.2e}"
+    found = run_ranks(sharded_steps, world_size, shape, options, accumulate, list(silent))[0]
+    for rows, (sharded_loss, sharded_stats, full) in zip(map(batch, silent), found, strict=True):
+        model.zero_grad()
+        loss, stats = step(model, rows, all_counts(rows, cfg.drafter.num_steps))
+        expected = gradients(model)
+        torch.testing.assert_close(sharded_loss, loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(sharded_stats, stats, rtol=1e-5, atol=1e-5)
+        # What only images and sound reach has no gradient in one process, and zeros where ranks must agree.
+        assert {n for n, g in full.items() if g.abs().max() > 0} >= {
+            n for n, g in expected.items() if g.abs().max() > 0
+        }
+        for name, gradient in full.items():
+            reference = expected.get(name, torch.zeros_like(gradient))
+            error = (gradient - reference).norm() / reference.norm().clamp(min=1e-8)
+            assert error <= 1e-5, f"{name}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("base, drafter", [("none", "none"), ("full", "full"), ("every_n", "full"), ("full", "none")])
@@ -140,16 +160,82 @@ def test_frozen_base_and_frozen_embeddings_sharded():
     compare("e2b", {"freeze__embeddings": True}, 2, 1)
 
 
-def test_a_trained_teacher_and_trained_centroids_sharded():
-    compare("e2b", {"loss__teacher_grad": True, "loss__centroid_weight": 0.1}, 2, 2)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("loss", ["kl", {"ce": 0.1, "nla": 0.5, "js": 0.4}])
+def test_losses_metrics_and_gradients_on_any_number_of_ranks(loss, ranks):
+    trained = {} if loss == "kl" else {"loss__teacher_grad": True, "loss__centroid_weight": 0.1}
+    compare("e2b", {"loss__drafter": loss, **trained}, ranks, 2)
+
+
+def test_one_round_freezes_the_projection_that_makes_the_next_state():
+    compare("e2b", {"drafter__num_steps": 1}, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "ranks, options",
+    [(2, {"loss__teacher_grad": True, "loss__centroid_weight": 0.1}), (2, {"freeze__base": True}),
+     (4, {"parallel__dp_replicate": 2})],
+    ids=["fsdp", "frozen base", "hsdp"],
+)  # fmt: skip
+def test_ranks_without_a_target(ranks, options):
+    """None in a whole step of a rank or two; none in one micro-batch of each; none anywhere."""
+    compare("e2b", options, ranks, 2, [(4, 5, 6, 7), (0, 1, 6, 7), (0, 2, 4, 6), range(ROWS)])
+
+
+def test_bfloat16_compute_on_two_ranks_equals_one_process():
+    """The forward is the same; each rank's gradient is rounded to bfloat16 once, by at most 2^-9 of an entry, and so is
+    the one process's."""
+    options = {"precision__compute": "bfloat16"}
+    loss, _, found = run_ranks(sharded_steps, 2, "e2b", options, 1, [()])[0][0]
+    model = build("e2b", config(), torch.bfloat16)
+    expected_loss, _ = step(model, batch(), all_counts(batch()))
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    expected = gradients(model)
+    assert found.keys() == expected.keys()
+    error = sum((found[n] - g.float()).square().sum() for n, g in expected.items())
+    assert error.sqrt() <= 2**-8 * sum(g.float().square().sum() for g in expected.values()).sqrt()
+
+
+UPDATE = {"optim__eps": 0.01, "optim__lr": 0.01, "optim__drafter_lr": 0.02, "optim__max_grad_norm": 0.5}
+
+
+def updates(model, cfg, rows: dict) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], AdamW]:
+    """Norms of two steps, the weights after them, and the optimizer."""
+    optimizer, norms = build_optimizer(model, cfg.optim), []
+    for _ in range(2):
+        model.zero_grad()
+        step(model, rows, all_counts(batch()))
+        norms.append(update(optimizer, model, cfg.optim.max_grad_norm, 1.0))
+    return norms, {name: full(p.detach()).clone() for name, p in model.named_parameters()}, optimizer
+
+
+def sharded_updates(rank: int, options: dict):
+    """:func:`updates`, and the weights after a third step whose gradient isn't finite in one of two shards."""
+    cfg = config(**UPDATE, **options)
+    model, index, size = sharded("e2b", cfg)
+    norms, weights, optimizer = updates(model, cfg, {name: x.chunk(size)[index] for name, x in batch().items()})
+    gradient = model.drafter.pre_projection.weight.grad
+    if gradient.device_mesh.get_coordinate()[-1] == 1:
+        gradient.to_local()[0, 0] = float("nan")
+    bad = update(optimizer, model, cfg.optim.max_grad_norm, 1.0)
+    assert not bad["grad_norm"].isfinite() and bad["grad_norm_base"].isfinite()
+    return norms, weights, {name: full(p.detach()) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks, options", [(2, {}), (4, {"parallel__dp_replicate": 2})], ids=["fsdp", "hsdp"])
+def test_clipped_updates_sharded_equal_one_process(ranks, options):
+    cfg = config(**UPDATE)
+    expected_norms, expected, _ = updates(build("e2b", cfg), cfg, batch())
+    assert expected_norms[0]["grad_norm"] > 1  # it is clipped
+    for norms, weights, after_nan in run_ranks(sharded_updates, ranks, options):
+        torch.testing.assert_close(norms, expected_norms, rtol=1e-4, atol=0)
+        torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
+        assert all(torch.equal(weights[name], x) for name, x in after_nan.items())
 
 
 def drafter_gradients(rank: int, options: dict):
     """Gradients of the drafter's loss alone, sharded."""
-    cfg = config(**options)
-    mesh = init_mesh(cfg.parallel)
-    model = build("e2b", cfg)
-    parallelize(model, mesh, cfg)
+    model, _, _ = sharded("e2b", config(**options))
     rows = batch()
     targets = joint_targets(rows["labels"], rows["document_ids"], K, "serving")
     weights = model.loss_weights(targets.counts)
