@@ -119,6 +119,7 @@ def set_last_micro_batch(model: Gemma4WithDrafter, last: bool) -> None:
 
 
 def reshard(model: Gemma4WithDrafter) -> None:
-    """Free the weights that a forward without a backward leaves gathered."""
-    for root in (model.base, model.drafter):
-        root.reshard()
+    """Free the weights that a forward without a backward leaves gathered, and show the shards as the parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from pairs import build_pair
 from ranks import run_ranks
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from joint_train.config import Config, ConfigError
@@ -16,7 +17,7 @@ from joint_train.loss import joint_targets
 from joint_train.mesh import data_rank, init_mesh, mesh_shape
 from joint_train.model import Gemma4WithDrafter
 from joint_train.optim import build_optimizer, update
-from joint_train.parallelize import parallelize, prepare, set_last_micro_batch
+from joint_train.parallelize import parallelize, prepare, reshard, set_last_micro_batch
 
 ROWS, LENGTH, K = 8, 20, 3
 
@@ -194,6 +195,21 @@ def test_bfloat16_compute_on_two_ranks_equals_one_process():
     assert found.keys() == expected.keys()
     error = sum((found[n] - g.float()).square().sum() for n, g in expected.items())
     assert error.sqrt() <= 2**-8 * sum(g.float().square().sum() for g in expected.values()).sqrt()
+
+
+def parameters_after_a_forward(rank: int):
+    """Whether each parameter is a shard, after a forward without a backward and what the trainer does then."""
+    model, _, _ = sharded("e2b", config(parallel__reshard_after_forward=False))
+    with torch.no_grad():
+        model(batch()["input_ids"])
+    gathered = [isinstance(p, DTensor) for p in model.parameters()]
+    reshard(model)
+    return gathered, [isinstance(p, DTensor) for p in model.parameters()]
+
+
+def test_a_forward_without_a_backward_leaves_nothing_gathered():
+    gathered, after = run_ranks(parameters_after_a_forward, 1)[0]
+    assert not all(gathered) and all(after)
 
 
 UPDATE = {"optim__eps": 0.01, "optim__lr": 0.01, "optim__drafter_lr": 0.02, "optim__max_grad_norm": 0.5}
