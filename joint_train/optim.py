@@ -61,10 +61,13 @@ def update(optimizer: AdamW, model: Gemma4WithDrafter, max_grad_norm: float, fac
     norms = {f"grad_norm_{name}": total_norm(p.grad for p in part.parameters()) for name, part in model.parts()}
     device = next(model.parameters()).device
     norm = torch.stack([norm.to(device, non_blocking=True) for norm in norms.values()]).norm()
+    finite = norm.isfinite()
     if max_grad_norm > 0:
-        nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm, norm)
+        # A norm that isn't finite would spread to every gradient, and hide where it came from.
+        scale = torch.where(finite, norm, 0.0)
+        nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm, scale)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
     optimizer.step()
     return {"grad_norm": norm, **norms}

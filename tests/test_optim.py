@@ -89,8 +89,11 @@ def test_a_step_that_is_not_finite_changes_nothing(model, bad):
     weights = [p.detach().clone() for p in model.parameters()]
     state = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in optimizer.state]
     next(p for p in model.drafter.parameters() if p.requires_grad).grad.view(-1)[0] = bad
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     norms = update(optimizer, model, 1.0, 1.0)
     assert not norms["grad_norm"].isfinite()
+    for name, gradient in gradients.items():  # a dump of them shows where it came from
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=0, atol=0, equal_nan=True)
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     for before, after in zip(state, optimizer.state.values(), strict=True):
         assert all(torch.equal(before[k], after[k]) for k in before)
