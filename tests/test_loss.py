@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import joint_train.loss as loss_module
 from joint_train.loss import (
     KINDS,
     Centroids,
@@ -218,14 +219,30 @@ def test_lk_hybrid_in_a_mix_does_not_take_the_kl_weight_for_its_own():
     check(Case(), config({"kl": 0.5, "lk_hybrid": 0.25}))
 
 
-@pytest.mark.parametrize("rows", range(1, 12))
-def test_chunk_boundaries_are_invisible(rows):
-    case = Case(dtype=torch.float64)
-    whole, whole_stats = case.ours(config())
-    loss, stats = case.ours(config(memory_budget_mb=tiny_chunks(rows, torch.float64)))
-    torch.testing.assert_close(loss, whole)
-    torch.testing.assert_close(stats, whole_stats)
-    torch.testing.assert_close(case.gradients(loss), case.gradients(whole))
+@pytest.mark.parametrize("drafter", ["kl", MIX], ids=["kl", "mix"])
+def test_chunk_boundaries_are_invisible(drafter, monkeypatch):
+    """With a boundary in every place: chunks of 1, 2, … targets."""
+    case, buffers = (
+        Case(dtype=torch.float64, supervised=1.0),
+        5 if drafter == "kl" else 9,
+    )  # more for the teacher and js
+    centroids = Centroids(case.centroid_weight, token_centroids(case.ordering, 6), top_k=2)
+    starts, chunk = [], loss_module._Pass._chunk
+    monkeypatch.setattr(
+        loss_module._Pass, "_chunk", lambda self, part, *rest: (starts.append(part.start), chunk(self, part, *rest))
+    )
+
+    def run(**budget):
+        starts.clear()
+        cfg = config(drafter, teacher_grad=drafter == MIX, centroid_weight=0.3, **budget)
+        loss, stats = case.ours(cfg, softcap=2.0, centroids=centroids)
+        return loss, stats, case.gradients(loss, [("centroids", case.centroid_weight)])
+
+    whole, total = run(), len(case.targets.rows)
+    assert starts == [0] and total == 12
+    for rows in range(1, total + 1):
+        torch.testing.assert_close(run(memory_budget_mb=tiny_chunks(rows + 0.1, torch.float64, buffers)), whole)
+        assert starts == [*range(0, total, rows)]
 
 
 @pytest.mark.parametrize("pairing", ["serving", "same_token"])
@@ -270,14 +287,23 @@ def test_what_is_not_a_target_changes_nothing(drafter):
     torch.testing.assert_close(case.gradients(again), grads, rtol=0, atol=0)
 
 
-def test_no_target_gives_zero_loss_and_zero_gradients():
+@pytest.mark.parametrize("drafter", [*KINDS, MIX], ids=[*KINDS, "mix"])
+def test_a_row_without_a_target(drafter):
+    for row in range(B):
+        case = Case()
+        case.labels[row] = -100
+        check(case, config(drafter, teacher_grad=True, memory_budget_mb=tiny_chunks(2)), softcap=2.0)
+
+
+@pytest.mark.parametrize("drafter", [*KINDS, MIX], ids=[*KINDS, "mix"])
+def test_no_target_gives_zero_loss_and_zero_gradients(drafter):
     case = Case()
     case.labels.fill_(-100)
     weights = sum_weights(case.targets.counts, [1.0] * K, 1.0)
     assert weights.tolist() == [0.0] * (1 + K)
     case.weights = weights
     centroids = Centroids(case.centroid_weight, token_centroids(case.ordering, 6), top_k=2)
-    loss, stats = case.ours(config(centroid_weight=1.0), centroids=centroids)
+    loss, stats = case.ours(config(drafter, teacher_grad=True, centroid_weight=1.0), centroids=centroids)
     assert loss.item() == 0 and loss.requires_grad
     loss.backward()
     for tensor in [*case.inputs.values(), case.centroid_weight]:
@@ -298,15 +324,16 @@ def test_extreme_logits_stay_finite():
 
 
 @pytest.mark.parametrize("pairing", ["serving", "same_token"])
-@pytest.mark.parametrize("drafter", ["ce", "kl", "nla"])
-def test_bf16(drafter, pairing):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("drafter", [*KINDS, MIX], ids=[*KINDS, "mix"])
+def test_bf16(drafter, softcap, pairing):
     """The values are those of fp32 arithmetic on the same bf16 inputs; a gradient differs by at most 1/64 of its
     tensor's largest entry: the logits' gradient is rounded to bf16 (2^-9 of each entry) before the matmuls, whose sums
     cancel, and the result is rounded again."""
     case = Case(dtype=torch.bfloat16, pairing=pairing)
-    cfg = config(drafter, memory_budget_mb=tiny_chunks(4))
-    expected, expected_stats = reference(case, cfg, softcap=2.0)
-    loss, stats = case.ours(cfg, softcap=2.0)
+    cfg = config(drafter, teacher_grad=pairing == "serving", memory_budget_mb=tiny_chunks(4))
+    expected, expected_stats = reference(case, cfg, softcap=softcap)
+    loss, stats = case.ours(cfg, softcap=softcap)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-5)
     for name, value in expected_stats.items():
@@ -332,23 +359,24 @@ def test_head_gradients_are_summed_in_fp32():
 
 
 class Fresh(torch.autograd.Function):
-    """A function that runs its forward again in each backward: gradcheck calls the backward many times."""
+    """The values of one function and, taken anew in each backward, the gradients of another: gradcheck calls the
+    backward many times."""
 
     @staticmethod
-    def forward(ctx, function, *inputs):
+    def forward(ctx, values, function, *inputs):
         ctx.function = function
         ctx.save_for_backward(*inputs)
-        return function(*inputs)
+        return values(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
         inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
         with torch.enable_grad():
-            return None, *torch.autograd.grad(ctx.function(*inputs), inputs, grad)
+            return None, None, *torch.autograd.grad(ctx.function(*inputs), inputs, grad)
 
 
-@pytest.mark.parametrize("drafter", [kind for kind in KINDS if kind != "lk_hybrid"])  # its weight is a constant
-def test_gradcheck(drafter):
+def gradcheck_case(drafter):
+    """A small case: inputs, and the loss as a function of them."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 5, 2), (7, 2), (7, 2), (2, 2), (1, 5, 2), (1, 5, 2)]
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
@@ -363,7 +391,38 @@ def test_gradcheck(drafter):
         )
         return loss
 
-    assert torch.autograd.gradcheck(lambda *x: Fresh.apply(function, *x), inputs)
+    return inputs, function
+
+
+@pytest.mark.parametrize("drafter", [kind for kind in KINDS if kind != "lk_hybrid"])
+def test_gradcheck(drafter):
+    inputs, function = gradcheck_case(drafter)
+    assert torch.autograd.gradcheck(lambda *x: Fresh.apply(function, function, *x), inputs)
+
+
+def test_gradcheck_of_lk_hybrid_with_its_share_held_constant():
+    """Its share of the KL is a constant to the gradient: the values are a plain loss with the shares of one point."""
+    inputs, function = gradcheck_case("lk_hybrid")
+    _, rest = gradcheck_case({"ce": 1e-30})  # the base's loss and the routing
+
+    def rounds(base_hidden, base_weight, drafter_weight, _, *hidden):
+        """KL and TV of each valid row of each round, with its weight."""
+        teacher = 2.0 * torch.tanh(base_hidden[0] @ base_weight.T / 2.0) / 1.3
+        for k, weight in enumerate((0.3, 0.2)):
+            student = 3.0 * torch.tanh(hidden[k][0] @ drafter_weight.T / 3.0) / 1.3
+            # Position p's teacher is row p - 1, its student of round k is row p - 1 - k.
+            log_p, log_q = teacher[k:4].log_softmax(-1), student[: 4 - k].log_softmax(-1)
+            yield weight, (log_p.exp() * (log_p - log_q)).sum(-1), (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+    with torch.no_grad():
+        shares = [torch.exp(-3 * (1 - tv)) for _, _, tv in rounds(*inputs)]
+
+    def values(*x):
+        parts = zip(rounds(*x), shares, strict=True)
+        return rest(*x) + sum(w * (share * kl + (1 - share) * tv).sum() for (w, kl, tv), share in parts)
+
+    torch.testing.assert_close(values(*inputs), function(*inputs))
+    assert torch.autograd.gradcheck(lambda *x: Fresh.apply(values, function, *x), inputs)
 
 
 @pytest.mark.parametrize("frozen", ["base_hidden", "base_weight", "drafter_weight", "drafter_hidden", "all"])
