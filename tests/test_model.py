@@ -246,6 +246,41 @@ def test_every_trained_parameter_gets_a_gradient(shape, num_steps):
         assert not drafter.masked_embedding.centroids.weight.requires_grad
 
 
+TIED = {
+    "plain": {},
+    "recomputed": dict(base_activation_checkpointing=True, drafter_activation_checkpointing=True),
+    "logits in the loss": {},
+    "two micro-batches": {},
+    "after an error": {},
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_a_tied_embedding_gets_the_gradients_of_an_embedding_and_a_head(case):
+    """Against the same base with a head of its own, whose gradient and the embedding's autograd makes apart."""
+    found = []
+    for tied in (True, False):
+        base, drafter = build_pair("multimodal")
+        if not tied:
+            base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+        model = Gemma4WithDrafter(base, drafter, drafter_num_steps=2, **TIED[case]).train()
+        if case == "after an error":
+            model(input_ids=tokens(), labels=tokens())  # its backward never comes
+            with pytest.raises(ValueError, match="unpack"):
+                model(input_ids=tokens(), labels=tokens(), position_ids=torch.zeros(1, 1, 1, 1))
+        for seed in (0, 1) if case == "two micro-batches" else (0,):
+            out = model(input_ids=tokens(seed=seed), labels=tokens(seed=seed), return_logits=case.startswith("logits"))
+            loss = out.loss
+            if case.startswith("logits"):
+                loss = loss + out.logits.square().mean() + out.drafter_logits[1].square().mean()
+            loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        if not tied:
+            gradients["base.model.language_model.embed_tokens.weight"] += gradients.pop("base.lm_head.weight")
+        found.append(gradients)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
 def test_loss_is_the_weighted_sum_of_means_over_targets():
     """Against the logits, with the published recipe's cross-entropy."""
     from omegaconf import OmegaConf
