@@ -108,6 +108,8 @@ def sharded_steps(rank: int, shape: str, options: dict, accumulate: int, silent:
             part, stats = step(model, micro, counts)
             loss += part
             sums = {name: sums.get(name, 0) + x for name, x in stats.items()}
+        # One without would have no optimizer state, for a resume to miss.
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         for x in (loss, *sums.values()):
             torch.distributed.all_reduce(x)
         found.append((loss, sums, gradients(model)))
