@@ -130,7 +130,7 @@ class Gemma4WithDrafter(nn.Module):
         self.pairing = pairing
         self.rope_position = rope_position
         self.sources: tuple[Path, Path] | None = None  # the folders that the pair was loaded from
-        self._token_centroid: Tensor | None = None
+        self._token_centroid: tuple[int, Tensor] | None = None  # and the version of the ordering that it is made of
         self.loss = loss if loss is not None else OmegaConf.structured(LossConfig)
         check_pair(base.config, drafter.config)
 
@@ -398,9 +398,10 @@ class Gemma4WithDrafter(nn.Module):
         routing = self.drafter.masked_embedding
         if routing is None:
             return None
-        if self._token_centroid is None:
-            self._token_centroid = token_centroids(routing.token_ordering, routing.num_centroids)
-        return Centroids(routing.centroids.weight, self._token_centroid, routing.centroid_intermediate_top_k)
+        ordering = routing.token_ordering
+        if self._token_centroid is None or self._token_centroid[0] != ordering._version:  # loaded since
+            self._token_centroid = ordering._version, token_centroids(ordering, routing.num_centroids)
+        return Centroids(routing.centroids.weight, self._token_centroid[1], routing.centroid_intermediate_top_k)
 
     def _joint(
         self, loss_inputs, input_ids, position_ids, document_ids, base_inputs, return_logits, output_hidden_states

@@ -277,7 +277,8 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int) -> Step:
     drafter = unit(list(model.drafter.parameters()), True)
     drafter.hooks.append(model.drafter.pre_projection.register_forward_pre_hook(drafter.gather))
     if model.drafter.masked_embedding is not None:
-        model._token_centroid = torch.empty_like(model.drafter.masked_embedding.token_ordering)
+        ordering = model.drafter.masked_embedding.token_ordering
+        model._token_centroid = ordering._version, torch.empty_like(ordering)
 
     ids = torch.ones(cfg.data.micro_batch_size, cfg.data.max_length, dtype=torch.long)
     targets = joint_targets(ids, None, model.drafter_num_steps, model.pairing).to("meta")  # every token is one

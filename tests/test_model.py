@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from pairs import SHAPES, build_pair
+from pairs import SHAPES, build_pair, make_pair
 from transformers import Gemma4AssistantForCausalLM
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
@@ -244,6 +244,19 @@ def test_every_trained_parameter_gets_a_gradient(shape, num_steps):
     assert drafter.post_projection.weight.requires_grad == (num_steps > 1)
     if drafter.masked_embedding is not None:
         assert not drafter.masked_embedding.centroids.weight.requires_grad
+
+
+def test_centroids_are_those_of_the_ordering_that_was_loaded_last(tmp_path):
+    from joint_train.loading import materialize
+
+    folders = [make_pair(tmp_path / str(seed), seed=seed)[1] for seed in (0, 1)]
+    model = Gemma4WithDrafter(*build_pair("e2b"), drafter_num_steps=2)
+    for folder in folders:
+        materialize(model.drafter, folder, "cpu")
+        centroids, routing = model.centroids(), model.drafter.masked_embedding
+        for centroid, members in enumerate(routing.token_ordering.view(routing.num_centroids, -1)):
+            assert (centroids.token_centroid[members] == centroid).all()
+        assert model.centroids().token_centroid is centroids.token_centroid
 
 
 TIED = {
