@@ -235,6 +235,12 @@ AT_LEAST = {
     "data.max_length": 2,
     "data.micro_batch_size": 1,
     "data.num_workers": 0,
+    "data.max_line_bytes": 1,
+    "optim.lr": 0,
+    "optim.drafter_lr": 0,
+    "optim.weight_decay": 0,
+    "optim.eps": 0,
+    "optim.min_lr_ratio": 0,
     "optim.grad_accum": 1,
     "optim.warmup_steps": 0,
     "optim.max_grad_norm": 0,
@@ -245,12 +251,15 @@ AT_LEAST = {
     "loss.centroid_weight": 0,
     "checkpoint.every": 1,
     "checkpoint.keep_last": 0,
+    "checkpoint.keep_every": 0,
     "checkpoint.grace_seconds": 1,
     "eval.every": 0,
     "eval.batches": 1,
     "eval.generate_every": 0,
     "eval.prompts": 0,
+    "eval.max_new_tokens": 1,
     "tracking.log_every": 1,
+    "tracking.diagnose_every": 0,
     "tracking.max_bad_steps": 1,
     "max_steps": 1,
 }
@@ -283,8 +292,15 @@ def validate(cfg: DictConfig, world_size: int | None = None) -> None:
         if (value := OmegaConf.select(cfg, name)) not in choices:
             raise ConfigError(f"{name}={value}: choose one of {', '.join(choices)}.")
     for name, least in AT_LEAST.items():
-        if (value := OmegaConf.select(cfg, name)) is not None and value < least:
+        value = OmegaConf.select(cfg, name)
+        if value is not None and not value >= least:  # NaN is refused, too
             raise ConfigError(f"{name}={value}: must be at least {least}.")
+    if cfg.optim.min_lr_ratio > 1:
+        raise ConfigError(f"optim.min_lr_ratio={cfg.optim.min_lr_ratio}: must be at most 1.")
+    if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
+        raise ConfigError(f"optim.betas={cfg.optim.betas}: give two numbers from 0 to below 1, e.g. [0.9, 0.95].")
+    if not cfg.loss.temperature > 0:
+        raise ConfigError(f"loss.temperature={cfg.loss.temperature}: must be above 0.")
     for name in ("model.base", "model.drafter"):
         if OmegaConf.is_missing(OmegaConf.select(cfg, name.split(".")[0]), name.split(".")[1]):
             raise ConfigError(f"{name} is not set: a folder or a hub id, e.g. {name}=/models/gemma-4-pair")

@@ -160,6 +160,21 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optim.lr=-1e-4", "optim.drafter_lr=nan", "optim.weight_decay=-1", "optim.eps=-1", "optim.min_lr_ratio=3",
+        "optim.betas=[0.9]", "optim.betas=[0.9,1.5]", "loss.temperature=0", "data.max_length=1",
+        "data.micro_batch_size=0", "data.max_line_bytes=0", "eval.max_new_tokens=0", "tracking.diagnose_every=-1",
+        "checkpoint.keep_every=-1",
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_work_are_refused(override):
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"^{key}=.*(must be|give two numbers)"):
+        load(["+experiment=starter", "pair=/nowhere", override])
+
+
 @pytest.mark.parametrize("override, message", REFUSALS, ids=[override for override, _ in REFUSALS])
 def test_refusals(override, message, tmp_path):
     """Named, explained, and gone within seconds: nothing was loaded and nothing was written."""
