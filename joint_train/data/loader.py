@@ -231,10 +231,6 @@ def _check(data, split: str) -> None:
     for key, choices in CHOICES.items():
         if data[key] not in choices:
             raise DataError(f"data.{key}={data[key]!r} is none of {', '.join(choices)}")
-    if data.max_length < 2:
-        raise DataError(f"data.max_length={data.max_length}: a row needs at least 2 tokens to have a target")
-    if data.micro_batch_size < 1:
-        raise DataError(f"data.micro_batch_size={data.micro_batch_size}: at least 1")
     specs = data.train if split == "train" else data.val
     if not specs:
         raise DataError(f"data.{split} has no source: choose one of conf/data, or list sources with a path each")
