@@ -11,6 +11,7 @@ import hydra
 from omegaconf import DictConfig
 
 from joint_train.config import ConfigError, conf_dir, help_text, validate, world_size_from_env
+from joint_train.tracking import StderrLines
 
 
 def run(cfg: DictConfig) -> None:
@@ -24,7 +25,8 @@ def run(cfg: DictConfig) -> None:
 def main(cfg: DictConfig) -> None:
     rank = int(os.environ.get("RANK", 0))
     level = logging.INFO if rank == 0 else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s", force=True)
+    line = "%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"
+    logging.basicConfig(level=level, format=line, handlers=[StderrLines()], force=True)
     # Writes the first failed rank's traceback to where torchrun looks for it.
     from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -10,6 +10,7 @@ import math
 import netrc
 import os
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -288,6 +289,17 @@ class TensorBoard:
         self.writer.close()
 
 
+class StderrLines(logging.Handler):
+    """Log lines to whatever stderr is when they come: a live progress bar takes its place and prints them above itself,
+    where a ``StreamHandler`` would go on writing into the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
 class ConsoleLines:
     """Progress for people: a bar and the newest numbers on a terminal, a line now and then in a log; 80 columns."""
 
@@ -304,7 +316,8 @@ class ConsoleLines:
                 console=self.console,
             )  # fmt: skip
             self.task = self.bar.add_task("", total=self.total, completed=step, numbers="")
-            self.live = Live(self.bar, console=self.console, refresh_per_second=4)
+            redirected = sys.stderr.isatty()  # one that goes to a file stays there
+            self.live = Live(self.bar, console=self.console, refresh_per_second=4, redirect_stderr=redirected)
             self.live.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

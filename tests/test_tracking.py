@@ -311,6 +311,24 @@ def test_a_terminal_gets_a_bar_that_fits(tmp_path):
     assert len(last.rstrip()) <= 80 and "…" not in last
 
 
+def test_log_lines_are_printed_above_the_bar(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    log = logging.Logger("above the bar")
+    log.addHandler(tracking.StderrLines())
+    for stderr in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        console, out = lines(config(tmp_path, "max_steps=2000"), terminal=True)
+        log.warning("a checkpoint was passed over")
+        console.close()
+        log.warning("the end")
+        above = stderr.isatty()
+        assert ("a checkpoint was passed over\n" in out.getvalue()) == above
+        assert stderr.getvalue() == ("" if above else "a checkpoint was passed over\n") + "the end\n"
+
+
 def test_time_left_comes_from_the_steps_of_this_run(tmp_path, monkeypatch):
     """And not from what came before the first of them: loading, and a first step that compiles and warms up."""
     now = 1000.0
