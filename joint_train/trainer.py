@@ -72,6 +72,7 @@ class Trainer:
         self.plan = make_plan(cfg, Machine(gpus=self.ranks), self.device.type)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.tracking.profile_steps, self.output_dir / "profile", self.rank)
+        self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
         self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device)
         self.spikes = LossSpikes()
 
@@ -96,13 +97,12 @@ class Trainer:
         cfg = self.cfg
         batches = iter(self.loader)
         self.checkpointer.restore_random_state()  # last: making an iterator draws from torch's generator
-        if self.before is None:
-            self.before = self.measured = self.evaluate(generate=True)
-            self.tracker.log(self.step, self.before)
-        timeout = cfg.parallel.timeout_seconds
-        with Preemption(cfg.checkpoint.grace_seconds, timeout) as preemption, Watchdog(timeout, self.rank) as watchdog:
+        with Preemption(cfg.checkpoint.grace_seconds, cfg.parallel.timeout_seconds) as preemption, self.watchdog:
+            if self.before is None:
+                self.before = self.measured = self.evaluate(generate=True)
+                self.tracker.log(self.step, self.before)
             while self.step < cfg.max_steps:
-                watchdog.beat()
+                self.watchdog.beat()
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step(batches)
                 last = self.step == cfg.max_steps
@@ -231,7 +231,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, generate: bool) -> dict[str, float]:
-        """Validation losses and, with ``generate``, tokens per base forward in assisted generation."""
+        """Validation losses and, with ``generate``, tokens per base forward in assisted generation.
+
+        However long it takes as a whole, it isn't taken for a hang while batches and prompts get done.
+        """
         cfg, measured = self.cfg, {}
         if self.val_loader is None:
             return measured
@@ -240,6 +243,7 @@ class Trainer:
         for i, batch in enumerate(self.val_loader):
             if i == cfg.eval.batches:
                 break
+            self.watchdog.beat()
             inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
             add(sums, self.model(**inputs, targets=targets).stats)
         measured |= self.metrics(sums, self.val_loader.source_names, prefix="val/")
@@ -247,12 +251,13 @@ class Trainer:
             prompts = validation_prompts(cfg, self.tokenizer, cfg.eval.prompts)
             accepted = accepted_length(
                 self.model.base, self.model.drafter, self.tokenizer, prompts, cfg.drafter.num_steps,
-                cfg.eval.max_new_tokens,
+                cfg.eval.max_new_tokens, self.watchdog.beat,
             )  # fmt: skip
             measured["val/tokens_per_forward"] = accepted["tokens_per_forward"]
             self.tracker.examples(self.step, accepted["examples"])
         parallelize.reshard(self.model)
         self.model.train()
+        self.watchdog.beat()
         return measured
 
     def diagnose(self) -> dict[str, float]:

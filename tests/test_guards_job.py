@@ -78,6 +78,37 @@ def test_too_many_in_a_row_end_the_run_with_a_dump(starter_dir, tmp_path):
     assert len(batches) == 2 and batches[0]["input_ids"].shape == (1, 48)  # SMALL's accumulation and rows
 
 
+def heartbeats(rank: int, overrides: list[str]) -> list[int]:
+    """The job; the watchdog's heartbeats in each of its validations, the first and the last."""
+    from joint_train import trainer
+
+    beats, of_each = [], []
+
+    class Counted(trainer.Watchdog):
+        def beat(self):
+            beats.append(self.thread.is_alive())
+            super().beat()
+
+    class Validated(trainer.Trainer):
+        def evaluate(self, generate):
+            before = len(beats)
+            measured = super().evaluate(generate)
+            assert all(beats[before:]), "the watchdog isn't watching"
+            of_each.append(len(beats) - before)
+            return measured
+
+    trainer.Watchdog = Counted
+    Validated(load(overrides)).train()
+    return of_each
+
+
+def test_a_long_validation_is_no_hang(starter_dir, tmp_path):
+    """Every batch and every prompt is a sign of life."""
+    small = ["max_steps=1", "eval.batches=6", "eval.prompts=2", "eval.max_new_tokens=2"]
+    ((first, last),) = run_ranks(heartbeats, 1, settings(starter_dir, tmp_path, *small))
+    assert first >= 8 and last >= 8
+
+
 HANGS = """
 import sys, time
 from joint_train import trainer

@@ -7,7 +7,7 @@ token with any drafter: it is the mean number of tokens of a verification, 1 wit
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -206,6 +206,7 @@ def accepted_length(
     prompts: Sequence[Prompt],
     num_steps: int,
     max_new_tokens: int,
+    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, object]:
     """Tokens per base forward in greedy assisted generation, with models that may be sharded.
 
@@ -216,6 +217,7 @@ def accepted_length(
     Args:
         base, drafter: plain modules or FSDP2 roots (the base's root must stay gathered after its forward).
         num_steps: K, drafts for a verification.
+        progress: is called before each prompt.
 
     Returns:
         ``tokens_per_forward``; ``accepted_{k}``: share of verifications whose draft k was accepted, with all before it;
@@ -228,7 +230,10 @@ def accepted_length(
     try:
         for model in training:
             model.eval()
-        decoded = [decode(base, drafter, prompt.ids, num_steps, max_new_tokens) for prompt in prompts]
+        decoded = []
+        for prompt in prompts:
+            progress()
+            decoded.append(decode(base, drafter, prompt.ids, num_steps, max_new_tokens))
     finally:
         for hook in hooks:
             hook.remove()
