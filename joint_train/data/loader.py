@@ -59,7 +59,12 @@ class BatchLoader(StatefulDataLoader):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for batch in super().__iter__():
             self.position = batch.pop(POSITION)
-            yield batch
+            yield {key: self._tensor(value) for key, value in batch.items()}
+
+    def _tensor(self, value: np.ndarray | torch.Tensor) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value
+        return torch.from_numpy(value).pin_memory() if self.pin_memory else torch.from_numpy(value)
 
 
 def _identity(batch: dict) -> dict:
@@ -115,10 +120,12 @@ class RankBatches(torch.utils.data.Dataset):
             length = min(-(-longest // UNPACKED_MULTIPLE) * UNPACKED_MULTIPLE, length)
         empty = np.empty((0, 2), dtype=np.int64)
         rows = [self.sequence.row(row, length) for row in documents + [empty] * (self.rows - len(documents))]
-        batch: dict[str, Any] = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
+        # Not tensors yet: a worker needs a millisecond to hand one over, whatever its size, as it does so in shared
+        # memory. Only pixels are large enough for that.
+        batch: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         if pictures := [picture for row in documents for picture in self.sequence.pictures(row)]:
             batch |= self._pixels(pictures)
-            batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_token).long()
+            batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_token).astype(np.int64)
         consumed = (number + 1) * self.size * self.rows
         if self.last is None:
             window, row = self.cursor.locate(consumed)
