@@ -130,8 +130,9 @@ class Trainer:
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
         """One optimizer step over ``grad_accum`` micro-batches; its metrics, or none where they aren't due."""
         cfg, started = self.cfg, time.perf_counter()
-        micro_batches = [self.prepare(next(batches), self.loader.source_names) for _ in range(cfg.optim.grad_accum)]
+        loaded = [next(batches) for _ in range(cfg.optim.grad_accum)]
         waited = time.perf_counter() - started
+        micro_batches = [self.prepare(batch, self.loader.source_names) for batch in loaded]
 
         # All the counts are known before the first forward, so each loss is its share of the mean over the whole step.
         counts = torch.stack([counts for _, _, counts in micro_batches]).sum(0).to(self.device, non_blocking=True)
