@@ -266,6 +266,28 @@ def test_computed_spans_equal_the_marks_on_any_text(name, turns):
     trained(name, {"messages": messages})
 
 
+OPEN_ENDED = """\
+{%- for message in messages -%}
+    {{- message['role'] + ': ' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}{{- message['content'] -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message['content'] -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+
+@pytest.mark.parametrize("template", [OPEN_ENDED, unmarked(OPEN_ENDED)], ids=["marks", "computed"])
+def test_a_last_character_of_several_tokens_is_trained_on_whole(template):
+    """A balloon is four bytes, each a token here; a template may close the assistant's part right behind it."""
+    tokenizer = make_tokenizer(template)
+    messages = [turn("user", "a🎈"), turn("assistant", "b🎈"), turn("user", "c")]
+    ids, flags = encode({"messages": messages}, tokenizer)
+    assert tokenizer.decode(ids[flags != 0]).startswith("b🎈")
+    assert "\ufffd" not in tokenizer.decode(ids[flags == 0])
+
+
 def test_texts_are_trained_on_whole():
     tokenizer = PAIRS["gemma4"][0]
     ids, flags = encode({"text": "abc"}, tokenizer)

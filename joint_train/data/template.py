@@ -47,14 +47,15 @@ def encode(example: dict[str, Any], tokenizer) -> tuple[np.ndarray, np.ndarray]:
     messages = example["messages"]
     options = {"tools": example.get("tools"), **example.get("chat_template_kwargs", {})}
     if MARKS.search(tokenizer.get_chat_template(tools=options["tools"])):
-        ids, mask = _encode_marked(messages, tokenizer, options)
-        runs = _runs(mask)
+        encoded = _encode_marked(messages, tokenizer, options)
+        ids = encoded["input_ids"]
+        runs = [(start, _whole_character(encoded, end)) for start, end in _runs(encoded["assistant_masks"])]
     else:
         text = render(tokenizer, messages, **options)
         encoded = tokenizer(text, add_special_tokens=False)
         ids = encoded["input_ids"]
         spans = assistant_spans(tokenizer, messages, text, **options)
-        runs = [run for span in spans if (run := _token_run(encoded, len(ids), *span))]
+        runs = [run for span in spans if (run := _token_run(encoded, *span))]
     flags = np.zeros(len(ids), dtype=np.uint8)
     for start, end in runs:
         flags[start:end] |= ASSISTANT
@@ -75,14 +76,13 @@ def _encode_text(text: str, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(ids, dtype=np.int32), np.full(len(ids), ASSISTANT | LAST, dtype=np.uint8)
 
 
-def _encode_marked(messages: list[dict], tokenizer, options: dict) -> tuple[list[int], list[int]]:
+def _encode_marked(messages: list[dict], tokenizer, options: dict):
     try:
-        encoded = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
         )
     except Exception as error:  # a template may raise anything
         raise _refused(tokenizer, error) from None
-    return encoded["input_ids"], encoded["assistant_masks"]
 
 
 def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False, **options) -> str:
@@ -236,14 +236,21 @@ def _common_suffix(a: str, b: str, special: re.Pattern) -> int:
     return low
 
 
-def _token_run(encoded, count: int, start: int, end: int) -> tuple[int, int] | None:
+def _token_run(encoded, start: int, end: int) -> tuple[int, int] | None:
     """The tokens [first, last) that hold the characters [start, end)."""
     if start == end:
         return None
     first, last = encoded.char_to_token(start), encoded.char_to_token(end - 1)
     if first is None:
         return None
-    return first, count if last is None else last + 1
+    return first, len(encoded["input_ids"]) if last is None else _whole_character(encoded, last + 1)
+
+
+def _whole_character(encoded, end: int) -> int:
+    """``end`` without a cut in a character: one may be several tokens, and only the first is found by its place."""
+    while end < len(encoded["input_ids"]) and encoded.token_to_chars(end) == encoded.token_to_chars(end - 1):
+        end += 1
+    return end
 
 
 def _runs(mask: list[int]) -> list[tuple[int, int]]:
