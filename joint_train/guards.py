@@ -53,11 +53,12 @@ class BadSteps:
 
     Args:
         limit: steps in a row after which the run shouldn't go on.
+        before: bad steps of the run until here, of which none is in a row with what comes.
     """
 
-    def __init__(self, limit: int, device: torch.device | str) -> None:
+    def __init__(self, limit: int, device: torch.device | str, before: int = 0) -> None:
         self.limit = limit
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # in all, in a row, most in a row
+        self.counts = torch.tensor([before, 0, 0], device=device)  # in all, in a row, most in a row
 
     def observe(self, grad_norm: Tensor) -> None:
         """Count a step by its gradient norm, a scalar tensor."""

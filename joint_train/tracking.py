@@ -53,6 +53,7 @@ METRICS = {
     "data_wait": "seconds of it that rank 0 waited for its batches",
     "tflops_per_gpu": "FLOPs of the step (planned; recomputation counted) on a rank over its time, 10^12 a second",
     "hfu": "hardware FLOPs utilisation: that over what the GPU can do, where its kind is known",
+    "mfu": "model FLOPs utilisation: the same without recomputation",
     "memory_peak_gb": "most memory allocated on rank 0's GPU so far, GiB; on CPU the growth of its process",
     "bad_steps": "steps skipped so far because their loss or gradient wasn't finite",
     "loss_spike": "1 where the loss is far above its recent past",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -62,18 +62,22 @@ class Trainer:
 
         # After the pair, so that one that can't be loaded leaves no output_dir behind.
         self.checkpointer = Checkpointer(self.output_dir, cfg.checkpoint, timeout_seconds=cfg.parallel.timeout_seconds)
-        self.step, self.before, self.measured, position = 0, None, None, None
+        self.step, self.before, self.measured, position, bad_steps = 0, None, None, None, 0
         if path := self.checkpointer.find_resume(cfg.resume):
             saved = self.checkpointer.load(path, self.model, self.optimizer, config=cfg)
             self.step, self.before, self.measured = saved["step"], saved["before"], saved["measured"]
-            position = saved["data"]
+            position, bad_steps = saved["data"], saved.get("bad_steps", 0)
+            if self.step >= cfg.max_steps:
+                log.warning("%s is of max_steps=%d or later: there is nothing left to train", path.name, cfg.max_steps)
         self.loader = self.build_train_loader(position)
         self.tracker = Tracker(cfg, self.rank, self.step)
         self.plan = make_plan(cfg, Machine(gpus=self.ranks), self.device.type)
+        kept = {"activation_checkpointing": {"base": "none", "drafter": "none"}}
+        self.model_flops = make_plan(OmegaConf.merge(cfg, kept), Machine(gpus=self.ranks), self.device.type).flops
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.tracking.profile_steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
-        self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device)
+        self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device, bad_steps)
         self.spikes = LossSpikes()
 
     def build_train_loader(self, position: dict | None) -> BatchLoader:
@@ -123,8 +127,9 @@ class Trainer:
         if cfg.model.export.at_end:
             self.export(self.output_dir / "export")
         self.tracker.finish(self.before, self.measured)
-        planned, peak = self.plan.peak / 2**30, (peak_memory(self.device) - self.memory_at_start) / 2**30
-        log.info("peak memory of rank 0: %.2f GiB; planned: %.2f GiB", peak, planned)
+        if self.device.type == "cuda":  # on CPU only the growth of the process is known, which says little
+            planned, peak = self.plan.peak / 2**30, (peak_memory(self.device) - self.memory_at_start) / 2**30
+            log.info("peak memory of rank 0: %.2f GiB; planned: %.2f GiB", peak, planned)
         self.close()
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
@@ -155,7 +160,8 @@ class Trainer:
             return {}
         metrics = self.metrics(sums, self.loader.source_names) | self.bad_steps.read()
         if self.bad_steps.exhausted():
-            inputs = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b, _, _ in micro_batches]
+            inputs = [{**b, "rows": t.rows, "labels": t.labels} for b, t, _ in micro_batches]
+            inputs = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b in inputs]
             folder = dump(self.output_dir, self.rank, self.step, inputs, self.model)
             raise TooManyBadSteps(
                 f"{cfg.tracking.max_bad_steps} steps in a row had a loss or gradient that isn't finite "
@@ -171,7 +177,7 @@ class Trainer:
             "tokens_per_second_per_gpu": counts[-1].item() / seconds / self.ranks,
             "seconds": seconds,
             "data_wait": waited,
-            **utilisation(self.plan.flops / seconds / 1e12, self.device),
+            **utilisation(self.plan.flops / seconds, self.model_flops / seconds, self.device),
             "memory_peak_gb": (peak_memory(self.device) - self.memory_at_start) / 2**30,
         }
 
@@ -273,7 +279,7 @@ class Trainer:
 
     def save(self, block: bool) -> None:
         """A checkpoint of the current step."""
-        state = {"step": self.step, "before": self.before, "measured": self.measured}
+        state = {"step": self.step, "before": self.before, "measured": self.measured, **self.bad_steps.read()}
         state["data"] = loader_position(self.loader)
         self.checkpointer.save(
             self.step, self.model, self.optimizer, state, config=self.cfg, metrics=self.measured, block=block
@@ -300,11 +306,12 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def utilisation(tflops: float, device: torch.device) -> dict[str, float]:
-    """10^12 operations a second of a rank, and their share of what its GPU can do, where that is known."""
+def utilisation(speed: float, model_speed: float, device: torch.device) -> dict[str, float]:
+    """Shares of what a rank's GPU can do, where that is known, of its FLOPs a second with and without recomputation."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     most = next((peak for gpu, peak in TFLOPS.items() if gpu in name), None)
-    return {"tflops_per_gpu": tflops} | ({"hfu": tflops / most} if most else {})
+    shares = {"hfu": speed / 1e12 / most, "mfu": model_speed / 1e12 / most} if most else {}
+    return {"tflops_per_gpu": speed / 1e12, **shares}
 
 
 def due(step: int, every: int) -> bool:

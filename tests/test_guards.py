@@ -35,17 +35,18 @@ def test_the_limit_is_on_steps_in_a_row_and_is_not_forgotten_between_reads(patte
 
 def test_a_dump_names_the_bad_parameter_first_and_keeps_the_batches(tmp_path):
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    batch = {"input_ids": torch.arange(6).reshape(2, 3)}
+    batches = [{"input_ids": torch.arange(6).reshape(2, 3)}, {"input_ids": torch.ones(2, 3)}]
     model(torch.full((1, 3), 1.0)).sum().backward()
     model[1].weight.grad[0, 2] = math.nan
-    folder = guards.dump(tmp_path, rank=1, step=7, batches=[batch], model=model)
+    folder = guards.dump(tmp_path, rank=1, step=7, batches=batches, model=model)
     report = json.loads((folder / "rank_1.json").read_text())
     assert report["step"] == 7
     name, facts = next(iter(report["parameters"].items()))
     assert (name, facts["gradient_nonfinite"], facts["gradient_norm"]) == ("1.weight", 1, None)
     assert report["parameters"]["0.weight"]["weight_norm"] == pytest.approx(model[0].weight.norm().item())
     assert report["parameters"]["0.weight"]["gradient_norm"] == pytest.approx(model[0].weight.grad.norm().item())
-    assert torch.equal(torch.load(folder / "rank_1.pt")[0]["input_ids"], batch["input_ids"])
+    for kept, batch in zip(torch.load(folder / "rank_1.pt"), batches, strict=True):
+        assert torch.equal(kept["input_ids"], batch["input_ids"])
 
 
 def test_a_spike_is_told_from_noise_and_descent():
@@ -58,9 +59,32 @@ def test_a_spike_is_told_from_noise_and_descent():
     assert not spikes.observe(math.nan)
 
 
+@pytest.mark.parametrize(
+    ("recent", "limit"),
+    [([1.0, 2.0] * 10, 1.5 + 8 * 1.4826 * 0.5 + 0.15), ([2.0] * 20, 2.2), ([-2.0] * 20, -1.8)],
+)
+def test_a_spike_is_eight_deviations_and_a_tenth_above_the_median(recent, limit):
+    for loss, spike in ((limit - 0.001, False), (limit + 0.001, True)):
+        spikes = guards.LossSpikes()
+        assert not any(spikes.observe(x) for x in recent)
+        assert spikes.observe(loss) == spike
+    spikes = guards.LossSpikes()
+    assert not any(spikes.observe(x) for x in [*recent[:19], limit + 0.001])  # 19 don't tell yet
+
+
 def test_a_spike_in_the_first_steps_only_teaches():
     spikes = guards.LossSpikes()
     assert not any(spikes.observe(loss) for loss in [8.0] * 10 + [80.0])
+
+
+def test_a_rank_that_ends_itself_leaves_the_others_time_for_their_stacks(monkeypatch, capfd):
+    done = []
+    monkeypatch.setattr(guards.sys, "__stderr__", sys.stderr)
+    monkeypatch.setattr(guards.time, "sleep", lambda seconds: done.append(("sleep", seconds)))
+    monkeypatch.setattr(guards.os, "_exit", lambda code: done.append(("exit", code)))
+    guards.Watchdog(600, rank=1)._end(550.0)
+    assert done == [("sleep", 2), ("exit", guards.HUNG)]
+    assert "test_a_rank_that_ends_itself" in capfd.readouterr().err
 
 
 SCENARIOS = """
@@ -165,4 +189,5 @@ def test_flight_recorder_leaves_a_users_settings(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCH_NCCL_DUMP_ON_TIMEOUT", raising=False)
     guards.flight_recorder(tmp_path)
     assert os.environ["TORCH_FR_BUFFER_SIZE"] == "5"
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     assert os.environ["TORCH_FR_DUMP_TEMP_FILE"].startswith(str(tmp_path))

@@ -65,6 +65,10 @@ def test_a_poisoned_batch_is_skipped_and_counted_and_the_run_goes_on(starter_dir
     assert [found[step]["bad_steps"] for step in range(1, 6)] == [0, 1, 1, 2, 2]
     assert found[2]["grad_norm"] is None and found[3]["grad_norm"] > 0
 
+    run_ranks(poisoned, 2, [*overrides, "max_steps=7"], [7])  # goes on from 5
+    found = records(tmp_path)
+    assert [found[step]["bad_steps"] for step in (5, 6, 7)] == [2, 2, 3]
+
 
 def test_too_many_in_a_row_end_the_run_with_a_dump(starter_dir, tmp_path):
     overrides = settings(starter_dir, tmp_path, "max_steps=9", "tracking.max_bad_steps=3")
@@ -76,6 +80,8 @@ def test_too_many_in_a_row_end_the_run_with_a_dump(starter_dir, tmp_path):
     assert facts["gradient_nonfinite"] > 0 and facts["weight_nonfinite"] == 0, name
     batches = torch.load(tmp_path / "bad_step_00000004" / "rank_1.pt")
     assert len(batches) == 2 and batches[0]["input_ids"].shape == (1, 48)  # SMALL's accumulation and rows
+    for batch in batches:
+        assert len(batch["rows"]) > 0 and torch.equal(batch["input_ids"].flatten()[batch["rows"] + 1], batch["labels"])
 
 
 def heartbeats(rank: int, overrides: list[str]) -> list[int]:
@@ -148,6 +154,8 @@ def test_a_rank_that_stops_answering_ends_the_run_with_its_stack_on_screen(start
     )
     ended = time.time()
     assert done.returncode != 0
-    assert any(line.startswith("[rank 1] ") and "stops_answering" in line for line in done.stderr.splitlines())
+    said = done.stderr.splitlines()
+    assert any(line.startswith("[rank 1] ") and "stops_answering" in line for line in said)
+    assert any(line.startswith("[rank 0] ") and "in train_step" in line for line in said)  # the one that waits
     hanging = float(done.stdout.split("hanging ")[1].split()[0])
     assert ended - hanging < timeout + 15  # torchrun's own end included

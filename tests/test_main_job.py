@@ -57,7 +57,7 @@ def records(output_dir: Path) -> dict[int, dict]:
 
 
 def comparable(record: dict) -> dict:
-    of_the_machine = ("time", "tokens_per_second", "seconds", "data_wait", "memory", "tflops", "hfu")
+    of_the_machine = ("time", "tokens_per_second", "seconds", "data_wait", "memory", "tflops", "hfu", "mfu")
     return {name: x for name, x in record.items() if not name.startswith(of_the_machine)}
 
 

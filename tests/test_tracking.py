@@ -74,6 +74,14 @@ def test_a_line_torn_by_a_crash_is_taken_away(tmp_path):
     assert path.read_text() == '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n'
 
 
+def test_a_step_that_is_there_twice_is_kept_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 1, "a": 2}\n{"step": 2, "a": 2}\n')
+    JsonLines(path, 2).close()
+    assert path.read_text() == '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n'
+    assert path.with_suffix(".dropped.jsonl").read_text() == '{"step": 1, "a": 2}\n'
+
+
 def test_a_fresh_run_in_an_old_folder_starts_anew_and_loses_nothing(tmp_path):
     for _ in range(2):
         tracker = Tracker(config(tmp_path), 0)
@@ -111,10 +119,10 @@ def test_records_are_on_disk_as_soon_as_they_are_logged(tmp_path):
 
 class FakeRun:
     def __init__(self):
-        self.logged, self.finished = [], False
+        self.logged, self.defined, self.finished = [], {}, False
 
-    def define_metric(self, *args, **kwargs):
-        pass
+    def define_metric(self, name, step_metric=None):
+        self.defined[name] = step_metric
 
     def log(self, values):
         self.logged.append(values)
@@ -156,6 +164,7 @@ def test_wandb_goes_on_under_the_same_id_after_a_requeue(tmp_path, wandb):
     assert first["config"]["drafter"]["pairing"] == "serving" and "torch" in first["config"]["versions"]
     assert wandb.runs[1].logged == [{"step": 5, **STEP}, {"step": 5, "examples": (["prompt", "text"], [["p", "t"]])}]
     assert wandb.runs[1].finished
+    assert wandb.runs[1].defined == {"step": None, "*": "step"}  # wandb's own counter can't go back
     tracker = Tracker(config(tmp_path, "tracking.wandb=auto"), 0)
     tracker.log(1, STEP)
     assert wandb.inits[2]["id"] != first["id"]  # a fresh run is another run
@@ -301,6 +310,15 @@ def test_a_log_isnt_flooded_but_gets_its_last_step(tmp_path):
     assert [line.split()[1] for line in out.getvalue().splitlines()] == ["1/100", "100/100"]
 
 
+def test_a_jump_of_the_loss_is_said_at_once(tmp_path):
+    console, out = lines(config(tmp_path, "max_steps=100"))
+    for step in range(1, 10):
+        console.log(step, {**STEP, "loss_spike": float(step == 7)})
+    assert [line for line in out.getvalue().splitlines() if "jumped" in line] == [
+        "step 7: the loss jumped; see metrics.jsonl"
+    ]
+
+
 def test_a_terminal_gets_a_bar_that_fits(tmp_path):
     console, out = lines(config(tmp_path, "max_steps=2000"), terminal=True)
     console.log(1000, STEP)
@@ -349,7 +367,7 @@ def test_durations(seconds, text):
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0"), (999, "999"), (1000, "1.0k"), (12345, "12.3k"), (123456, "123k"), (1.2e6, "1.2M")]
+    ("number", "text"), [(0, "0"), (999, "999"), (999.6, "1.0k"), (12345, "12.3k"), (123456, "123k"), (1.2e6, "1.2M")]
 )
 def test_short_numbers(number, text):
     assert tracking.short(number) == text
@@ -360,6 +378,19 @@ def test_code_version_names_the_commit_of_this_tree():
     assert {"joint-train", "torch", "transformers"} <= set(version)
     if "commit" in version:
         assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", version["commit"])
+
+
+def test_code_version_tells_an_edited_tree(tmp_path, monkeypatch):
+    file = tmp_path / "tracking.py"
+    file.write_text("1\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(tracking, "__file__", str(file))
+    commit = tracking.code_version()["commit"]
+    assert re.fullmatch(r"[0-9a-f]{40}", commit)
+    file.write_text("2\n")
+    assert tracking.code_version()["commit"] == commit + "+changes"
 
 
 def test_code_version_isnt_that_of_somebody_elses_repository(tmp_path, monkeypatch):
