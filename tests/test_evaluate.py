@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import random
 import re
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ from transformers import GenerationConfig
 
 from joint_train.config import Config, SourceConfig
 from joint_train.data import DataError
-from joint_train.evaluate import accepted_length, decoding, measure, validation_prompts
+from joint_train.evaluate import accepted_length, decoding, measure, report, validation_prompts
+from joint_train.evaluate import prompts as prompt_sets
 from joint_train.evaluate.__main__ import main, step_list
 from joint_train.evaluate.decoding import Decoded, acceptance_steps, decode, tokens_per_forward
 from joint_train.evaluate.prompts import Prompt, load_prompts
@@ -154,7 +156,32 @@ def test_acceptance_leaves_out_what_an_end_token_cut_short():
     decoded = Decoded(ids=[9] * 7, drafted=[3, 3, 3], settled=[2, 3, 1], ended=True)
     assert acceptance_steps(decoded) == [(3, 1), (3, 2)]
     assert tokens_per_forward([decoded]) == 2.0
+    assert tokens_per_forward([decoded, Decoded(ids=[9] * 5, drafted=[3], settled=[4])]) == 2.5  # over verifications
     assert math.isnan(tokens_per_forward([Decoded(ids=[9])]))
+
+
+def test_shares_are_of_the_drafts_that_were_made(monkeypatch):
+    base, drafter = pair()
+    texts = iter([Decoded([1] * 8, [3, 3, 1], [4, 1, 2]), Decoded([2] * 3, [2], [2])])
+    monkeypatch.setattr(decoding, "decode", lambda *args: next(texts))
+    found = accepted_length(base, drafter, FakeTokenizer(), prompts(2), K, 8)
+    assert [found[f"accepted_{k}"] for k in range(K)] == pytest.approx([3 / 4, 1 / 3, 1 / 2])
+    assert found["tokens_per_forward"] == 9 / 4
+    assert [e["tokens_per_forward"] for e in found["examples"]] == [2.333, 2.0]
+
+
+@pytest.mark.parametrize("budget", [2, 3, 8])
+def test_drafts_are_those_that_were_made(budget):
+    """Also where the budget leaves room for fewer than K."""
+    base, drafter = pair()
+    made = []
+    hook = drafter.register_forward_hook(lambda *args: made.append(1))
+    for prompt in prompts(2):
+        made.clear()
+        decoded = decode(base, drafter, prompt.ids, K, budget)
+        assert sum(decoded.drafted) == len(made) and max(decoded.drafted, default=0) <= K
+        assert 1 + sum(decoded.settled) == len(decoded.ids) == budget
+    hook.remove()
 
 
 def test_training_mode_is_put_back():
@@ -263,9 +290,96 @@ def test_a_difference_is_found_with_the_bases_margin():
     logits = base(input_ids=ids).logits[0, -1]
     assert found["position"] == 3 and found["margin"] > 0
     assert found["margin"] == pytest.approx((logits[plain.ids[3]] - logits[other.ids[3]]).item(), abs=1e-4)
+    assert (found["plain"], found["speculative"]) == (str(plain.ids[3]), str(other.ids[3]))
+    assert measure.difference(base, FakeTokenizer(), 0, prompt, other, plain)["margin"] == -found["margin"]
     assert measure.difference(base, FakeTokenizer(), 0, prompt, plain, copy.deepcopy(plain)) is None
     other.ids = plain.ids[:-1]
-    assert measure.difference(base, FakeTokenizer(), 0, prompt, plain, other)["position"] == 7
+    for one, two in ((plain, other), (other, plain)):
+        found = measure.difference(base, FakeTokenizer(), 0, prompt, one, two)
+        assert (found["position"], found["margin"]) == (7, None)
+
+
+def test_a_summary_counts_every_verification():
+    """Against loops over verifications that were made up: with drafts cut by the budget, and texts that ended."""
+    rng = random.Random(0)
+    plain, decoded, asked = [], [], []
+    for i in range(15):
+        drafted = [K] * rng.randint(2, 9) + [rng.randint(0, K)]
+        settled = [rng.randint(1, drafts + 1) for drafts in drafted]
+        ids = [7] * (1 + sum(settled))
+        decoded.append(Decoded(ids, drafted, settled, ended=rng.random() < 0.3, seconds=rng.uniform(1, 2)))
+        plain.append(Decoded(ids, seconds=rng.uniform(2, 5)))
+        asked.append(Prompt([2], "", "abc"[i % 3]))
+    found = measure.summary(None, FakeTokenizer(), asked, plain, decoded, K, 0)
+    for k in range(K):
+        drafts = reached = accepted = 0
+        for d in decoded:
+            for i, (n, settled) in enumerate(zip(d.drafted, d.settled, strict=True)):
+                if n < k + 1 or (d.ended and i == len(d.settled) - 1):
+                    continue
+                drafts += 1
+                reached += settled >= k + 1
+                accepted += settled >= k + 2
+        at = found["acceptance"][k]
+        assert (at["drafted"], at["accepted"]) == (drafts, accepted)
+        assert at["share"]["value"] == pytest.approx(accepted / drafts)
+        assert at["share_if_reached"]["value"] == pytest.approx(accepted / reached)
+    verifications = sum(len(d.settled) for d in decoded)
+    assert found["verifications"] == verifications
+    tokens, seconds = sum(len(d.ids) for d in decoded), sum(d.seconds for d in decoded)
+    assert (found["tokens"], found["seconds"]) == (tokens, pytest.approx(seconds))
+    assert found["tokens_per_forward"]["value"] == pytest.approx((tokens - len(decoded)) / verifications)
+    assert found["tokens_per_second"]["value"] == pytest.approx(tokens / seconds)
+    assert found["speedup"]["value"] == pytest.approx(sum(d.seconds for d in plain) / seconds)
+    shorter = [Decoded(d.ids[:-1], seconds=d.seconds) for d in plain]
+    other = measure.summary(None, FakeTokenizer(), asked, shorter, decoded, K, 0)
+    assert other["tokens_per_second"] == found["tokens_per_second"]
+    assert other["speedup"]["value"] / found["speedup"]["value"] == pytest.approx(tokens / (tokens - len(decoded)))
+    for category, value in found["tokens_per_forward_by_category"].items():
+        own = [d for d, prompt in zip(decoded, asked, strict=True) if prompt.category == category]
+        assert value["value"] == pytest.approx(sum(sum(d.settled) for d in own) / sum(len(d.settled) for d in own))
+
+
+def test_an_interval_is_as_wide_as_the_normal_one_of_many_prompts():
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
+    found = measure.interval([values.tolist(), [1.0] * 1000], lambda a, b: a / b, seed=0)
+    half = 1.96 * values.std().item() / 1000**0.5
+    assert found["value"] == pytest.approx(values.mean().item(), rel=1e-9)
+    assert found["value"] - found["low"] == pytest.approx(half, rel=0.1)
+    assert found["high"] - found["value"] == pytest.approx(half, rel=0.1)
+
+
+@pytest.mark.parametrize("option", ["engine", "ignore_eos"])
+def test_measure_decodes_as_it_is_told(option, monkeypatch):
+    asked = []
+
+    def fake(base, drafter, ids, k, budget, **options):
+        asked.append((drafter, k, budget, options))
+        return Decoded([1, k], [k], [1], seconds=1.0)
+
+    monkeypatch.setattr(measure, "decode", fake)
+    monkeypatch.setattr(measure, "difference", lambda *args: None)
+    found = measure.measure(None, "drafter", FakeTokenizer(), prompts(2), [1, 4], 32, **{option: True})
+    counted = [call for call in asked if call[3]]  # those for warming up have none
+    assert [call[:3] for call in counted] == [
+        *[(None, 0, 32)] * 2, *[("drafter", 1, 32)] * 2, *[("drafter", 4, 32)] * 2
+    ]  # fmt: skip
+    expected = {"engine": False, "ignore_eos": False, option: True}
+    assert all(call[3] == expected for call in counted)
+    assert [e["text"] for e in found["examples"]] == ["1 4", "1 4"]  # of the last K
+
+
+@pytest.mark.parametrize(("deviations", "good"), [((3.0, -3.0), True), ((-4.5, 0.0), False), ((0.0, 4.5), False)])
+def test_sampling_is_judged_by_standard_errors_of_both_signs(deviations, good, monkeypatch):
+    monkeypatch.setattr(measure, "decode", lambda *args, **options: Decoded([1, 2, 3], [3], [2]))
+    sums = torch.tensor([deviations[0] * 2, 4.0, deviations[1] * 3, 9.0], dtype=torch.float64)
+    monkeypatch.setattr(measure, "surprise", lambda *args: sums / 2)  # of each of two prompts
+    plain, *others = measure.sampling(None, nn.Linear(1, 1), prompts(2), K, 8, 1.0)
+    assert plain["tokens_per_forward"] is None and plain["tokens"] == 6
+    for found in (plain, *others):
+        assert tuple(found["deviation"].values()) == pytest.approx(deviations)
+        assert found["bases_distribution"] == good
+    assert [found["tokens_per_forward"] for found in others] == [2.0, 2.0]
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -332,17 +446,49 @@ def test_prompts_of_files_stop_before_the_last_answer(tmp_path):
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bb"}]},
         {"prompt": "ccc dddd", "response": "e", "category": "own"},
         {"text": "one two three"},
+        {
+            "messages": [
+                {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)
+            ]
+        },
     ]
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    chat, pair_, text = load_prompts(str(file), FakeTokenizer())
+    chat, pair_, text, turns = load_prompts(str(file), FakeTokenizer())
     assert (chat.ids, chat.text, chat.category) == ([2, 4], "a", "mine")
     assert (pair_.text, pair_.category) == ("ccc dddd", "own")
     assert text.ids == [2, 6, 6, 8]
+    assert turns.text == "c"
     assert len(load_prompts(str(file), FakeTokenizer(), limit=2)) == 2
     file.write_text('{"messages": 3}\n')
     with pytest.raises(DataError, match="mine.jsonl:1"):
         load_prompts(str(file), FakeTokenizer())
+
+
+def test_a_text_is_prompted_by_its_beginning(tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "word " * 200}) + "\n")
+    assert len(load_prompts(str(tmp_path / "t.jsonl"), FakeTokenizer())[0].ids) == 64
+
+
+def test_starter_prompts_are_held_out_questions_up_to_the_answer(monkeypatch):
+    chats = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]}
+        for i in range(8)
+    ]
+    monkeypatch.setattr(prompt_sets, "examples", lambda root: (chats[:4], chats[4:]))
+    asked = []
+
+    class Templated(FakeTokenizer):
+        chat_template = "x"
+
+        def apply_chat_template(self, messages, **options):
+            asked.append((messages, options))
+            return {"input_ids": [2]}
+
+    found = load_prompts("starter", Templated(), limit=3)
+    assert [p.text for p in found] == ["q4", "q5", "q6"]
+    assert [messages for messages, _ in asked] == [chat["messages"][:1] for chat in chats[4:7]]
+    assert all(options == {"add_generation_prompt": True, "return_dict": True} for _, options in asked)
 
 
 def test_validation_prompts_are_taken_from_each_source_in_turn(tmp_path):
@@ -390,6 +536,37 @@ def test_the_command_writes_json_and_page_and_prints_a_table(folders, tmp_path, 
     page = (tmp_path / "evaluation.html").read_text()
     assert page.count("<svg") >= 3
     assert not re.search(r"""(src|href)=["'](?!#|data:)|url\((?!#)|@import""", page)  # needs nothing from anywhere
+
+
+def test_the_command_hands_its_options_on(folders, tmp_path, monkeypatch):
+    asked = {}
+
+    def fake(*args, **options):
+        asked["measure"] = args[3:], options
+        return {"speculative": []}
+
+    monkeypatch.setattr(measure, "measure", fake)
+    monkeypatch.setattr(measure, "sampling", lambda *args: asked.update(sampling=args[2:]))
+    monkeypatch.setattr(report, "text", lambda results: "")
+    monkeypatch.setattr(report, "page", lambda results: "")
+    arguments = ["--limit", "3", "--num-steps", "2,5", "--max-new-tokens", "9", "--temperature", "0.7", "--seed", "4"]
+    arguments += ["--ignore-eos", "--serving", "engine", "--dtype", "float32", "--out", str(tmp_path)]
+    assert main([*map(str, folders), *arguments]) == 0
+    (found, steps, budget), options = asked["measure"]
+    assert (len(found), steps, budget) == (3, [2, 5], 9)
+    assert {name: options[name] for name in ("ignore_eos", "engine", "seed")} == {
+        "ignore_eos": True, "engine": True, "seed": 4
+    }  # fmt: skip
+    assert asked["sampling"] == (found, 5, 9, 0.7, 4)
+
+
+@pytest.mark.parametrize(("margin", "code"), [(1e-6, 0), (-1e-6, 0), (0.01, 1), (-0.01, 1), (None, 1)])
+def test_the_command_fails_for_another_text_unless_rounding_explains_it(folders, tmp_path, monkeypatch, margin, code):
+    found = {"prompt": 0, "position": 1, "plain": "a", "speculative": "b", "margin": margin}
+    monkeypatch.setattr(measure, "difference", lambda *args: found)
+    monkeypatch.setattr(report, "plots_available", lambda: False)
+    arguments = ["--limit", "1", "--num-steps", "1", "--max-new-tokens", "2", "--out", str(tmp_path)]
+    assert main([*map(str, folders), *arguments]) == code
 
 
 def test_the_command_says_what_is_wrong(folders, tmp_path, capsys):
