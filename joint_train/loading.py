@@ -164,7 +164,10 @@ def read_config(
         if unknown := sorted(key for key in text_config if key not in TEXT_INPUTS and key not in text.to_dict()):
             raise ConfigError(f"model.text_config: {type(text).__name__} has no {', '.join(unknown)}.")
         (raw["text_config"] if "text_config" in raw else raw).update(text_config)
-        config = config_class.from_dict(raw)
+        try:
+            config = config_class.from_dict(raw)
+        except (ValueError, TypeError) as e:
+            raise ConfigError(f"model.text_config={text_config} doesn't fit {path}: {e}") from e
     config._name_or_path = os.fspath(path)
     return config
 

@@ -330,7 +330,7 @@ def local_bytes(parameters: list[nn.Parameter], shard: int, cfg: DictConfig) -> 
 
 
 def read(cfg: DictConfig) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, str]]:
-    """The pair's configurations, and where they come from: a folder or hub cache, or the released sizes.
+    """The pair's configurations, and where they come from: the released sizes, or else a folder or the hub.
 
     Raises:
         ConfigError: if there are neither, or the pair doesn't fit together.

@@ -1,8 +1,9 @@
 """Sizes of the released pairs, so that one can be planned for without its folder or a network.
 
-Public values of the ``config.json`` of google/gemma-4-{E2B,E4B,26B-A4B,31B,12B}-it and their ``-assistant``; where a
-folder is at hand, its own configuration is read instead. The towers of E2B and E4B have the defaults of transformers'
-classes; those of 26B-A4B and 31B are assumed to be SigLIP's so400m size (27 layers of width 1152).
+Public values of the ``config.json`` of google/gemma-4-{E2B,E4B,26B-A4B,31B,12B}-it and their ``-assistant``. A name
+always means this table, whatever the hub's cache holds; a folder's own configuration is read. The towers of E2B and E4B
+have the defaults of transformers' classes; those of 26B-A4B and 31B are assumed to be SigLIP's so400m size (27 layers
+of width 1152).
 """
 
 from typing import Any
