@@ -44,11 +44,12 @@ def test_groups(model):
 def test_schedule():
     cfg = config(warmup_steps=10, min_lr_ratio=0.1, schedule="cosine")
     warm = [lr_factor(step, cfg, 100) for step in range(10)]
-    assert 0 < warm[0] and warm == sorted(warm) and warm[-1] < 1
+    assert warm == pytest.approx([(step + 1) / 11 for step in range(10)])  # in equal parts up to 1
     assert lr_factor(10, cfg, 100) == 1
     assert lr_factor(55, cfg, 100) == pytest.approx(0.1 + 0.9 / 2 * (1 + math.cos(math.pi / 2)))
     assert lr_factor(100, cfg, 100) == pytest.approx(0.1)
     assert lr_factor(55, config(warmup_steps=10, min_lr_ratio=0, schedule="linear"), 100) == pytest.approx(0.5)
+    assert lr_factor(55, config(warmup_steps=10, min_lr_ratio=0.1, schedule="linear"), 100) == pytest.approx(0.55)
     assert lr_factor(99, config(warmup_steps=10, schedule="constant"), 100) == 1
     assert lr_factor(0, config(warmup_steps=0), 100) == 1
 
@@ -80,6 +81,22 @@ def test_one_step_is_adamws(model):
             lr = 0.5 * (0.01 if name.startswith("base") else 0.02)
             expected = old * (1 - lr * decays[id(p)]) - lr * g / (g.abs() + 1e-6)
             torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_in_a_row_are_adamws_at_each_steps_own_rate(model):
+    """Written out, with moments, on gradients that change and a rate that goes up and down."""
+    cfg = config(lr=0.01, drafter_lr=0.01, weight_decay=0.0, betas=[0.8, 0.7], eps=1e-6)
+    optimizer = build_optimizer(model, cfg)
+    p = model.base.get_input_embeddings().weight
+    expected, first = p.detach().double(), p.grad.clone()
+    m, v = torch.zeros_like(expected), torch.zeros_like(expected)
+    for step, (factor, scale) in enumerate([(0.5, 1.0), (1.0, -3.0), (0.25, 2.0)], start=1):
+        p.grad = first * scale
+        update(optimizer, model, 0.0, factor)
+        g = first.double() * scale
+        m, v = 0.8 * m + 0.2 * g, 0.7 * v + 0.3 * g**2
+        expected -= factor * 0.01 * (m / (1 - 0.8**step)) / ((v / (1 - 0.7**step)).sqrt() + 1e-6)
+    torch.testing.assert_close(p.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
