@@ -143,7 +143,7 @@ class ActivationCheckpointingConfig:
 @dataclass
 class LossConfig:
     drafter: Any = key(
-        "kl", "ce | ce_argmax | kl | reverse_kl | js | tv | nla | lk_hybrid, or a mix {ce: 0.1, nla: 0.9}"
+        "lk_hybrid", "ce | ce_argmax | kl | reverse_kl | js | tv | nla | lk_hybrid, or a mix {ce: 0.1, nla: 0.9}"
     )
     temperature: float = key(1.0, "of teacher and student in the distillation losses")
     teacher_grad: bool = key(False, "let the distillation losses train the base's head and state as a teacher")
