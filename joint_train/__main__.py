@@ -1,6 +1,7 @@
 """The main job: ``torchrun --nproc-per-node N -m joint_train [overrides]``."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -52,6 +53,9 @@ def leave(code: int | str | None) -> NoReturn:
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
+    for worker in multiprocessing.active_children():  # of the data loaders: Python's own ending would end them
+        worker.kill()
+        worker.join(5)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)

@@ -187,6 +187,20 @@ def test_refusals(override, message, tmp_path):
     assert time.monotonic() - started < 120
 
 
+def test_an_error_leaves_no_process_behind(starter_dir, tmp_path):
+    """Of a line that can't be read, in a loader's process: file and line, and the process is gone with the run."""
+    (tmp_path / "bad.jsonl").write_text('{"messages": [}\n' * 4)
+    overrides = settings(
+        starter_dir, tmp_path / "run", f"data.train=[{{path: {tmp_path}/bad.jsonl}}]", "data.num_workers=2"
+    )
+    command = [sys.executable, "-m", "joint_train", *overrides]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    assert f"{tmp_path}/bad.jsonl:1: malformed JSON" in run.communicate(timeout=120)[1]
+    assert run.returncode == 1
+    with pytest.raises(ProcessLookupError):
+        os.killpg(run.pid, 0)
+
+
 def test_a_refusal_under_torchrun_is_said_once():
     run = job("+experiment=starter", "pair=/nowhere", "parallel.dp_replicate=3", ranks=2)
     assert run.returncode != 0
