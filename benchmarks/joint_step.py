@@ -9,19 +9,11 @@ same losses; it takes none of our metrics. Both run in fresh processes, on the r
 E2B pair with few layers and without per-layer embeddings, which cost both the same.
 
 Memory is the largest resident size above that with the weights loaded; it includes the gradients of the weights, which
-both must have. On CPU one thread computes and time is its CPU time, which other processes disturb little. A run that
-would need more memory than is free is stopped and says so.
+both must have: the last ratio of memory leaves them out. Ours recomputes the base's layers and the drafter's rounds, as
+a run does by default; the reference does with --reference-recompute. On CPU one thread computes and time is its CPU
+time, which other processes disturb little. A run that would need more memory than is free is stopped and says so.
 
-Measured on one core of a shared 2-core machine with 24 GB, V = 262,144, K = 4, loss.memory_budget_mb = 512, kl:
-
-    head     S     supervised  ours       reference               ratio of memory, of time
-    dense    512   100 %       2.89 GiB   9.10 GiB                0.32, 0.59
-    ordered  256   100 %       2.56 GiB   8.54 GiB                0.30, 0.42
-    ordered  512   100 %       2.89 GiB   did not fit beside the machine's other work
-    dense    2048  30 %        4.78 GiB   not run
-
-Of our 2.89 GiB, 1.75 are the gradients of the two heads, which no loss can do without, 0.5 the budget and 0.64 the
-activations of the layers, which are what grows with S.
+The README has a table. What grows with S is what tests/test_joint_memory.py bounds.
 """
 
 import argparse
