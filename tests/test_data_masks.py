@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from data_helpers import make_tokenizer
+from data_helpers import TURNS, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +14,8 @@ from joint_train.data.template import ASSISTANT, LAST, MARKS, encode
 # Short renditions of what released templates do, with marks around what the assistant writes.
 
 # Gemma 4: thinking in a channel, only after the last user message and never from the content; tool responses inside the
-# model's turn, which goes on after them; with `enable_thinking` off, a generation prompt that ends in an empty channel.
+# model's turn, which goes on after them; with `enable_thinking` off, a generation prompt that ends in an empty channel,
+# with it on, one that opens the channel after a tool's response.
 GEMMA4 = """\
 {%- macro strip_thinking(text) -%}
     {%- set ns = namespace(result='') -%}
@@ -24,7 +25,7 @@ GEMMA4 = """\
     {{- ns.result | trim -}}
 {%- endmacro -%}
 {{- bos_token -}}
-{%- set ns = namespace(last_user=-1, previous=none, tool_response=false, scan=false) -%}
+{%- set ns = namespace(last_user=-1, previous=none, tool_response=false, scan=false, after=none) -%}
 {%- for message in messages -%}
     {%- if message['role'] == 'user' -%}{%- set ns.last_user = loop.index0 -%}{%- endif -%}
 {%- endfor -%}
@@ -44,8 +45,8 @@ GEMMA4 = """\
         {%- set role = 'model' if message['role'] == 'assistant' else 'user' -%}
         {%- if not (role == 'model' and ns.previous == 'model') -%}{{- '<|turn>' + role + '\\n' -}}{%- endif -%}
         {%- set ns.previous = role -%}
-        {%- set ns.tool_response = false -%}
         {%- if role == 'user' -%}
+            {%- set ns.tool_response = false -%}
             {%- if message['content'] is string -%}
                 {{- message['content'] | trim -}}
             {%- else -%}
@@ -56,35 +57,51 @@ GEMMA4 = """\
             {{- '<turn|>\\n' -}}
         {%- else -%}
             {%- set next = messages[index + 1]['role'] if index + 1 < messages | length else none -%}
+            {%- set calls, content = message.get('tool_calls'), strip_thinking(message.get('content') or '') -%}
+            {%- set thinks = message.get('reasoning') and index > ns.last_user -%}
+            {%- set opening = '<|channel>thought\\n' if thinks else '' -%}
+            {%- if enable_thinking and ns.tool_response -%}
+                {{- opening -}}
+            {%- else -%}
+                {%- generation -%}{{- opening -}}{%- endgeneration -%}
+            {%- endif -%}
             {%- generation -%}
-                {%- if message.get('reasoning') and index > ns.last_user -%}
-                    {{- '<|channel>thought\\n' + message['reasoning'] + '\\n<channel|>' -}}
-                {%- endif -%}
-                {%- for call in message.get('tool_calls') or [] -%}
+                {%- if thinks -%}{{- message['reasoning'] + '\\n<channel|>' -}}{%- endif -%}
+                {%- for call in calls or [] -%}
                     {{- '<|tool_call>call:' + call['function']['name'] + '{' -}}
                     {%- for key, value in call['function']['arguments'] | dictsort -%}
                         {{- key + ':<|"|>' + value + '<|"|>' -}}
                     {%- endfor -%}
                     {{- '}<tool_call|>' -}}
                 {%- endfor -%}
-                {{- strip_thinking(message.get('content') or '') -}}
-                {{- '<|tool_response>' if message.get('tool_calls') else ('' if next == 'assistant' else '<turn|>') -}}
+                {%- if not calls -%}{{- content + ('' if next == 'assistant' else '<turn|>') -}}{%- endif -%}
+                {%- if calls and next == 'tool' -%}{{- '<|tool_response>' -}}{%- endif -%}
+                {%- if calls and next != 'tool' -%}{{- content + '<|tool_response>' -}}{%- endif -%}
             {%- endgeneration -%}
-            {%- if not message.get('tool_calls') and next != 'assistant' -%}{{- '\\n' -}}{%- endif -%}
-            {%- set ns.scan = message.get('tool_calls') -%}
+            {%- if not calls and next != 'assistant' -%}{{- '\\n' -}}{%- endif -%}
+            {%- set ns.scan, ns.tool_response, ns.after = calls, false, none -%}
             {%- for result in messages[index + 1:] -%}
-                {%- if result['role'] != 'tool' -%}{%- set ns.scan = false -%}{%- endif -%}
-                {%- if ns.scan -%}
+                {%- if ns.scan and result['role'] == 'tool' -%}
+                    {{- '<|tool_response>' if ns.tool_response else '' -}}
                     {{- 'response:' + result['name'] + '{value:<|"|>' + result['content'] + '<|"|>}<tool_response|>' -}}
                     {%- set ns.tool_response = true -%}
+                {%- elif ns.scan -%}
+                    {%- set ns.scan, ns.after = false, result['role'] -%}
                 {%- endif -%}
             {%- endfor -%}
+            {%- if ns.tool_response -%}
+                {%- generation -%}{{- content -}}{%- endgeneration -%}
+                {%- if ns.after == 'user' -%}{{- '<turn|>\\n' -}}{%- endif -%}
+            {%- endif -%}
         {%- endif -%}
     {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt and not ns.tool_response -%}
+{%- set calling = ns.previous == 'model' and messages[-1].get('tool_calls') -%}
+{%- if add_generation_prompt and not ns.tool_response and not calling -%}
     {{- '<|turn>model\\n' -}}
     {%- if not enable_thinking -%}{{- '<|channel>thought\\n<channel|>' -}}{%- endif -%}
+{%- elif add_generation_prompt and ns.tool_response and enable_thinking -%}
+    {{- '<|channel>thought\\n' -}}
 {%- endif -%}
 """
 
@@ -236,6 +253,45 @@ def test_tool_calls_of_an_earlier_exchange():
         encode({"messages": TOOL_USE + LATER, "tools": TOOLS}, PAIRS["qwen3"][1])
 
 
+TWO_CALLS = [turn("user", "w"), turn("assistant", "", tool_calls=CALL * 2)]
+TWO_CALLS += [turn("tool", "x", name="weather"), turn("tool", "y", name="weather"), turn("assistant", "z")]
+CALL_AFTER_CALL = [*TWO_CALLS[:3], turn("assistant", "", tool_calls=CALL, reasoning="r"), *TWO_CALLS[3:]]
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("messages", [TOOL_USE, TOOL_USE + LATER, TWO_CALLS, CALL_AFTER_CALL, TWO_CALLS[:2] + LATER])
+def test_calls_and_results_of_gemma(messages, thinking):
+    options = {"enable_thinking": thinking}
+    spans = trained("gemma4", {"messages": messages, "tools": TOOLS, "chat_template_kwargs": options})
+    assert len(spans) == sum(message["role"] == "assistant" for message in messages)
+    assert not any("response:" in span or "<|turn>" in span for span in spans)
+
+
+def test_what_gemma_shows_after_the_results_of_a_call_is_refused():
+    """The content of a message with calls stands after their results: what the model wrote is in two pieces."""
+    messages = [TWO_CALLS[0], turn("assistant", "let me see", tool_calls=CALL), *TWO_CALLS[2:]]
+    with pytest.raises(DataError, match="message 1: .* renders it so that"):
+        encode({"messages": messages, "tools": TOOLS}, PAIRS["gemma4"][1])
+
+
+def test_a_generation_prompt_that_is_not_in_the_text():
+    """DiffusionGemma's opens a channel where the text has a turn's header: that is nobody's answer."""
+    header = "{{- '<|turn>model\\n' -}}"
+    template = unmarked(TURNS).replace(f"add_generation_prompt -%}}{header}", "add_generation_prompt -%}<|channel>")
+    assert template.count("<|channel>") == 1
+    tokenizer = make_tokenizer(template)
+    ids, flags = encode({"messages": [turn("user", "a"), turn("assistant", "b")]}, tokenizer)
+    assert tokenizer.decode(ids[flags != 0]) == "b<turn|>"
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_last_character_of_several_tokens_is_trained_on_whole(marked):
+    template = "{%- for m in messages -%}{%- generation -%}{{- m['content'] -}}{%- endgeneration -%}{%- endfor -%}"
+    tokenizer = make_tokenizer(template if marked else unmarked(template))
+    ids, flags = encode({"messages": [turn("assistant", "a🎈"), turn("assistant", "b🎈")]}, tokenizer)
+    assert len(ids) > 4 and (flags & ASSISTANT).all()
+
+
 def test_thinking_channels_of_gemma():
     messages = [turn("user", "a"), turn("assistant", "<|channel>thought\nold<channel|>b"), turn("user", "c")]
     messages.append(turn("assistant", "d", reasoning="new"))
@@ -264,28 +320,6 @@ text = st.lists(st.sampled_from(pieces), max_size=8).map("".join)
 def test_computed_spans_equal_the_marks_on_any_text(name, turns):
     messages = [message for q, a in turns for message in (turn("user", q), turn("assistant", a))]
     trained(name, {"messages": messages})
-
-
-OPEN_ENDED = """\
-{%- for message in messages -%}
-    {{- message['role'] + ': ' -}}
-    {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}{{- message['content'] -}}{%- endgeneration -%}
-    {%- else -%}
-        {{- message['content'] -}}
-    {%- endif -%}
-{%- endfor -%}
-"""
-
-
-@pytest.mark.parametrize("template", [OPEN_ENDED, unmarked(OPEN_ENDED)], ids=["marks", "computed"])
-def test_a_last_character_of_several_tokens_is_trained_on_whole(template):
-    """A balloon is four bytes, each a token here; a template may close the assistant's part right behind it."""
-    tokenizer = make_tokenizer(template)
-    messages = [turn("user", "a🎈"), turn("assistant", "b🎈"), turn("user", "c")]
-    ids, flags = encode({"messages": messages}, tokenizer)
-    assert tokenizer.decode(ids[flags != 0]).startswith("b🎈")
-    assert "\ufffd" not in tokenizer.decode(ids[flags == 0])
 
 
 def test_texts_are_trained_on_whole():

@@ -35,7 +35,7 @@ from joint_train.data.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 META = "meta.json"
 CHUNK_RECORDS = 64
 CHUNK_BYTES = 1 << 20

@@ -140,7 +140,8 @@ def _start(tokenizer, messages, index, text, special, options) -> int:
             return len(prompt)
         if prompt != before and text.startswith(before):
             # With thinking off, Gemma 4 prompts with an empty thinking channel that it leaves out of the history.
-            start = _common_prefix(text, prompt, special)
+            common = _common_prefix(text, prompt, special)
+            start = common if common > len(before) else start
     replaced = _replaced(tokenizer, messages, index, options)
     return min(start, *(_common_prefix(text, other, special) for other in replaced))
 
