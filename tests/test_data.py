@@ -157,13 +157,47 @@ def test_the_loaders_own_state_resumes_it_too(tmp_path, tokenizer):
     assert loader_position(again) == loader_position(loader)
 
 
-def test_a_position_of_other_data_is_refused(tmp_path, tokenizer):
-    cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", numbered(20))])
+@pytest.mark.parametrize("change", ["seed", "content", "weight", "train_on", "packing", "max_length", "shuffle"])
+def test_a_position_of_other_data_is_refused(tmp_path, tokenizer, change):
+    cfg = make_config(tmp_path, [{"path": write_jsonl(tmp_path / "a.jsonl", numbered(20))}])
     position = loader_position(build_loader(cfg, tokenizer, "train", 0, 1))
     build_loader(cfg, tokenizer, "train", 0, 1, position=position)
-    cfg.data.max_length = 128
+    if change == "seed":
+        cfg.seed = 1
+    elif change == "content":
+        write_jsonl(tmp_path / "a.jsonl", numbered(21))
+    elif change == "weight":
+        cfg.data.train[0].weight = 2.0
+    else:
+        cfg.data[change] = {"train_on": "all", "packing": False, "max_length": 128, "shuffle": False}[change]
     with pytest.raises(DataError, match="belongs to other data"):
         build_loader(cfg, tokenizer, "train", 0, 1, position=position)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_restored_state_holds_for_one_pass(tmp_path, tokenizer, workers):
+    val = write_jsonl(tmp_path / "v.jsonl", numbered(45, "v"))
+    cfg = make_config(tmp_path, [], [val], micro_batch_size=2, num_workers=workers)
+    loader = build_loader(cfg, tokenizer, "val", 0, 1)
+    batches = iter(loader)
+    first, state = next(batches)["input_ids"], loader.state_dict()
+    rest = [batch["input_ids"] for batch in batches]
+    again = build_loader(cfg, tokenizer, "val", 0, 1)
+    again.load_state_dict(state)
+    for expected in (rest, [first, *rest], [first, *rest]):
+        assert torch.equal(torch.cat([batch["input_ids"] for batch in again]), torch.cat(expected))
+
+
+def test_every_token_knows_its_source(tmp_path, tokenizer):
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", numbered(20, name)) for name in "ab"]
+    loader = build_loader(make_config(tmp_path, paths, mixture="epoch"), tokenizer, "train", 0, 1)
+    for batch in take(loader, 5):
+        spans = [
+            batch["source"][batch["document_ids"] == number] for number in range(1, batch["document_ids"].max() + 1)
+        ]
+        names = [name(text) for text in documents(batch, tokenizer)]
+        assert [set(span.tolist()) for span in spans] == [{"ab".index(text[0])} for text in names]
+        assert (batch["source"][batch["document_ids"] == 0] == -1).all()
 
 
 def test_an_endless_mixture_keeps_its_weights_and_repeats_each_source_evenly(tmp_path, tokenizer, monkeypatch):

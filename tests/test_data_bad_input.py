@@ -62,6 +62,12 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
             {"messages": MESSAGES},
         ),
         (
+            {"conversations": [{"from": "user", "value": "q"}, {"from": "model", "value": "a"}]},
+            {},
+            {"messages": MESSAGES},
+        ),
+        ("\ufeff" + json.dumps({"messages": MESSAGES}), {}, {"messages": MESSAGES}),
+        (
             {
                 "messages": MESSAGES,
                 "tools": '[{"type": "function"}]',
@@ -96,6 +102,10 @@ def test_formats(row, options, expected):
         ('{"messages": [{"role": "user"}]}', "message 0 has no content"),
         ('{"messages": [{"role": "user", "content": 3}]}', "message 0: content is a number"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a surrogate pair"),
+        (
+            '{"messages": [{"role": "assistant", "content": "x", "reasoning": "\\ud800"}]}',
+            "message 0: reasoning has half",
+        ),
         ('{"messages": [{"role": "user", "content": [{"text": "x"}]}]}', "a part of its content has no type"),
         ('{"conversations": [{"from": "alien", "value": "x"}]}', "turn 0 is from the unknown 'alien'"),
         ('{"question": "x"}', r"no format fits the fields \['question'\]: set the source's format to one of"),
@@ -144,10 +154,14 @@ def test_compressed_files(tmp_path, opener, extension):
         stream.write("".join(json.dumps(example) + "\n" for example in numbered(2000)))
     spec = source(path=path)
     assert len([parse(record, spec) for record in read_records(spec, 1 << 20)]) == 2000
+    assert [record.line for record in read_records(source(path=path, limit=7), 1 << 20)] == list(range(1, 8))
     with open(path, "r+b") as stream:
         stream.truncate(os.path.getsize(path) * 2 // 3)
-    *_, last = read_records(spec, 1 << 20)
-    with pytest.raises(DataError, match=rf"a.jsonl.{extension}:\d+: can't be read"):
+    records = list(read_records(spec, 1 << 20))
+    assert [record.line for record in records] == list(range(1, len(records) + 1))
+    last = records[-1]
+    assert [record.error is None for record in records] == [True] * (len(records) - 1) + [False]
+    with pytest.raises(DataError, match=rf"a.jsonl.{extension}:{len(records)}: can't be read"):
         parse(last, spec)
 
 

@@ -88,6 +88,15 @@ def test_a_broken_parquet_file_is_named(tmp_path):
         build_loader(make_config(tmp_path, [str(tmp_path / "set.parquet")]), TOKENIZER, "train", 0, 1)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_bad_row_is_named(tmp_path, kind):
+    made = datasets.Dataset.from_list([*numbered(2), {"messages": [{"role": "wizard", "content": "x"}]}])
+    path = str(tmp_path / "set.parquet" if kind == "parquet" else tmp_path / "set")
+    made.to_parquet(path) if kind == "parquet" else made.save_to_disk(path)
+    with pytest.raises(DataError, match=rf"{path}:3: message 0 has the unknown role 'wizard'"):
+        build_loader(make_config(tmp_path, [path]), TOKENIZER, "train", 0, 1)
+
+
 @pytest.fixture
 def stream(tmp_path, monkeypatch):
     """A source of 100 streamed examples in three files, read in blocks of 32."""
