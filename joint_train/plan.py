@@ -70,6 +70,7 @@ class Plan:
     parameters: dict[str, tuple[int, int]]  # part -> (all, trained), of the whole pair
     memory: dict[str, int]  # what the peak is made of
     flops: int
+    recomputed: int  # those of them that compute something again: by checkpointing, and by attention's backward
     tokens: int  # of a step, on all ranks
     ranks: int
     checkpoint: int  # bytes of a whole checkpoint: weights and optimizer states
@@ -96,7 +97,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live, self.flops, self.peak = 0, 0, 0
+        self.live, self.flops, self.recomputed, self.peak = 0, 0, 0, 0
         self.held: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self.results: dict[tuple, tuple | None] = {}
@@ -106,11 +107,16 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         out = self.run(func, args, kwargs)
         if count := flop_registry.get(func._overloadpacket):
-            self.flops += count(*args, **kwargs, out_val=out)
+            # A backward has gradients off, but for the forwards that checkpointing repeats.
+            self.count(count(*args, **kwargs, out_val=out), again=in_backward() and torch.is_grad_enabled())
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
                 self.see(tensor)
         return out
+
+    def count(self, flops: int, again: bool = False) -> None:
+        self.flops += flops
+        self.recomputed += flops * again
 
     def run(self, func, args, kwargs):
         """The operation's result. Layers repeat: one that was seen before gets an empty tensor like that of then."""
@@ -159,6 +165,10 @@ class Meter(TorchDispatchMode):
             self.at_peak = self.held + Counter({"activations": self.live})
 
 
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 def _describe(value):
     """A hashable description of an operation's arguments, tensors by their layout."""
     if isinstance(value, Tensor):
@@ -179,13 +189,14 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, bias, out, rows)
         ctx.meter = meter
         ctx.product = 2 * query.shape[:-1].numel() * key.shape[-2] * query.shape[-1]
-        meter.flops += 2 * ctx.product
+        meter.count(2 * ctx.product, again=in_backward())
         return out
 
     @staticmethod
     def backward(ctx, grad):
         query, key, value, *_ = ctx.saved_tensors
-        ctx.meter.flops += 5 * ctx.product
+        ctx.meter.count(4 * ctx.product)
+        ctx.meter.count(ctx.product, again=True)
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
 
 
@@ -224,8 +235,7 @@ class _Unit:
             self.meter.hold("gathered weights", -self.size)
 
     def after_forward(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        in_backward = torch._C._current_graph_task_id() != -1  # a recomputation: its backward follows
-        if not self.stays and not in_backward:
+        if not self.stays and not in_backward():  # in a backward it is a recomputation: its own backward follows
             self.reshard()
         if output.requires_grad and not isinstance(module, nn.Embedding):  # the gradient of a look-up needs no table
             output.register_hook(self.gather)
@@ -245,6 +255,7 @@ class Step:
     """One micro-batch on a rank: FLOPs, and what lives when most does, besides the shard and the optimizer's states."""
 
     flops: int
+    recomputed: int
     at_peak: Counter[str]
 
 
@@ -300,7 +311,7 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int) -> Step:
             hook.remove()
         for parameter in model.parameters():
             parameter.grad = None
-    return Step(meter.flops, meter.at_peak)
+    return Step(meter.flops, meter.recomputed, meter.at_peak)
 
 
 @contextlib.contextmanager
@@ -405,6 +416,7 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         parameters=count_parameters(model),
         memory=memory,
         flops=step.flops * cfg.optim.grad_accum,
+        recomputed=step.recomputed * cfg.optim.grad_accum,
         tokens=tokens,
         ranks=ranks,
         checkpoint=itemsize * (sum(p.numel() for p in parameters) + 2 * sum(p.numel() for p in trained)),

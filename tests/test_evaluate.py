@@ -409,6 +409,14 @@ def test_sampling_check_tells_a_biased_acceptance_from_an_exact_one(monkeypatch)
     assert exact["tokens_per_forward"] > 1.0
 
 
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_samples_are_of_the_whole_distribution_at_its_temperature(temperature):
+    """Without transformers' own top 50, which a flat distribution would show."""
+    base, drafter = pair()
+    plain, _, exact = measure.sampling(base, drafter, prompts(2), K, 48, temperature=temperature)
+    assert plain["bases_distribution"] and exact["bases_distribution"]
+
+
 def test_surprise_is_zero_in_expectation():
     logits = 3 * torch.randn(1, 3, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 

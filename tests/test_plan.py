@@ -118,6 +118,20 @@ def test_flops_are_those_of_a_real_step(pairs, shape, settings):
     assert simulate(meta, cfg, shard=1).flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.parametrize("shape", ["e2b", "26b_a4b"])
+def test_model_flops_dont_depend_on_what_is_recomputed(pairs, shape):
+    model_flops, recomputed = set(), {}
+    for base, drafter in (("none", "none"), ("every_n", "none"), ("full", "none"), ("full", "full")):
+        cfg = configure(pairs / shape, **{"activation_checkpointing.base": base, "drafter.num_steps": 3})
+        cfg.activation_checkpointing.drafter = drafter
+        plan = make_plan(cfg, Machine(gpus=1), **CPU)
+        model_flops.add(plan.flops - plan.recomputed)
+        recomputed[base, drafter] = plan.recomputed
+    assert len(model_flops) == 1
+    attention, part, base, both = recomputed.values()  # a fused kernel's backward makes the scores again
+    assert 0 < attention < part < base < both < model_flops.pop() / 2
+
+
 def test_attention_flops_of_a_fused_kernel(pairs):
     """2 matrix products forward and 5 backward, for every layer and round; eager attention has 2 and 4."""
     settings = {"activation_checkpointing.base": "none", "data.max_length": 512}
