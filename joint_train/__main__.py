@@ -1,11 +1,13 @@
 """The main job: ``torchrun --nproc-per-node N -m joint_train [overrides]``."""
 
+import json
 import logging
 import multiprocessing
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
@@ -17,9 +19,17 @@ from joint_train.tracking import StderrLines
 
 def run(cfg: DictConfig) -> None:
     """Train as configured, on this rank."""
-    from joint_train.trainer import Trainer  # torch and transformers take seconds to import
+    # torch and transformers take seconds to import
+    from joint_train.checkpoint import CheckpointError
+    from joint_train.data import DataError
+    from joint_train.guards import TooManyBadSteps
+    from joint_train.loading import WeightsError
+    from joint_train.trainer import Trainer
 
-    Trainer(cfg).train()
+    try:
+        Trainer(cfg).train()
+    except (ConfigError, WeightsError, DataError, CheckpointError, TooManyBadSteps) as error:
+        refuse(error, int(os.environ.get("RANK", 0)))
 
 
 @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
@@ -38,12 +48,18 @@ def main(cfg: DictConfig) -> None:
         refuse(error, rank)
 
 
-def refuse(error: ConfigError, rank: int) -> NoReturn:
-    """Say what is wrong once. torchrun ends every rank as soon as one has ended, so the others leave rank 0 the time to
-    speak; one that is still here after that has a configuration of its own, and says so itself."""
+def refuse(error: Exception, rank: int) -> NoReturn:
+    """Say what is wrong, in place of a stack that says nothing more; torchrun repeats it at the end of its report.
+
+    torchrun ends every rank as soon as one has ended, so the others leave rank 0 the time to speak; one that is still
+    here after that has a reason of its own, and says so itself.
+    """
     if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would only take note
         time.sleep(20)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": message}))
     sys.exit(f"[rank {rank}] joint_train: {error}" if rank else f"joint_train: {error}")
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,9 @@ CheckpointConfig = dataclass(init=False, repr=False, eq=False)(CheckpointConfig)
 class EvalConfig:
     every: int = key(100, "steps between validation losses; 0: only before and after the run")
     batches: int = key(16, "validation micro-batches of a rank")
-    generate_every: int = key(0, "steps between assisted generations; 0: only before and after the run")
+    generate_every: int = key(
+        0, "steps between assisted generations, with a validation; 0: only before and after the run"
+    )
     prompts: int = key(8, "validation prompts in an assisted generation; 0 turns it off")
     max_new_tokens: int = key(64, "tokens generated for a prompt")
 
@@ -308,7 +311,13 @@ def validate(cfg: DictConfig, world_size: int | None = None) -> None:
         raise ConfigError(
             "data.train is empty: name a source, e.g. 'data.train=[{path: train.jsonl}]' or data=starter."
         )
-    parse_steps(cfg.tracking.profile_steps)
+    steps = parse_steps(cfg.tracking.profile_steps)
+    if steps and steps[-1] > cfg.max_steps:
+        raise ConfigError(
+            f"tracking.profile_steps={cfg.tracking.profile_steps}: the run ends at max_steps={cfg.max_steps}."
+        )
+    if cfg.tracking.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError("tracking.tensorboard=true needs the tensorboard package: pip install tensorboard")
     try:
         parse_drafter_loss(cfg.loss)
         round_weights(cfg.loss, cfg.drafter.num_steps)

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.gemma4.modeling_gemma4 import get_block_sequence_ids_for_mask
 
 from joint_train.checkpoint import load_model
-from joint_train.config import Config, LossConfig
+from joint_train.config import Config, ConfigError, LossConfig
 from joint_train.export import export_model
 from joint_train.loading import check_pair, load_pair, materialize
 from joint_train.loss import (
@@ -317,11 +317,11 @@ class Gemma4WithDrafter(nn.Module):
         """Copy the base's input embedding into the drafter's (and the head tied to it).
 
         Raises:
-            ValueError: if the two tables differ in shape.
+            ConfigError: if the two tables differ in shape.
         """
         source, target = self.base.get_input_embeddings().weight, self.drafter.get_input_embeddings().weight
         if source.shape != target.shape:
-            raise ValueError(
+            raise ConfigError(
                 f"share_embedding_with_base=True needs tables of one shape; the base's is {tuple(source.shape)}, the "
                 f"drafter's {tuple(target.shape)}. Set drafter.share_embedding_with_base=false."
             )

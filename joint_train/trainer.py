@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -72,8 +72,6 @@ class Trainer:
         self.loader = self.build_train_loader(position)
         self.tracker = Tracker(cfg, self.rank, self.step)
         self.plan = make_plan(cfg, Machine(gpus=self.ranks), self.device.type)
-        kept = {"activation_checkpointing": {"base": "none", "drafter": "none"}}
-        self.model_flops = make_plan(OmegaConf.merge(cfg, kept), Machine(gpus=self.ranks), self.device.type).flops
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.tracking.profile_steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -110,8 +108,9 @@ class Trainer:
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step(batches)
                 last = self.step == cfg.max_steps
-                if due(self.step, cfg.eval.every) or last:
-                    self.measured = self.evaluate(generate=due(self.step, cfg.eval.generate_every) or last)
+                generate = due(self.step, cfg.eval.generate_every) or last
+                if due(self.step, cfg.eval.every) or generate:
+                    self.measured = self.evaluate(generate)
                     metrics |= self.measured
                 if due(self.step, cfg.tracking.diagnose_every):
                     metrics |= self.diagnose()
@@ -177,7 +176,7 @@ class Trainer:
             "tokens_per_second_per_gpu": counts[-1].item() / seconds / self.ranks,
             "seconds": seconds,
             "data_wait": waited,
-            **utilisation(self.plan.flops / seconds, self.model_flops / seconds, self.device),
+            **utilisation(self.plan.flops / seconds, self.plan.recomputed / seconds, self.device),
             "memory_peak_gb": (peak_memory(self.device) - self.memory_at_start) / 2**30,
         }
 
@@ -306,11 +305,12 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def utilisation(speed: float, model_speed: float, device: torch.device) -> dict[str, float]:
-    """Shares of what a rank's GPU can do, where that is known, of its FLOPs a second with and without recomputation."""
+def utilisation(speed: float, recomputed: float, device: torch.device) -> dict[str, float]:
+    """A rank's FLOPs a second, and their share of what its GPU can do, where that is known: with and without those that
+    compute something again."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     most = next((peak for gpu, peak in TFLOPS.items() if gpu in name), None)
-    shares = {"hfu": speed / 1e12 / most, "mfu": model_speed / 1e12 / most} if most else {}
+    shares = {"hfu": speed / 1e12 / most, "mfu": (speed - recomputed) / 1e12 / most} if most else {}
     return {"tflops_per_gpu": speed / 1e12, **shares}
 
 

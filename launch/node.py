@@ -79,14 +79,14 @@ def main(state: Path, arguments: list[str]) -> int:
 
 
 def describe(rank: int, failure: "ProcessFailure") -> dict:
-    """A rank's failure; one that was killed, or that doesn't ``@record`` its errors, has no traceback."""
+    """A rank's failure; one that was killed, or that said what is wrong in a sentence, has no traceback."""
     report = failure.error_file_data["message"] if os.path.isfile(failure.error_file) else None
     return {
         "rank": rank,
         "host": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         "exit_code": failure.exitcode,
         "message": report["message"] if report else failure.message,
-        "traceback": report["extraInfo"]["py_callstack"] if report else None,
+        "traceback": report["extraInfo"].get("py_callstack") if report else None,
         "time": os.path.getmtime(failure.error_file) if report else failure.timestamp,
     }
 

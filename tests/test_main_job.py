@@ -80,6 +80,12 @@ def test_a_killed_run_resumes_bit_for_bit(starter_dir, uninterrupted, tmp_path, 
         assert comparable(resumed[step]) == comparable(whole[step]), f"step {step}"
 
 
+def test_a_generation_is_due_whether_or_not_a_validation_is(starter_dir, tmp_path):
+    more = ["max_steps=2", "eval.generate_every=1", "eval.prompts=1", "eval.max_new_tokens=2"]  # and eval.every=0
+    run_ranks(train, 1, settings(starter_dir, tmp_path, *more))
+    assert "val/tokens_per_forward" in records(tmp_path)[1]
+
+
 def test_files_on_disk(uninterrupted):
     names = {path.name for path in (uninterrupted / "checkpoints").iterdir()}
     assert names == {"step_00000003", "step_00000006", "step_00000008"}
@@ -166,12 +172,12 @@ REFUSALS = [
         "optim.lr=-1e-4", "optim.drafter_lr=nan", "optim.weight_decay=-1", "optim.eps=-1", "optim.min_lr_ratio=3",
         "optim.betas=[0.9]", "optim.betas=[0.9,1.5]", "loss.temperature=0", "data.max_length=1",
         "data.micro_batch_size=0", "data.max_line_bytes=0", "eval.max_new_tokens=0", "tracking.diagnose_every=-1",
-        "checkpoint.keep_every=-1",
+        "checkpoint.keep_every=-1", "tracking.profile_steps=499-501",
     ],
 )  # fmt: skip
 def test_numbers_that_cannot_work_are_refused(override):
     key = override.partition("=")[0]
-    with pytest.raises(ConfigError, match=rf"^{key}=.*(must be|give two numbers)"):
+    with pytest.raises(ConfigError, match=rf"^{key}=.*(must be|give two numbers|ends at)"):
         load(["+experiment=starter", "pair=/nowhere", override])
 
 
@@ -204,7 +210,27 @@ def test_an_error_leaves_no_process_behind(starter_dir, tmp_path):
 def test_a_refusal_under_torchrun_is_said_once():
     run = job("+experiment=starter", "pair=/nowhere", "parallel.dp_replicate=3", ranks=2)
     assert run.returncode != 0
-    assert (run.stderr + run.stdout).count("doesn't fit 2 ranks (2 / 3 isn't whole)") == 1
+    lines = (run.stderr + run.stdout).splitlines()
+    # Once by the job, and in torchrun's report, which is the end of the log.
+    own, report = (line for line in lines if "doesn't fit 2 ranks (2 / 3 isn't whole)" in line)
+    assert own.startswith("joint_train: parallel: ") and report.split(":")[0].strip() == "traceback"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("data.train=[{path: /nowhere.jsonl}]", "no file at /nowhere.jsonl"),
+        ("resume=/nowhere", "/nowhere is not a folder; a checkpoint is"),
+        ("output_dir=/proc/nowhere", "output_dir can't be written"),
+        ("+model.text_config={num_hidden_layers: 2}", "model.text_config={'num_hidden_layers': 2} doesn't fit"),
+        ("drafter.share_embedding_with_base=true", "Set drafter.share_embedding_with_base=false"),
+    ],
+)
+def test_what_is_found_while_loading_is_said_in_a_sentence(starter_dir, tmp_path, override, message):
+    run = job(*settings(starter_dir, tmp_path, override))
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("joint_train: ") and message in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_a_refusal_of_another_rank_waits_for_rank_0_and_is_said_in_the_end(monkeypatch):
