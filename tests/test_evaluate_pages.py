@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,6 +91,14 @@ class Text(HTMLParser):
         self.text += data
 
 
+def rows(text: str) -> list[list[str]]:
+    """The rows of a page's tables, as text."""
+    found = [
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)
+    ]
+    return [[Text(cell).text.strip() for cell in row] for row in found]
+
+
 def write_run(folder: Path, name: str, pairing: str, slow: float) -> Path:
     run = folder / name
     run.mkdir(parents=True)
@@ -119,6 +128,30 @@ def test_the_page_shows_the_numbers_and_is_well_formed():
     assert "With K = 6 drafts, 2.98 [2.90, 3.06] tokens per base forward" in text  # K = 6 is the fastest
     assert "NOT" not in text and "+18.2" in text
     assert "Explain <b>this</b> & that" in text  # a text isn't markup
+
+
+def test_every_number_is_in_its_own_place():
+    found = rows(report.page(results(sampling=SAMPLING)))
+    assert ["3", "2.51 [2.43, 2.59]", "50.0 [48.0, 52.0]", "1.53 [1.47, 1.59]"] in found
+    for position, accepted in ((1, "1,360"), (3, "628")):
+        share = 0.68**position
+        shown = [f"{share:.2f} [{share - 0.02:.2f}, {share + 0.02:.2f}]", "0.68 [0.66, 0.70]"]
+        assert [str(position), *shown, f"{accepted} of 2,000"] in found
+    assert ["plain", "1", "30.0 [29.0, 31.0]", "1"] in found
+    assert ["transformers", "no", "+18.2", "+18.2", "2.50", "5,120"] in found
+    assert ["exact", "yes", "-0.7", "-0.7", "2.50", "5,120"] in found
+    said = report.text(results(sampling=SAMPLING)).splitlines()
+    assert "    3  0.31 [0.29, 0.33]" in said
+    assert [("NOT" in line) for line in said if line.startswith("sampling")] == [False, True, False]
+
+
+def test_error_bars_reach_from_low_to_high():
+    drawn = {}
+    axes = SimpleNamespace(errorbar=lambda x, y, yerr, **style: drawn.update(x=x, y=y, yerr=yerr))
+    report.errorbars(
+        axes, [(1, {"value": 2.0, "low": 1.5, "high": 4.0}), (2, {"value": 3.0, "low": None, "high": None})]
+    )
+    assert drawn == {"x": [1, 2], "y": [2.0, 3.0], "yerr": [[0.5, 0], [2.0, 0]]}
 
 
 def test_differences_are_shown_with_their_margin():
@@ -173,6 +206,43 @@ def test_runs_side_by_side(runs, tmp_path, capsys):
     assert (tmp_path / "page.html").read_text().count("<svg") == 8
 
 
+def test_results_of_runs_by_their_meaning():
+    records = [
+        {"step": step, "time": 60.0 * step, "tokens_per_second": speed, "bad_steps": bad, "val/base_loss": loss}
+        for step, speed, bad, loss in ((0, None, None, 9.0), (1, 10.0, 0, None), (2, 30.0, 2, 4.0), (3, 20.0, 2, None))
+    ]
+    runs = [compare.Run("a", Path("a"), {}, records), compare.Run("b", Path("b"), {}, [{"step": 7, "time": 1.0}])]
+    assert compare.result_rows(runs) == [
+        ["steps", "3", "7"],
+        ["base loss", "9.000 → 4.000", "–"],
+        ["tokens/s, median", "20", "–"],
+        ["minutes from first to last record", "3.0", "0.0"],
+        ["bad steps", "2", "0"],
+    ]
+
+
+def test_differences_are_of_any_run_and_of_keys_that_one_lacks():
+    configs = [{"x": 1, "same": 0, "output_dir": "a"}, {"x": 2, "same": 0}, {"x": 1, "same": 0, "new": True}]
+    runs = [compare.Run(str(i), Path("r"), config, []) for i, config in enumerate(configs)]
+    assert compare.differences(runs) == [["new", "–", "–", "True"], ["x", "1", "2", "1"]]
+
+
+def test_curves_are_of_the_metric_that_they_name(runs, monkeypatch):
+    monkeypatch.setattr(compare, "curve", lambda runs, metric: f"<svg>{metric}</svg>")
+    page = compare.page([compare.load_run(folder, folder.name) for folder in runs])
+    drawn = dict(re.findall(r"<figcaption>(.*?)</figcaption><svg>(.*?)</svg>", page))
+    assert drawn == {
+        "base, training": "base_loss",
+        "drafter, training": "drafter_loss",
+        "base, validation": "val/base_loss",
+        "drafter cross-entropy, validation": "val/drafter_ce",
+        "accepted length expected, teacher forced": "val/accepted_length_expected",
+        "tokens per base forward, generated": "val/tokens_per_forward",
+        "tokens/s": "tokens_per_second",
+        "gradient norm": "grad_norm",
+    }
+
+
 def test_runs_are_told_apart_by_the_ends_of_their_folders():
     assert compare.names([Path("/a/x/run"), Path("/a/y/run")]) == ["x/run", "y/run"]
     with pytest.raises(ValueError, match="twice"):
@@ -201,7 +271,6 @@ def browse(file: Path, width: int, *arguments: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("which", ["evaluation", "comparison"])
