@@ -126,9 +126,9 @@ class Trainer:
         if cfg.model.export.at_end:
             self.export(self.output_dir / "export")
         self.tracker.finish(self.before, self.measured)
-        if self.device.type == "cuda":  # on CPU only the growth of the process is known, which says little
-            planned, peak = self.plan.peak / 2**30, (peak_memory(self.device) - self.memory_at_start) / 2**30
-            log.info("peak memory of rank 0: %.2f GiB; planned: %.2f GiB", peak, planned)
+        planned, peak = self.plan.peak / 2**30, (peak_memory(self.device) - self.memory_at_start) / 2**30
+        of_what = "" if self.device.type == "cuda" else " (growth of the process, libraries' own buffers included)"
+        log.info("peak memory of rank 0: %.2f GiB%s; planned: %.2f GiB", peak, of_what, planned)
         self.close()
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
