@@ -193,7 +193,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=4, help="K")
     parser.add_argument("--vocab-size", type=int, default=262_144)
     parser.add_argument(
-        "--budget-mb", type=int, default=256, help="loss.memory_budget_mb; the default is that of a CPU"
+        "--budget-mb", type=int, default=384, help="loss.memory_budget_mb; the default is that of a CPU"
     )
     parser.add_argument("--freeze-base", action="store_true", help="train the drafter alone, in both")
     parser.add_argument("--reference-recompute", action="store_true", help="activation checkpointing there too")

@@ -97,8 +97,8 @@ def round_weights(loss_cfg, num_steps: int) -> list[float]:
 
 def memory_budget(loss_cfg, device_type: str) -> int:
     """``loss.memory_budget_mb`` in bytes. By default 1024 MB on a GPU: every chunk reads the head and its fp32 gradient
-    once, so a chunk of few rows waits for memory; a CPU is slow enough for 256 MB."""
-    default = 256 if device_type == "cpu" else 1024
+    once, so a chunk of few rows waits for memory; a CPU is slow enough for 384 MB."""
+    default = 384 if device_type == "cpu" else 1024
     megabytes = default if loss_cfg.memory_budget_mb is None else loss_cfg.memory_budget_mb
     return int(megabytes * 2**20)
 
