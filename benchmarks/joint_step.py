@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 from joint_train.config import LossConfig
+from joint_train.loss import memory_budget_mb
 from joint_train.model import Gemma4WithDrafter
 
 HIDDEN, DRAFTER_HIDDEN = 1536, 256
@@ -192,9 +193,8 @@ def main():
     parser.add_argument("--loss", default="kl", choices=["ce", "kl"], help="loss.drafter")
     parser.add_argument("--rounds", type=int, default=4, help="K")
     parser.add_argument("--vocab-size", type=int, default=262_144)
-    parser.add_argument(
-        "--budget-mb", type=int, default=384, help="loss.memory_budget_mb; the default is that of a CPU"
-    )
+    budget = memory_budget_mb(LossConfig(), "cpu")
+    parser.add_argument("--budget-mb", type=int, default=budget, help="loss.memory_budget_mb; by default that of a CPU")
     parser.add_argument("--freeze-base", action="store_true", help="train the drafter alone, in both")
     parser.add_argument("--reference-recompute", action="store_true", help="activation checkpointing there too")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one process")
@@ -211,17 +211,8 @@ def main():
     print(
         f"V = {options.vocab_size}, K = {options.rounds}, fp32, loss.drafter={options.loss}; memory above the weights"
     )
-    columns = [
-        "head",
-        "S",
-        "supervised",
-        "gradients GiB",
-        "ours GiB",
-        "reference GiB",
-        "ratio",
-        "ratio beyond gradients",
-    ]
-    columns += ["ours s", "reference s", "ratio"]
+    columns = ["head", "S", "supervised", "gradients GiB", "ours GiB", "reference GiB", "ratio"]
+    columns += ["ratio beyond gradients", "ours s", "reference s", "ratio"]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
     sides = ["ours"] if options.skip_reference else ["ours", "reference"]
     for head in options.head:

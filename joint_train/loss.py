@@ -95,12 +95,12 @@ def round_weights(loss_cfg, num_steps: int) -> list[float]:
     return weights
 
 
-def memory_budget(loss_cfg, device_type: str) -> int:
-    """``loss.memory_budget_mb`` in bytes. By default 1024 MB on a GPU: every chunk reads the head and its fp32 gradient
-    once, so a chunk of few rows waits for memory; a CPU is slow enough for 384 MB."""
-    default = 384 if device_type == "cpu" else 1024
-    megabytes = default if loss_cfg.memory_budget_mb is None else loss_cfg.memory_budget_mb
-    return int(megabytes * 2**20)
+def memory_budget_mb(loss_cfg, device_type: str) -> int:
+    """``loss.memory_budget_mb``, by default 1024 on a GPU: every chunk reads the head and its fp32 gradient once, so a
+    chunk of few rows waits for memory; a CPU is slow enough for 384."""
+    if loss_cfg.memory_budget_mb is not None:
+        return loss_cfg.memory_budget_mb
+    return 384 if device_type == "cpu" else 1024
 
 
 def _number(key: str, value) -> float:
@@ -513,7 +513,7 @@ class _Pass:
         temporary = max((TEMPORARIES.get(kind, 0) for kind in self.mix), default=0)
         temporary += 4 if self.mix and self.temperature != 1 else 0
         row_bytes = (self.buffers + temporary) * base.weight.shape[0] * self.dtype.itemsize
-        self.chunk = max(1, memory_budget(loss_cfg, self.device.type) // row_bytes)
+        self.chunk = max(1, int(memory_budget_mb(loss_cfg, self.device.type) * 2**20) // row_bytes)
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         rounds, total, vocabulary = self.num_steps, len(self.targets.rows), self.base.weight.shape[0]

@@ -30,7 +30,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 from joint_train import config, released
 from joint_train.config import ConfigError
 from joint_train.loading import check_pair, meta_pair, read_config
-from joint_train.loss import joint_targets, memory_budget
+from joint_train.loss import joint_targets, memory_budget_mb
 from joint_train.model import Gemma4WithDrafter
 from joint_train.parallelize import DTYPES, compute_dtype, text_model
 
@@ -263,7 +263,7 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int) -> Step:
     """Run a micro-batch on the meta device.
 
     Args:
-        model: from :func:`joint_train.loading.meta_pair` in the dtype of compute.
+        model: from :func:`joint_train.loading.meta_pair` with this configuration, in the dtype of compute.
         shard: ranks that a weight is sharded over.
     """
     text, meter, units = text_model(model.base), Meter(), []
@@ -272,11 +272,6 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int) -> Step:
         units.append(_Unit(parameters, stays, meter, cfg, shard))
         return units[-1]
 
-    text.gradient_checkpointing_disable()
-    if cfg.activation_checkpointing.base != "none":
-        every = cfg.activation_checkpointing.every_n if cfg.activation_checkpointing.base == "every_n" else 1
-        text.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
-    model.drafter_activation_checkpointing = cfg.activation_checkpointing.drafter == "full"
     model.train()
     for layer in text.layers:
         unit(list(layer.parameters()), not cfg.parallel.reshard_after_forward).wrap(layer)
@@ -392,11 +387,10 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         ConfigError: as :func:`read`.
     """
     base_config, drafter_config, sources = read(cfg)
-    budget = memory_budget(cfg.loss, device_type) // 2**20
     as_planned = {
         "parallel": {"compile": False},
         "model": {"use_liger_kernel": False},
-        "loss": {"memory_budget_mb": budget},
+        "loss": {"memory_budget_mb": memory_budget_mb(cfg.loss, device_type)},
     }
     cfg = OmegaConf.merge(cfg, as_planned)
     model = meta_pair(cfg, base_config, drafter_config, compute_dtype(cfg.precision, device_type))
@@ -456,7 +450,7 @@ def with_overrides(cfg: DictConfig, changes: dict) -> DictConfig:
 
 def savings(cfg: DictConfig, machine: Machine) -> dict[str, int]:
     """Settings that take less memory, those that cost the least time first, and the peak with each alone."""
-    smaller_loss = min(256, memory_budget(cfg.loss, "cuda") // 2**20)
+    smaller_loss = min(256, memory_budget_mb(cfg.loss, "cuda"))
     changes = [
         {"parallel.reshard_after_forward": True},
         {"loss.memory_budget_mb": smaller_loss},

@@ -222,10 +222,8 @@ def test_lk_hybrid_in_a_mix_does_not_take_the_kl_weight_for_its_own():
 @pytest.mark.parametrize("drafter", ["kl", MIX], ids=["kl", "mix"])
 def test_chunk_boundaries_are_invisible(drafter, monkeypatch):
     """With a boundary in every place: chunks of 1, 2, … targets."""
-    case, buffers = (
-        Case(dtype=torch.float64, supervised=1.0),
-        5 if drafter == "kl" else 9,
-    )  # more for the teacher and js
+    case = Case(dtype=torch.float64, supervised=1.0)
+    buffers = 5 if drafter == "kl" else 9  # more for the teacher and js
     centroids = Centroids(case.centroid_weight, token_centroids(case.ordering, 6), top_k=2)
     starts, chunk = [], loss_module._Pass._chunk
     monkeypatch.setattr(

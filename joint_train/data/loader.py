@@ -64,7 +64,8 @@ class BatchLoader(StatefulDataLoader):
     def _tensor(self, value: np.ndarray | torch.Tensor) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
             return value
-        return torch.from_numpy(value).pin_memory() if self.pin_memory else torch.from_numpy(value)
+        tensor = torch.from_numpy(value)
+        return tensor.pin_memory() if self.pin_memory else tensor
 
 
 def _identity(batch: dict) -> dict:
