@@ -132,6 +132,7 @@ def test_it_goes_on_where_it_was_stopped_on_other_ranks(base, expected, tmp_path
         regenerate(EXAMPLES, base, TOKENIZER, output, **options)
     (part,) = (tmp_path / "out.jsonl.parts").iterdir()
     lines = part.read_text().splitlines()
+    lines = lines[1:]
     assert len(lines) == 4
     part.write_text("\n".join(lines[:3]) + "\n" + lines[3][:9])  # killed in the middle of a line
     part.rename(part.with_name("elsewhere-1-0.jsonl"))
@@ -143,6 +144,37 @@ def test_it_goes_on_where_it_was_stopped_on_other_ranks(base, expected, tmp_path
     assert first["answered"] + second["answered"] == 4 and second["missing"] == 0
     assert read(output) == expected
     assert regenerate(EXAMPLES, base, TOKENIZER, output, **options)["answered"] == 0, "done is done"
+
+
+def test_sampling_is_a_function_of_the_seed(base, tmp_path):
+    base.generation_config.eos_token_id = list(range(200))
+    outputs = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        options = dict(batch_size=4, max_new_tokens=COUNT, temperature=5.0, seed=seed)
+        regenerate(EXAMPLES, base, TOKENIZER, tmp_path / name, **options)
+        outputs.append(read(tmp_path / name))
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_answers_to_other_prompts_are_not_taken_over(base, expected, tmp_path, monkeypatch):
+    """The dataset changed between two runs: an answer must not land under another prompt."""
+    output, options = tmp_path / "out.jsonl", dict(batch_size=7, max_new_tokens=COUNT)
+    changed = [chat("not there any more"), *EXAMPLES[1:4]]
+    regenerate(changed, base, TOKENIZER, output, rank=0, world_size=2, **options)
+    assert regenerate(EXAMPLES, base, TOKENIZER, output, **options)["answered"] == 6, "all but the one that is the same"
+    assert read(output) == expected
+
+
+def test_half_a_line_of_a_killed_run_does_not_spoil_the_next(base, expected, tmp_path, monkeypatch):
+    """Where the name of a part comes again: in a container host and process number do."""
+    parts, options = tmp_path / "out.jsonl.parts", dict(batch_size=7, max_new_tokens=COUNT)
+    regenerate(EXAMPLES, base, TOKENIZER, tmp_path / "out.jsonl", rank=1, world_size=2, **options)
+    (part,) = parts.iterdir()
+    again = part.with_name(part.name.replace("-1.jsonl", "-0.jsonl"))
+    part.rename(again)
+    again.write_text(again.read_text()[:-20])
+    assert regenerate(EXAMPLES, base, TOKENIZER, tmp_path / "out.jsonl", **options)["missing"] == 0
+    assert read(tmp_path / "out.jsonl") == expected
 
 
 def test_thinking_is_kept_apart(base, monkeypatch):

@@ -1,10 +1,12 @@
 """Self-distillation data: the base answers the prompts of a dataset, since a drafter has to guess what its base says.
 
 Each rank answers every ``world_size``-th prompt and appends each answer to a file of its own beside the output. A run
-that was stopped goes on with the prompts that no such file answers, on any number of ranks. Whoever finds that all are
-answered puts them together, in the order of the dataset, and renames the result: no rank waits for another.
+that was stopped goes on with the prompts that no such file answers, on any number of ranks; answers of another base, or
+to other prompts, don't count. Whoever finds that all are answered puts them together, in the order of the dataset, and
+renames the result: no rank waits for another.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -79,10 +81,12 @@ def regenerate(
     if output.exists():
         return {"answered": 0, "unfinished": 0, "missing": 0}
     parts.mkdir(parents=True, exist_ok=True)
-    done = _answers(parts)
+    prompt = [_digest(example, model.name_or_path) for example in examples]
+    done = _answers(parts, prompt)
     mine = [index for index in range(rank, len(examples), world_size) if index not in done]
     part = parts / f"{socket.gethostname()}-{os.getpid()}-{rank}.jsonl"
     with open(part, "a") as stream, Progress(transient=True, disable=rank > 0) as progress:
+        stream.write("\n")  # after the half of a line that a killed run of the same name may have left
         bar = progress.add_task("prompts", total=len(mine))
         for first in range(0, len(mine), batch_size):
             indices = mine[first : first + batch_size]
@@ -90,10 +94,10 @@ def regenerate(
             batch = [examples[index] for index in indices]
             answers = answer_batch(batch, model, tokenizer, max_new_tokens, temperature)
             for index, answer in zip(indices, answers, strict=True):
-                stream.write(json.dumps({"index": index, "answer": answer}) + "\n")
+                stream.write(json.dumps({"index": index, "prompt": prompt[index], "answer": answer}) + "\n")
             stream.flush()
             progress.advance(bar, len(indices))
-    done = _answers(parts)
+    done = _answers(parts, prompt)
     unfinished = sum(answer is None for answer in done.values())
     missing = len(examples) - len(done)
     if not missing:
@@ -102,8 +106,13 @@ def regenerate(
     return {"answered": len(mine), "unfinished": unfinished, "missing": missing}
 
 
-def _answers(parts: Path) -> dict[int, dict | None]:
-    """What is answered so far; None where the answer had no end."""
+def _digest(example: dict, model: str) -> str:
+    """Of what an answer belongs to: the prompts of a run that goes on may not be those it started with."""
+    return hashlib.sha256(json.dumps([example, model], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _answers(parts: Path, prompt: list[str]) -> dict[int, dict | None]:
+    """What is answered so far of these prompts (their digests); None where the answer had no end."""
     answers = {}
     for part in sorted(parts.glob("*.jsonl")):
         for line in part.read_text().splitlines():
@@ -111,7 +120,8 @@ def _answers(parts: Path) -> dict[int, dict | None]:
                 record = json.loads(line)
             except json.JSONDecodeError:  # the last line of a run that was killed
                 continue
-            answers[record["index"]] = record["answer"]
+            if record["index"] < len(prompt) and record.get("prompt") == prompt[record["index"]]:
+                answers[record["index"]] = record["answer"]
     return answers
 
 
