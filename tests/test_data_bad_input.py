@@ -336,28 +336,47 @@ def test_the_lock_of_a_process_that_died_is_free(tmp_path):
     assert not (root / f"{key}.tmp-host-1").exists()
 
 
-@pytest.mark.parametrize("change", ["content", "template", "format", "limit"])
-def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, change):
+@pytest.mark.parametrize(
+    "change",
+    "content format limit columns max_line_bytes transformers tokenizers template vocabulary special processor".split(),
+)
+def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, monkeypatch, change):
     path = tmp_path / "a.jsonl"
     spec = source(path=write_jsonl(path, numbered(3)))
     data = make_config(tmp_path, [str(path)]).data
-    before = cache.cache_key(spec, data, TOKENIZER)
     TOKENIZER("padded", padding="max_length", max_length=9)  # a call's settings aren't the tokenizer's
-    assert cache.cache_key(spec, data, TOKENIZER) == before
-    other = make_tokenizer("{{ messages[0].content }}") if change == "template" else TOKENIZER
+    tokenizer = make_tokenizer()
+    tokenizer.name_or_path = str(tmp_path)
+    before = cache.cache_key(spec, data, TOKENIZER)
+    assert cache.cache_key(spec, data, tokenizer) == before
     if change == "content":
         path.write_text(path.read_text().replace("n0", "m0"))
-    elif change != "template":
-        spec[change] = {"format": "messages", "limit": 2}[change]
-    assert cache.cache_key(spec, data, other) != before
+    elif change == "max_line_bytes":
+        data.max_line_bytes -= 1
+    elif change in ("transformers", "tokenizers"):
+        monkeypatch.setattr(f"{change}.__version__", "0")
+    elif change == "template":
+        tokenizer.chat_template = "{{ messages[0].content }}"
+    elif change == "vocabulary":
+        tokenizer.add_tokens("n0;")
+    elif change == "special":
+        tokenizer.bos_token = "<eos>"
+    elif change == "processor":
+        (tmp_path / "preprocessor_config.json").write_text("{}")
+    else:
+        spec[change] = {"format": "messages", "limit": 2, "columns": {"messages": "chat"}}[change]
+    after = cache.cache_key(spec, data, tokenizer)
+    assert after != before
     path.rename(tmp_path / "moved.jsonl")
     spec.path = str(tmp_path / "moved.jsonl")
-    assert change == "template" or cache.cache_key(spec, data, other) != before
+    assert cache.cache_key(spec, data, tokenizer) == after, "not by where it lies"
 
 
 def test_cached_tokens_are_the_templates(tmp_path):
     examples = numbered(150)
-    cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", examples)], num_workers=2)
+    for part, (first, last) in {"a": (0, 70), "b": (70, 150)}.items():
+        write_jsonl(tmp_path / f"{part}.jsonl", examples[first:last])
+    cfg = make_config(tmp_path, [f"{tmp_path}/*.jsonl"], num_workers=2)
     cached = cache.tokenised(cfg.data.train[0], cfg.data, TOKENIZER, 2, 60)
     for index, example in enumerate(examples):
         encoded = TOKENIZER.apply_chat_template(
@@ -366,4 +385,6 @@ def test_cached_tokens_are_the_templates(tmp_path):
         tokens, flags = cached.read(index, 0, int(cached.documents["length"][index]))
         assert tokens.tolist() == encoded["input_ids"]
         assert (flags & ASSISTANT).tolist() == encoded["assistant_masks"]
-        assert cached.where(index) == f"{tmp_path}/a.jsonl:{index + 1}"
+        assert cached.where(index) == f"{tmp_path}/" + (
+            f"a.jsonl:{index + 1}" if index < 70 else f"b.jsonl:{index - 69}"
+        )

@@ -88,6 +88,15 @@ def test_a_broken_parquet_file_is_named(tmp_path):
         build_loader(make_config(tmp_path, [str(tmp_path / "set.parquet")]), TOKENIZER, "train", 0, 1)
 
 
+def test_a_dataset_that_changed_is_tokenised_again(tmp_path):
+    for prefix in "ab":
+        datasets.Dataset.from_list(numbered(5, prefix)).save_to_disk(tmp_path / prefix)
+        (tmp_path / "set").unlink(missing_ok=True)
+        (tmp_path / "set").symlink_to(tmp_path / prefix)
+        loader = build_loader(make_config(tmp_path, [str(tmp_path / "set")]), TOKENIZER, "train", 0, 1)
+        assert f"user\n{prefix}" in TOKENIZER.decode(take(loader, 1)[0][0])
+
+
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
 def test_a_bad_row_is_named(tmp_path, kind):
     made = datasets.Dataset.from_list([*numbered(2), {"messages": [{"role": "wizard", "content": "x"}]}])
@@ -116,6 +125,8 @@ def test_a_stream_repeats_each_example_evenly(tmp_path, stream):
     assert collections.Counter(names) == {f"n{i}": 3 for i in range(100)}
     assert names[:100] != [f"n{i}" for i in range(100)], "shuffled"
     assert names[:50] != names[100:150], "each time in another order"
+    blocks = [[int(name[1:]) - first for name in names[first : first + 32]] for first in (0, 32)]
+    assert blocks[0] != blocks[1], "each block in an order of its own"
 
 
 def test_an_unshuffled_stream_is_the_jsonl_in_order(tmp_path, stream):
@@ -139,6 +150,20 @@ def test_a_stream_resumes_to_the_sample_on_other_ranks(tmp_path, stream, workers
         assert len({str(loader_position(loader)) for loader in loaders}) == 1
         position = loader_position(loaders[0])
     assert torch.equal(torch.cat(got), torch.cat(reference)[: len(got)])
+
+
+def test_a_stream_resumes_in_a_later_pass_on_another_machine(tmp_path, stream):
+    """Its first block there lies beyond the stream's end, which nobody has seen there yet."""
+    cfg = make_config(tmp_path, [stream], packing=False)
+    loader = build_loader(cfg, TOKENIZER, "train", 0, 1)
+    batches = iter(loader)
+    for _ in range(250):
+        next(batches)
+    position = loader_position(loader)
+    expected = [next(batches)["input_ids"] for _ in range(60)]
+    cfg.data.cache_dir = str(tmp_path / "elsewhere")
+    resumed = take(build_loader(cfg, TOKENIZER, "train", 0, 1, position=position), 60)
+    assert all(map(torch.equal, resumed, expected))
 
 
 def test_a_streams_bad_records(tmp_path, stream):

@@ -70,7 +70,9 @@ def test_placeholders_are_those_of_the_text_with_the_image_written_out(tmp_path,
     assert batch["mm_token_type_ids"].sum() == count
 
 
-def test_pixels_are_the_processors_in_the_order_of_the_rows(tmp_path, tokenizer):
+@pytest.mark.parametrize("chunk", [64, 1])
+def test_pixels_are_the_processors_in_the_order_of_the_rows(tmp_path, tokenizer, monkeypatch, chunk):
+    monkeypatch.setattr("joint_train.data.cache.CHUNK_RECORDS", chunk)
     for seed in range(3):
         picture(seed, (40 + 30 * seed, 30)).save(tmp_path / f"{seed}.png")
     parts = [{"type": "image", "image": f"{tmp_path}/{seed}.png"} for seed in range(3)]
@@ -84,10 +86,21 @@ def test_pixels_are_the_processors_in_the_order_of_the_rows(tmp_path, tokenizer)
     assert batch["mm_token_type_ids"].sum() == expected["num_soft_tokens_per_image"].sum()
 
 
-def test_batches_with_and_without_images(tmp_path, tokenizer):
+def test_a_photograph_that_was_held_sideways_is_turned(tmp_path, tokenizer):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90°
+    picture(0, (90, 30)).save(tmp_path / "cat.png", exif=exif)
+    (batch,) = batches(tmp_path, tokenizer, [ask({"type": "image", "path": "cat.png"})])
+    upright = picture(0, (90, 30)).rotate(-90, expand=True)
+    expected = Gemma4ImageProcessorPil(**SIZES)(images=[upright], return_tensors="pt")
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+
+
+def test_batches_with_and_without_images(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("joint_train.data.cache.CHUNK_RECORDS", 1)
     picture(0).save(tmp_path / "cat.png")
-    examples = [ask({"type": "image", "path": "cat.png"}), *numbered(1)]
-    with_image, without = batches(tmp_path, tokenizer, examples, count=2, packing=False)
+    examples = [*numbered(1), ask({"type": "image", "path": "cat.png"})]
+    without, with_image = batches(tmp_path, tokenizer, examples, count=2, packing=False)
     assert "pixel_values" in with_image
     assert not {"pixel_values", "image_position_ids", "mm_token_type_ids"} & without.keys()
 
@@ -137,6 +150,7 @@ BAD = {
     "fetched": (ask({"type": "image", "url": "https://x/cat.png"}), "nothing is fetched while training"),
     "not base64": (ask({"type": "image", "url": "data:image/png;base64,@"}), "isn't base64"),
     "too few": ({**ask({"type": "image"}, {"type": "image"}), "images": ["cat.png"]}, "1 images for 2 places"),
+    "too many": ({**ask({"type": "image"}), "images": ["cat.png"] * 2}, "2 images for 1 places"),
     "none": (ask({"type": "image"}), "a place for an image, and no image"),
     "audio": (ask({"type": "audio", "path": "a.wav"}), "content of type 'audio' can't be trained on"),
     "placeholder in the text": (ask({"type": "text", "text": "<|image|>"}), "0 images, and 1 placeholders"),
