@@ -264,6 +264,14 @@ def test_ls_and_verify(run, capsys):
     assert code == 2 and "is not a folder" in err
 
 
+def test_ls_shows_whole_values_in_80_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ("base_loss", "drafter_loss", "drafter_ce", "base_accuracy")
+    make(tmp_path / "checkpoints", 11, {f"val/{name}": 0.01234 for name in names})
+    out = run_cli(capsys, "ls", tmp_path)[1]
+    assert all(f"{name}=0.01234" in out for name in names) and "…" not in out
+
+
 def test_prune(run, capsys):
     code, out, _ = run_cli(capsys, "prune", run, "--dry-run")  # keep_last=2 of the run's own configuration
     assert code == 0 and out.count("would remove") == 2 and len(steps(run / "checkpoints")) == 4

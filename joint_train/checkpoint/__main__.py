@@ -70,14 +70,15 @@ def _status(folder: Path, contents: bool) -> tuple[str, layout.Manifest | None]:
 
 def _table(folders: list[Path], contents: bool, console: Console) -> bool:
     """Prints the table; whether every checkpoint in it is good."""
-    table = Table("checkpoint", "saved (UTC)", "size", "ranks", "metrics", "status")
+    # Without frames, whole values fit 80 columns.
+    table = Table("checkpoint", "saved (UTC)", "size", "ranks", "metrics", "status", box=None, pad_edge=False)
     good = True
     for folder in folders:
         status, manifest = _status(folder, contents)
         if manifest:
-            saved = manifest.saved_at.removesuffix("+00:00").replace("T", " ")
-            shown = [f"{name}={value:.4g}" for name, value in manifest.metrics.items()]
-            metrics = " ".join(shown[:METRICS_SHOWN]) + (" …" if len(shown) > METRICS_SHOWN else "")
+            saved = manifest.saved_at[: len("YYYY-MM-DDTHH:MM")].replace("T", " ")
+            shown = [f"{name.removeprefix('val/')}={value:.4g}" for name, value in manifest.metrics.items()]
+            metrics = "\n".join(shown[:METRICS_SHOWN] + ["…"] * (len(shown) > METRICS_SHOWN))
             table.add_row(folder.name, saved, _size(manifest.nbytes), str(manifest.world_size), metrics, status)
         else:
             good &= layout.step_of(folder.absolute()) is None
