@@ -13,7 +13,7 @@ from typing import NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from joint_train.config import ConfigError, conf_dir, help_text, validate, world_size_from_env
+from joint_train.config import ConfigError, choices_text, conf_dir, help_text, validate, world_size_from_env
 from joint_train.tracking import StderrLines
 
 
@@ -80,6 +80,7 @@ def leave(code: int | str | None) -> NoReturn:
 if __name__ == "__main__":
     if {"--help", "-h"} & set(sys.argv):
         print(__doc__ + "\nHydra: --cfg job prints the composed configuration; --hydra-help has its own flags.")
+        print(f"\nprepared settings\n{choices_text()}")
         print(help_text())
     else:
         try:

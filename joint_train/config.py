@@ -190,7 +190,11 @@ class TrackingConfig:
     log_every: int = key(1, "steps between logged metrics")
     diagnose_every: int = key(0, "steps between the costly diagnostics (base gradient of the drafter's loss, drift)")
     max_bad_steps: int = key(10, "consecutive steps with a non-finite loss or gradient before the run stops")
-    profile_steps: str | None = key(None, "e.g. 10-12: trace these steps into OUTPUT_DIR/profile")
+
+
+@dataclass
+class ProfileConfig:
+    steps: str | None = key(None, "e.g. 10-12: trace these steps into OUTPUT_DIR/profile")
 
 
 @dataclass
@@ -206,7 +210,8 @@ class Config:
     loss: LossConfig = key(LossConfig, "the drafter's loss")
     checkpoint: CheckpointConfig = key(CheckpointConfig, "saving and resuming")
     eval: EvalConfig = key(EvalConfig, "validation during the run")
-    tracking: TrackingConfig = key(TrackingConfig, "metrics, wandb, guards, profiles")
+    tracking: TrackingConfig = key(TrackingConfig, "metrics, wandb, guards")
+    profile: ProfileConfig = key(ProfileConfig, "where time and memory go")
     pair: str | None = key(None, "a folder with base/ and drafter/, for configurations that say ${pair}")
     seed: int = key(0, "data order and random state")
     max_steps: int = key(1000, "optimizer steps")
@@ -311,11 +316,9 @@ def validate(cfg: DictConfig, world_size: int | None = None) -> None:
         raise ConfigError(
             "data.train is empty: name a source, e.g. 'data.train=[{path: train.jsonl}]' or data=starter."
         )
-    steps = parse_steps(cfg.tracking.profile_steps)
+    steps = parse_steps(cfg.profile.steps)
     if steps and steps[-1] > cfg.max_steps:
-        raise ConfigError(
-            f"tracking.profile_steps={cfg.tracking.profile_steps}: the run ends at max_steps={cfg.max_steps}."
-        )
+        raise ConfigError(f"profile.steps={cfg.profile.steps}: the run ends at max_steps={cfg.max_steps}.")
     if cfg.tracking.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("tracking.tensorboard=true needs the tensorboard package: pip install tensorboard")
     try:
@@ -354,6 +357,14 @@ def load(overrides: Sequence[str] = (), world_size: int | None = None) -> DictCo
     return cfg
 
 
+def choices_text() -> str:
+    """The files of ``conf/``, as they are chosen on the command line."""
+    groups = {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in sorted(conf_dir().iterdir())}
+    return "\n".join(
+        f"  {'+' * (group == 'experiment')}{group}={' | '.join(names)}" for group, names in groups.items() if names
+    )
+
+
 def world_size_from_env() -> int:
     """The number of ranks that the launcher (torchrun) announced; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -361,12 +372,14 @@ def world_size_from_env() -> int:
 
 def help_text(schema: type = Config, prefix: str = "") -> str:
     """One line for each key: its name, default and meaning."""
-    lines = []
-    for field in dataclasses.fields(schema):
+    lines, fields = [], dataclasses.fields(schema)
+    for before, field in zip((None, *fields), fields, strict=False):
         if dataclasses.is_dataclass(field.type):
             lines += ["", f"{prefix}{field.name}: {field.metadata['help']}"]
             lines.append(help_text(field.type, f"{prefix}{field.name}."))
         else:
+            if before and dataclasses.is_dataclass(before.type):
+                lines += ["", "the run"]
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             default = "(required)" if default == MISSING else "null" if default is None else str(default)
             lines.append(f"  {prefix + field.name:<38} {default:<12} {field.metadata['help']}")

@@ -201,7 +201,7 @@ def parse_steps(spec: str | None) -> range:
     numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", str(spec))
     first, last = (int(n) for n in (numbers[1], numbers[2] or numbers[1])) if numbers else (0, 0)
     if not 1 <= first <= last:
-        raise ConfigError(f"tracking.profile_steps={spec}: give a first and a last step, e.g. 10-12; steps start at 1.")
+        raise ConfigError(f"profile.steps={spec}: give a first and a last step, e.g. 10-12; steps start at 1.")
     return range(first, last + 1)
 
 
@@ -211,7 +211,7 @@ class StepProfiler:
     ``rank_R.trace.json.gz`` opens at ui.perfetto.dev, ``rank_R.memory.pickle`` at pytorch.org/memory_viz.
 
     Raises:
-        ConfigError: for a ``spec`` (``tracking.profile_steps``) that isn't one.
+        ConfigError: for a ``spec`` (``profile.steps``) that isn't one.
     """
 
     def __init__(self, spec: str | None, folder: str | Path, rank: int) -> None:

@@ -73,7 +73,7 @@ class Trainer:
         self.tracker = Tracker(cfg, self.rank, self.step)
         self.plan = make_plan(cfg, Machine(gpus=self.ranks), self.device.type)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
-        self.profiler = StepProfiler(cfg.tracking.profile_steps, self.output_dir / "profile", self.rank)
+        self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
         self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device, bad_steps)
         self.spikes = LossSpikes()

@@ -161,7 +161,7 @@ def test_profiled_steps(spec, steps):
 
 @pytest.mark.parametrize("spec", ["12-10", "0-3", "a-b", "3-", "-3", "1-2-3", ""])
 def test_steps_that_make_no_sense_are_refused(spec):
-    with pytest.raises(ConfigError, match="tracking.profile_steps"):
+    with pytest.raises(ConfigError, match="profile.steps"):
         guards.parse_steps(spec)
 
 

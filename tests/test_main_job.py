@@ -161,7 +161,7 @@ REFUSALS = [
     ("+peft.r=8", "peft"),
     ("loss.drafter=mse", "loss.drafter"),
     ("loss.round_weights=[1,2]", "loss.round_weights"),
-    ("tracking.profile_steps=ten", "tracking.profile_steps=ten"),
+    ("profile.steps=ten", "profile.steps=ten"),
     ("model.base=/nowhere", "/nowhere"),
 ]
 
@@ -172,7 +172,7 @@ REFUSALS = [
         "optim.lr=-1e-4", "optim.drafter_lr=nan", "optim.weight_decay=-1", "optim.eps=-1", "optim.min_lr_ratio=3",
         "optim.betas=[0.9]", "optim.betas=[0.9,1.5]", "loss.temperature=0", "data.max_length=1",
         "data.micro_batch_size=0", "data.max_line_bytes=0", "eval.max_new_tokens=0", "tracking.diagnose_every=-1",
-        "checkpoint.keep_every=-1", "tracking.profile_steps=499-501",
+        "checkpoint.keep_every=-1", "profile.steps=499-501",
     ],
 )  # fmt: skip
 def test_numbers_that_cannot_work_are_refused(override):
@@ -248,7 +248,14 @@ def test_a_refusal_of_another_rank_waits_for_rank_0_and_is_said_in_the_end(monke
 def test_help_and_composed_configuration_from_any_folder(tmp_path):
     run = job("--help", cwd=tmp_path)
     assert run.returncode == 0
-    for line in ("drafter.num_steps", "checkpoint.async", "train on while a checkpoint is written"):
+    for line in (
+        "\n\nthe run\n  pair ",
+        "  model=gemma4_12b_unified | ",
+        "  +experiment=starter\n",
+        "drafter.num_steps",
+        "checkpoint.async",
+        "train on while a checkpoint is written",
+    ):
         assert line in run.stdout
     run = job("--cfg", "job", "+experiment=starter", "pair=/somewhere", cwd=tmp_path)
     assert run.returncode == 0 and "num_steps: 4" in run.stdout
