@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from joint_train.data.cache import DOCUMENT, PICTURE, Tokenised
@@ -66,6 +66,7 @@ def flags(draw) -> list[int]:
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(flags(), min_size=1, max_size=4), st.sampled_from(["truncate", "split", "drop"]))
+@example([[0] * (LENGTH - 1) + [ASSISTANT], [0] * LENGTH + [ASSISTANT]], "drop")  # one fits exactly
 def test_pieces_are_those_of_a_plain_reference(documents, overlong):
     data = SimpleNamespace(max_length=LENGTH, overlong=overlong, train_on="assistant", on_error="raise")
     pieces = cut(tokenised(documents), data)
