@@ -1,6 +1,8 @@
 """Speculative decoding with a base and its drafter, measured against plain decoding.
 
     python -m joint_train.evaluate BASE DRAFTER [options]
+    python -m joint_train.evaluate BASE DRAFTER --engine vllm              how to serve this pair
+    python -m joint_train.evaluate --engine vllm --url URL [options]       measures a running server
     python -m joint_train.evaluate compare RUN RUN …
 
 Prompt sets: `general` (40 prompts in eight categories), `starter` (held-out docstrings of the standard library), or a
@@ -20,27 +22,29 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m joint_train.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("base", metavar="BASE", help="folder or hub id of the base")
-    parser.add_argument("drafter", metavar="DRAFTER", help="folder or hub id of its drafter")
+    parser.add_argument("base", metavar="BASE", nargs="?", help="folder or hub id of the base")
+    parser.add_argument("drafter", metavar="DRAFTER", nargs="?", help="folder or hub id of its drafter")
     parser.add_argument("--prompts", default="general", help="general | starter | a JSONL file (default: general)")
     parser.add_argument("--limit", type=int, help="at most this many prompts")
-    parser.add_argument(
-        "--num-steps", type=step_list, default=step_list("1-8"), help="K: 4, 1-8 or 1,2,4 (default 1-8)"
-    )
+    parser.add_argument("--num-steps", type=step_list, help="K: 4, 1-8 or 1,2,4 (default 1-8)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens for a prompt (default 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="also sample at this temperature (0: don't)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
     parser.add_argument(
         "--serving",
         choices=["transformers", "engine"],
-        default="transformers",
         help="what the drafter sees: as transformers 5.22 has it, or as vLLM and SGLang (default: transformers)",
     )
-    parser.add_argument(
-        "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: bfloat16 on GPU"
-    )
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], help="auto (default): bfloat16 on GPU")
     parser.add_argument("--device", help="cuda, cpu, … (default: a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of samples and bootstrap (default 0)")
+    server = parser.add_argument_group("a running server")
+    server.add_argument("--engine", choices=["vllm", "sglang"], help="measure this engine; without --url: how to serve")
+    server.add_argument("--url", help="where it is served, e.g. http://localhost:8000")
+    server.add_argument(
+        "--concurrency", type=step_list, default=[1, 4, 16], help="requests at a time (default 1,4,16; 1 is always)"
+    )
+    server.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder to write (default: evaluation)")
     return parser
 
@@ -57,6 +61,24 @@ def step_list(text: str) -> list[int]:
     return steps
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse options that don't go together.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if args.url and not args.engine:
+        raise ValueError("--url needs --engine vllm or --engine sglang.")
+    if (args.drafter is None) and (args.base is not None or not args.url):
+        raise ValueError("give the base and its drafter: BASE DRAFTER.")
+    if args.engine:
+        given = {"--serving": args.serving, "--device": args.device}
+        if args.url:  # the server was started with them
+            given |= {"--num-steps": args.num_steps, "--dtype": args.dtype}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{', '.join(unused)}: the server decides that; leave it out with --engine.")
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluate a pair; 1 if speculative decoding gave another text by more than rounding."""
     import torch
@@ -69,11 +91,11 @@ def run(args: argparse.Namespace) -> int:
     from joint_train.loading import check_pair, resolve
     from joint_train.tracking import code_version, replace
 
+    args.num_steps, args.serving = args.num_steps or step_list("1-8"), args.serving or "transformers"
     transformers.utils.logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}.get(args.dtype) or getattr(
-        torch, args.dtype
-    )
+    automatic = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    dtype = automatic if args.dtype in (None, "auto") else getattr(torch, args.dtype)
     folders = [resolve(args.base), resolve(args.drafter)]
     configs = [transformers.AutoConfig.from_pretrained(folder) for folder in folders]
     for folder, config, drafts in zip(folders, configs, (False, True), strict=True):
@@ -137,7 +159,18 @@ def main(argv: list[str] | None = None) -> int:
             from joint_train.evaluate.compare import main as compare
 
             return compare(argv[1:])
-        return run(parser().parse_args(argv))
+        args = parser().parse_args(argv)
+        check(args)
+        if args.engine:
+            from joint_train.evaluate.served import run as run_served
+
+            return run_served(args, progress)
+        return run(args)
+    except ModuleNotFoundError as error:
+        if error.name not in ("httpx", "prometheus_client"):
+            raise
+        print(f"joint_train.evaluate: --engine needs {error.name}: pip install 'joint-train[serving]'", file=sys.stderr)
+        return 2
     except (ConfigError, ValueError, OSError) as error:
         print(f"joint_train.evaluate: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,235 @@
+"""Clients of running vLLM and SGLang servers: completions of token ids, and what the engine counted meanwhile.
+
+vLLM counts verifications and accepted drafts in Prometheus counters of the whole server (``/metrics``); a phase of a
+measurement is the difference of two readings, which must account for exactly the tokens that the phase received.
+SGLang's Prometheus metrics hold only a windowed mean, but every answer of its own API (``/generate``) has the
+request's counts.
+"""
+
+import itertools
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+COUNTED_WITHIN = 10.0  # seconds after the last answer in which vLLM's counters must have its tokens
+
+
+class EngineError(ValueError):
+    """A server can't be measured: the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion: ``tokens`` new tokens with the end token, if any; ``seconds`` from request to answer."""
+
+    text: str
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Requests that were made together.
+
+    Attributes:
+        answers: in the order of the prompts.
+        seconds: from the first request to the last answer.
+        verifications: forwards of the base that had drafts to verify, over all requests.
+        accepted: for each draft position, how many verifications accepted that draft and all before it.
+    """
+
+    answers: list[Answer]
+    seconds: float
+    verifications: int
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(answer.tokens for answer in self.answers)
+
+    @property
+    def settled(self) -> int:
+        """Tokens that verifications settled: all but the first of each answer, which the prompt's forward gives."""
+        return self.tokens - sum(answer.tokens > 0 for answer in self.answers)
+
+
+@dataclass(frozen=True)
+class Request:
+    """How every prompt is completed."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    ignore_eos: bool = False
+    seed: int = 0
+
+
+class Engine:
+    """A running server.
+
+    Args:
+        url: its address; ``/v1`` at the end is left out.
+        timeout: seconds that a request may take.
+
+    ``OPENAI_API_KEY``, if set, is sent as the bearer token.
+
+    Raises:
+        EngineError: if the server can't be reached or isn't one of this engine with a drafter.
+    """
+
+    name = ""
+
+    def __init__(self, url: str, timeout: float = 600.0) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        key = os.environ.get("OPENAI_API_KEY")
+        self.client = httpx.Client(
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout, connect=min(10.0, timeout)),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=None),
+        )
+        served = self.call("GET", "/v1/models").json()["data"][0]
+        self.model: str = served["id"]  # the name that requests have to give
+        self.folder: str = served.get("root") or served["id"]
+
+    def call(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        try:
+            response = self.client.request(method, path, **kwargs)
+        except httpx.HTTPError as e:
+            raise EngineError(f"{method} {self.url}{path}: {type(e).__name__}: {e}. Is the server running?") from e
+        if response.is_error:
+            raise EngineError(f"{method} {self.url}{path}: HTTP {response.status_code}: {response.text[:400]}")
+        return response
+
+    def run(self, prompts: Sequence[list[int]], request: Request, concurrency: int) -> Phase:
+        """Complete prompts, ``concurrency`` of them at a time."""
+        raise NotImplementedError
+
+    def _together(self, complete, prompts: Sequence[list[int]], request: Request, concurrency: int) -> tuple:
+        """What ``complete(prompt, request)`` returns for each prompt, and the seconds that all of them took."""
+        started = time.perf_counter()
+        with ThreadPoolExecutor(concurrency) as pool:
+            done = list(pool.map(complete, prompts, itertools.repeat(request)))
+        return done, time.perf_counter() - started
+
+
+class VLLM(Engine):
+    """A ``vllm serve``."""
+
+    name = "vllm"
+
+    def __init__(self, url: str, timeout: float = 600.0) -> None:
+        super().__init__(url, timeout)
+        self.num_steps = len(self._positions(self.counters()))
+
+    def run(self, prompts: Sequence[list[int]], request: Request, concurrency: int) -> Phase:
+        before = self.counters()
+        answers, seconds = self._together(self._complete, prompts, request, concurrency)
+        expected, deadline = sum(answer.tokens for answer in answers), time.monotonic() + COUNTED_WITHIN
+        while True:
+            counted = self.counters()
+            counted.subtract(before)
+            if counted["generation_tokens"] >= expected or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        if counted["generation_tokens"] != expected:
+            raise EngineError(
+                f"{self.url} counted {counted['generation_tokens']} generated tokens while {expected} were received: "
+                "something else is using the server, so its counters say nothing about this measurement. Measure a "
+                "server that nobody else uses."
+            )
+        return Phase(answers, seconds, counted["spec_decode_num_drafts"], self._positions(counted))
+
+    def counters(self) -> Counter:
+        """The server's counters of generated tokens, verifications and accepted drafts, summed over its engines."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        found: Counter = Counter()
+        for family in text_string_to_metric_families(self.call("GET", "/metrics").text):
+            for sample in family.samples:
+                name = sample.name.removeprefix("vllm:").removesuffix("_total")
+                if name == "spec_decode_num_accepted_tokens_per_pos":
+                    name = int(sample.labels["position"])
+                elif name not in ("generation_tokens", "spec_decode_num_drafts"):
+                    continue
+                found[name] += int(sample.value)
+        if "generation_tokens" not in found:
+            raise EngineError(
+                f"{self.url}/metrics has no vllm:generation_tokens: it is no vLLM server, or one with "
+                "--disable-log-stats. For SGLang give --engine sglang."
+            )
+        if "spec_decode_num_drafts" not in found:
+            raise EngineError(
+                f"{self.url} serves {self.model} without a drafter (no vllm:spec_decode_num_drafts in /metrics): start "
+                "it with --speculative-config; without --url this command prints how."
+            )
+        return found
+
+    @staticmethod
+    def _positions(counters: Counter) -> list[int]:
+        return [counters[position] for position in sorted(key for key in counters if isinstance(key, int))]
+
+    def _complete(self, prompt: list[int], request: Request) -> Answer:
+        started = time.perf_counter()
+        body = {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": request.max_new_tokens,
+            "temperature": request.temperature,
+            "top_p": 1.0,
+            "ignore_eos": request.ignore_eos,
+            "seed": request.seed,
+        }
+        answer = self.call("POST", "/v1/completions", json=body).json()
+        seconds = time.perf_counter() - started
+        return Answer(answer["choices"][0]["text"], answer["usage"]["completion_tokens"], seconds)
+
+
+class SGLang(Engine):
+    """A ``sglang serve``."""
+
+    name = "sglang"
+
+    def __init__(self, url: str, timeout: float = 600.0) -> None:
+        super().__init__(url, timeout)
+        self.num_steps = int(self.call("GET", "/server_info").json().get("speculative_num_steps") or 0)
+        if not self.num_steps:
+            raise EngineError(
+                f"{self.url} serves {self.model} without a drafter (no speculative_num_steps in /server_info): start "
+                "it with --speculative-draft-model-path; without --url this command prints how."
+            )
+
+    def run(self, prompts: Sequence[list[int]], request: Request, concurrency: int) -> Phase:
+        done, seconds = self._together(self._complete, prompts, request, concurrency)
+        verifications, accepted = 0, [0] * self.num_steps
+        for _, info in done:
+            verifications += info.get("spec_verify_ct", 0)
+            # How many verifications accepted 0, 1, 2, … drafts.
+            histogram = info.get("spec_accept_histogram", info.get("spec_correct_drafts_histogram", []))
+            for k in range(self.num_steps):
+                accepted[k] += sum(histogram[k + 1 :])
+        return Phase([answer for answer, _ in done], seconds, verifications, accepted)
+
+    def _complete(self, prompt: list[int], request: Request) -> tuple[Answer, dict[str, Any]]:
+        started = time.perf_counter()
+        sampling = {
+            "max_new_tokens": request.max_new_tokens,
+            "temperature": request.temperature,
+            "top_p": 1.0,
+            "top_k": -1,
+            "ignore_eos": request.ignore_eos,
+            "sampling_seed": request.seed,
+        }
+        answer = self.call("POST", "/generate", json={"input_ids": prompt, "sampling_params": sampling}).json()
+        seconds, info = time.perf_counter() - started, answer["meta_info"]
+        if info["completion_tokens"] > 1 and "spec_verify_ct" not in info:
+            raise EngineError(f"{self.url} answers without spec_verify_ct in its meta_info: it drafted nothing.")
+        return Answer(answer["text"], info["completion_tokens"], seconds), info
+
+
+ENGINES = {engine.name: engine for engine in (VLLM, SGLang)}
