@@ -32,8 +32,8 @@ from omegaconf import OmegaConf
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 from joint_train.config import LossConfig
-from joint_train.loss import memory_budget_mb
-from joint_train.model import Gemma4WithDrafter
+from joint_train.pair.loss import memory_budget_mb
+from joint_train.weights.composite import Gemma4WithDrafter
 
 HIDDEN, DRAFTER_HIDDEN = 1536, 256
 GIB = 2**30

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from joint_train.loss import KINDS
+from joint_train.config.values import KINDS
 
 METRICS = {
     "val/tokens_per_forward": "tokens per base forward",

@@ -1,7 +1,6 @@
 """The main job: ``torchrun --nproc-per-node N -m joint_train [overrides]``."""
 
 import json
-import logging
 import multiprocessing
 import os
 import signal
@@ -13,38 +12,33 @@ from typing import NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from joint_train.config import ConfigError, choices_text, conf_dir, help_text, validate, world_size_from_env
-from joint_train.tracking import StderrLines
+from joint_train.command import start_logging
+from joint_train.config import choices_text, conf_dir, help_text, validate, world_size_from_env
+from joint_train.errors import JointTrainError
 
 
 def run(cfg: DictConfig) -> None:
     """Train as configured, on this rank."""
     # torch and transformers take seconds to import
-    from joint_train.checkpoint import CheckpointError
-    from joint_train.data import DataError
-    from joint_train.guards import TooManyBadSteps
-    from joint_train.loading import WeightsError
-    from joint_train.trainer import Trainer
+    from joint_train.train.trainer import Trainer
 
     try:
         Trainer(cfg).train()
-    except (ConfigError, WeightsError, DataError, CheckpointError, TooManyBadSteps) as error:
+    except JointTrainError as error:
         refuse(error, int(os.environ.get("RANK", 0)))
 
 
 @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     rank = int(os.environ.get("RANK", 0))
-    level = logging.INFO if rank == 0 else logging.ERROR
-    line = "%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"
-    logging.basicConfig(level=level, format=line, handlers=[StderrLines()], force=True)
+    start_logging(rank)
     # Writes the first failed rank's traceback to where torchrun looks for it.
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
         validate(cfg, world_size_from_env())
         record(run)(cfg)
-    except ConfigError as error:
+    except JointTrainError as error:
         refuse(error, rank)
 
 

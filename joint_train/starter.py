@@ -19,6 +19,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from joint_train.command import start
+from joint_train.errors import JointTrainError
+
 MIN_CHARS = 60  # a shorter docstring says too little to be worth a question
 VAL_EXAMPLES = 200
 VOCAB_SIZE = 2048  # small, so that five heads don't outweigh the layers
@@ -94,7 +97,7 @@ def examples(root: Path) -> tuple[list[dict], list[dict]]:
             question = {"role": "user", "content": f"What does `{name}` do?"}
             chats[key] = {"messages": [question, {"role": "assistant", "content": docstring}]}
     if len(chats) < 10 * VAL_EXAMPLES:
-        raise RuntimeError(
+        raise JointTrainError(
             f"{root} has {len(chats)} documented names in .py files; at least {10 * VAL_EXAMPLES} are needed. "
             "Use a Python whose standard library is installed as source files."
         )
@@ -119,7 +122,7 @@ def build_tokenizer(chats: list[dict]):
     )
     tokenizer.train_from_iterator((message["content"] for chat in chats for message in chat["messages"]), trainer)
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
-        raise RuntimeError(f"the texts give {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}: too few texts")
+        raise JointTrainError(f"the texts give {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}: too few texts")
     bos = (BOS, tokenizer.token_to_id(BOS))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[bos])
     fast = PreTrainedTokenizerFast(
@@ -283,20 +286,21 @@ def build(directory: str | Path, seed: int = 0) -> dict:
     return facts
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m joint_train.starter", description=__doc__.split("\n\n")[0])
     parser.add_argument("directory", metavar="DIR", help="folder to make")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
     args = parser.parse_args(argv)
     existed = (Path(args.directory) / "COMPLETE").exists()
-    try:
+
+    def run() -> None:
         facts = build(args.directory, args.seed)
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
-    print(f"{'already there' if existed else 'made'}: {args.directory}")
-    print(f"  {facts['train_examples']} training and {facts['val_examples']} validation examples")
-    print(f"  base {facts['base_parameters']:,} parameters, drafter {facts['drafter_parameters']:,}")
+        print(f"{'already there' if existed else 'made'}: {args.directory}")
+        print(f"  {facts['train_examples']} training and {facts['val_examples']} validation examples")
+        print(f"  base {facts['base_parameters']:,} parameters, drafter {facts['drafter_parameters']:,}")
+
+    return start("joint_train.starter", run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -52,7 +52,7 @@ def main(state: Path, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from joint_train.preemption import OVERRUN, PREEMPTED
+    from joint_train.distributed.preemption import OVERRUN, PREEMPTED
 
     # The agents tell their host by its name otherwise, which fails where host names have several forms.
     is_host = f"is_host={'true' if node == '0' else 'false'}"

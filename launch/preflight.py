@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 def source_hash() -> str:
     """A hash of joint_train's own files: hosts with local copies may have different ones."""
     digest = hashlib.sha256()
-    for file in sorted(Path(config.__file__).parent.rglob("*.py")):
+    for file in sorted(Path(config.__file__).parent.parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -30,6 +30,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from joint_train import config
+from joint_train.errors import JointTrainError
 
 LAUNCH = Path(__file__).resolve().parent
 SIGNAL_MARGIN_SECONDS = 30
@@ -70,7 +71,7 @@ class Run:
     cfg: Any
 
 
-class SubmitError(ValueError):
+class SubmitError(JointTrainError):
     """A job that is refused; the message says what to set instead."""
 
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedConfig
 from joint_train.checkpoint import Checkpointer
 from joint_train.checkpoint.state import optimizer_tensors, pair_tensors
 from joint_train.config import Config
-from joint_train.mesh import init_mesh
-from joint_train.model import Gemma4WithDrafter
-from joint_train.optim import build_optimizer
-from joint_train.parallelize import freeze, parallelize
+from joint_train.distributed.mesh import init_mesh
+from joint_train.distributed.parallelize import freeze, parallelize
+from joint_train.train.optim import build_optimizer
+from joint_train.weights.composite import Gemma4WithDrafter
 
 TIMEOUT = 60
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "transformers.models.gemma4.modeling_gemma4", "joint_train.model", "pairs"]
+    ["torch", "torch.distributed.fsdp", "transformers.models.gemma4.modeling_gemma4", "joint_train.pair.model", "pairs"]
 )
 
 

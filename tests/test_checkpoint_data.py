@@ -11,8 +11,8 @@ ROWS = 4  # of a step, however many ranks share them
 
 def train(rank, overrides):
     """The job; every row that this rank trained on, by step."""
-    from joint_train import trainer
     from joint_train.config import load
+    from joint_train.train import trainer
 
     job = trainer.Trainer(load(overrides))
     rows: dict[int, list] = {}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import CONTEXT, run_ranks
 from torch.utils.data import DataLoader
 
-from joint_train.preemption import OVERRUN, PREEMPTED, Preemption, leave_process_group
+from joint_train.distributed.preemption import OVERRUN, PREEMPTED, Preemption, leave_process_group
 
 
 def stop_step(rank, number, signalled):
@@ -157,7 +157,7 @@ def test_loader_processes_outlive_a_signal_to_the_group(tmp_path):
 WORKER = """
 import os, signal, sys, time
 import torch.distributed as dist
-from joint_train.preemption import Preemption
+from joint_train.distributed.preemption import Preemption
 dist.init_process_group("gloo")
 with Preemption(20, 20) as preemption:
     open(f"{sys.argv[1]}/pid{dist.get_rank()}", "w").write(str(os.getpid()))

@@ -6,8 +6,8 @@ from omegaconf import OmegaConf
 from pairs import build_pair
 
 from joint_train.config import Config
-from joint_train.model import Gemma4WithDrafter
-from joint_train.parallelize import prepare
+from joint_train.distributed.parallelize import prepare
+from joint_train.weights.composite import Gemma4WithDrafter
 
 
 @pytest.mark.slow  # the compiler takes a minute or two

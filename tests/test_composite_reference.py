@@ -224,8 +224,8 @@ def test_freeze_config_is_the_bases(folders):
 def sharded_pair(rank: int, folders, save_to=None):
     from torch.distributed.tensor import DTensor
 
-    from joint_train.config import ParallelConfig
-    from joint_train.mesh import init_mesh
+    from joint_train.config.schema import ParallelConfig
+    from joint_train.distributed.mesh import init_mesh
 
     mesh = init_mesh(OmegaConf.structured(ParallelConfig))
     model = Gemma4WithDrafter.from_pretrained(
@@ -278,7 +278,7 @@ def test_save_and_load(folders, tmp_path):
 
 def test_load_pretrained_reads_a_checkpoint(folders, tmp_path):
     from joint_train.checkpoint import Checkpointer
-    from joint_train.optim import build_optimizer
+    from joint_train.train.optim import build_optimizer
 
     cfg = OmegaConf.structured(Config)
     model = Gemma4WithDrafter.from_pretrained(*folders, drafter_num_steps=2)

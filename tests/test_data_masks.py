@@ -8,8 +8,8 @@ from data_helpers import TURNS, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from joint_train.data.errors import DataError
 from joint_train.data.template import ASSISTANT, LAST, MARKS, encode
+from joint_train.errors import DataError
 
 # Short renditions of what released templates do, with marks around what the assistant writes.
 

@@ -17,15 +17,15 @@ from transformers import GenerationConfig
 
 from joint_train.config import Config, SourceConfig
 from joint_train.data import DataError
+from joint_train.distributed.mesh import init_mesh
+from joint_train.distributed.parallelize import parallelize
 from joint_train.evaluate import accepted_length, decoding, measure, report, validation_prompts
 from joint_train.evaluate import prompts as prompt_sets
 from joint_train.evaluate.__main__ import main, step_list
 from joint_train.evaluate.decoding import Decoded, acceptance_steps, decode, tokens_per_forward
 from joint_train.evaluate.prompts import Prompt, load_prompts
-from joint_train.mesh import init_mesh
-from joint_train.model import Gemma4WithDrafter
-from joint_train.parallelize import parallelize
 from joint_train.starter import CHAT_TEMPLATE
+from joint_train.weights.composite import Gemma4WithDrafter
 
 K = 3
 

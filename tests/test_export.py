@@ -16,10 +16,13 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from joint_train import export
-from joint_train.config import Config, ConfigError
-from joint_train.export import export_model, main, parse_size, plan_shards, verify
-from joint_train.loading import WeightsError, build_meta, load_model, load_pair, materialize, read_config
+from joint_train.config import Config
+from joint_train.errors import ConfigError, WeightsError
+from joint_train.weights import export
+from joint_train.weights.composite import load_pair
+from joint_train.weights.export import export_model, main, parse_size, plan_shards, verify
+from joint_train.weights.folders import read_config
+from joint_train.weights.loading import build_meta, load_model, materialize
 
 PARTS = ("base", "drafter")
 
@@ -74,7 +77,7 @@ def test_round_trip_in_one_process(pairs, tmp_path, shape):
 
 
 def sharded_round_trip(rank, root, out, shapes, replicate):
-    from joint_train.mesh import init_mesh
+    from joint_train.distributed.mesh import init_mesh
 
     for shape in shapes:
         cfg = pair_config(f"{root}/{shape}", dp_replicate=replicate)
@@ -100,7 +103,7 @@ def test_round_trip_of_sharded_weights(pairs, tmp_path, world, replicate, shapes
 
 
 def write_checkpoint(rank, root, run):
-    from joint_train.mesh import init_mesh
+    from joint_train.distributed.mesh import init_mesh
 
     cfg = pair_config(root)
     cfg.drafter.num_steps = 3
@@ -267,7 +270,7 @@ def test_an_older_export_stays_whole_until_the_new_one_is(e2b, tmp_path, monkeyp
 
 
 def fail_on_one_rank(rank, root, out):
-    from joint_train.mesh import init_mesh
+    from joint_train.distributed.mesh import init_mesh
 
     cfg = pair_config(root)
     pair = load_pair(cfg, init_mesh(cfg.parallel), "cpu")

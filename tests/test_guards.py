@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from joint_train import guards
-from joint_train.config import ConfigError
+from joint_train.errors import ConfigError
+from joint_train.train import guards
 
 
 def test_bad_steps_count_what_is_not_finite():
@@ -89,7 +89,7 @@ def test_a_rank_that_ends_itself_leaves_the_others_time_for_their_stacks(monkeyp
 
 SCENARIOS = """
 import ctypes, os, sys, tempfile, time, json
-from joint_train.guards import Watchdog
+from joint_train.train.guards import Watchdog
 
 def stuck_here():
     time.sleep(60)

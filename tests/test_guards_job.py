@@ -13,7 +13,7 @@ from ranks import run_ranks
 from test_main_job import SMALL, settings
 
 from joint_train.config import load
-from joint_train.guards import TooManyBadSteps
+from joint_train.errors import TooManyBadSteps
 
 
 def poisoned(rank: int, overrides: list[str], steps: list[int]) -> tuple[str, list[torch.Tensor]]:
@@ -22,7 +22,7 @@ def poisoned(rank: int, overrides: list[str], steps: list[int]) -> tuple[str, li
     Returns:
         What it ended with, and the sum of the weights before the first step and after each.
     """
-    from joint_train import trainer
+    from joint_train.train import trainer
 
     sums = []
 
@@ -86,7 +86,7 @@ def test_too_many_in_a_row_end_the_run_with_a_dump(starter_dir, tmp_path):
 
 def heartbeats(rank: int, overrides: list[str]) -> list[int]:
     """The job; the watchdog's heartbeats in each of its validations, the first and the last."""
-    from joint_train import trainer
+    from joint_train.train import trainer
 
     beats, of_each = [], []
 
@@ -117,7 +117,7 @@ def test_a_long_validation_is_no_hang(starter_dir, tmp_path):
 
 HANGS = """
 import sys, time
-from joint_train import trainer
+from joint_train.train import trainer
 
 def stops_answering():
     time.sleep(600)

@@ -6,9 +6,9 @@ from omegaconf import OmegaConf
 
 from benchmarks.joint_step import DRAFTER_HIDDEN, HIDDEN, build_pair
 from joint_train.config import LossConfig
-from joint_train.loss import joint_targets
-from joint_train.model import Gemma4WithDrafter
-from joint_train.plan import Meter, stand_ins
+from joint_train.pair.targets import joint_targets
+from joint_train.plan.meter import Meter, stand_ins
+from joint_train.weights.composite import Gemma4WithDrafter
 
 K, BUDGET_MB = 4, 256
 MLP, HEADS = 6144, 8 * 512  # of the base's wider layer; numbers a token

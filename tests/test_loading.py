@@ -16,9 +16,11 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from joint_train import loading
-from joint_train.config import Config, ConfigError
-from joint_train.loading import WeightsError, build_meta, load_model, materialize, read_config, read_configs, resolve
+from joint_train.config import Config
+from joint_train.errors import ConfigError, WeightsError
+from joint_train.weights import loading
+from joint_train.weights.folders import read_config, read_configs, resolve
+from joint_train.weights.loading import build_meta, load_model, materialize
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def pair_config(folder, **parallel):
 
 
 def load_sharded(rank, root, shapes, replicate):
-    from joint_train.mesh import init_mesh
+    from joint_train.distributed.mesh import init_mesh
 
     torch.manual_seed(0)
     world = dist.get_world_size()
@@ -314,7 +316,7 @@ def anonymous_memory() -> int:
 
 
 def peak_of_loading(rank, folder):
-    from joint_train.mesh import init_mesh
+    from joint_train.distributed.mesh import init_mesh
 
     cfg = pair_config(folder)
     cfg.precision.params = "bfloat16"

@@ -10,17 +10,11 @@ from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import joint_train.loss as loss_module
-from joint_train.loss import (
-    KINDS,
-    Centroids,
-    joint_loss,
-    joint_targets,
-    parse_drafter_loss,
-    round_weights,
-    sum_weights,
-    token_centroids,
-)
+import joint_train.pair.loss as loss_module
+from joint_train.config.values import KINDS, parse_drafter_loss, round_weights
+from joint_train.pair.centroids import Centroids, token_centroids
+from joint_train.pair.loss import joint_loss
+from joint_train.pair.targets import joint_targets, sum_weights
 
 B, S, V, HB, HD, K = 2, 9, 24, 6, 4, 3
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextScaledWordEmbedding
 
-from joint_train.loss import joint_loss, joint_targets
-from joint_train.tied import TiedGradient
+from joint_train.pair.loss import joint_loss
+from joint_train.pair.targets import joint_targets
+from joint_train.pair.tied import TiedGradient
 
 V, H, S = 11, 3, 40
 CONFIG = SimpleNamespace(drafter="kl", temperature=1.0, teacher_grad=True, centroid_weight=0.0, memory_budget_mb=1)

@@ -13,7 +13,8 @@ import torch
 from ranks import run_ranks
 
 import joint_train.__main__ as main_job
-from joint_train.config import ConfigError, conf_dir, load
+from joint_train.config import conf_dir, load
+from joint_train.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -36,7 +37,7 @@ def settings(pair: Path, output_dir: Path, *more: str) -> list[str]:
 
 def train(rank: int, overrides: list[str], die_after: int | None = None) -> None:
     """The job on one rank; with ``die_after``, the process is gone without a word after that step."""
-    from joint_train import trainer
+    from joint_train.train import trainer
 
     if die_after is not None:
         step = trainer.Trainer.train_step

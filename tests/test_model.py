@@ -9,7 +9,7 @@ from transformers import Gemma4AssistantForCausalLM
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
 from joint_train import Gemma4JointOutput, Gemma4WithDrafter
-from joint_train.model import FIRST_TOKEN
+from joint_train.pair.model import FIRST_TOKEN
 
 LENGTH = 24
 
@@ -247,7 +247,7 @@ def test_every_trained_parameter_gets_a_gradient(shape, num_steps):
 
 
 def test_centroids_are_those_of_the_ordering_that_was_loaded_last(tmp_path):
-    from joint_train.loading import materialize
+    from joint_train.weights.loading import materialize
 
     folders = [make_pair(tmp_path / str(seed), seed=seed)[1] for seed in (0, 1)]
     model = Gemma4WithDrafter(*build_pair("e2b"), drafter_num_steps=2)

@@ -7,11 +7,11 @@ from pairs import MM_TOKENS, build_pair
 from ranks import run_ranks
 
 from joint_train.config import Config
-from joint_train.loss import joint_targets
-from joint_train.mesh import init_mesh
-from joint_train.model import Gemma4WithDrafter
-from joint_train.parallelize import parallelize, prepare
-from joint_train.visibility import attention_masks
+from joint_train.distributed.mesh import init_mesh
+from joint_train.distributed.parallelize import parallelize, prepare
+from joint_train.pair.targets import joint_targets
+from joint_train.pair.visibility import attention_masks
+from joint_train.weights.composite import Gemma4WithDrafter
 
 K, LENGTH, SOFT_TOKENS, PATCH = 2, 20, 4, 4
 IMAGE = MM_TOKENS["image_token_id"]

@@ -7,9 +7,9 @@ import torch
 from omegaconf import OmegaConf
 from pairs import build_pair
 
-from joint_train.config import OptimConfig
-from joint_train.model import Gemma4WithDrafter
-from joint_train.optim import build_optimizer, lr_factor, update
+from joint_train.config.schema import OptimConfig
+from joint_train.train.optim import build_optimizer, lr_factor, update
+from joint_train.weights.composite import Gemma4WithDrafter
 
 
 def config(**values):

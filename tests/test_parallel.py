@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from joint_train.config import Config, ConfigError
-from joint_train.loss import joint_targets
-from joint_train.mesh import data_rank, init_mesh, mesh_shape
-from joint_train.model import Gemma4WithDrafter
-from joint_train.optim import build_optimizer, update
-from joint_train.parallelize import parallelize, prepare, reshard, set_last_micro_batch
+from joint_train.config import Config
+from joint_train.config.values import mesh_shape
+from joint_train.distributed.mesh import data_rank, init_mesh
+from joint_train.distributed.parallelize import parallelize, prepare, reshard, set_last_micro_batch
+from joint_train.errors import ConfigError
+from joint_train.pair.targets import joint_targets
+from joint_train.train.optim import build_optimizer, update
+from joint_train.weights.composite import Gemma4WithDrafter
 
 ROWS, LENGTH, K = 8, 20, 3
 

@@ -13,10 +13,13 @@ from pairs import SHAPES, make_pair
 from ranks import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
-from joint_train.config import Config, ConfigError
-from joint_train.loading import load_pair, meta_pair, read_configs
-from joint_train.plan import GIB, Machine, count_parameters, longest, main, make_plan, savings, simulate, with_overrides
-from joint_train.released import CONFIGS, released_config
+from joint_train.config import Config
+from joint_train.errors import ConfigError
+from joint_train.plan.planner import GIB, Machine, count_parameters, longest, main, make_plan, savings, with_overrides
+from joint_train.plan.step import simulate
+from joint_train.weights.composite import load_pair, meta_pair
+from joint_train.weights.folders import read_configs
+from joint_train.weights.released import CONFIGS, released_config
 
 CPU = dict(device_type="cpu")
 
@@ -80,7 +83,7 @@ def test_released_sizes(name, billions):
 
 
 def test_released_pairs_fit_together():
-    from joint_train.loading import check_pair
+    from joint_train.pair.compatibility import check_pair
 
     names = [name for name in CONFIGS if not name.endswith("-assistant")]
     assert len(names) == 5
@@ -152,7 +155,7 @@ def test_attention_flops_of_a_fused_kernel(pairs):
 
 def measured_peak(rank, settings):
     """The most memory of its own that a rank had in two steps, over what it had before it loaded the pair."""
-    from joint_train.mesh import init_mesh
+    from joint_train.distributed.mesh import init_mesh
 
     libc = ctypes.CDLL("libc.so.6")
     for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: what is freed goes back to the system at once

@@ -18,7 +18,7 @@ from ranks import CONTEXT
 
 from joint_train.checkpoint import Checkpointer, layout
 from joint_train.checkpoint.state import load_tensors, stored_tensors
-from joint_train.preemption import PREEMPTED
+from joint_train.distributed.preemption import PREEMPTED
 
 # --- every point of a save ------------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ SETTINGS = [
 
 def run_rank(rank, store, log, overrides):
     from joint_train.config import load
-    from joint_train.trainer import Trainer
+    from joint_train.train.trainer import Trainer
 
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)

@@ -13,9 +13,9 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from joint_train import tracking
 from joint_train.config import Config
-from joint_train.tracking import ConsoleLines, JsonLines, Tracker
+from joint_train.train import tracking
+from joint_train.train.tracking import ConsoleLines, JsonLines, Tracker
 
 STEP = {"base_loss": 5.25, "drafter_loss": 6.5, "tokens_per_second": 12345.6, "bad_steps": 0}
 
@@ -221,7 +221,7 @@ def test_wandb_isnt_imported_where_it_is_off(tmp_path):
 import sys
 from omegaconf import OmegaConf
 from joint_train.config import Config
-from joint_train.tracking import Tracker
+from joint_train.train.tracking import Tracker
 cfg = OmegaConf.structured(Config)
 OmegaConf.update(cfg, "output_dir", {str(tmp_path / "run")!r})
 cfg.model.base = cfg.model.drafter = "x"

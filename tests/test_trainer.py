@@ -10,10 +10,11 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from joint_train import Gemma4WithDrafter, trainer
+from joint_train import Gemma4WithDrafter
 from joint_train.config import load
-from joint_train.diagnostics import POSITIONS
-from joint_train.tracking import METRICS
+from joint_train.metrics import METRICS
+from joint_train.train import trainer
+from joint_train.train.diagnostics import POSITIONS
 
 K, STEPS, ROUND_WEIGHTS, LOSS_WEIGHT, MIX = 2, 2, [1.0, 0.5], 0.7, {"ce": 0.25, "kl": 0.75}
 LR, DRAFTER_LR = 3e-3, 6e-3

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from joint_train.visibility import attention_masks
+from joint_train.pair.visibility import attention_masks
 
 LENGTH, WINDOW = 24, 5
 

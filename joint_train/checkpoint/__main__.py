@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from joint_train.checkpoint import layout
-from joint_train.checkpoint.layout import CheckpointError
 from joint_train.checkpoint.lock import RunLock
+from joint_train.command import start
+from joint_train.errors import CheckpointError
 
 METRICS_SHOWN = 4
 
@@ -37,11 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     args = parser.parse_args(argv)
     console = Console()
-    try:
-        return {"ls": _list, "verify": _verify, "prune": _prune}[args.command](args, console)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    work = {"ls": _list, "verify": _verify, "prune": _prune}[args.command]
+    return start("joint_train.checkpoint", lambda: work(args, console))
 
 
 def _folders(path: Path) -> list[Path]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from joint_train.checkpoint import compat, layout, state
-from joint_train.checkpoint.layout import CheckpointError, DamagedCheckpoint, IncompleteCheckpoint
+from joint_train.checkpoint.background import BackgroundSave
+from joint_train.checkpoint.contents import check_json, model_config, plain, some, torch_bytes
 from joint_train.checkpoint.lock import RunLock
-from joint_train.checkpoint.ranks import Ranks
+from joint_train.checkpoint.search import Search
+from joint_train.distributed.ranks import Ranks
+from joint_train.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Checkpointer:
         self._ranks = Ranks(timeout_seconds)
         self._writer_ranks = Ranks(timeout_seconds)  # a background save talks while the training loop does
         self._staging = state.Staging()
-        self._save: _BackgroundSave | None = None
+        self._save: BackgroundSave | None = None
         self._answers: Callable[[], int] | None = None  # of all ranks to the last poll
         self._step: int | None = None  # of the newest checkpoint known to be good
         self._random: dict | None = None
@@ -87,67 +88,7 @@ class Checkpointer:
         Raises CheckpointError if ``output_dir`` has complete checkpoints of which none is usable, or newer ones than
         the path's, or any with ``never``: going on there would mix two histories.
         """
-        own = self._ranks.first("looking for checkpoints", lambda: layout.list_steps(self.folder))
-        if resume == "never":
-            complete = self._ranks.first("looking for checkpoints", lambda: layout.newest(self.folder))
-            if complete:
-                raise CheckpointError(
-                    f"resume=never, but {complete} is there: set another output_dir, or resume=auto to go on from it"
-                )
-            return None
-        if resume != "auto":
-            path = self._ranks.first("looking for the checkpoint", lambda: layout.locate(Path(resume).absolute()))
-            if path.parent.resolve() == self.folder.resolve():
-                return self._resume_own(path, own)
-            if not self._ranks.first("looking for checkpoints", lambda: layout.newest(self.folder)):
-                return self._checked(path)
-            self._warn(f"output_dir has checkpoints of its own: going on from those, not from resume={resume}")
-        return self._newest_good(own)
-
-    def _resume_own(self, path: Path, own: list[Path]) -> Path:
-        newer = [other for other in own if layout.step_of(other) > layout.step_of(path)]
-        if self._ranks.first("looking for checkpoints", lambda: any((f / layout.MANIFEST).exists() for f in newer)):
-            raise CheckpointError(
-                f"resume={path}, but {newer[0].name} of the same run is newer: going on would mix two histories. "
-                "Set another output_dir, which reads from this one, or remove the newer ones"
-            )
-        return self._checked(path)
-
-    def _checked(self, path: Path) -> Path:
-        if problem := self._problem(path):
-            raise problem
-        return path
-
-    def _newest_good(self, own: list[Path]) -> Path | None:
-        lost = []
-        for path in own:
-            problem = self._problem(path)
-            if problem is None:
-                return path
-            if not isinstance(problem, (DamagedCheckpoint, IncompleteCheckpoint)):
-                raise problem
-            self._warn(f"{problem}. It is left as it is and passed over")
-            lost += [path] if isinstance(problem, DamagedCheckpoint) else []
-        if lost:
-            raise CheckpointError(
-                f"none of the checkpoints in {self.folder} is usable ({len(lost)} damaged). "
-                "Starting from nothing would hide that: set another output_dir, or remove them"
-            )
-        return None
-
-    def _problem(self, path: Path) -> CheckpointError | None:
-        """What is wrong with a checkpoint: rank 0 looks at manifest and sizes, then each rank reads its share."""
-        try:
-            manifest = self._ranks.first(f"verifying {path}", lambda: layout.verify(path, contents=False))
-        except CheckpointError as error:
-            return error
-        if not self.cfg.checksums:
-            return None
-        by_size = sorted(manifest.files, key=lambda name: (manifest.files[name][0], name))
-        share = by_size[self._ranks.rank :: self._ranks.size]
-        problems = self._ranks.each(f"verifying {path}", lambda: layout.check_files(path, manifest, share))
-        problems = [problem for of_rank in problems for problem in of_rank]
-        return layout.damaged(path, problems) if problems else None
+        return Search(self.folder, self._ranks, self.cfg.checksums, self._warn).find(resume)
 
     def load(
         self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, config: DictConfig | dict
@@ -161,7 +102,7 @@ class Checkpointer:
 
         Raises CheckpointError if the models' sizes or vocabulary aren't the checkpoint's, naming the keys.
         """
-        config = _plain(config)
+        config = plain(config)
         manifest, files = self._ranks.first(f"reading {path}", lambda: self._read_small(path))
         changed = compat.differences(files["config.json"], config)
         for key, (before, now) in changed.items():
@@ -186,7 +127,7 @@ class Checkpointer:
         """The model has to be the checkpoint's: same architecture, same tensors."""
         problems = []
         for part in ("base", "drafter"):
-            now = _model_config(getattr(model, part))
+            now = model_config(getattr(model, part))
             problems += compat.fixed_differences(part, files[f"{part}/config.json"], now)
         for part in tensors:
             problems += compat.tensor_differences(part.partition("/")[0], stored[part], tensors[part])
@@ -208,9 +149,9 @@ class Checkpointer:
         trained = {names[p] for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         had = {key.rpartition("/")[0] for key in stored}
         if fresh := sorted(trained - had):
-            self._warn(f"no optimizer state in {path.name} for {_some(fresh)}: trained from here on, with new state")
+            self._warn(f"no optimizer state in {path.name} for {some(fresh)}: trained from here on, with new state")
         if dropped := sorted(had - trained):
-            self._warn(f"optimizer state in {path.name} of {_some(dropped)} is dropped: not trained any more")
+            self._warn(f"optimizer state in {path.name} of {some(dropped)} is dropped: not trained any more")
 
     def _load_random(self, path, manifest, config) -> None:
         if manifest.world_size == self._ranks.size:
@@ -251,16 +192,16 @@ class Checkpointer:
         self.wait()
         if step == self._step:
             return
-        _check_json(trainer_state, "state")
+        check_json(trainer_state, "state")
         tensors = {**state.pair_tensors(model), "optimizer": state.optimizer_tensors(model, optimizer)}
         shards = {part: state.local_shards(of_part) for part, of_part in tensors.items()}
         background = self.cfg["async"] and not block
-        config = _plain(config)
+        config = plain(config)
         documents = {
             "config.json": config,
             "state.json": trainer_state,
-            "base/config.json": _model_config(model.base),
-            "drafter/config.json": _model_config(model.drafter),
+            "base/config.json": model_config(model.base),
+            "drafter/config.json": model_config(model.drafter),
         }
         job = _Job(
             step=step,
@@ -272,7 +213,7 @@ class Checkpointer:
             random=state.random_state(),
         )
         if background:
-            self._save = _BackgroundSave(step, lambda: self._write(job, self._writer_ranks))
+            self._save = BackgroundSave(step, lambda: self._write(job, self._writer_ranks))
         else:
             self._write(job, self._ranks)
             self._step = step
@@ -292,7 +233,7 @@ class Checkpointer:
         if self._answers is not None:
             worst = self._answers()
             self._answers = None
-            if worst != _BackgroundSave.RUNNING:
+            if worst != BackgroundSave.RUNNING:
                 self._finish(worst)
                 return
         self._answers = self._ranks.start_highest(f"saving step {self._save.step}", self._save.status())
@@ -309,7 +250,7 @@ class Checkpointer:
 
     def _finish(self, status: int) -> None:
         save, self._save = self._save, None
-        if status == _BackgroundSave.FAILED:
+        if status == BackgroundSave.FAILED:
             if save.error is None:
                 save.join(_GRACE_SECONDS)
             save.reraise()
@@ -322,7 +263,7 @@ class Checkpointer:
         try:
             if save is not None:
                 save.join(self.timeout_seconds)
-                if save.status(late=True) == _BackgroundSave.FAILED:
+                if save.status(late=True) == BackgroundSave.FAILED:
                     save.reraise()
         finally:
             if self._lock is not None:
@@ -359,7 +300,7 @@ class Checkpointer:
             if any(step != job.step for step, _ in random):
                 raise CheckpointError(f"the ranks are at different steps: {[step for step, _ in random]}")
             if ranks.rank == 0:
-                job.documents["random.pt"] = _torch_bytes([of_rank for _, of_rank in random])
+                job.documents["random.pt"] = torch_bytes([of_rank for _, of_rank in random])
             files = ranks.each(f"writing {final}", lambda: written | self._write_small(temporary, job, ranks))
             notes = ranks.first(f"finishing {final}", lambda: self._complete(temporary, final, job, files))
         except CheckpointError:
@@ -449,40 +390,6 @@ class _Job:
     random: dict
 
 
-class _BackgroundSave:
-    """A save in a thread of its own, and how it ended."""
-
-    DONE, RUNNING, FAILED = range(3)
-
-    def __init__(self, step: int, write):
-        self.step = step
-        self.error: BaseException | None = None
-        # A daemon: a process that has to go isn't held up by a write that hangs.
-        self._thread = threading.Thread(target=self._run, args=(write,), name=f"save-{step}", daemon=True)
-        self._thread.start()
-
-    def _run(self, write) -> None:
-        try:
-            write()
-        except BaseException as error:
-            self.error = error
-
-    def join(self, timeout: float) -> None:
-        self._thread.join(timeout)
-
-    def status(self, late: bool = False) -> int:
-        """How it stands; with ``late`` one that still runs has failed."""
-        if self._thread.is_alive():
-            if late:
-                self.error = CheckpointError(f"saving step {self.step} has not finished in time, its disk may hang")
-            return self.FAILED if late else self.RUNNING
-        return self.DONE if self.error is None else self.FAILED
-
-    def reraise(self) -> None:
-        if self.error is not None:
-            raise CheckpointError(f"saving step {self.step} failed: {self.error}") from self.error
-
-
 def load_model(path: str | Path, module: nn.Module, part: str, ranks: Ranks | None = None) -> None:
     """The weights of ``part`` (``base`` or ``drafter``) of a checkpoint into a module, in place; on one process,
     or with ``ranks`` on all of them. Tied parameters are stored once: tie the module's before.
@@ -494,36 +401,3 @@ def load_model(path: str | Path, module: nn.Module, part: str, ranks: Ranks | No
     if problems := compat.tensor_differences(part, state.stored_tensors(folder), tensors):
         raise CheckpointError(f"{folder} doesn't fit: {'; '.join(problems[:8])}")
     state.load_tensors(folder, tensors, ranks)
-
-
-def _plain(config: DictConfig | dict) -> dict:
-    """As it will be read back from JSON."""
-    return json.loads(json.dumps(OmegaConf.to_container(OmegaConf.create(config), resolve=True)))
-
-
-def _model_config(module: nn.Module) -> dict:
-    return json.loads(module.config.to_json_string(use_diff=False))
-
-
-def _torch_bytes(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _check_json(value: Any, where: str) -> None:
-    """What isn't the same after a trip through JSON is an error that names the place."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise CheckpointError(f"{where} has the key {key!r}, a {type(key).__name__}: only text survives JSON")
-            _check_json(item, f"{where}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _check_json(item, f"{where}[{index}]")
-    elif not isinstance(value, (str, int, float, bool, type(None))):
-        raise CheckpointError(f"{where} is a {type(value).__name__}: a checkpoint's state is plain JSON")

@@ -25,16 +25,14 @@ import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from joint_train.errors import CheckpointError
+
 LAYOUT = 1
 MANIFEST = "COMPLETE"
 PARTS = ("base/model", "drafter/model", "optimizer")
 
 _STEP = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_(\d{8,})\.(tmp|trash)-\w+")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint can't be written, read or used; the message says which, why and what to do."""
 
 
 class IncompleteCheckpoint(CheckpointError):

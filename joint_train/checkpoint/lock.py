@@ -8,7 +8,7 @@ import socket
 import time
 from pathlib import Path
 
-from joint_train.checkpoint.layout import CheckpointError
+from joint_train.errors import CheckpointError
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from joint_train.checkpoint.layout import hex_checksum
-from joint_train.checkpoint.ranks import Ranks
+from joint_train.distributed.ranks import Ranks
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -7,17 +7,16 @@ Overrides are those of the main job: ``+experiment=starter pair=DIR``, ``data=tu
 """
 
 import argparse
-import logging
 import os
 import sys
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from joint_train.config import ConfigError, conf_dir
+from joint_train.command import start
+from joint_train.config import conf_dir
+from joint_train.errors import ConfigError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,28 +49,26 @@ def load_config(overrides: list[str]) -> DictConfig:
         return compose("config", overrides)
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     options, more = parser().parse_known_args(arguments)
     unknown = [argument for argument in more if argument.startswith("--")]
     if unknown:
         parser().error(f"unknown option {unknown[0]}")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from joint_train.data.errors import DataError  # after parsing: transformers takes seconds to import
 
-    try:
+    def run() -> None:
         cfg = load_config(options.overrides + more)
         if cfg.data.tokenizer is None and OmegaConf.is_missing(cfg.model, "base"):
-            sys.exit("joint_train.data: model.base is not set (or data.tokenizer, for show)")
+            raise ConfigError("model.base is not set (or data.tokenizer, for show)")
         {"show": run_show, "regenerate": run_regenerate}[options.command](cfg, options)
-    except (ConfigError, DataError, TimeoutError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"joint_train.data: {error}")
+
+    return start("joint_train.data", run, int(os.environ.get("RANK", 0)))
 
 
 def load_tokenizer(cfg: DictConfig):
     """The tokenizer of the data, as the main job loads it."""
     from transformers import AutoTokenizer
 
-    from joint_train.loading import resolve
+    from joint_train.weights.folders import resolve
 
     return AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(*_base(cfg)))
 
@@ -99,8 +96,8 @@ def run_regenerate(cfg: DictConfig, options: argparse.Namespace) -> None:
     from transformers import AutoModelForImageTextToText
 
     from joint_train.data.regenerate import prompts, regenerate
-    from joint_train.loading import resolve
-    from joint_train.parallelize import compute_dtype
+    from joint_train.distributed.parallelize import compute_dtype
+    from joint_train.weights.folders import resolve
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
@@ -130,4 +127,4 @@ def run_regenerate(cfg: DictConfig, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

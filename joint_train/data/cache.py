@@ -31,7 +31,7 @@ from omegaconf import OmegaConf
 
 from joint_train.config import SourceConfig
 from joint_train.data import images, sources, template
-from joint_train.data.errors import DataError
+from joint_train.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from joint_train.data.errors import DataError
 from joint_train.data.template import IMAGE
+from joint_train.errors import DataError
 
 FIELDS = ("image", "path", "url", "image_url", "bytes")
 LISTS = ("images", "image")

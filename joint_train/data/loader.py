@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from joint_train import config
+from joint_train.config import checks
 from joint_train.data import images
 from joint_train.data.cache import tokenised
-from joint_train.data.errors import DataError, OtherData
 from joint_train.data.pieces import Pieces, cut
 from joint_train.data.rows import Cursor, RowSequence
 from joint_train.data.sources import FORMATS, source_name
 from joint_train.data.streams import StreamPieces
-from joint_train.preemption import leave_process_group
+from joint_train.distributed.preemption import leave_process_group
+from joint_train.errors import DataError, OtherData
 
 UNPACKED_MULTIPLE = 64
 POSITION = "position"
-CHOICES = {key.removeprefix("data."): of for key, of in config.CHOICES.items() if key.startswith("data.")}
+CHOICES = {key.removeprefix("data."): of for key, of in checks.CHOICES.items() if key.startswith("data.")}
 
 
 class BatchLoader(StatefulDataLoader):

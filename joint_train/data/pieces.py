@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from joint_train.data.cache import Tokenised
-from joint_train.data.errors import DataError
 from joint_train.data.order import permutation
 from joint_train.data.template import ASSISTANT, LAST
+from joint_train.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ import torch
 from rich.progress import Progress
 
 from joint_train.data import sources
-from joint_train.data.errors import DataError
 from joint_train.data.template import THINKING
+from joint_train.errors import DataError
 
 CHANNEL = re.compile(r"<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
 

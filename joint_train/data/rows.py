@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from joint_train.data.errors import DataError
 from joint_train.data.order import permutation, uniform
 from joint_train.data.packing import assemble, best_fit
 from joint_train.data.pieces import MASKS, Pieces
 from joint_train.data.streams import StreamPieces
 from joint_train.data.template import IMAGE
+from joint_train.errors import DataError
 
 WINDOW = 4096
 """Documents that are packed together. More fill the rows better; it takes about 20 ms to pack these."""

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from joint_train.data.pieces import Pieces
 from joint_train.data.rows import Cursor, RowSequence
-from joint_train.loss import joint_targets
+from joint_train.pair.targets import joint_targets
 
 TRAINED, UNTRAINED, CUT, NOTE = "bold green", "grey50", "magenta", "italic cyan"
 

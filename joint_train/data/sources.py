@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from joint_train.config import SourceConfig
 from joint_train.data import images
-from joint_train.data.errors import DataError
+from joint_train.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {

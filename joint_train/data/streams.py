@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from joint_train.data import cache, sources
-from joint_train.data.errors import DataError
 from joint_train.data.order import permutation
 from joint_train.data.pieces import Pieces, cut
+from joint_train.errors import DataError
 
 BLOCK = 1024
 IN_MEMORY = 16

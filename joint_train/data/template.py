@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from joint_train.data.errors import DataError
+from joint_train.errors import DataError
 
 ASSISTANT = 1
 """Flag of a token that the assistant wrote."""

@@ -7,55 +7,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from joint_train.config import ConfigError
-
-DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-
-REFUSED = {
-    "pp": "the drafter reads the keys and values of the base's last layers in the same forward, so the pair can't be "
-    "split into pipeline stages",
-    "cp": "the drafter's rows attend to the base's whole key/value sequence, so the sequence can't be split",
-    "tp": "the drafter and the loss read the base's embedding and head whole, which tensor parallelism splits",
-}
-
-
-def mesh_shape(parallel: DictConfig, world_size: int | None) -> tuple[int, int, int, int, int]:
-    """Sizes of :data:`DIMENSIONS`.
-
-    Args:
-        parallel: the ``parallel`` configuration group.
-        world_size: number of ranks; ``None`` where it isn't known yet (``dp_shard=-1`` stays -1 then).
-
-    Raises:
-        ConfigError: for pp, cp or tp above 1, and for a mesh that doesn't fit the world size.
-    """
-    for name, why in REFUSED.items():
-        if parallel[name] != 1:
-            raise ConfigError(
-                f"parallel.{name}={parallel[name]} is not supported: {why}. Set parallel.{name}=1 and use "
-                "parallel.dp_shard (FSDP2) and parallel.dp_replicate (HSDP) instead."
-            )
-    replicate, shard = parallel.dp_replicate, parallel.dp_shard
-    if replicate < 1 or (shard < 1 and shard != -1):
-        raise ConfigError(
-            f"parallel.dp_replicate={replicate}, parallel.dp_shard={shard}: sizes are at least 1; only dp_shard may "
-            "be -1, for all the ranks that are left."
-        )
-    if world_size is not None:
-        if shard == -1 and world_size % replicate == 0:
-            shard = world_size // replicate
-        if shard == -1 or replicate * shard != world_size:
-            product = f"{replicate} x {'?' if shard == -1 else shard}"
-            fit = (
-                f"{replicate} x {shard} = {replicate * shard}"
-                if shard != -1
-                else f"{world_size} / {replicate} isn't whole"
-            )
-            raise ConfigError(
-                f"parallel: dp_replicate x dp_shard = {product} doesn't fit {world_size} ranks ({fit}). Set "
-                f"parallel.dp_shard=-1 and a parallel.dp_replicate that divides {world_size}."
-            )
-    return 1, replicate, shard, 1, 1
+from joint_train.config import DIMENSIONS, mesh_shape
 
 
 def init_distributed(timeout_seconds: int) -> torch.device:

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
-from joint_train.config import ConfigError
-from joint_train.mesh import fsdp_mesh
-from joint_train.model import Gemma4WithDrafter
+from joint_train.distributed.mesh import fsdp_mesh
+from joint_train.errors import ConfigError
+from joint_train.pair.model import JointModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -35,7 +35,7 @@ def text_model(base: nn.Module) -> nn.Module:
     return getattr(base.model, "language_model", base.model)
 
 
-def freeze(model: Gemma4WithDrafter, cfg: DictConfig) -> None:
+def freeze(model: JointModel, cfg: DictConfig) -> None:
     """Apply the ``freeze`` group to the base (``freeze.base`` is the composite's own argument)."""
     base = model.base
     if cfg.towers:
@@ -49,7 +49,7 @@ def freeze(model: Gemma4WithDrafter, cfg: DictConfig) -> None:
             per_layer.requires_grad_(False)
 
 
-def prepare(model: Gemma4WithDrafter, cfg: DictConfig) -> None:
+def prepare(model: JointModel, cfg: DictConfig) -> None:
     """What comes before sharding, and is there without it: freezing, kernels, checkpointing, compilation.
 
     Raises:
@@ -77,12 +77,12 @@ def prepare(model: Gemma4WithDrafter, cfg: DictConfig) -> None:
             layer.compile()
 
 
-def parallelize(model: Gemma4WithDrafter, mesh: DeviceMesh, cfg: DictConfig) -> None:
+def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
     """Shard the pair in place; works on the meta device.
 
     Args:
         model: the pair after :func:`prepare`.
-        mesh: from :func:`joint_train.mesh.init_mesh`.
+        mesh: from :func:`joint_train.distributed.mesh.init_mesh`.
         cfg: the whole configuration.
     """
     text = text_model(model.base)
@@ -112,13 +112,13 @@ def parallelize(model: Gemma4WithDrafter, mesh: DeviceMesh, cfg: DictConfig) -> 
     model.base.set_reduce_scatter_unused_params(True)
 
 
-def set_last_micro_batch(model: Gemma4WithDrafter, last: bool) -> None:
+def set_last_micro_batch(model: JointModel, last: bool) -> None:
     """With HSDP, let only a step's last micro-batch reduce over the replicas."""
     for root in (model.base, model.drafter):
         root.set_requires_all_reduce(last)
 
 
-def reshard(model: Gemma4WithDrafter) -> None:
+def reshard(model: JointModel) -> None:
     """Free the weights that a forward without a backward leaves gathered, and show the shards as the parameters."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

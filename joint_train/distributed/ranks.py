@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from joint_train.checkpoint.layout import CheckpointError
+from joint_train.errors import CheckpointError
 
 T = TypeVar("T")
 
@@ -86,3 +86,24 @@ def _value(result: T | CheckpointError) -> T:
     if isinstance(result, CheckpointError):
         raise result
     return result
+
+
+def together(action: Callable[[], Any]) -> None:
+    """Do something on every rank; if it fails on one, it fails on all of them, and none is left waiting.
+
+    Raises:
+        Exception: this rank's own; on the other ranks a RuntimeError with its text.
+    """
+    error = None
+    try:
+        action()
+    except Exception as e:
+        error = e
+    if dist.is_initialized():
+        texts: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, error and f"{type(error).__name__}: {error}")
+        for rank, text in enumerate(texts):
+            if text and error is None:
+                raise RuntimeError(f"rank {rank}: {text}")
+    if error:
+        raise error

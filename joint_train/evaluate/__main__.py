@@ -15,7 +15,8 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from joint_train.config import ConfigError
+from joint_train.command import start
+from joint_train.errors import ConfigError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,15 +69,15 @@ def check(args: argparse.Namespace) -> None:
         ValueError: naming them.
     """
     if args.url and not args.engine:
-        raise ValueError("--url needs --engine vllm or --engine sglang.")
+        raise ConfigError("--url needs --engine vllm or --engine sglang.")
     if (args.drafter is None) and (args.base is not None or not args.url):
-        raise ValueError("give the base and its drafter: BASE DRAFTER.")
+        raise ConfigError("give the base and its drafter: BASE DRAFTER.")
     if args.engine:
         given = {"--serving": args.serving, "--device": args.device}
         if args.url:  # the server was started with them
             given |= {"--num-steps": args.num_steps, "--dtype": args.dtype}
         if unused := [name for name, value in given.items() if value is not None]:
-            raise ValueError(f"{', '.join(unused)}: the server decides that; leave it out with --engine.")
+            raise ConfigError(f"{', '.join(unused)}: the server decides that; leave it out with --engine.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,8 +89,9 @@ def run(args: argparse.Namespace) -> int:
     from joint_train.evaluate.measure import measure, sampling
     from joint_train.evaluate.prompts import load_prompts
     from joint_train.evaluate.report import page, text
-    from joint_train.loading import check_pair, resolve
-    from joint_train.tracking import code_version, replace
+    from joint_train.files import code_version, replace
+    from joint_train.pair.compatibility import check_pair
+    from joint_train.weights.folders import resolve
 
     args.num_steps, args.serving = args.num_steps or step_list("1-8"), args.serving or "transformers"
     transformers.utils.logging.disable_progress_bar()
@@ -154,26 +156,25 @@ def progress(what: str, done: int, total: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        if argv[:1] == ["compare"]:
-            from joint_train.evaluate.compare import main as compare
+    if argv[:1] == ["compare"]:
+        from joint_train.evaluate.compare import main as compare
 
-            return compare(argv[1:])
-        args = parser().parse_args(argv)
+        return start("joint_train.evaluate", lambda: compare(argv[1:]))
+    args = parser().parse_args(argv)
+
+    def work() -> int:
         check(args)
-        if args.engine:
+        if not args.engine:
+            return run(args)
+        try:
             from joint_train.evaluate.served import run as run_served
+        except ModuleNotFoundError as error:
+            if error.name not in ("httpx", "prometheus_client"):
+                raise
+            raise ConfigError(f"--engine needs {error.name}: pip install 'joint-train[serving]'") from None
+        return run_served(args, progress)
 
-            return run_served(args, progress)
-        return run(args)
-    except ModuleNotFoundError as error:
-        if error.name not in ("httpx", "prometheus_client"):
-            raise
-        print(f"joint_train.evaluate: --engine needs {error.name}: pip install 'joint-train[serving]'", file=sys.stderr)
-        return 2
-    except (ConfigError, ValueError, OSError) as error:
-        print(f"joint_train.evaluate: {error}", file=sys.stderr)
-        return 2
+    return start("joint_train.evaluate", work)
 
 
 if __name__ == "__main__":

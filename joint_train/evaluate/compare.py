@@ -10,8 +10,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from joint_train.errors import ConfigError
 from joint_train.evaluate.page import Section, Table, figure, html, plots_available
-from joint_train.tracking import SUMMARY, replace
+from joint_train.files import replace
+from joint_train.metrics import SUMMARY
 
 CURVES = {
     "Losses": [("base_loss", "base, training"), ("drafter_loss", "drafter, training")],
@@ -54,7 +56,7 @@ def load_run(folder: Path, name: str) -> Run:
             except ValueError:  # the line that a running or crashed run is at
                 continue
     if not records:
-        raise ValueError(
+        raise ConfigError(
             f"{folder} is no run: it has no metrics.jsonl with records. Give an OUTPUT_DIR of joint_train."
         )
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) if (folder / "config.yaml").exists() else {}
@@ -77,7 +79,7 @@ def names(folders: Sequence[Path]) -> list[str]:
         ends = ["/".join(p[-count:]) for p in parts]
         if len(set(ends)) == len(ends):
             return ends
-    raise ValueError("the same run is given twice")
+    raise ConfigError("the same run is given twice")
 
 
 def differences(runs: Sequence[Run]) -> list[list[str]]:

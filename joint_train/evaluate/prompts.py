@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from joint_train.config import SourceConfig
 from joint_train.data.sources import parse, read_records, source_name
+from joint_train.errors import ConfigError
 from joint_train.starter import examples
 
 GENERAL, STARTER = "general", "starter"
@@ -55,7 +56,7 @@ def load_prompts(name: str, tokenizer: PreTrainedTokenizerBase, limit: int | Non
         source = OmegaConf.structured(SourceConfig(path=str(file), name=name if name == GENERAL else None))
         prompts = list(islice(source_prompts(source, tokenizer), limit))
     if not prompts:
-        raise ValueError(f"no prompts in {name}")
+        raise ConfigError(f"no prompts in {name}")
     return prompts
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from joint_train.errors import ConfigError
 from joint_train.evaluate.engines import ENGINES, Engine, Phase, Request
 from joint_train.evaluate.measure import interval
 from joint_train.evaluate.page import Section, Table, html
@@ -218,8 +219,8 @@ def page(results: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> int:
     """What the command does with ``--engine``: measure ``args.url``, or print how to serve the pair."""
-    from joint_train.loading import read_configs, resolve
-    from joint_train.tracking import code_version, replace
+    from joint_train.files import code_version, replace
+    from joint_train.weights.folders import read_configs, resolve
 
     if args.base:
         folders = resolve(args.base), resolve(args.drafter)
@@ -232,7 +233,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folders[0] if args.base else source)
     except (OSError, ValueError) as e:
-        raise ValueError(
+        raise ConfigError(
             f"no tokenizer at {source}, where {args.url} has its model from: give BASE and DRAFTER, with the base's "
             f"tokenizer in its folder. ({e})"
         ) from e

@@ -4,51 +4,40 @@ The base runs once. Its keys and values, its input embeddings and its final hidd
 drafter at every row of the sequence at once, and one pass over the targets makes all the losses.
 
 Each model is an FSDP2 root of its own. The loss reads both heads and the drafter reads the base's embedding, so all of
-it runs inside a forward of the base's root and, within that, of the drafter's: :meth:`Gemma4WithDrafter.forward` enters
+it runs inside a forward of the base's root and, within that, of the drafter's: :meth:`JointModel.forward` enters
 both through ``within``, which ``parallelize`` registers with FSDP.
 """
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.models.gemma4.modeling_gemma4 import get_block_sequence_ids_for_mask
 
-from joint_train.checkpoint import load_model
-from joint_train.config import Config, ConfigError, LossConfig
-from joint_train.export import export_model
-from joint_train.loading import check_pair, load_pair, materialize
-from joint_train.loss import (
-    Centroids,
-    JointTargets,
-    joint_loss,
-    joint_targets,
-    round_weights,
-    sum_weights,
-    token_centroids,
-)
-from joint_train.tied import TiedGradient
-from joint_train.visibility import Masks, attention_masks
+from joint_train.config import LossConfig, round_weights
+from joint_train.errors import ConfigError
+from joint_train.pair.centroids import Centroids, token_centroids
+from joint_train.pair.compatibility import check_pair
+from joint_train.pair.loss import joint_loss
+from joint_train.pair.targets import JointTargets, joint_targets, sum_weights
+from joint_train.pair.tied import TiedGradient
+from joint_train.pair.visibility import Masks, attention_masks
 
 FIRST_TOKEN = {"serving": 1, "same_token": 0}  # round k of row t reads the token at t + FIRST_TOKEN + k
 
 
 @dataclass
 class Gemma4JointOutput:
-    """Output of :class:`Gemma4WithDrafter`.
+    """Output of :class:`JointModel`.
 
     Attributes:
         logits: base logits ``[B, S, V]``, when asked for.
@@ -58,7 +47,7 @@ class Gemma4JointOutput:
         hidden_states: the base's hidden states, of which ``[-1]`` is the final one after the norm, ``[B, S, H_b]``;
             the others only with ``output_hidden_states=True``.
         loss: scalar, ``L_base + lambda * sum_k w_k * L_k``, when labels are given.
-        stats: detached sums behind the loss and its metrics, see :func:`joint_train.loss.joint_loss`.
+        stats: detached sums behind the loss and its metrics, see :func:`joint_train.pair.loss.joint_loss`.
         targets: what the sums were taken over; ``targets.counts`` are their denominators.
     """
 
@@ -76,8 +65,9 @@ def _within(module: nn.Module, function, *args):
     return function(*args)
 
 
-class Gemma4WithDrafter(nn.Module):
-    """A base and its drafter, trained together.
+class JointModel(nn.Module):
+    """A base and its drafter, trained together: the mathematics of
+    :class:`joint_train.weights.composite.Gemma4WithDrafter`, which adds reading and writing.
 
     Args:
         base: ``Gemma4ForConditionalGeneration`` or ``Gemma4ForCausalLM`` (or their unified counterparts).
@@ -129,7 +119,6 @@ class Gemma4WithDrafter(nn.Module):
         self.drafter_activation_checkpointing = bool(drafter_activation_checkpointing)
         self.pairing = pairing
         self.rope_position = rope_position
-        self.sources: tuple[Path, Path] | None = None  # the folders that the pair was loaded from
         self._token_centroid: tuple[int, Tensor] | None = None  # and the version of the ordering that it is made of
         self.loss = loss if loss is not None else OmegaConf.structured(LossConfig)
         check_pair(base.config, drafter.config)
@@ -147,170 +136,6 @@ class Gemma4WithDrafter(nn.Module):
             self.share_embedding()
         for model in (base, drafter):
             model.within = MethodType(_within, model)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        base_path: str | None = None,
-        drafter_path: str | None = None,
-        *,
-        pretrained_model_name_or_path: str | None = None,
-        drafter_loss_weight: float = 1.0,
-        drafter_num_steps: int = 1,
-        freeze_base_for_drafter: bool = False,
-        share_embedding_with_base: bool = False,
-        base_activation_checkpointing: bool = False,
-        drafter_activation_checkpointing: bool = False,
-        torch_dtype: torch.dtype | str | None = None,
-        attn_implementation: str | None = None,
-        use_liger_kernel: bool | None = None,
-        use_sdpa_patching: bool | None = None,
-        text_config: dict[str, Any] | None = None,
-        peft_config: Any = None,
-        device_mesh: DeviceMesh | None = None,
-        moe_mesh: Any = None,
-        distributed_config: DictConfig | dict | None = None,
-        pipeline_config: Any = None,
-        distributed_setup: Any = None,
-        freeze_config: DictConfig | dict | None = None,
-        cache_dir: str | None = None,
-        revision: str | None = None,
-        drafter_revision: str | None = None,
-        pairing: str = "serving",
-        rope_position: str = "last_kv",
-        loss: DictConfig | dict | None = None,
-    ) -> Gemma4WithDrafter:
-        """Load a base and its drafter, sharded over a mesh if there is one.
-
-        Args:
-            base_path: folder or hub id of the base.
-            drafter_path: folder or hub id of the drafter.
-            pretrained_model_name_or_path: another name of ``base_path``.
-            drafter_loss_weight, drafter_num_steps, freeze_base_for_drafter, share_embedding_with_base,
-                base_activation_checkpointing, drafter_activation_checkpointing, pairing, rope_position, loss: as for
-                the class.
-            torch_dtype: dtype of the weights in memory; ``torch.bfloat16``, the drafter's only one. By default they are
-                float32 masters of the bfloat16 weights on disk, as in a run.
-            attn_implementation: of both models' text layers: sdpa, flex_attention or eager.
-            use_liger_kernel: liger's kernels in both models.
-            text_config: overrides of the base's text configuration.
-            device_mesh: from :func:`joint_train.mesh.init_mesh`, shared by both; ``None``: whole, on the CPU.
-            distributed_config: the ``parallel`` configuration group.
-            distributed_setup: an object with ``pp_size`` and ``cp_size`` (itself or its ``mesh_context``), which must
-                be 1; its ``device_mesh`` is used if no other is given.
-            freeze_config: the ``freeze`` configuration group, for the base; the drafter is trained whole.
-            cache_dir, revision, drafter_revision: of the hub.
-            use_sdpa_patching, peft_config, moe_mesh, pipeline_config: must be ``None``.
-
-        Raises:
-            ValueError: for a refused argument, saying why, or a pair that doesn't fit together.
-        """
-        refused = {
-            "peft_config": (peft_config, "joint training with adapters is out of scope"),
-            "pipeline_config": (pipeline_config, "the drafter reads the base's keys and values: no pipeline stages"),
-            "moe_mesh": (moe_mesh, "experts are sharded over device_mesh like all other weights"),
-            "use_sdpa_patching": (use_sdpa_patching, "it belongs to NeMo; attn_implementation chooses the kernel"),
-        }
-        for name, (value, why) in refused.items():
-            if value is not None:
-                raise ValueError(f"{name} must be None: {why}.")
-        if torch_dtype not in (None, torch.bfloat16, "bfloat16", "torch.bfloat16"):
-            raise ValueError(f"torch_dtype={torch_dtype}: the drafter is bfloat16-only; set torch.bfloat16.")
-        if distributed_setup is not None:
-            context = getattr(distributed_setup, "mesh_context", None) or distributed_setup
-            for name in ("pp_size", "cp_size"):
-                if getattr(context, name, 1) != 1:
-                    raise ValueError(
-                        f"distributed_setup.{name}={getattr(context, name)} must be 1: the drafter reads the base's "
-                        "keys and values of the whole sequence in the same forward."
-                    )
-            device_mesh = device_mesh or getattr(context, "device_mesh", None)
-        base_path = base_path or pretrained_model_name_or_path
-        if base_path is None or drafter_path is None:
-            raise ValueError("from_pretrained needs base_path (or pretrained_model_name_or_path) and drafter_path.")
-
-        cfg = OmegaConf.structured(Config)
-        given = {
-            "model": {
-                "base": str(base_path),
-                "drafter": str(drafter_path),
-                "attn_implementation": attn_implementation,
-                "use_liger_kernel": use_liger_kernel,
-                "text_config": text_config,
-                "cache_dir": cache_dir,
-                "revision": revision,
-                "drafter_revision": drafter_revision,
-            },
-            "drafter": {
-                "num_steps": drafter_num_steps,
-                "pairing": pairing,
-                "rope_position": rope_position,
-                "loss_weight": drafter_loss_weight,
-                "share_embedding_with_base": share_embedding_with_base,
-            },
-            "freeze": {**(freeze_config or {}), "base": freeze_base_for_drafter},
-            "parallel": distributed_config or {},
-            "precision": {"params": None if torch_dtype is None else "bfloat16"},
-            "activation_checkpointing": {
-                "base": "full" if base_activation_checkpointing else "none",
-                "drafter": "full" if drafter_activation_checkpointing else "none",
-            },
-            "loss": loss or {},
-        }
-        for group, values in given.items():
-            OmegaConf.update(cfg, group, {name: value for name, value in values.items() if value is not None})
-        return load_pair(cfg, device_mesh, device_mesh.device_type if device_mesh is not None else "cpu")
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        checkpointer: Any = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        max_shard_size: str | int = "5GB",
-    ) -> None:
-        """Write ``base/`` and ``drafter/``, each for ``from_pretrained`` alone, in bfloat16, with the original's names.
-
-        Under a process group all ranks call it; no rank gathers a model. ``checkpointer`` isn't needed and ignored.
-
-        Args:
-            tokenizer: saved into both folders where the original folder has none.
-
-        Raises:
-            ValueError: if the pair wasn't loaded from folders: there are no files to go with the weights then.
-        """
-        if self.sources is None:
-            raise ValueError("save_pretrained needs a pair from from_pretrained: its folders' other files go along.")
-        folder = Path(save_directory)
-        export_model(self.base, self.sources[0], folder / "base", max_shard_size)
-        export_model(
-            self.drafter, self.sources[1], folder / "drafter", max_shard_size,
-            num_assistant_tokens=self.drafter_num_steps,
-        )  # fmt: skip
-        if tokenizer is not None and not (dist.is_initialized() and dist.get_rank()):
-            for part in ("base", "drafter"):
-                if not (folder / part / "tokenizer_config.json").exists():
-                    tokenizer.save_pretrained(folder / part)
-
-    def load_pretrained(self, load_directory: str | os.PathLike, checkpointer: Any = None, **kwargs: Any) -> None:
-        """Read weights into this pair, from what :meth:`save_pretrained` wrote or from a run's checkpoint.
-
-        ``checkpointer`` and ``kwargs`` are reserved and ignored.
-
-        Raises:
-            FileNotFoundError: if the folder has neither layout.
-        """
-        folder = Path(load_directory)
-        if all((folder / part / "model").is_dir() for part in ("base", "drafter")):
-            load_model(folder, self.base, "base")
-            load_model(folder, self.drafter, "drafter")
-        elif all((folder / part / "config.json").is_file() for part in ("base", "drafter")):
-            for part, model in (("base", self.base), ("drafter", self.drafter)):
-                materialize(model, folder / part, next(model.parameters()).device)
-        else:
-            raise FileNotFoundError(
-                f"{folder} has neither base/model and drafter/model (a checkpoint) nor base/ and drafter/ with a "
-                "config.json each (an export)."
-            )
 
     @torch.no_grad()
     def share_embedding(self) -> None:

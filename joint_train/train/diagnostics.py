@@ -5,9 +5,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from joint_train.loss import JointTargets
-from joint_train.model import Gemma4WithDrafter
-from joint_train.optim import total_norm
+from joint_train.pair.model import JointModel
+from joint_train.pair.targets import JointTargets
+from joint_train.train.optim import total_norm
 
 POSITIONS = 64  # targets whose distribution at the start is kept: 64 MiB at V = 262,144
 
@@ -23,7 +23,7 @@ class BaseDrift:
         inputs, targets: a fixed batch, on the device, with ``inputs`` as the model takes them.
     """
 
-    def __init__(self, model: Gemma4WithDrafter, inputs: dict, targets: JointTargets) -> None:
+    def __init__(self, model: JointModel, inputs: dict, targets: JointTargets) -> None:
         self.model, self.inputs, self.rows = model, inputs, targets.rows[:POSITIONS]
         self.start = [local(p).detach().to("cpu", torch.bfloat16) for p in model.base.parameters()]
         self.log_probs = self._log_probs()
@@ -55,7 +55,7 @@ class BaseDrift:
         return {"base_drift": (moved / size) ** 0.5, "base_drift_kl": divergence / max(1, rows)}
 
 
-def base_gradient_from_drafter(model: Gemma4WithDrafter, inputs: dict, targets: JointTargets, counts: Tensor) -> float:
+def base_gradient_from_drafter(model: JointModel, inputs: dict, targets: JointTargets, counts: Tensor) -> float:
     """Norm of the base's gradient from the drafter's loss alone, on one micro-batch of every rank.
 
     Leaves no gradient behind; to be called between steps.

@@ -19,7 +19,6 @@ import json
 import logging
 import math
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -33,16 +32,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from joint_train.config import ConfigError
+from joint_train.config import parse_steps
 
 log = logging.getLogger(__name__)
 
 HUNG = 70  # exit code of a process that its watchdog ended
 STACKS_SECONDS = 2  # the other ranks' stacks get on screen before a launcher that saw this one end stops them
-
-
-class TooManyBadSteps(RuntimeError):
-    """``tracking.max_bad_steps`` steps in a row had a non-finite gradient."""
 
 
 class BadSteps:
@@ -188,21 +183,6 @@ def flight_recorder(output_dir: str | Path) -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "rank_"))
-
-
-def parse_steps(spec: str | None) -> range:
-    """``"10-12"`` as the steps 10, 11 and 12; ``"10"`` as that one; ``None`` as none.
-
-    Raises:
-        ConfigError: for anything else.
-    """
-    if spec is None:
-        return range(0)
-    numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", str(spec))
-    first, last = (int(n) for n in (numbers[1], numbers[2] or numbers[1])) if numbers else (0, 0)
-    if not 1 <= first <= last:
-        raise ConfigError(f"profile.steps={spec}: give a first and a last step, e.g. 10-12; steps start at 1.")
-    return range(first, last + 1)
 
 
 class StepProfiler:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from joint_train.model import Gemma4WithDrafter
+from joint_train.pair.model import JointModel
 
 
-def build_optimizer(model: Gemma4WithDrafter, cfg: DictConfig) -> AdamW:
+def build_optimizer(model: JointModel, cfg: DictConfig) -> AdamW:
     """Up to four groups: base and drafter, each with and without weight decay.
 
     Norms, biases, scales and embedding tables (with the heads tied to them) have no decay, as is customary.
@@ -45,7 +45,7 @@ def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
 
 
 @torch.no_grad()
-def update(optimizer: AdamW, model: Gemma4WithDrafter, max_grad_norm: float, factor: float) -> dict[str, Tensor]:
+def update(optimizer: AdamW, model: JointModel, max_grad_norm: float, factor: float) -> dict[str, Tensor]:
     """Clip the gradients of both models together and take one step.
 
     A step whose gradient norm isn't finite changes nothing, neither weights nor moments; that is decided on the device,

@@ -9,13 +9,11 @@ import logging
 import math
 import netrc
 import os
-import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,46 +22,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-log = logging.getLogger(__name__)
+from joint_train.files import code_version, replace
+from joint_train.metrics import SUMMARY
 
-METRICS = {
-    "step": "optimizer steps done",
-    "time": "seconds since 1970 when the line was written",
-    "base_loss": "cross-entropy of the base, mean over the step's targets on all ranks",
-    "base_accuracy": "share of targets that the base's most likely token hits",
-    "drafter_loss": "the drafter's loss (`loss.drafter`), mean over its rounds",
-    "drafter_loss_{k}": "that of round k, from 0",
-    "drafter_ce": "the drafter's cross-entropy with the text's token, whatever it is trained on; mean over its rounds",
-    "drafter_ce_{k}": "cross-entropy of round k with the text's token",
-    "agreement_{k}": "share of targets where round k's most likely token is the base's",
-    "acceptance_{k}": "probability that sampling accepts round k's token, sum over tokens of min(p, q)",
-    "accepted_length_expected": "1 + the expected number of drafts accepted in a row, teacher forced",
-    "centroid_hit_{k}": "share of targets whose centroid is among the top ones of round k (ordered embeddings)",
-    "grad_norm": "L2 norm of the gradients of both models together, before clipping",
-    "grad_norm_base": "that of the base alone",
-    "grad_norm_drafter": "that of the drafter alone",
-    "grad_norm_base_from_drafter": "of the base, from the drafter's loss alone (`tracking.diagnose_every`)",
-    "base_drift": "|W - W_start| / |W_start| over all of the base's weights (`tracking.diagnose_every`)",
-    "base_drift_kl": "KL of the base at the start from the base now, on a fixed batch (`tracking.diagnose_every`)",
-    "lr": "learning rate of the base",
-    "drafter_lr": "learning rate of the drafter",
-    "tokens_per_second": "tokens (without padding) of all ranks over the seconds of the step",
-    "tokens_per_second_per_gpu": "that over the number of ranks",
-    "seconds": "of the step on rank 0",
-    "data_wait": "seconds of it that rank 0 waited for its batches",
-    "tflops_per_gpu": "FLOPs of the step (planned; recomputation counted) on a rank over its time, 10^12 a second",
-    "hfu": "hardware FLOPs utilisation: that over what the GPU can do, where its kind is known",
-    "mfu": "model FLOPs utilisation: the same without recomputation",
-    "memory_peak_gb": "most memory allocated on rank 0's GPU so far, GiB; on CPU the growth of its process",
-    "bad_steps": "steps skipped so far because their loss or gradient wasn't finite",
-    "loss_spike": "1 where the loss is far above its recent past",
-    "val/{metric}": "any of the losses above on the validation data",
-    "val/tokens_per_forward": "tokens per base forward in assisted generation on validation prompts",
-    "{source}/base_ce": "cross-entropy of the base on one source's targets, where there are several sources",
-    "{source}/drafter_ce": "that of the drafter, all rounds together",
-    "{source}/targets": "how many targets of it the step had",
-}
-"""Every metric's meaning; ``{k}`` is a round, from 0."""
+log = logging.getLogger(__name__)
 
 CONSOLE_SECONDS = 10  # between lines in a log; a terminal is updated at every step
 CLOSE_SECONDS = 120  # for wandb's last upload: a dead network must not keep a finished run
@@ -164,16 +126,6 @@ def plain(value: float) -> float | None:
     """A number that JSON has: infinities and NaN become null."""
     value = float(value)
     return value if math.isfinite(value) else None
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all, also through a crash of the machine."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class Guarded:
@@ -290,17 +242,6 @@ class TensorBoard:
         self.writer.close()
 
 
-class StderrLines(logging.Handler):
-    """Log lines to whatever stderr is when they come: a live progress bar takes its place and prints them above itself,
-    where a ``StreamHandler`` would go on writing into the bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            print(self.format(record), file=sys.stderr, flush=True)
-        except Exception:
-            self.handleError(record)
-
-
 class ConsoleLines:
     """Progress for people: a bar and the newest numbers on a terminal, a line now and then in a log; 80 columns."""
 
@@ -368,15 +309,6 @@ class ConsoleLines:
         self.stop()
 
 
-SUMMARY = {
-    "val/base_loss": "base loss",
-    "val/drafter_loss": "drafter loss",
-    "val/drafter_ce": "drafter cross-entropy",
-    "val/accepted_length_expected": "accepted length, expected",
-    "val/tokens_per_forward": "tokens per base forward",
-}
-
-
 def validation_line(step: int, metrics: Mapping[str, float]) -> str:
     """One line for a validation."""
     text = f"step {step}: validation"
@@ -404,27 +336,3 @@ def duration(seconds: float) -> str:
         return f"{seconds // 86400}d {seconds % 86400 // 3600:02}h"
     hours, minutes, seconds = seconds // 3600, seconds % 3600 // 60, seconds % 60
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def code_version() -> dict[str, str]:
-    """What ran: the package's version and its commit (with ``+changes`` for an edited tree), torch's, transformers'."""
-    versions = {}
-    for package in ("joint-train", "torch", "transformers"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    here = Path(__file__).resolve().parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        # An installed package may lie inside somebody else's repository: only a tree that tracks this file counts.
-        git("ls-files", "--error-unmatch", "tracking.py")
-        versions["commit"] = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return versions

@@ -15,19 +15,21 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from joint_train import parallelize
 from joint_train.checkpoint import Checkpointer
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
-from joint_train.diagnostics import BaseDrift, base_gradient_from_drafter
+from joint_train.distributed import parallelize
+from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
+from joint_train.distributed.preemption import Preemption
+from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
-from joint_train.guards import BadSteps, LossSpikes, StepProfiler, TooManyBadSteps, Watchdog, dump, flight_recorder
-from joint_train.loading import load_pair, resolve
-from joint_train.loss import JointTargets, joint_targets
-from joint_train.mesh import data_rank, init_distributed, init_mesh
-from joint_train.optim import build_optimizer, lr_factor, update
-from joint_train.plan import Machine, make_plan
-from joint_train.preemption import Preemption
-from joint_train.tracking import Tracker
+from joint_train.pair.targets import JointTargets, joint_targets
+from joint_train.plan.planner import Machine, make_plan
+from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
+from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
+from joint_train.train.optim import build_optimizer, lr_factor, update
+from joint_train.train.tracking import Tracker
+from joint_train.weights.composite import load_pair
+from joint_train.weights.folders import resolve
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +204,7 @@ class Trainer:
         return inputs, targets.to(self.device, non_blocking=True), counts
 
     def metrics(self, sums: dict[str, Tensor], sources: list[str], prefix: str = "") -> dict[str, float]:
-        """Means over all ranks of the sums that :func:`joint_train.loss.joint_loss` reports. Waits for the device."""
+        """Means over all ranks of the sums that the joint loss reports. Waits for the device."""
         flat = torch.cat([x.double().flatten() for x in sums.values()])
         dist.all_reduce(flat)
         parts = flat.cpu().split([x.numel() for x in sums.values()])

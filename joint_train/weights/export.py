@@ -10,13 +10,11 @@ Key names are those of the folder that the model was loaded from. Its other file
 generation configuration) are copied, so that an engine that loads the one loads the other.
 """
 
-import argparse
 import json
 import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,25 +24,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PreTrainedModel
 
-from joint_train.config import ConfigError
-from joint_train.loading import (
-    FLOATS,
-    Stored,
-    WeightsError,
-    build_meta,
-    match,
-    read_config,
-    resolve,
-    stored_tensors,
-    together,
-)
+from joint_train.distributed.ranks import together
+from joint_train.errors import ConfigError, WeightsError
+from joint_train.weights.folders import read_config, resolve
+from joint_train.weights.loading import FLOATS, Stored, match, stored_tensors
 
 WRITE_BYTES = 64 * 2**20
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -374,80 +363,5 @@ def _put_in_place(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-# Command line
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m joint_train.export",
-        description="Write a checkpoint of a run as two Hugging Face folders, OUT/base and OUT/drafter.",
-    )
-    parser.add_argument("checkpoint", type=Path, help="OUTPUT_DIR/checkpoints/step_NNNNNNNN")
-    parser.add_argument("out", type=Path, help="folder to write base/ and drafter/ to")
-    parser.add_argument(
-        "--verify", action="store_true", help="compare names, shapes and dtypes with the source folders"
-    )
-    parser.add_argument(
-        "--max-shard-size", help="largest safetensors file; the run's model.export.max_shard_size by default"
-    )
-    parser.add_argument("--base", help="source folder of the base, if the run's model.base isn't there any more")
-    parser.add_argument(
-        "--drafter", help="source folder of the drafter, if the run's model.drafter isn't there any more"
-    )
-    args = parser.parse_args(argv)
-    try:
-        return export_run(args.checkpoint, args.out, args.verify, args.max_shard_size, args.base, args.drafter)
-    except (ConfigError, WeightsError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-
-
-def export_run(
-    checkpoint: Path,
-    out: Path,
-    check: bool = False,
-    max_shard_size: str | None = None,
-    base: str | None = None,
-    drafter: str | None = None,
-) -> int:
-    """What the command does. Returns 1 if `check` found a difference, 0 otherwise."""
-    cfg = run_config(checkpoint)
-    status = 0
-    for part, path, revision, tokens in (
-        ("base", base or cfg.model.base, cfg.model.revision, None),
-        ("drafter", drafter or cfg.model.drafter, cfg.model.drafter_revision, cfg.drafter.num_steps),
-    ):
-        source = resolve(path, revision, cfg.model.cache_dir)
-        overrides = OmegaConf.to_container(cfg.model.text_config) if part == "base" else None
-        model = build_meta(read_config(source, text_config=overrides), torch.bfloat16)
-        size = max_shard_size or cfg.model.export.max_shard_size
-        export_checkpoint(checkpoint / part / "model", model, source, out / part, size, num_assistant_tokens=tokens)
-        print(f"{out / part}: {len(stored_tensors(out / part))} tensors")
-        if check and (problems := verify(out / part, source)):
-            status = 1
-            print(f"{out / part} differs from {source}:", *problems, sep="\n  ", file=sys.stderr)
-        elif check:
-            print(f"{out / part}: names, shapes and dtypes as in {source}")
-    return status
-
-
-def run_config(checkpoint: Path) -> DictConfig:
-    """The configuration of the run that wrote a checkpoint.
-
-    Raises:
-        ConfigError: if the folder isn't a complete checkpoint of a run.
-    """
-    if not (checkpoint / "COMPLETE").exists():
-        raise ConfigError(f"{checkpoint} isn't a complete checkpoint (no COMPLETE in it): give a step_NNNNNNNN folder.")
-    file = checkpoint.resolve().parent.parent / "config.yaml"
-    if not file.exists():
-        raise ConfigError(f"no configuration of the run at {file}: keep the checkpoint in its OUTPUT_DIR/checkpoints.")
-    return OmegaConf.load(file)
-
-
 def _first(names: list[str], known: Iterable[str]) -> str | None:
     return next((name for name in names if name in known), None)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,62 +13,27 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from huggingface_hub import snapshot_download
-from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import (
-    CONFIG_MAPPING,
-    Gemma4AssistantForCausalLM,
-    Gemma4ForCausalLM,
-    Gemma4ForConditionalGeneration,
-    Gemma4UnifiedAssistantForCausalLM,
-    Gemma4UnifiedForCausalLM,
-    Gemma4UnifiedForConditionalGeneration,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.utils.generic import ContextManagers
 
-from joint_train.config import ConfigError
+from joint_train.errors import WeightsError
+from joint_train.weights.folders import BASES, DRAFTERS, read_config, resolve
 
-if TYPE_CHECKING:
-    from joint_train.model import Gemma4WithDrafter
-
-BASES = {
-    "gemma4": Gemma4ForConditionalGeneration,
-    "gemma4_text": Gemma4ForCausalLM,
-    "gemma4_unified": Gemma4UnifiedForConditionalGeneration,
-    "gemma4_unified_text": Gemma4UnifiedForCausalLM,
-}
-DRAFTERS = {
-    "gemma4_assistant": Gemma4AssistantForCausalLM,
-    "gemma4_unified_assistant": Gemma4UnifiedAssistantForCausalLM,
-}
-# Text settings that the configuration classes take apart when they are built, so that no attribute shows them.
-TEXT_INPUTS = {"global_head_dim", "num_global_key_value_heads", "rope_theta"}
-# What a training run needs of a hub repository: weights in other formats can be as large again.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 READ_BYTES = 64 * 2**20
 # safetensors' names of the dtypes that a floating-point weight may be read from.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class WeightsError(ValueError):
-    """A folder's weights don't fit the model: the message lists every one that is missing, unexpected or misshaped."""
 
 
 @dataclass(frozen=True)
@@ -78,209 +43,6 @@ class Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # safetensors' name, e.g. "BF16"
-
-
-# Finding and checking a pair
-
-
-def resolve(path: str | os.PathLike, revision: str | None = None, cache_dir: str | None = None) -> Path:
-    """The local folder of a model: the folder itself, or a hub repository's snapshot, downloaded if need be.
-
-    Under a process group all ranks must call it: the first rank of each node downloads, the others wait for it.
-
-    Raises:
-        ConfigError: for a folder that doesn't exist, or a repository that can't be had; on every rank alike.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    name = os.fspath(path)
-    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise ConfigError(
-            f"no such folder: {name}. Give a folder that exists, or a hub id such as google/gemma-4-E2B-it."
-        )
-    options = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": HUB_FILES}
-    first = not dist.is_initialized() or dist.get_node_local_rank(fallback_rank=0) == 0
-    try:
-        together(lambda: snapshot_download(name, **options) if first else None)
-    except Exception as e:
-        raise ConfigError(
-            f"can't get {name} (revision {revision or 'main'}) from the hub: {e}\nWithout network, give a local folder "
-            "or a model.cache_dir that has the snapshot."
-        ) from e
-    return Path(snapshot_download(name, local_files_only=True, **options))
-
-
-def together(action: Callable[[], Any]) -> None:
-    """Do something on every rank; if it fails on one, it fails on all of them, and none is left waiting.
-
-    Raises:
-        Exception: this rank's own; on the other ranks a RuntimeError with its text.
-    """
-    error = None
-    try:
-        action()
-    except Exception as e:
-        error = e
-    if dist.is_initialized():
-        texts: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(texts, error and f"{type(error).__name__}: {error}")
-        for rank, text in enumerate(texts):
-            if text and error is None:
-                raise RuntimeError(f"rank {rank}: {text}")
-    if error:
-        raise error
-
-
-def read_config(
-    path: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    text_config: dict[str, Any] | None = None,
-) -> PreTrainedConfig:
-    """Configuration of one model from its folder or hub id.
-
-    Args:
-        text_config: values that replace those of the folder's text configuration.
-
-    Raises:
-        ConfigError: if there is none, or `text_config` has a key that Gemma 4's text configuration hasn't.
-    """
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision, cache_dir=cache_dir)
-    except OSError as e:
-        raise ConfigError(f"no model configuration at {path}: {e}") from e
-    if not raw:
-        raise ConfigError(f"{path} has no config.json: give a folder that save_pretrained wrote, or a hub id.")
-    kind = raw.get("model_type")
-    if kind not in BASES and kind not in DRAFTERS:
-        raise ConfigError(
-            f"{path} is a {kind} model; a base is one of {', '.join(BASES)}, a drafter one of {', '.join(DRAFTERS)}."
-        )
-    config_class = CONFIG_MAPPING[kind]
-    config = config_class.from_dict(copy.deepcopy(raw))
-    if text_config:
-        text = config.get_text_config()
-        if unknown := sorted(key for key in text_config if key not in TEXT_INPUTS and key not in text.to_dict()):
-            raise ConfigError(f"model.text_config: {type(text).__name__} has no {', '.join(unknown)}.")
-        (raw["text_config"] if "text_config" in raw else raw).update(text_config)
-        try:
-            config = config_class.from_dict(raw)
-        except (ValueError, TypeError) as e:
-            raise ConfigError(f"model.text_config={text_config} doesn't fit {path}: {e}") from e
-    config._name_or_path = os.fspath(path)
-    return config
-
-
-def read_configs(
-    base: str | os.PathLike,
-    drafter: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    drafter_revision: str | None = None,
-    cache_dir: str | None = None,
-    text_config: dict[str, Any] | None = None,
-) -> tuple[PreTrainedConfig, PreTrainedConfig]:
-    """Configurations of a pair, checked to fit together; reads no weight.
-
-    Raises:
-        ConfigError: for a model of another family, and for a drafter that was made for another base.
-    """
-    base_config = read_config(base, revision=revision, cache_dir=cache_dir, text_config=text_config)
-    drafter_config = read_config(drafter, revision=drafter_revision, cache_dir=cache_dir)
-    for key, config, path, known in (
-        ("model.base", base_config, base, BASES),
-        ("model.drafter", drafter_config, drafter, DRAFTERS),
-    ):
-        if config.model_type not in known:
-            raise ConfigError(f"{key}={path} is a {config.model_type} model; it must be one of {', '.join(known)}.")
-    check_pair(base_config, drafter_config)
-    return base_config, drafter_config
-
-
-def check_pair(base: PreTrainedConfig, drafter: PreTrainedConfig) -> None:
-    """Refuse a drafter that was made for another base.
-
-    Raises:
-        ConfigError: listing every size that differs.
-    """
-    text, draft = base.get_text_config(), drafter.get_text_config()
-    wrong = []
-
-    def expect(what: str, of_drafter: Any, of_base: Any) -> None:
-        if of_drafter != of_base:
-            wrong.append(f"{what} is {of_drafter} in the drafter and {of_base} in the base")
-
-    expect("hidden size of the base (backbone_hidden_size)", drafter.backbone_hidden_size, text.hidden_size)
-    expect("vocab_size", draft.vocab_size, text.vocab_size)
-    own = text.layer_types[: text.num_hidden_layers - text.num_kv_shared_layers]
-    for kind in sorted(set(draft.layer_types)):
-        if kind not in own:
-            wrong.append(f"the drafter has {kind} layers, the base has none that computes keys and values")
-            continue
-        store = text.per_layer_config[len(own) - 1 - own[::-1].index(kind)]
-        reader = draft.per_layer_config[draft.layer_types.index(kind)]
-        expect(f"head_dim of {kind}", reader.head_dim, store.head_dim)
-        expect(f"num_key_value_heads of {kind}", reader.num_key_value_heads, store.num_key_value_heads)
-        for name in ("rope_type", "rope_theta", "partial_rotary_factor"):
-            ropes = (config.rope_parameters[kind].get(name) for config in (draft, text))
-            expect(f"{name} of {kind}", *ropes)
-    if wrong:
-        raise ConfigError(
-            "model.drafter doesn't belong to model.base:\n  "
-            + "\n  ".join(wrong)
-            + "\nTake the drafter that was released with this base, or undo the model.text_config that changes it."
-        )
-
-
-def load_pair(cfg: DictConfig, mesh: DeviceMesh | None, device: torch.device | str) -> "Gemma4WithDrafter":
-    """The pair of a configuration, sharded over `mesh` (whole without one) and filled from its folders.
-
-    Raises:
-        ConfigError: for a pair that can't be found or doesn't fit together.
-        WeightsError: for weights that don't fit.
-    """
-    from joint_train.parallelize import DTYPES, parallelize
-
-    m = cfg.model
-    base_dir = resolve(m.base, m.revision, m.cache_dir)
-    drafter_dir = resolve(m.drafter, m.drafter_revision, m.cache_dir)
-    text_config = OmegaConf.to_container(m.text_config, resolve=True)
-    configs = read_configs(base_dir, drafter_dir, text_config=text_config)
-    model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params])
-    model.sources = (base_dir, drafter_dir)
-    if mesh is not None:
-        parallelize(model, mesh, cfg)
-    materialize(model.base, base_dir, device)
-    materialize(model.drafter, drafter_dir, device)
-    if cfg.drafter.share_embedding_with_base:
-        model.share_embedding()
-    return model
-
-
-def meta_pair(
-    cfg: DictConfig, base_config: PreTrainedConfig, drafter_config: PreTrainedConfig, dtype: torch.dtype
-) -> "Gemma4WithDrafter":
-    """The pair of a configuration on the meta device: what is frozen, recomputed and compiled is decided."""
-    from joint_train.model import Gemma4WithDrafter  # its from_pretrained uses this module
-    from joint_train.parallelize import prepare
-
-    model = Gemma4WithDrafter(
-        build_meta(base_config, dtype, cfg.model.attn_implementation),
-        build_meta(drafter_config, dtype, cfg.model.attn_implementation),
-        drafter_loss_weight=cfg.drafter.loss_weight,
-        drafter_num_steps=cfg.drafter.num_steps,
-        freeze_base_for_drafter=cfg.freeze.base,
-        share_embedding_with_base=cfg.drafter.share_embedding_with_base,
-        pairing=cfg.drafter.pairing,
-        rope_position=cfg.drafter.rope_position,
-        loss=cfg.loss,
-    )
-    prepare(model, cfg)
-    return model
-
-
-# Building and filling a model
 
 
 def build_meta(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:

@@ -1,0 +1,39 @@
+"""A save that goes on while the training does."""
+
+import threading
+
+from joint_train.errors import CheckpointError
+
+
+class BackgroundSave:
+    """A save in a thread of its own, and how it ended."""
+
+    DONE, RUNNING, FAILED = range(3)
+
+    def __init__(self, step: int, write):
+        self.step = step
+        self.error: BaseException | None = None
+        # A daemon: a process that has to go isn't held up by a write that hangs.
+        self._thread = threading.Thread(target=self._run, args=(write,), name=f"save-{step}", daemon=True)
+        self._thread.start()
+
+    def _run(self, write) -> None:
+        try:
+            write()
+        except BaseException as error:
+            self.error = error
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
+
+    def status(self, late: bool = False) -> int:
+        """How it stands; with ``late`` one that still runs has failed."""
+        if self._thread.is_alive():
+            if late:
+                self.error = CheckpointError(f"saving step {self.step} has not finished in time, its disk may hang")
+            return self.FAILED if late else self.RUNNING
+        return self.DONE if self.error is None else self.FAILED
+
+    def reraise(self) -> None:
+        if self.error is not None:
+            raise CheckpointError(f"saving step {self.step} failed: {self.error}") from self.error

@@ -1,0 +1,44 @@
+"""The small documents of a checkpoint, as bytes and JSON."""
+
+import io
+import json
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from joint_train.errors import CheckpointError
+
+
+def plain(config: DictConfig | dict) -> dict:
+    """As it will be read back from JSON."""
+    return json.loads(json.dumps(OmegaConf.to_container(OmegaConf.create(config), resolve=True)))
+
+
+def model_config(module: nn.Module) -> dict:
+    return json.loads(module.config.to_json_string(use_diff=False))
+
+
+def torch_bytes(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_json(value: Any, where: str) -> None:
+    """What isn't the same after a trip through JSON is an error that names the place."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{where} has the key {key!r}, a {type(key).__name__}: only text survives JSON")
+            check_json(item, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            check_json(item, f"{where}[{index}]")
+    elif not isinstance(value, (str, int, float, bool, type(None))):
+        raise CheckpointError(f"{where} is a {type(value).__name__}: a checkpoint's state is plain JSON")

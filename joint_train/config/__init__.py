@@ -1,0 +1,44 @@
+"""The configuration: the schema (every key once), what its values may be, and how a command composes it.
+
+Nothing here imports torch, so that ``--help`` and a misspelt key answer at once.
+"""
+
+from joint_train.config.checks import validate
+from joint_train.config.compose import choices_text, conf_dir, help_text, load, world_size_from_env
+from joint_train.config.schema import (
+    Config,
+    DataConfig,
+    DrafterConfig,
+    LossConfig,
+    SourceConfig,
+)
+from joint_train.config.values import (
+    DIMENSIONS,
+    KINDS,
+    mesh_shape,
+    parse_drafter_loss,
+    parse_steps,
+    round_weights,
+)
+from joint_train.errors import ConfigError
+
+__all__ = [
+    "DIMENSIONS",
+    "KINDS",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DrafterConfig",
+    "LossConfig",
+    "SourceConfig",
+    "choices_text",
+    "conf_dir",
+    "help_text",
+    "load",
+    "mesh_shape",
+    "parse_drafter_loss",
+    "parse_steps",
+    "round_weights",
+    "validate",
+    "world_size_from_env",
+]

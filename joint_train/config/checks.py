@@ -1,0 +1,122 @@
+"""What can't work is refused here, before a process group is made or a weight is read."""
+
+import dataclasses
+from importlib.util import find_spec
+
+from omegaconf import DictConfig, OmegaConf
+
+from joint_train.config.schema import Config
+from joint_train.config.values import mesh_shape, parse_drafter_loss, parse_steps, round_weights
+from joint_train.errors import ConfigError
+
+CHOICES = {
+    "model.attn_implementation": ("sdpa", "flex_attention", "eager"),
+    "drafter.pairing": ("serving", "same_token"),
+    "drafter.rope_position": ("last_kv", "next_token"),
+    "data.overlong": ("truncate", "split", "drop"),
+    "data.train_on": ("assistant", "last_assistant", "all"),
+    "data.mixture": ("endless", "epoch"),
+    "data.on_error": ("raise", "skip"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+    "precision.compute": ("auto", "bfloat16", "float32"),
+    "precision.params": ("float32", "bfloat16"),
+    "precision.reduce": ("float32", "bfloat16"),
+    "activation_checkpointing.base": ("none", "full", "every_n"),
+    "activation_checkpointing.drafter": ("none", "full"),
+    "tracking.wandb": ("auto", "online", "offline", "disabled"),
+}
+AT_LEAST = {
+    "drafter.num_steps": 1,
+    "drafter.loss_weight": 0,
+    "data.max_length": 2,
+    "data.micro_batch_size": 1,
+    "data.num_workers": 0,
+    "data.max_line_bytes": 1,
+    "optim.lr": 0,
+    "optim.drafter_lr": 0,
+    "optim.weight_decay": 0,
+    "optim.eps": 0,
+    "optim.min_lr_ratio": 0,
+    "optim.grad_accum": 1,
+    "optim.warmup_steps": 0,
+    "optim.max_grad_norm": 0,
+    "parallel.dp_replicate": 1,
+    "parallel.timeout_seconds": 1,
+    "activation_checkpointing.every_n": 1,
+    "loss.memory_budget_mb": 1,
+    "loss.centroid_weight": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep_last": 0,
+    "checkpoint.keep_every": 0,
+    "checkpoint.grace_seconds": 1,
+    "eval.every": 0,
+    "eval.batches": 1,
+    "eval.generate_every": 0,
+    "eval.prompts": 0,
+    "eval.max_new_tokens": 1,
+    "tracking.log_every": 1,
+    "tracking.diagnose_every": 0,
+    "tracking.max_bad_steps": 1,
+    "max_steps": 1,
+}
+
+
+def validate(cfg: DictConfig, world_size: int | None = None) -> None:
+    """Refuse what can't work, before a process group is made or a weight is read.
+
+    Args:
+        cfg: the composed configuration.
+        world_size: number of ranks, where it is known; the mesh has to fit it.
+
+    Raises:
+        ConfigError: naming the key, the reason and what to set instead.
+    """
+    _check_keys(cfg, Config)
+    mesh_shape(cfg.parallel, world_size)
+    if cfg.model.dtype != "bfloat16":
+        raise ConfigError(
+            f"model.dtype={cfg.model.dtype}: the drafter is released, loaded and exported in bfloat16 only. Set "
+            "model.dtype=bfloat16; the dtype of compute and of the master weights are precision.compute and "
+            "precision.params."
+        )
+    for name, choices in CHOICES.items():
+        if (value := OmegaConf.select(cfg, name)) not in choices:
+            raise ConfigError(f"{name}={value}: choose one of {', '.join(choices)}.")
+    for name, least in AT_LEAST.items():
+        value = OmegaConf.select(cfg, name)
+        if value is not None and not value >= least:  # NaN is refused, too
+            raise ConfigError(f"{name}={value}: must be at least {least}.")
+    if cfg.optim.min_lr_ratio > 1:
+        raise ConfigError(f"optim.min_lr_ratio={cfg.optim.min_lr_ratio}: must be at most 1.")
+    if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
+        raise ConfigError(f"optim.betas={cfg.optim.betas}: give two numbers from 0 to below 1, e.g. [0.9, 0.95].")
+    if not cfg.loss.temperature > 0:
+        raise ConfigError(f"loss.temperature={cfg.loss.temperature}: must be above 0.")
+    for name in ("model.base", "model.drafter"):
+        if OmegaConf.is_missing(OmegaConf.select(cfg, name.split(".")[0]), name.split(".")[1]):
+            raise ConfigError(f"{name} is not set: a folder or a hub id, e.g. {name}=/models/gemma-4-pair")
+    if not cfg.data.train:
+        raise ConfigError(
+            "data.train is empty: name a source, e.g. 'data.train=[{path: train.jsonl}]' or data=starter."
+        )
+    steps = parse_steps(cfg.profile.steps)
+    if steps and steps[-1] > cfg.max_steps:
+        raise ConfigError(f"profile.steps={cfg.profile.steps}: the run ends at max_steps={cfg.max_steps}.")
+    if cfg.tracking.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError("tracking.tensorboard=true needs the tensorboard package: pip install tensorboard")
+    try:
+        parse_drafter_loss(cfg.loss)
+        round_weights(cfg.loss, cfg.drafter.num_steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_keys(cfg: DictConfig, schema: type, prefix: str = "") -> None:
+    """Hydra lets ``+key=value`` add a key that nothing reads."""
+    fields = {field.name: field.type for field in dataclasses.fields(schema)}
+    for name in cfg:
+        if name not in fields:
+            reason = ": joint training with adapters is out of scope" if name == "peft" else ""
+            raise ConfigError(f"{prefix}{name} is not a key{reason}. Known here: {', '.join(fields)}.")
+        if dataclasses.is_dataclass(fields[name]):
+            _check_keys(cfg[name], fields[name], f"{prefix}{name}.")

@@ -1,0 +1,116 @@
+"""Keys whose value is a small language of its own, and what they mean: losses, weights of rounds, steps, the mesh."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from omegaconf import DictConfig
+
+from joint_train.errors import ConfigError
+
+KINDS = ("ce", "ce_argmax", "kl", "reverse_kl", "js", "tv", "nla", "lk_hybrid")
+
+DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+REFUSED = {
+    "pp": "the drafter reads the keys and values of the base's last layers in the same forward, so the pair can't be "
+    "split into pipeline stages",
+    "cp": "the drafter's rows attend to the base's whole key/value sequence, so the sequence can't be split",
+    "tp": "the drafter and the loss read the base's embedding and head whole, which tensor parallelism splits",
+}
+
+
+def parse_drafter_loss(loss_cfg) -> dict[str, float]:
+    """``loss.drafter`` as ``{kind: weight}`` without zero weights; ValueError if it isn't a kind or a mix of kinds."""
+    choice = loss_cfg.drafter
+    mix = {choice: 1.0} if isinstance(choice, str) else choice
+    hint = f"one of {', '.join(KINDS)}, or a weighted mix of them such as {{ce: 0.1, nla: 0.9}}"
+    if not isinstance(mix, Mapping) or any(kind not in KINDS for kind in mix):
+        raise ValueError(f"loss.drafter={choice!r}: must be {hint}")
+    for kind, weight in mix.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise ValueError(f"loss.drafter: the weight of {kind} is {weight!r}, must be a number of 0 or more")
+    mix = {kind: float(weight) for kind, weight in mix.items() if weight > 0}
+    if not mix:
+        raise ValueError(f"loss.drafter={choice!r} gives no loss a weight: set {hint}")
+    return mix
+
+
+def round_weights(loss_cfg, num_steps: int) -> list[float]:
+    """``loss.round_weights`` as one number for each of the `num_steps` rounds; ValueError names the key."""
+    choice = loss_cfg.round_weights
+    if choice is None:
+        return [1.0] * num_steps
+    if isinstance(choice, Mapping):
+        if set(choice) != {"decay"}:
+            raise ValueError(f"loss.round_weights={choice!r}: a mapping has the one key decay, e.g. {{decay: 0.8}}")
+        weights = [_number("loss.round_weights.decay", choice["decay"]) ** k for k in range(num_steps)]
+    elif isinstance(choice, Sequence) and not isinstance(choice, str):
+        if len(choice) != num_steps:
+            raise ValueError(f"loss.round_weights has {len(choice)} numbers, drafter.num_steps is {num_steps}")
+        weights = [_number(f"loss.round_weights[{k}]", weight) for k, weight in enumerate(choice)]
+    else:
+        raise ValueError(f"loss.round_weights={choice!r}: must be a list of drafter.num_steps numbers or {{decay: b}}")
+    if not any(weights):
+        raise ValueError("loss.round_weights are all 0: the drafter would not train; give a round a positive weight")
+    return weights
+
+
+def _number(key: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{key} is {value!r}, must be a number of 0 or more")
+    return float(value)
+
+
+def parse_steps(spec: str | None) -> range:
+    """``"10-12"`` as the steps 10, 11 and 12; ``"10"`` as that one; ``None`` as none.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if spec is None:
+        return range(0)
+    numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", str(spec))
+    first, last = (int(n) for n in (numbers[1], numbers[2] or numbers[1])) if numbers else (0, 0)
+    if not 1 <= first <= last:
+        raise ConfigError(f"profile.steps={spec}: give a first and a last step, e.g. 10-12; steps start at 1.")
+    return range(first, last + 1)
+
+
+def mesh_shape(parallel: DictConfig, world_size: int | None) -> tuple[int, int, int, int, int]:
+    """Sizes of :data:`DIMENSIONS`.
+
+    Args:
+        parallel: the ``parallel`` configuration group.
+        world_size: number of ranks; ``None`` where it isn't known yet (``dp_shard=-1`` stays -1 then).
+
+    Raises:
+        ConfigError: for pp, cp or tp above 1, and for a mesh that doesn't fit the world size.
+    """
+    for name, why in REFUSED.items():
+        if parallel[name] != 1:
+            raise ConfigError(
+                f"parallel.{name}={parallel[name]} is not supported: {why}. Set parallel.{name}=1 and use "
+                "parallel.dp_shard (FSDP2) and parallel.dp_replicate (HSDP) instead."
+            )
+    replicate, shard = parallel.dp_replicate, parallel.dp_shard
+    if replicate < 1 or (shard < 1 and shard != -1):
+        raise ConfigError(
+            f"parallel.dp_replicate={replicate}, parallel.dp_shard={shard}: sizes are at least 1; only dp_shard may "
+            "be -1, for all the ranks that are left."
+        )
+    if world_size is not None:
+        if shard == -1 and world_size % replicate == 0:
+            shard = world_size // replicate
+        if shard == -1 or replicate * shard != world_size:
+            product = f"{replicate} x {'?' if shard == -1 else shard}"
+            fit = (
+                f"{replicate} x {shard} = {replicate * shard}"
+                if shard != -1
+                else f"{world_size} / {replicate} isn't whole"
+            )
+            raise ConfigError(
+                f"parallel: dp_replicate x dp_shard = {product} doesn't fit {world_size} ranks ({fit}). Set "
+                f"parallel.dp_shard=-1 and a parallel.dp_replicate that divides {world_size}."
+            )
+    return 1, replicate, shard, 1, 1

@@ -1,0 +1,29 @@
+"""The errors that a user is told in a sentence, without a stack. Every command's ``main`` catches the base class."""
+
+
+class JointTrainError(Exception):
+    """Something the user can put right. The message says what is wrong, where, and what to set instead."""
+
+
+class ConfigError(JointTrainError, ValueError):
+    """A configuration that can't work. The message names the key, the reason and what to set instead."""
+
+
+class WeightsError(JointTrainError, ValueError):
+    """A folder's weights don't fit the model: the message lists every one that is missing, unexpected or misshaped."""
+
+
+class DataError(JointTrainError, ValueError):
+    """Data that can't be trained on. The message names the file and the line (or the row, for Parquet and datasets)."""
+
+
+class OtherData(DataError):
+    """A data position that belongs to other data than the configuration's."""
+
+
+class CheckpointError(JointTrainError, RuntimeError):
+    """A checkpoint can't be written, read or found."""
+
+
+class TooManyBadSteps(JointTrainError, RuntimeError):
+    """The run is ended: its gradients stay without a finite norm."""

@@ -1,0 +1,48 @@
+"""The metrics of a run: what each is called and what it means."""
+
+METRICS = {
+    "step": "optimizer steps done",
+    "time": "seconds since 1970 when the line was written",
+    "base_loss": "cross-entropy of the base, mean over the step's targets on all ranks",
+    "base_accuracy": "share of targets that the base's most likely token hits",
+    "drafter_loss": "the drafter's loss (`loss.drafter`), mean over its rounds",
+    "drafter_loss_{k}": "that of round k, from 0",
+    "drafter_ce": "the drafter's cross-entropy with the text's token, whatever it is trained on; mean over its rounds",
+    "drafter_ce_{k}": "cross-entropy of round k with the text's token",
+    "agreement_{k}": "share of targets where round k's most likely token is the base's",
+    "acceptance_{k}": "probability that sampling accepts round k's token, sum over tokens of min(p, q)",
+    "accepted_length_expected": "1 + the expected number of drafts accepted in a row, teacher forced",
+    "centroid_hit_{k}": "share of targets whose centroid is among the top ones of round k (ordered embeddings)",
+    "grad_norm": "L2 norm of the gradients of both models together, before clipping",
+    "grad_norm_base": "that of the base alone",
+    "grad_norm_drafter": "that of the drafter alone",
+    "grad_norm_base_from_drafter": "of the base, from the drafter's loss alone (`tracking.diagnose_every`)",
+    "base_drift": "|W - W_start| / |W_start| over all of the base's weights (`tracking.diagnose_every`)",
+    "base_drift_kl": "KL of the base at the start from the base now, on a fixed batch (`tracking.diagnose_every`)",
+    "lr": "learning rate of the base",
+    "drafter_lr": "learning rate of the drafter",
+    "tokens_per_second": "tokens (without padding) of all ranks over the seconds of the step",
+    "tokens_per_second_per_gpu": "that over the number of ranks",
+    "seconds": "of the step on rank 0",
+    "data_wait": "seconds of it that rank 0 waited for its batches",
+    "tflops_per_gpu": "FLOPs of the step (planned; recomputation counted) on a rank over its time, 10^12 a second",
+    "hfu": "hardware FLOPs utilisation: that over what the GPU can do, where its kind is known",
+    "mfu": "model FLOPs utilisation: the same without recomputation",
+    "memory_peak_gb": "most memory allocated on rank 0's GPU so far, GiB; on CPU the growth of its process",
+    "bad_steps": "steps skipped so far because their loss or gradient wasn't finite",
+    "loss_spike": "1 where the loss is far above its recent past",
+    "val/{metric}": "any of the losses above on the validation data",
+    "val/tokens_per_forward": "tokens per base forward in assisted generation on validation prompts",
+    "{source}/base_ce": "cross-entropy of the base on one source's targets, where there are several sources",
+    "{source}/drafter_ce": "that of the drafter, all rounds together",
+    "{source}/targets": "how many targets of it the step had",
+}
+"""Every metric's meaning; ``{k}`` is a round, from 0."""
+
+SUMMARY = {
+    "val/base_loss": "base loss",
+    "val/drafter_loss": "drafter loss",
+    "val/drafter_ce": "drafter cross-entropy",
+    "val/accepted_length_expected": "accepted length, expected",
+    "val/tokens_per_forward": "tokens per base forward",
+}

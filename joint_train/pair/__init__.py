@@ -1,0 +1,1 @@
+"""The mathematics: joint forward, visibility, targets, losses. No files and no process groups."""

@@ -1,0 +1,79 @@
+"""A head, the hidden states that it reads, and the gradients of both, a chunk of rows at a time."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class States:
+    """Hidden states `[B, S, H]` and their gradients; None where none is wanted."""
+
+    def __init__(self, hidden: Sequence[Tensor], trained: bool = True):
+        self.hidden = [h.detach().flatten(0, -2) for h in hidden]
+        trained = trained and torch.is_grad_enabled()
+        # Contiguous whatever h's strides are: `add` writes through a flattened view.
+        self.grads = [h.new_zeros(h.shape) if trained and h.requires_grad else None for h in hidden]
+
+    def gather(self, index: int, rows: Tensor, valid: Tensor) -> Tensor:
+        """Rows `[n, H]` of state `index`. One that isn't valid reads as 0: nothing in it can reach a sum."""
+        return self.hidden[index][rows].masked_fill_(~valid[:, None], 0)
+
+    def add(self, index: int, rows: Tensor, grad: Tensor) -> None:
+        """Add `grad` `[n, H]` to that of state `index`. Each valid row comes once: its own dtype is enough."""
+        self.grads[index].flatten(0, -2).index_add_(0, rows, grad.to(self.grads[index].dtype))
+
+
+class Head:
+    """A head, its gradient (None where none is wanted) and the states that it reads."""
+
+    def __init__(self, weight: Tensor, states: States, softcap: float | None = None, trained: bool = True):
+        self.weight, self.states, self.softcap = weight.detach(), states, softcap
+        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        trained = trained and torch.is_grad_enabled() and weight.requires_grad
+        self.total = weight.new_empty(weight.shape, dtype=self.dtype) if trained else None
+        self.written = False
+
+    def needs_backward(self, index: int) -> bool:
+        return self.total is not None or self.states.grads[index] is not None
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Softcapped logits `[n, V]` of `hidden` `[n, H]`."""
+        logits = _matmul(hidden, self.weight.t(), out)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def backward(self, grad: Tensor, logits: Tensor, hidden: Tensor, index: int, rows: Tensor, scratch=None) -> None:
+        """Take `grad` `[n, V]` of `logits` (overwritten) to the weight and to `rows` of state `index`, the `hidden`."""
+        if self.softcap is not None:
+            grad.addcmul_(grad, torch.div(logits, self.softcap, out=scratch).square_(), value=-1)
+        grad = grad.to(self.weight.dtype)
+        if self.total is not None:
+            _add_matmul(self.total, grad.t(), hidden, beta=int(self.written))
+            self.written = True
+        if self.states.grads[index] is not None:
+            self.states.add(index, rows, _matmul(grad, self.weight))
+
+    def gradient(self) -> Tensor | None:
+        """The weight's gradient, in the weight's dtype."""
+        if self.total is None:
+            return None
+        return self.total.to(self.weight.dtype) if self.written else torch.zeros_like(self.weight)
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b, in fp32 for half-precision inputs."""
+    if a.dtype.itemsize >= 4:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:  # tensor cores accumulate in fp32: keep what they have
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
+
+
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """total = beta·total + a @ b, total being fp32 for half-precision inputs; beta 0 reads nothing of total."""
+    if a.dtype.itemsize >= 4:
+        total.addmm_(a, b, beta=beta)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float(), beta=beta)

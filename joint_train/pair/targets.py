@@ -1,0 +1,72 @@
+"""Which positions of a batch are targets, of the base and of each drafter round, and the weight of each loss sum."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class JointTargets:
+    """The supervised positions of a batch, P of them, and which of the base and the K rounds each one counts for."""
+
+    rows: Tensor  # int64 [P], base rows b*S + p - 1
+    labels: Tensor  # int64 [P], target tokens
+    valid: Tensor  # bool [P, 1+K], column 0 the base, column 1+k round k
+    offset: int  # round k of a target is at row `rows - offset - k`
+    batch_rows: int  # B*S
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 `[1+K]`: targets of the base and of each round."""
+        return self.valid.sum(0)
+
+    def to(self, device, non_blocking: bool = False) -> "JointTargets":
+        rows, labels, valid = (x.to(device, non_blocking=non_blocking) for x in (self.rows, self.labels, self.valid))
+        return JointTargets(rows, labels, valid, self.offset, self.batch_rows)
+
+
+def joint_targets(labels: Tensor, document_ids: Tensor | None, num_steps: int, pairing: str) -> JointTargets:
+    """Find the targets of a batch. Run it where the batch is made (CPU): P then is known without waiting for a device.
+
+    Position p of a row is a target if ``labels[p] != -100`` and p-1 is in p's document. Round k predicts it from row
+    ``p - 1 - offset - k`` (offset 1 for pairing "serving", 0 for "same_token"), if that row is in p's document too.
+
+    Args:
+        labels: int64 `[B, S]`, not shifted, -100 where nothing is supervised.
+        document_ids: int64 `[B, S]`, 0 padding, else the contiguous documents of a row; None: one document a row.
+        num_steps: K.
+        pairing: ``serving`` or ``same_token``.
+    """
+    if pairing not in ("serving", "same_token"):
+        raise ValueError(f"drafter.pairing={pairing!r}: must be serving or same_token")
+    offset = 1 if pairing == "serving" else 0
+    documents = torch.ones_like(labels) if document_ids is None else document_ids
+
+    def in_document(back: int) -> Tensor:  # [B, S]: is the row `back` positions earlier in the same document?
+        same = torch.zeros_like(labels, dtype=torch.bool)
+        if back < labels.shape[1]:
+            same[:, back:] = documents[:, back:] == documents[:, : labels.shape[1] - back]
+        return same & (documents > 0)
+
+    base = (labels != -100) & in_document(1)
+    rounds = [base & in_document(1 + offset + k) for k in range(num_steps)]
+    positions = base.flatten().nonzero().squeeze(1)
+    valid = torch.stack([base, *rounds], dim=-1).flatten(0, 1)[positions]
+    return JointTargets(positions - 1, labels.flatten()[positions], valid, offset, labels.numel())
+
+
+def sum_weights(counts: Tensor, rounds: Sequence[float], loss_weight: float) -> Tensor:
+    """What each of the 1+K loss sums is multiplied by: 1/N_0 for the base, lambda·w_k/N_k for round k.
+
+    Args:
+        counts: `[1+K]` targets of the whole step (all ranks, all micro-batches). A count of 0 gives a weight of 0.
+        rounds: w_k, from :func:`round_weights`.
+        loss_weight: lambda.
+
+    Returns:
+        float32 `[1+K]`, on the device of `counts`.
+    """
+    scale = torch.tensor([1.0, *(loss_weight * w for w in rounds)], dtype=torch.float32).to(counts.device)
+    return torch.where(counts > 0, scale / counts.clamp(min=1), 0.0)

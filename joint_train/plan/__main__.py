@@ -1,0 +1,97 @@
+"""``python -m joint_train.plan [overrides]``: print a plan."""
+
+import argparse
+import sys
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from joint_train import config
+from joint_train.command import start
+from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, mesh_sizes, savings, with_overrides
+
+
+def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> None:
+    """Print a plan."""
+    parts = Table(title="Parameters", title_justify="left")
+    for column in ("part", "all", "trained", "frozen"):
+        parts.add_column(column, justify="left" if column == "part" else "right")
+    for part, (every, trained) in plan.parameters.items():
+        parts.add_row(part, f"{every:,}", f"{trained:,}", f"{every - trained:,}")
+    total, trained = (sum(column) for column in zip(*plan.parameters.values(), strict=True))
+    parts.add_row("total", f"{total:,}", f"{trained:,}", f"{total - trained:,}", style="bold")
+
+    memory = Table(title="Memory of a rank at its peak, GiB", title_justify="left")
+    memory.add_column("what")
+    memory.add_column("GiB", justify="right")
+    for what, size in plan.memory.items():
+        memory.add_row(what, f"{size / GIB:.2f}")
+    memory.add_row("peak", f"{plan.peak / GIB:.2f}", style="bold")
+    memory.add_row(
+        f"usable of {machine.gpu_memory_gb:g} ({machine.reserve:.0%} reserved)", f"{machine.usable / GIB:.2f}"
+    )
+    other = "none" if cfg.activation_checkpointing.base != "none" else "full"
+    changed = make_plan(with_overrides(cfg, {"activation_checkpointing.base": other}), machine)
+    memory.add_row(f"peak with activation_checkpointing.base={other}", f"{changed.peak / GIB:.2f}", style="dim")
+
+    seconds = plan.seconds(machine)
+    step = Table(title="Step", title_justify="left", show_header=False)
+    for what, value in {
+        "ranks": f"{plan.ranks}, weights sharded over {mesh_sizes(cfg, machine.gpus)[1]}",
+        "tokens of a step": f"{plan.tokens:,} (S = {cfg.data.max_length}, K = {cfg.drafter.num_steps})",
+        "FLOPs of a token": f"{plan.flops_per_token:.3e} (recomputation included)",
+        "FLOPs of a step": f"{plan.flops * plan.ranks:.3e}",
+        "time of a step": f"{seconds:.2f} s at {machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s a GPU",
+        "tokens a second": f"{plan.tokens / seconds:,.0f}",
+        "checkpoint": f"{plan.checkpoint / GIB:.1f} GiB, {plan.checkpoint / machine.disk_gb_per_second / 1e9:.0f} s at "
+        f"{machine.disk_gb_per_second:g} GB/s",
+    }.items():
+        step.add_row(what, value)
+    for table in (parts, memory, step):
+        console.print(table)
+    for source in plan.sources:
+        console.print(f"sizes: {source}", style="dim", highlight=False)
+
+    length = longest(cfg, machine, plan)
+    if plan.peak <= machine.usable:
+        console.print(f"It fits. The longest rows that fit: data.max_length={length}", style="bold")
+        return
+    console.print(f"It does not fit: {(plan.peak - machine.usable) / GIB:.2f} GiB too much.", style="bold red")
+    peaks = savings(cfg, machine)
+    if length:
+        peaks[f"data.max_length={length}"] = int(machine.usable)
+    for change, peak in peaks.items():
+        console.print(f"  {change}: {peak / GIB:.2f} GiB{', fits' if peak <= machine.usable else ''}", highlight=False)
+    first = next((change for change, peak in peaks.items() if peak <= machine.usable), None)
+    console.print(
+        f"Change first: {first or min(peaks, key=peaks.get) + ' (not enough alone)'}", style="bold", highlight=False
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0 if the run fits, 3 if it doesn't and 2 for an error."""
+    machine = Machine()
+    parser = argparse.ArgumentParser(prog="python -m joint_train.plan", description="Say what a run would need.")
+    parser.add_argument("overrides", nargs="*", help="as for python -m joint_train, e.g. model=gemma4_31b")
+    parser.add_argument("--gpus", type=int, default=machine.gpus, help="where parallel.dp_shard is -1")
+    parser.add_argument("--gpu-memory-gb", type=float, default=machine.gpu_memory_gb)
+    parser.add_argument("--reserve", type=float, default=machine.reserve, help="share of it that a run can't use")
+    parser.add_argument("--tflops", type=float, default=machine.tflops, help="of a GPU")
+    parser.add_argument("--utilisation", type=float, default=machine.utilisation, help="share of them that is reached")
+    parser.add_argument("--disk-gb-per-second", type=float, default=machine.disk_gb_per_second, help="of all ranks")
+    args = vars(parser.parse_intermixed_args(argv))
+    overrides = args.pop("overrides")
+
+    def run() -> int:
+        cfg = config.load(["data.train=[{path: unused}]", *overrides])
+        machine = Machine(**args)
+        plan = make_plan(cfg, machine)
+        report(cfg, machine, plan, Console())
+        return 0 if plan.peak <= machine.usable else 3
+
+    return start("joint_train.plan", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Bytes that live and FLOPs that are done while code runs on the meta device."""
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
+
+
+class Meter(TorchDispatchMode):
+    """Counts bytes of living tensors and FLOPs of the operations under it; `hold` adds what isn't a tensor here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.flops, self.recomputed, self.peak = 0, 0, 0, 0
+        self.held: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+        self.results: dict[tuple, tuple | None] = {}
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = self.run(func, args, kwargs)
+        if count := flop_registry.get(func._overloadpacket):
+            # A backward has gradients off, but for the forwards that checkpointing repeats.
+            self.count(count(*args, **kwargs, out_val=out), again=in_backward() and torch.is_grad_enabled())
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.see(tensor)
+        return out
+
+    def count(self, flops: int, again: bool = False) -> None:
+        self.flops += flops
+        self.recomputed += flops * again
+
+    def run(self, func, args, kwargs):
+        """The operation's result. Layers repeat: one that was seen before gets an empty tensor like that of then."""
+        if func._schema.is_mutable:
+            return kwargs["out"] if "out" in kwargs else args[0] if func._schema.returns else func(*args, **kwargs)
+        if any(result.alias_info is not None for result in func._schema.returns):
+            return func(*args, **kwargs)  # a view
+        key = (func, _describe(args), _describe(tuple(kwargs.items())))
+        if key not in self.results:
+            out = func(*args, **kwargs)
+            fresh = isinstance(out, Tensor) and out.is_meta and not any(out is arg for arg in args)
+            self.results[key] = (out.shape, out.stride(), out.dtype) if fresh else None
+            return out
+        if (result := self.results[key]) is None:
+            return func(*args, **kwargs)
+        shape, stride, dtype = result
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+    def see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+
+        def gone(_, self=self, key=key, size=size):
+            if self._known.pop(key, None) is not None:
+                self.live -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.look()
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Don't count a tensor that is there already."""
+        self._known[tensor.untyped_storage()._cdata] = None
+
+    def hold(self, what: str, size: int) -> None:
+        self.held[what] += size
+        self.look()
+
+    def look(self) -> None:
+        total = self.live + self.held.total()
+        if total > self.peak:
+            self.peak = total
+            self.at_peak = self.held + Counter({"activations": self.live})
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _describe(value):
+    """A hashable description of an operation's arguments, tensors by their layout."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return tuple(map(_describe, value)) if isinstance(value, (tuple, list)) else value
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention kernel keeps and computes: q, k, v, bias, output and one fp32 number a row.
+
+    Two matrix products forward, and five backward, as the scores are recomputed (Dao, arXiv 2307.08691, section 3.1).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias, meter):
+        out = torch.empty_like(query[..., :1]).expand(*query.shape[:-1], value.shape[-1]).contiguous()
+        rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, bias, out, rows)
+        ctx.meter = meter
+        ctx.product = 2 * query.shape[:-1].numel() * key.shape[-2] * query.shape[-1]
+        meter.count(2 * ctx.product, again=in_backward())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, *_ = ctx.saved_tensors
+        ctx.meter.count(4 * ctx.product)
+        ctx.meter.count(ctx.product, again=True)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
+
+
+def _experts(self: Gemma4TextExperts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The experts' work without their choice: each token passes through as many experts, of the same size."""
+    rows = hidden.repeat_interleave(index.shape[-1], dim=0)
+    gate, up = nn.functional.linear(rows, self.gate_up_proj[0]).chunk(2, dim=-1)
+    out = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[0]) * weights.reshape(-1, 1)
+    return out.view(*index.shape, -1).sum(1).to(hidden.dtype)
+
+
+@contextlib.contextmanager
+def stand_ins(meter: Meter) -> Iterator[None]:
+    """What the meta device can't run, or only in another form than a GPU: attention kernels and the experts' choice."""
+
+    def attention(query, key, value, attn_mask=None, **kwargs):
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # every kernel makes an additive mask of it
+        return _Attention.apply(query, key, value, attn_mask, meter)
+
+    kept = nn.functional.scaled_dot_product_attention, Gemma4TextExperts.forward
+    nn.functional.scaled_dot_product_attention, Gemma4TextExperts.forward = attention, _experts
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention, Gemma4TextExperts.forward = kept

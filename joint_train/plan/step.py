@@ -1,0 +1,120 @@
+"""One training step on the meta device: the real joint forward, loss and backward. FSDP2's part is played."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from joint_train.distributed.parallelize import DTYPES, text_model
+from joint_train.pair.targets import joint_targets
+from joint_train.plan.meter import Meter, in_backward, stand_ins
+from joint_train.weights.composite import Gemma4WithDrafter
+
+
+class _Unit:
+    """An FSDP2 unit: when its weights are gathered, and what the reduction of its gradients holds."""
+
+    def __init__(self, parameters: list[nn.Parameter], stays: bool, meter: Meter, cfg: DictConfig, shard: int) -> None:
+        self.meter, self.stays = meter, stays
+        self.size = sum(p.numel() * p.dtype.itemsize for p in parameters)
+        self.trained = [p for p in parameters if p.requires_grad]
+        self.reduced = sum(p.numel() for p in self.trained) * DTYPES[cfg.precision.reduce].itemsize
+        self.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes(self.trained, shard, cfg)
+        self.gathered, self.waiting = False, len(self.trained)
+        self.hooks = [p.register_post_accumulate_grad_hook(self.accumulated) for p in self.trained]
+
+    def wrap(self, module: nn.Module) -> None:
+        """Gather before a forward and a backward of the module."""
+        self.hooks += [module.register_forward_pre_hook(self.gather), module.register_forward_hook(self.after_forward)]
+
+    def gather(self, *_) -> None:
+        if not self.gathered:
+            self.gathered = True
+            self.meter.hold("gathered weights", self.size)
+
+    def reshard(self) -> None:
+        if self.gathered:
+            self.gathered = False
+            self.meter.hold("gathered weights", -self.size)
+
+    def after_forward(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if not self.stays and not in_backward():  # in a backward it is a recomputation: its own backward follows
+            self.reshard()
+        if output.requires_grad and not isinstance(module, nn.Embedding):  # the gradient of a look-up needs no table
+            output.register_hook(self.gather)
+
+    def accumulated(self, _) -> None:
+        self.waiting -= 1
+        if self.waiting == 0:
+            self.meter.hold("gradient reduction", self.reduced - self.meter.held["gradient reduction"])
+            self.meter.hold("gradients", self.gradient)
+            for parameter in self.trained:
+                parameter.grad = None
+            self.reshard()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch on a rank: FLOPs, and what lives when most does, besides the shard and the optimizer's states."""
+
+    flops: int
+    recomputed: int
+    at_peak: Counter[str]
+
+
+def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int) -> Step:
+    """Run a micro-batch on the meta device.
+
+    Args:
+        model: from :func:`joint_train.weights.loading.meta_pair` with this configuration, in the dtype of compute.
+        shard: ranks that a weight is sharded over.
+    """
+    text, meter, units = text_model(model.base), Meter(), []
+
+    def unit(parameters: list[nn.Parameter], stays: bool) -> _Unit:
+        units.append(_Unit(parameters, stays, meter, cfg, shard))
+        return units[-1]
+
+    model.train()
+    for layer in text.layers:
+        unit(list(layer.parameters()), not cfg.parallel.reshard_after_forward).wrap(layer)
+    largest = max(layer.size for layer in units)
+    if (per_layer := getattr(text, "embed_tokens_per_layer", None)) is not None:
+        unit(list(per_layer.parameters()), False).wrap(per_layer)
+    taken = {id(p) for layer in (*text.layers, *([per_layer] if per_layer else [])) for p in layer.parameters()}
+    root = unit([p for p in model.base.parameters() if id(p) not in taken], True)
+    drafter = unit(list(model.drafter.parameters()), True)
+    drafter.hooks.append(model.drafter.pre_projection.register_forward_pre_hook(drafter.gather))
+    if model.drafter.masked_embedding is not None:
+        ordering = model.drafter.masked_embedding.token_ordering
+        model._token_centroid = ordering._version, torch.empty_like(ordering)
+
+    ids = torch.ones(cfg.data.micro_batch_size, cfg.data.max_length, dtype=torch.long)
+    targets = joint_targets(ids, None, model.drafter_num_steps, model.pairing).to("meta")  # every token is one
+    documents = torch.ones_like(ids, device="meta") if cfg.data.packing else None
+    weights = torch.ones(1 + model.drafter_num_steps, device="meta")
+    try:
+        with meter, stand_ins(meter):
+            for tensor in (*model.parameters(), *model.buffers()):
+                meter.ignore(tensor)
+            if cfg.optim.grad_accum > 1:
+                meter.hold("gradients", local_bytes([p for p in model.parameters() if p.requires_grad], shard, cfg))
+            root.gather()
+            meter.hold("gathered weights", largest)  # the next layer's, on their way while one is computed
+            loss = model(ids.to("meta"), document_ids=documents, targets=targets, weights=weights).loss
+            if loss.requires_grad:
+                loss.backward()
+    finally:
+        for hook in (hook for unit in units for hook in unit.hooks):
+            hook.remove()
+        for parameter in model.parameters():
+            parameter.grad = None
+    return Step(meter.flops, meter.recomputed, meter.at_peak)
+
+
+def local_bytes(parameters: list[nn.Parameter], shard: int, cfg: DictConfig) -> int:
+    """Bytes of rank 0's shards, which are the largest, in ``precision.params``."""
+    rows = ((-(-p.shape[0] // shard), p[0].numel()) for p in parameters)
+    return sum(n * size for n, size in rows) * DTYPES[cfg.precision.params].itemsize

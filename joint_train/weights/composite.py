@@ -1,0 +1,240 @@
+"""The pair as users know it: :class:`JointModel`, read from Hugging Face folders and written to them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from joint_train import checkpoint
+from joint_train.config import Config
+from joint_train.distributed.parallelize import DTYPES, parallelize, prepare
+from joint_train.pair.model import JointModel
+from joint_train.weights.export import export_model
+from joint_train.weights.folders import read_configs, resolve
+from joint_train.weights.loading import build_meta, materialize
+
+
+class Gemma4WithDrafter(JointModel):
+    """A base and its drafter, trained together, read from and written to Hugging Face folders.
+
+    Arguments, forward and errors are those of :class:`joint_train.pair.model.JointModel`.
+
+    Attributes:
+        sources: the folders of base and drafter that the pair was loaded from, if it was.
+    """
+
+    sources: tuple[Path, Path] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_path: str | None = None,
+        drafter_path: str | None = None,
+        *,
+        pretrained_model_name_or_path: str | None = None,
+        drafter_loss_weight: float = 1.0,
+        drafter_num_steps: int = 1,
+        freeze_base_for_drafter: bool = False,
+        share_embedding_with_base: bool = False,
+        base_activation_checkpointing: bool = False,
+        drafter_activation_checkpointing: bool = False,
+        torch_dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        use_liger_kernel: bool | None = None,
+        use_sdpa_patching: bool | None = None,
+        text_config: dict[str, Any] | None = None,
+        peft_config: Any = None,
+        device_mesh: DeviceMesh | None = None,
+        moe_mesh: Any = None,
+        distributed_config: DictConfig | dict | None = None,
+        pipeline_config: Any = None,
+        distributed_setup: Any = None,
+        freeze_config: DictConfig | dict | None = None,
+        cache_dir: str | None = None,
+        revision: str | None = None,
+        drafter_revision: str | None = None,
+        pairing: str = "serving",
+        rope_position: str = "last_kv",
+        loss: DictConfig | dict | None = None,
+    ) -> Gemma4WithDrafter:
+        """Load a base and its drafter, sharded over a mesh if there is one.
+
+        Args:
+            base_path: folder or hub id of the base.
+            drafter_path: folder or hub id of the drafter.
+            pretrained_model_name_or_path: another name of ``base_path``.
+            drafter_loss_weight, drafter_num_steps, freeze_base_for_drafter, share_embedding_with_base,
+                base_activation_checkpointing, drafter_activation_checkpointing, pairing, rope_position, loss: as for
+                the class.
+            torch_dtype: dtype of the weights in memory; ``torch.bfloat16``, the drafter's only one. By default they are
+                float32 masters of the bfloat16 weights on disk, as in a run.
+            attn_implementation: of both models' text layers: sdpa, flex_attention or eager.
+            use_liger_kernel: liger's kernels in both models.
+            text_config: overrides of the base's text configuration.
+            device_mesh: from :func:`joint_train.distributed.mesh.init_mesh`, shared by both; ``None``: whole, on the
+                CPU.
+            distributed_config: the ``parallel`` configuration group.
+            distributed_setup: an object with ``pp_size`` and ``cp_size`` (itself or its ``mesh_context``), which must
+                be 1; its ``device_mesh`` is used if no other is given.
+            freeze_config: the ``freeze`` configuration group, for the base; the drafter is trained whole.
+            cache_dir, revision, drafter_revision: of the hub.
+            use_sdpa_patching, peft_config, moe_mesh, pipeline_config: must be ``None``.
+
+        Raises:
+            ValueError: for a refused argument, saying why, or a pair that doesn't fit together.
+        """
+        refused = {
+            "peft_config": (peft_config, "joint training with adapters is out of scope"),
+            "pipeline_config": (pipeline_config, "the drafter reads the base's keys and values: no pipeline stages"),
+            "moe_mesh": (moe_mesh, "experts are sharded over device_mesh like all other weights"),
+            "use_sdpa_patching": (use_sdpa_patching, "it belongs to NeMo; attn_implementation chooses the kernel"),
+        }
+        for name, (value, why) in refused.items():
+            if value is not None:
+                raise ValueError(f"{name} must be None: {why}.")
+        if torch_dtype not in (None, torch.bfloat16, "bfloat16", "torch.bfloat16"):
+            raise ValueError(f"torch_dtype={torch_dtype}: the drafter is bfloat16-only; set torch.bfloat16.")
+        if distributed_setup is not None:
+            context = getattr(distributed_setup, "mesh_context", None) or distributed_setup
+            for name in ("pp_size", "cp_size"):
+                if getattr(context, name, 1) != 1:
+                    raise ValueError(
+                        f"distributed_setup.{name}={getattr(context, name)} must be 1: the drafter reads the base's "
+                        "keys and values of the whole sequence in the same forward."
+                    )
+            device_mesh = device_mesh or getattr(context, "device_mesh", None)
+        base_path = base_path or pretrained_model_name_or_path
+        if base_path is None or drafter_path is None:
+            raise ValueError("from_pretrained needs base_path (or pretrained_model_name_or_path) and drafter_path.")
+
+        cfg = OmegaConf.structured(Config)
+        given = {
+            "model": {
+                "base": str(base_path),
+                "drafter": str(drafter_path),
+                "attn_implementation": attn_implementation,
+                "use_liger_kernel": use_liger_kernel,
+                "text_config": text_config,
+                "cache_dir": cache_dir,
+                "revision": revision,
+                "drafter_revision": drafter_revision,
+            },
+            "drafter": {
+                "num_steps": drafter_num_steps,
+                "pairing": pairing,
+                "rope_position": rope_position,
+                "loss_weight": drafter_loss_weight,
+                "share_embedding_with_base": share_embedding_with_base,
+            },
+            "freeze": {**(freeze_config or {}), "base": freeze_base_for_drafter},
+            "parallel": distributed_config or {},
+            "precision": {"params": None if torch_dtype is None else "bfloat16"},
+            "activation_checkpointing": {
+                "base": "full" if base_activation_checkpointing else "none",
+                "drafter": "full" if drafter_activation_checkpointing else "none",
+            },
+            "loss": loss or {},
+        }
+        for group, values in given.items():
+            OmegaConf.update(cfg, group, {name: value for name, value in values.items() if value is not None})
+        return load_pair(cfg, device_mesh, device_mesh.device_type if device_mesh is not None else "cpu")
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        checkpointer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_shard_size: str | int = "5GB",
+    ) -> None:
+        """Write ``base/`` and ``drafter/``, each for ``from_pretrained`` alone, in bfloat16, with the original's names.
+
+        Under a process group all ranks call it; no rank gathers a model. ``checkpointer`` isn't needed and ignored.
+
+        Args:
+            tokenizer: saved into both folders where the original folder has none.
+
+        Raises:
+            ValueError: if the pair wasn't loaded from folders: there are no files to go with the weights then.
+        """
+        if self.sources is None:
+            raise ValueError("save_pretrained needs a pair from from_pretrained: its folders' other files go along.")
+        folder = Path(save_directory)
+        export_model(self.base, self.sources[0], folder / "base", max_shard_size)
+        export_model(
+            self.drafter, self.sources[1], folder / "drafter", max_shard_size,
+            num_assistant_tokens=self.drafter_num_steps,
+        )  # fmt: skip
+        if tokenizer is not None and not (dist.is_initialized() and dist.get_rank()):
+            for part in ("base", "drafter"):
+                if not (folder / part / "tokenizer_config.json").exists():
+                    tokenizer.save_pretrained(folder / part)
+
+    def load_pretrained(self, load_directory: str | os.PathLike, checkpointer: Any = None, **kwargs: Any) -> None:
+        """Read weights into this pair, from what :meth:`save_pretrained` wrote or from a run's checkpoint.
+
+        ``checkpointer`` and ``kwargs`` are reserved and ignored.
+
+        Raises:
+            FileNotFoundError: if the folder has neither layout.
+        """
+        folder = Path(load_directory)
+        if all((folder / part / "model").is_dir() for part in ("base", "drafter")):
+            checkpoint.load_model(folder, self.base, "base")
+            checkpoint.load_model(folder, self.drafter, "drafter")
+        elif all((folder / part / "config.json").is_file() for part in ("base", "drafter")):
+            for part, model in (("base", self.base), ("drafter", self.drafter)):
+                materialize(model, folder / part, next(model.parameters()).device)
+        else:
+            raise FileNotFoundError(
+                f"{folder} has neither base/model and drafter/model (a checkpoint) nor base/ and drafter/ with a "
+                "config.json each (an export)."
+            )
+
+
+def load_pair(cfg: DictConfig, mesh: DeviceMesh | None, device: torch.device | str) -> Gemma4WithDrafter:
+    """The pair of a configuration, sharded over `mesh` (whole without one) and filled from its folders.
+
+    Raises:
+        ConfigError: for a pair that can't be found or doesn't fit together.
+        WeightsError: for weights that don't fit.
+    """
+    m = cfg.model
+    base_dir = resolve(m.base, m.revision, m.cache_dir)
+    drafter_dir = resolve(m.drafter, m.drafter_revision, m.cache_dir)
+    text_config = OmegaConf.to_container(m.text_config, resolve=True)
+    configs = read_configs(base_dir, drafter_dir, text_config=text_config)
+    model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params])
+    model.sources = (base_dir, drafter_dir)
+    if mesh is not None:
+        parallelize(model, mesh, cfg)
+    materialize(model.base, base_dir, device)
+    materialize(model.drafter, drafter_dir, device)
+    if cfg.drafter.share_embedding_with_base:
+        model.share_embedding()
+    return model
+
+
+def meta_pair(
+    cfg: DictConfig, base_config: PreTrainedConfig, drafter_config: PreTrainedConfig, dtype: torch.dtype
+) -> Gemma4WithDrafter:
+    """The pair of a configuration on the meta device: what is frozen, recomputed and compiled is decided."""
+    model = Gemma4WithDrafter(
+        build_meta(base_config, dtype, cfg.model.attn_implementation),
+        build_meta(drafter_config, dtype, cfg.model.attn_implementation),
+        drafter_loss_weight=cfg.drafter.loss_weight,
+        drafter_num_steps=cfg.drafter.num_steps,
+        freeze_base_for_drafter=cfg.freeze.base,
+        share_embedding_with_base=cfg.drafter.share_embedding_with_base,
+        pairing=cfg.drafter.pairing,
+        rope_position=cfg.drafter.rope_position,
+        loss=cfg.loss,
+    )
+    prepare(model, cfg)
+    return model

@@ -1,0 +1,132 @@
+"""Where a model's folder is, and what its ``config.json`` says: no weight is read here."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from transformers import (
+    CONFIG_MAPPING,
+    Gemma4AssistantForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4UnifiedAssistantForCausalLM,
+    Gemma4UnifiedForCausalLM,
+    Gemma4UnifiedForConditionalGeneration,
+    PreTrainedConfig,
+)
+
+from joint_train.distributed.ranks import together
+from joint_train.errors import ConfigError
+from joint_train.pair.compatibility import check_pair
+
+BASES = {
+    "gemma4": Gemma4ForConditionalGeneration,
+    "gemma4_text": Gemma4ForCausalLM,
+    "gemma4_unified": Gemma4UnifiedForConditionalGeneration,
+    "gemma4_unified_text": Gemma4UnifiedForCausalLM,
+}
+DRAFTERS = {
+    "gemma4_assistant": Gemma4AssistantForCausalLM,
+    "gemma4_unified_assistant": Gemma4UnifiedAssistantForCausalLM,
+}
+# Text settings that the configuration classes take apart when they are built, so that no attribute shows them.
+TEXT_INPUTS = {"global_head_dim", "num_global_key_value_heads", "rope_theta"}
+# What a training run needs of a hub repository: weights in other formats can be as large again.
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def resolve(path: str | os.PathLike, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """The local folder of a model: the folder itself, or a hub repository's snapshot, downloaded if need be.
+
+    Under a process group all ranks must call it: the first rank of each node downloads, the others wait for it.
+
+    Raises:
+        ConfigError: for a folder that doesn't exist, or a repository that can't be had; on every rank alike.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    name = os.fspath(path)
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise ConfigError(
+            f"no such folder: {name}. Give a folder that exists, or a hub id such as google/gemma-4-E2B-it."
+        )
+    options = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": HUB_FILES}
+    first = not dist.is_initialized() or dist.get_node_local_rank(fallback_rank=0) == 0
+    try:
+        together(lambda: snapshot_download(name, **options) if first else None)
+    except Exception as e:
+        raise ConfigError(
+            f"can't get {name} (revision {revision or 'main'}) from the hub: {e}\nWithout network, give a local folder "
+            "or a model.cache_dir that has the snapshot."
+        ) from e
+    return Path(snapshot_download(name, local_files_only=True, **options))
+
+
+def read_config(
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    text_config: dict[str, Any] | None = None,
+) -> PreTrainedConfig:
+    """Configuration of one model from its folder or hub id.
+
+    Args:
+        text_config: values that replace those of the folder's text configuration.
+
+    Raises:
+        ConfigError: if there is none, or `text_config` has a key that Gemma 4's text configuration hasn't.
+    """
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision, cache_dir=cache_dir)
+    except OSError as e:
+        raise ConfigError(f"no model configuration at {path}: {e}") from e
+    if not raw:
+        raise ConfigError(f"{path} has no config.json: give a folder that save_pretrained wrote, or a hub id.")
+    kind = raw.get("model_type")
+    if kind not in BASES and kind not in DRAFTERS:
+        raise ConfigError(
+            f"{path} is a {kind} model; a base is one of {', '.join(BASES)}, a drafter one of {', '.join(DRAFTERS)}."
+        )
+    config_class = CONFIG_MAPPING[kind]
+    config = config_class.from_dict(copy.deepcopy(raw))
+    if text_config:
+        text = config.get_text_config()
+        if unknown := sorted(key for key in text_config if key not in TEXT_INPUTS and key not in text.to_dict()):
+            raise ConfigError(f"model.text_config: {type(text).__name__} has no {', '.join(unknown)}.")
+        (raw["text_config"] if "text_config" in raw else raw).update(text_config)
+        try:
+            config = config_class.from_dict(raw)
+        except (ValueError, TypeError) as e:
+            raise ConfigError(f"model.text_config={text_config} doesn't fit {path}: {e}") from e
+    config._name_or_path = os.fspath(path)
+    return config
+
+
+def read_configs(
+    base: str | os.PathLike,
+    drafter: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    drafter_revision: str | None = None,
+    cache_dir: str | None = None,
+    text_config: dict[str, Any] | None = None,
+) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    """Configurations of a pair, checked to fit together; reads no weight.
+
+    Raises:
+        ConfigError: for a model of another family, and for a drafter that was made for another base.
+    """
+    base_config = read_config(base, revision=revision, cache_dir=cache_dir, text_config=text_config)
+    drafter_config = read_config(drafter, revision=drafter_revision, cache_dir=cache_dir)
+    for key, config, path, known in (
+        ("model.base", base_config, base, BASES),
+        ("model.drafter", drafter_config, drafter, DRAFTERS),
+    ):
+        if config.model_type not in known:
+            raise ConfigError(f"{key}={path} is a {config.model_type} model; it must be one of {', '.join(known)}.")
+    check_pair(base_config, drafter_config)
+    return base_config, drafter_config
