@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from joint_train.config import Config
 from joint_train.errors import ConfigError, WeightsError
+from joint_train.export import main
 from joint_train.weights import export
 from joint_train.weights.composite import load_pair
-from joint_train.weights.export import export_model, main, parse_size, plan_shards, verify
+from joint_train.weights.export import export_model, parse_size, plan_shards, verify
 from joint_train.weights.folders import read_config
 from joint_train.weights.loading import build_meta, load_model, materialize
 
@@ -320,9 +321,9 @@ def test_command_line_errors(tmp_path, capsys):
     step = tmp_path / "run/checkpoints/step_00000001"
     step.mkdir(parents=True)
     for message in ("no COMPLETE in it", "no configuration of the run at"):
-        assert main([str(step), str(tmp_path / "out")]) == 1
+        assert main([str(step), str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and message in error
+        assert error.startswith("joint_train.export: ") and message in error
         (step / "COMPLETE").touch()
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from joint_train.config import Config
 from joint_train.errors import ConfigError, WeightsError
-from joint_train.weights import loading
+from joint_train.weights import composite, folders, loading
 from joint_train.weights.folders import read_config, read_configs, resolve
 from joint_train.weights.loading import build_meta, load_model, materialize
 
@@ -84,7 +84,7 @@ def load_sharded(rank, root, shapes, replicate):
     for shape in shapes:
         cfg = pair_config(f"{root}/{shape}", dp_replicate=replicate)
         mesh = init_mesh(cfg.parallel)
-        pair = loading.load_pair(cfg, mesh, "cpu")
+        pair = composite.load_pair(cfg, mesh, "cpu")
         for part, model in (("base", pair.base), ("drafter", pair.drafter)):
             reference = type(model).from_pretrained(f"{root}/{shape}/{part}", dtype=torch.float32)
             for name, parameter in model.named_parameters():
@@ -287,7 +287,7 @@ def resolve_on_ranks(rank, folder, failing):
             raise OSError("no route to host")
         return folder
 
-    loading.snapshot_download = snapshot_download
+    folders.snapshot_download = snapshot_download
     try:
         found = resolve("google/gemma-4-E2B-it", "v1", "/cache")
     except ConfigError as e:
@@ -330,7 +330,7 @@ def peak_of_loading(rank, folder):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    pair = loading.load_pair(cfg, mesh, "cpu")
+    pair = composite.load_pair(cfg, mesh, "cpu")
     done.set()
     watcher.join()
     local = sum(p.to_local().nbytes for p in pair.parameters()) + sum(b.nbytes for b in pair.buffers())

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from joint_train.config import Config
 from joint_train.errors import ConfigError
-from joint_train.plan.planner import GIB, Machine, count_parameters, longest, main, make_plan, savings, with_overrides
+from joint_train.plan.__main__ import main
+from joint_train.plan.planner import GIB, Machine, count_parameters, longest, make_plan, savings, with_overrides
 from joint_train.plan.step import simulate
 from joint_train.weights.composite import load_pair, meta_pair
 from joint_train.weights.folders import read_configs
@@ -304,9 +305,9 @@ def test_command_line(pairs, capsys):
 
 
 def test_command_line_errors(capsys, tmp_path):
-    assert main(["model=gemma4_e2b", "data.maxlength=64"]) == 1
+    assert main(["model=gemma4_e2b", "data.maxlength=64"]) == 2
     assert "maxlength" in capsys.readouterr().err
-    assert main([f"model.base={tmp_path}", f"model.drafter={tmp_path}"]) == 1
+    assert main([f"model.base={tmp_path}", f"model.drafter={tmp_path}"]) == 2
     assert "config.json" in capsys.readouterr().err
     with pytest.raises(ConfigError):
         make_plan(configure(tmp_path / "nowhere"), Machine())

@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from joint_train import command, files
 from joint_train.config import Config
 from joint_train.train import tracking
 from joint_train.train.tracking import ConsoleLines, JsonLines, Tracker
@@ -100,7 +101,7 @@ def test_a_crash_while_the_file_is_cut_leaves_the_old_one(tmp_path, monkeypatch)
     def crash(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tracking.os, "replace", crash)
+    monkeypatch.setattr(files.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         JsonLines(path, 2)
     assert path.read_text() == text
@@ -335,7 +336,7 @@ def test_log_lines_are_printed_above_the_bar(tmp_path, monkeypatch):
             return True
 
     log = logging.Logger("above the bar")
-    log.addHandler(tracking.StderrLines())
+    log.addHandler(command.StderrLines())
     for stderr in (Terminal(), io.StringIO()):
         monkeypatch.setattr(sys, "stderr", stderr)
         console, out = lines(config(tmp_path, "max_steps=2000"), terminal=True)
@@ -374,26 +375,26 @@ def test_short_numbers(number, text):
 
 
 def test_code_version_names_the_commit_of_this_tree():
-    version = tracking.code_version()
+    version = files.code_version()
     assert {"joint-train", "torch", "transformers"} <= set(version)
     if "commit" in version:
         assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", version["commit"])
 
 
 def test_code_version_tells_an_edited_tree(tmp_path, monkeypatch):
-    file = tmp_path / "tracking.py"
+    file = tmp_path / "files.py"
     file.write_text("1\n")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a"]):
-        subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr(tracking, "__file__", str(file))
-    commit = tracking.code_version()["commit"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(files, "__file__", str(file))
+    commit = files.code_version()["commit"]
     assert re.fullmatch(r"[0-9a-f]{40}", commit)
     file.write_text("2\n")
-    assert tracking.code_version()["commit"] == commit + "+changes"
+    assert files.code_version()["commit"] == commit + "+changes"
 
 
 def test_code_version_isnt_that_of_somebody_elses_repository(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "tracking.py"))
-    assert "commit" not in tracking.code_version()
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
+    assert "commit" not in files.code_version()

@@ -17,10 +17,12 @@ from typing import Any
 
 import httpx
 
+from joint_train.errors import JointTrainError
+
 COUNTED_WITHIN = 10.0  # seconds after the last answer in which vLLM's counters must have its tokens
 
 
-class EngineError(ValueError):
+class EngineError(JointTrainError, ValueError):
     """A server can't be measured: the message says why and what to do."""
 
 
