@@ -11,8 +11,8 @@ How a run is stopped so that its save is not cut off:
 2. ``torchrun``'s agent runs in this process. It hands SIGTERM to its workers by itself, SIGUSR1 because of
    ``--signals-to-handle``; then it waits ``--shutdown-timeout`` seconds (30 by default: too short for a checkpoint)
    before it kills them, and starts no worker again.
-3. The workers save together and exit with 85, or with 86 when the time didn't suffice (joint_train/preemption.py). An
-   agent that never had the signal sees that code.
+3. The workers save together and exit with 85, or with 86 when the time didn't suffice
+   (joint_train/distributed/preemption.py). An agent that never had the signal sees that code.
 
 Either way this process leaves ``STATE_DIR/preempted`` and exits with 0, so that ``srun --kill-on-bad-exit`` does not
 end the other nodes while they still save. The job script finds the file and puts the job back in the queue.

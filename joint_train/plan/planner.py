@@ -94,7 +94,7 @@ def read(cfg: DictConfig) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str
                 f"{path}/config.json",
             )
         else:
-            source = f"{path}, from joint_train/released.py"
+            source = f"{path}, from joint_train/weights/released.py"
         configs.append(found)
         sources.append(source)
     check_pair(*configs)
