@@ -6,9 +6,8 @@
 cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores >= RANKS_PER_NODE ? cores / RANKS_PER_NODE : 1))}
 
-# A collective that a dead rank left hanging ends the process with an error after parallel.timeout_seconds, instead of
-# keeping the allocation; the flight recorder then says which ranks were missing in which collective.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+# torch's default ends the process when a collective hangs for longer than parallel.timeout_seconds; the flight recorder
+# then says which ranks were missing in which collective.
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 

@@ -173,7 +173,7 @@ def test_a_frozen_parameter_that_is_trained_now_starts_with_new_state(tmp_path, 
     model, optimizer = build(cfg, seed=5)
     checkpointer.load(checkpointer.find_resume(), model, optimizer, config=cfg)
     same(saved, everything(model, optimizer))
-    assert "no optimizer state in step_00000001 for drafter.post_projection.weight: trained from here on" in caplog.text
+    assert "step_00000001 has no optimizer state for drafter.post_projection.weight: they start" in caplog.text
     assert "drafter.num_steps was 1, is 4" in caplog.text
     train_step(model, optimizer)
     checkpointer.save(2, model, optimizer, {"step": 2}, config=cfg)
@@ -188,7 +188,7 @@ def test_state_of_a_parameter_that_is_frozen_now_is_dropped(tmp_path, caplog):
     model, optimizer = build(cfg)
     checkpointer.load(checkpointer.find_resume(), model, optimizer, config=cfg)
     checkpointer.close()
-    assert "is dropped: not trained any more" in caplog.text
+    assert "is dropped: they are not trained now" in caplog.text
     assert optimizer.state and all(p.requires_grad for p in optimizer.state)
     train_step(model, optimizer)
 
@@ -223,8 +223,8 @@ def test_what_may_change_is_said(tmp_path, caplog):
     checkpointer.close()
     said = [record.getMessage() for record in caplog.records if "changed since" in record.getMessage()]
     assert said == [
-        "changed since step_00000001: data.mixture was endless, is epoch",
-        "changed since step_00000001: optim.lr was 0.001, is 0.0005",
+        "the configuration changed since step_00000001: data.mixture was endless and is now epoch",
+        "the configuration changed since step_00000001: optim.lr was 0.001 and is now 0.0005",
     ]
     assert {group["lr"] for group in optimizer.param_groups} == {5e-4, 1e-3}  # the base's new one, the drafter's
 
@@ -279,7 +279,7 @@ def test_what_auto_resumes_from(tmp_path, caplog):
     cfg, checkpointer = open_run(tmp_path)
     assert checkpointer.find_resume("auto").name == "step_00000001"
     assert "step_00000003 is incomplete" in caplog.text and "step_00000002 is damaged" in caplog.text
-    assert caplog.text.count("left as it is and passed over") == 2
+    assert caplog.text.count("left untouched and an older one is tried") == 2
     assert len(layout.list_steps(checkpointer.folder)) == 3
     # The run comes by step 2 again: the damaged one is set aside, neither lost nor in the way.
     checkpointer.load(checkpointer.folder / "step_00000001", model, optimizer, config=cfg)

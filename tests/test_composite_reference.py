@@ -45,7 +45,9 @@ PROMISES = {
     "torch_dtype must be bfloat16": f"{HERE}::test_torch_dtype",
     "attn_implementation, text_config: forwarded": f"{HERE}::test_loading_options_reach_the_models",
     "use_liger_kernel: forwarded, or the package is missing": f"{HERE}::test_liger_without_its_package_is_an_error",
-    "use_sdpa_patching, peft_config, pipeline_config, moe_mesh: refused with the reason": f"{HERE}::test_refused_arguments",
+    "peft_config, pipeline_config, moe_mesh: refused with the reason": f"{HERE}::test_refused_arguments",
+    "use_sdpa_patching: False as NeMo's recipes set it": f"{HERE}::test_nothing_is_patched",
+    "device_mesh: pp, cp and tp of size 1": f"{HERE}::test_a_mesh_that_splits_the_pair_is_refused",
     "device_mesh, distributed_config: both models sharded on one mesh": f"{HERE}::test_from_pretrained_on_a_mesh",
     "distributed_setup: pp_size and cp_size must be 1": f"{HERE}::test_distributed_setup",
     "freeze_config: for the base only": f"{HERE}::test_freeze_config_is_the_bases",
@@ -199,10 +201,35 @@ def test_liger_without_its_package_is_an_error(folders):
         Gemma4WithDrafter.from_pretrained(*folders, use_liger_kernel=True)
 
 
-@pytest.mark.parametrize("name", ["use_sdpa_patching", "peft_config", "pipeline_config", "moe_mesh"])
+@pytest.mark.parametrize("name", ["peft_config", "pipeline_config", "moe_mesh"])
 def test_refused_arguments(folders, name):
     with pytest.raises(ValueError, match=f"{name} must be None: ."):
         Gemma4WithDrafter.from_pretrained(*folders, **{name: object()})
+
+
+def test_nothing_is_patched(folders):
+    Gemma4WithDrafter.from_pretrained(*folders, use_sdpa_patching=False)
+    with pytest.raises(ValueError, match="attn_implementation"):
+        Gemma4WithDrafter.from_pretrained(*folders, use_sdpa_patching=True)
+
+
+def meshes(rank: int, folders) -> list[str]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    said = []
+    for names in (("dp_replicate", "dp_shard", "cp"), ("dp_replicate", "dp_shard", "tp"), ("dp",), ("dp_shard", "pp")):
+        shape = (1,) * (len(names) - 1) + (2,)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        try:
+            Gemma4WithDrafter.from_pretrained(*folders, device_mesh=mesh)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_mesh_that_splits_the_pair_is_refused(folders):
+    for cp, tp, unnamed, pp in run_ranks(meshes, 2, folders):
+        assert "cp of size 2" in cp and "tp of size 2" in tp and "pp of size 2" in pp and "dimensions dp;" in unnamed
 
 
 def test_distributed_setup(folders):
@@ -272,6 +299,13 @@ def test_save_and_load(folders, tmp_path):
     for (name, ours), theirs in zip(again.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs.bfloat16().float()), name
 
+    Gemma4WithDrafter(base, drafter, drafter_num_steps=2).save_pretrained(tmp_path / "constructed")
+    for part in ("base", "drafter"):
+        constructed, exported = (
+            AutoModelForCausalLM.from_pretrained(folder / part).state_dict()
+            for folder in (tmp_path / "constructed", tmp_path)
+        )
+        assert all(torch.equal(constructed[name], exported[name]) for name in exported)
     with pytest.raises(ValueError, match="from_pretrained"):
         Gemma4WithDrafter(*build_pair("e2b")).save_pretrained(tmp_path / "other")
 

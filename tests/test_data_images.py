@@ -151,7 +151,7 @@ BAD = {
     "not base64": (ask({"type": "image", "url": "data:image/png;base64,@"}), "isn't base64"),
     "too few": ({**ask({"type": "image"}, {"type": "image"}), "images": ["cat.png"]}, "1 images for 2 places"),
     "too many": ({**ask({"type": "image"}), "images": ["cat.png"] * 2}, "2 images for 1 places"),
-    "none": (ask({"type": "image"}), "a place for an image, and no image"),
+    "none": (ask({"type": "image"}), "a message has a place for an image, but the record has no image"),
     "audio": (ask({"type": "audio", "path": "a.wav"}), "content of type 'audio' can't be trained on"),
     "placeholder in the text": (ask({"type": "text", "text": "<|image|>"}), "0 images, and 1 placeholders"),
 }

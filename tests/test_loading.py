@@ -274,7 +274,7 @@ def test_models_of_another_family_are_refused(e2b, tmp_path):
 
 def test_a_missing_folder_is_an_error_without_network(tmp_path):
     for name in (tmp_path / "nowhere", "./nowhere", "nowhere", "a/b/c"):
-        with pytest.raises(ConfigError, match="no such folder"):
+        with pytest.raises(ConfigError, match="there is no folder"):
             resolve(name)
 
 

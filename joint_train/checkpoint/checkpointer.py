@@ -106,7 +106,7 @@ class Checkpointer:
         manifest, files = self._ranks.first(f"reading {path}", lambda: self._read_small(path))
         changed = compat.differences(files["config.json"], config)
         for key, (before, now) in changed.items():
-            self._warn(f"changed since {path.name}: {key} was {before}, is {now}")
+            self._warn(f"the configuration changed since {path.name}: {key} was {before} and is now {now}")
         tensors = state.pair_tensors(model)
         stored = self._ranks.all(f"reading {path}", lambda: {p: state.stored_tensors(path / p) for p in layout.PARTS})
         self._check_fit(path, model, tensors, stored, files, changed)
@@ -149,9 +149,9 @@ class Checkpointer:
         trained = {names[p] for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         had = {key.rpartition("/")[0] for key in stored}
         if fresh := sorted(trained - had):
-            self._warn(f"no optimizer state in {path.name} for {some(fresh)}: trained from here on, with new state")
+            self._warn(f"{path.name} has no optimizer state for {some(fresh)}: they start with new optimizer state")
         if dropped := sorted(had - trained):
-            self._warn(f"optimizer state in {path.name} of {some(dropped)} is dropped: not trained any more")
+            self._warn(f"the optimizer state of {some(dropped)} in {path.name} is dropped: they are not trained now")
 
     def _load_random(self, path, manifest, config) -> None:
         if manifest.world_size == self._ranks.size:

@@ -38,14 +38,15 @@ class Search:
                 return self._resume_own(path, own)
             if not self._ranks.first("looking for checkpoints", lambda: layout.newest(self.folder)):
                 return self._checked(path)
-            self._warn(f"output_dir has checkpoints of its own: going on from those, not from resume={resume}")
+            self._warn(f"output_dir has checkpoints of its own: resuming from those and ignoring resume={resume}")
         return self._newest_good(own)
 
     def _resume_own(self, path: Path, own: list[Path]) -> Path:
         newer = [other for other in own if layout.step_of(other) > layout.step_of(path)]
         if self._ranks.first("looking for checkpoints", lambda: any((f / layout.MANIFEST).exists() for f in newer)):
             raise CheckpointError(
-                f"resume={path}, but {newer[0].name} of the same run is newer: going on would mix two histories. "
+                f"resume={path}, but {newer[0].name} of the same run is newer: "
+                "resuming from the older one would mix two histories. "
                 "Set another output_dir, which reads from this one, or remove the newer ones"
             )
         return self._checked(path)
@@ -63,7 +64,7 @@ class Search:
                 return path
             if not isinstance(problem, (DamagedCheckpoint, IncompleteCheckpoint)):
                 raise problem
-            self._warn(f"{problem}. It is left as it is and passed over")
+            self._warn(f"{problem}. This checkpoint is left untouched and an older one is tried")
             lost += [path] if isinstance(problem, DamagedCheckpoint) else []
         if lost:
             raise CheckpointError(

@@ -30,7 +30,7 @@ class ExportConfig:
 class ModelConfig:
     base: str = key(MISSING, "folder or hub id of the Gemma 4 base")
     drafter: str = key(MISSING, "folder or hub id of its drafter")
-    dtype: str = key("bfloat16", "dtype that is loaded and exported; the drafter knows no other")
+    dtype: str = key("bfloat16", "dtype of the weights as loaded and exported; only bfloat16, the drafter's only dtype")
     revision: str | None = key(None, "hub revision of the base")
     drafter_revision: str | None = key(None, "hub revision of the drafter")
     cache_dir: str | None = key(None, "hub cache folder")

@@ -61,7 +61,7 @@ def _reference(image: Any, folder: str) -> str | bytes:
     if isinstance(image, dict):  # Parquet's images are {bytes, path}; an image_url is {url}
         image = next((image[field] for field in ("bytes", "path", "url") if image.get(field) is not None), None)
     if image is None:
-        raise DataError("a place for an image, and no image")
+        raise DataError("a message has a place for an image, but the record has no image")
     if isinstance(image, bytes):
         return image
     if hasattr(image, "save"):  # datasets decodes images

@@ -1,5 +1,6 @@
 """The device mesh: which ranks shard the weights, and which replicate them."""
 
+import os
 from datetime import timedelta
 
 import torch
@@ -8,22 +9,25 @@ from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from joint_train.config import DIMENSIONS, mesh_shape
+from joint_train.config.values import REFUSED
+from joint_train.errors import ConfigError
 
 
 def init_distributed(timeout_seconds: int) -> torch.device:
     """Join the process group that torchrun announced (or one of a single rank) and choose this rank's device."""
     timeout = timedelta(seconds=timeout_seconds)
     cuda = torch.cuda.is_available()
+    # torchrun and Slurm's launcher say which of the node's ranks this is.
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        # With the device named, NCCL connects at once, and the mesh's groups split this one instead of connecting anew.
+        options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if cuda else {"backend": "gloo"}
         if dist.is_torchelastic_launched():
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(timeout=timeout, **options)
         else:
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    if not cuda:
-        return torch.device("cpu")
-    device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))
-    torch.cuda.set_device(device)
+            dist.init_process_group(timeout=timeout, store=dist.HashStore(), rank=0, world_size=1, **options)
     return device
 
 
@@ -36,6 +40,32 @@ def init_mesh(parallel: DictConfig) -> DeviceMesh:
         # A mesh makes its groups with torch's default time-out; there is no public way to say another (torch 2.13).
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=parallel.timeout_seconds), mesh.get_group(name))
     return mesh
+
+
+def check_mesh(mesh: DeviceMesh) -> None:
+    """Refuse a mesh that isn't one of :func:`init_mesh`, and one that splits what the pair can't split.
+
+    Raises:
+        ConfigError: naming the dimension, the reason and what to set instead.
+    """
+    names = mesh.mesh_dim_names or ()
+    for name in names:
+        if name in REFUSED and mesh[name].size() != 1:
+            raise ConfigError(
+                f"device_mesh has {name} of size {mesh[name].size()}, which is not supported: {REFUSED[name]}. Make "
+                f"{name} 1 and use dp_shard (FSDP2) and dp_replicate (HSDP) instead."
+            )
+    if not {"dp_replicate", "dp_shard"} <= set(names):
+        raise ConfigError(
+            f"device_mesh has the dimensions {', '.join(names)}; dp_replicate and dp_shard are needed. "
+            "Make it with joint_train.distributed.mesh.init_mesh, or with init_device_mesh(..., mesh_dim_names="
+            "('dp_replicate', 'dp_shard'))."
+        )
+    if unknown := [name for name in names if name not in DIMENSIONS and mesh[name].size() != 1]:
+        raise ConfigError(
+            f"device_mesh has the unknown dimension {unknown[0]}: its ranks would never reduce their gradients. Known "
+            f"are {', '.join(DIMENSIONS)}."
+        )
 
 
 def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:

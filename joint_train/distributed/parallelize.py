@@ -74,7 +74,9 @@ def prepare(model: JointModel, cfg: DictConfig) -> None:
         # and without a gradient. Past the limit a layer would run uncompiled, in the forward but not in its replay.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(layers))
         for layer in layers:
-            layer.compile()
+            # Static shapes: after a second length dynamo would compile for any, and then the forward and the replay of
+            # activation checkpointing save different tensors under FSDP2 (torch 2.13: CheckpointError in the backward).
+            layer.compile(dynamic=False)
 
 
 def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:

@@ -57,7 +57,7 @@ def load_run(folder: Path, name: str) -> Run:
                 continue
     if not records:
         raise ConfigError(
-            f"{folder} is no run: it has no metrics.jsonl with records. Give an OUTPUT_DIR of joint_train."
+            f"{folder} is not a run: it has no metrics.jsonl with records. Give an OUTPUT_DIR of joint_train."
         )
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) if (folder / "config.yaml").exists() else {}
     return Run(name, folder, dict(flatten(config)), records)

@@ -70,7 +70,9 @@ class Trainer:
             self.step, self.before, self.measured = saved["step"], saved["before"], saved["measured"]
             position, bad_steps = saved["data"], saved.get("bad_steps", 0)
             if self.step >= cfg.max_steps:
-                log.warning("%s is of max_steps=%d or later: there is nothing left to train", path.name, cfg.max_steps)
+                log.warning(
+                    "%s is already at or past max_steps=%d: there is nothing left to train", path.name, cfg.max_steps
+                )
         self.loader = self.build_train_loader(position)
         self.tracker = Tracker(cfg, self.rank, self.step)
         self.plan = make_plan(cfg, Machine(gpus=self.ranks), self.device.type)
@@ -85,7 +87,7 @@ class Trainer:
         try:
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks, position)
         except OtherData:
-            log.warning("the data settings aren't the checkpoint's: the data start from their beginning")
+            log.warning("the data settings differ from the checkpoint's: the data start again from the beginning")
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks)
 
     def train(self) -> None:

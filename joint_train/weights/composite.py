@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from joint_train import checkpoint
 from joint_train.config import Config
+from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, parallelize, prepare
 from joint_train.pair.model import JointModel
 from joint_train.weights.export import export_model
@@ -85,7 +86,8 @@ class Gemma4WithDrafter(JointModel):
                 be 1; its ``device_mesh`` is used if no other is given.
             freeze_config: the ``freeze`` configuration group, for the base; the drafter is trained whole.
             cache_dir, revision, drafter_revision: of the hub.
-            use_sdpa_patching, peft_config, moe_mesh, pipeline_config: must be ``None``.
+            use_sdpa_patching: ``None`` or ``False``: nothing is patched here.
+            peft_config, moe_mesh, pipeline_config: must be ``None``.
 
         Raises:
             ValueError: for a refused argument, saying why, or a pair that doesn't fit together.
@@ -94,11 +96,15 @@ class Gemma4WithDrafter(JointModel):
             "peft_config": (peft_config, "joint training with adapters is out of scope"),
             "pipeline_config": (pipeline_config, "the drafter reads the base's keys and values: no pipeline stages"),
             "moe_mesh": (moe_mesh, "experts are sharded over device_mesh like all other weights"),
-            "use_sdpa_patching": (use_sdpa_patching, "it belongs to NeMo; attn_implementation chooses the kernel"),
         }
         for name, (value, why) in refused.items():
             if value is not None:
                 raise ValueError(f"{name} must be None: {why}.")
+        if use_sdpa_patching not in (None, False):
+            raise ValueError(
+                f"use_sdpa_patching={use_sdpa_patching!r}: nothing is patched here; leave it None or False, and choose "
+                "the kernel with attn_implementation."
+            )
         if torch_dtype not in (None, torch.bfloat16, "bfloat16", "torch.bfloat16"):
             raise ValueError(f"torch_dtype={torch_dtype}: the drafter is bfloat16-only; set torch.bfloat16.")
         if distributed_setup is not None:
@@ -110,6 +116,8 @@ class Gemma4WithDrafter(JointModel):
                         "keys and values of the whole sequence in the same forward."
                     )
             device_mesh = device_mesh or getattr(context, "device_mesh", None)
+        if device_mesh is not None:
+            check_mesh(device_mesh)
         base_path = base_path or pretrained_model_name_or_path
         if base_path is None or drafter_path is None:
             raise ValueError("from_pretrained needs base_path (or pretrained_model_name_or_path) and drafter_path.")
@@ -161,14 +169,20 @@ class Gemma4WithDrafter(JointModel):
             tokenizer: saved into both folders where the original folder has none.
 
         Raises:
-            ValueError: if the pair wasn't loaded from folders: there are no files to go with the weights then.
+            ValueError: if neither model was loaded from a folder: there are no files to go with the weights then.
         """
-        if self.sources is None:
-            raise ValueError("save_pretrained needs a pair from from_pretrained: its folders' other files go along.")
+        sources = self.sources or tuple(Path(model.config._name_or_path) for _, model in self.parts())
+        for source, (name, _) in zip(sources, self.parts(), strict=True):
+            if not (source / "config.json").is_file():
+                raise ValueError(
+                    f"save_pretrained copies the tokenizer and other files of the {name}'s folder, and this one was "
+                    "not loaded with from_pretrained from a local folder. Save it with its own save_pretrained first, "
+                    "and load it from there."
+                )
         folder = Path(save_directory)
-        export_model(self.base, self.sources[0], folder / "base", max_shard_size)
+        export_model(self.base, sources[0], folder / "base", max_shard_size)
         export_model(
-            self.drafter, self.sources[1], folder / "drafter", max_shard_size,
+            self.drafter, sources[1], folder / "drafter", max_shard_size,
             num_assistant_tokens=self.drafter_num_steps,
         )  # fmt: skip
         if tokenizer is not None and not (dist.is_initialized() and dist.get_rank()):

@@ -51,7 +51,7 @@ def resolve(path: str | os.PathLike, revision: str | None = None, cache_dir: str
     name = os.fspath(path)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise ConfigError(
-            f"no such folder: {name}. Give a folder that exists, or a hub id such as google/gemma-4-E2B-it."
+            f"there is no folder {name}. Give an existing folder, or a hub id such as google/gemma-4-E2B-it."
         )
     options = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": HUB_FILES}
     first = not dist.is_initialized() or dist.get_node_local_rank(fallback_rank=0) == 0
