@@ -174,7 +174,7 @@ def test_a_frozen_parameter_that_is_trained_now_starts_with_new_state(tmp_path, 
     checkpointer.load(checkpointer.find_resume(), model, optimizer, config=cfg)
     same(saved, everything(model, optimizer))
     assert "step_00000001 has no optimizer state for drafter.post_projection.weight: they start" in caplog.text
-    assert "drafter.num_steps was 1, is 4" in caplog.text
+    assert "drafter.num_steps was 1 and is now 4" in caplog.text
     train_step(model, optimizer)
     checkpointer.save(2, model, optimizer, {"step": 2}, config=cfg)
     checkpointer.close()

@@ -68,6 +68,36 @@ def test_clipping_is_over_both_models_together(model):
             torch.testing.assert_close(p.grad, gradients[name] * 0.5 / norm, rtol=1e-4, atol=1e-9)
 
 
+def test_clipping_each_model_by_its_own_norm(model):
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    own = {
+        part: torch.stack([g.norm() for n, g in gradients.items() if n.startswith(part)]).norm()
+        for part in ("base", "drafter")
+    }
+    limits = {"base": 0.25 * float(own["base"]), "drafter": 0.5 * float(own["drafter"])}
+    update(build_optimizer(model, config()), model, limits["base"], 1.0, limits["drafter"])
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            share = 0.25 if name.startswith("base") else 0.5
+            torch.testing.assert_close(p.grad, gradients[name] * share, rtol=1e-4, atol=1e-9)
+
+
+def test_a_step_without_a_target_changes_nothing(model):
+    """All gradients are 0 then: neither weights nor moments move, and AdamW's step isn't counted."""
+    optimizer = build_optimizer(model, config())
+    update(optimizer, model, 1.0, 1.0)
+    weights = [p.detach().clone() for p in model.parameters()]
+    state = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in optimizer.state]
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.zero_()
+    norms = update(optimizer, model, 1.0, 1.0)
+    assert norms["grad_norm"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    for before, after in zip(state, optimizer.state.values(), strict=True):
+        assert all(torch.equal(before[k], after[k]) for k in before)
+
+
 def test_one_step_is_adamws(model):
     """Written out for a first step: p - lr * (g / (|g| + eps) + decay * p)."""
     cfg = config(lr=0.01, drafter_lr=0.02, weight_decay=0.1, eps=1e-6)

@@ -17,6 +17,7 @@ CHOICES = {
     "data.train_on": ("assistant", "last_assistant", "all"),
     "data.mixture": ("endless", "epoch"),
     "data.on_error": ("raise", "skip"),
+    "optim.clip": ("joint", "separate"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "precision.compute": ("auto", "bfloat16", "float32"),
     "precision.params": ("float32", "bfloat16"),
@@ -28,6 +29,7 @@ CHOICES = {
 AT_LEAST = {
     "drafter.num_steps": 1,
     "drafter.loss_weight": 0,
+    "drafter.base_grad_scale": 0,
     "data.max_length": 2,
     "data.micro_batch_size": 1,
     "data.num_workers": 0,
@@ -40,6 +42,7 @@ AT_LEAST = {
     "optim.grad_accum": 1,
     "optim.warmup_steps": 0,
     "optim.max_grad_norm": 0,
+    "optim.drafter_max_grad_norm": 0,
     "parallel.dp_replicate": 1,
     "parallel.timeout_seconds": 1,
     "activation_checkpointing.every_n": 1,
@@ -86,8 +89,9 @@ def validate(cfg: DictConfig, world_size: int | None = None) -> None:
         value = OmegaConf.select(cfg, name)
         if value is not None and not value >= least:  # NaN is refused, too
             raise ConfigError(f"{name}={value}: must be at least {least}.")
-    if cfg.optim.min_lr_ratio > 1:
-        raise ConfigError(f"optim.min_lr_ratio={cfg.optim.min_lr_ratio}: must be at most 1.")
+    for name in ("optim.min_lr_ratio", "drafter.base_grad_scale"):
+        if (value := OmegaConf.select(cfg, name)) > 1:
+            raise ConfigError(f"{name}={value}: must be at most 1.")
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
         raise ConfigError(f"optim.betas={cfg.optim.betas}: give two numbers from 0 to below 1, e.g. [0.9, 0.95].")
     if not cfg.loss.temperature > 0:

@@ -48,6 +48,9 @@ class DrafterConfig:
         "last_kv", "last_kv: row t rotates at t (vLLM, SGLang) | next_token: at t+1 (transformers)"
     )
     loss_weight: float = key(1.0, "lambda, the weight of the drafter's loss")
+    base_grad_scale: float = key(
+        1.0, "share of the drafter's gradient that the base gets through keys, values, embedding and state; 0 to 1"
+    )
     share_embedding_with_base: bool = key(
         False, "copy the base's input embedding into the drafter's, once, at the start"
     )
@@ -101,7 +104,9 @@ class OptimConfig:
     warmup_steps: int = key(50, "linear warm-up")
     schedule: str = key("cosine", "cosine | linear | constant, after the warm-up")
     min_lr_ratio: float = key(0.1, "last learning rate over the peak")
-    max_grad_norm: float = key(1.0, "clip the norm over both models together; 0 turns it off")
+    clip: str = key("joint", "joint: clip the norm over both models together | separate: each model's by its own")
+    max_grad_norm: float = key(1.0, "largest gradient norm, of both models or with clip=separate of the base; 0: none")
+    drafter_max_grad_norm: float = key(1.0, "with clip=separate: largest gradient norm of the drafter; 0: none")
     grad_accum: int = key(1, "micro-batches in a step")
 
 

@@ -80,6 +80,8 @@ class JointModel(nn.Module):
         drafter_activation_checkpointing: recompute the drafter's rounds in the backward.
         pairing: ``serving`` or ``same_token``: which token meets which state in a round.
         rope_position: ``last_kv``: row t rotates at its own position; ``next_token``: at the next.
+        base_grad_scale: what the drafter's gradient is multiplied by where it enters the base: at its keys and values,
+            its input embeddings and its final hidden state. The drafter's own gradient doesn't depend on it.
         loss: the ``loss`` configuration group; its defaults otherwise.
 
     Raises:
@@ -101,6 +103,7 @@ class JointModel(nn.Module):
         drafter_activation_checkpointing: bool = False,
         pairing: str = "serving",
         rope_position: str = "last_kv",
+        base_grad_scale: float = 1.0,
         loss: DictConfig | None = None,
     ) -> None:
         super().__init__()
@@ -110,6 +113,8 @@ class JointModel(nn.Module):
             raise ValueError(f"pairing={pairing!r}: choose one of {', '.join(FIRST_TOKEN)}.")
         if rope_position not in ("last_kv", "next_token"):
             raise ValueError(f"rope_position={rope_position!r}: choose last_kv or next_token.")
+        if not 0 <= base_grad_scale <= 1:
+            raise ValueError(f"base_grad_scale={base_grad_scale}: give a number from 0 to 1.")
         self.base = base
         self.drafter = drafter
         self.drafter_loss_weight = float(drafter_loss_weight)
@@ -119,6 +124,7 @@ class JointModel(nn.Module):
         self.drafter_activation_checkpointing = bool(drafter_activation_checkpointing)
         self.pairing = pairing
         self.rope_position = rope_position
+        self.base_grad_scale = float(base_grad_scale)
         self._token_centroid: tuple[int, Tensor] | None = None  # and the version of the ordering that it is made of
         self.loss = loss if loss is not None else OmegaConf.structured(LossConfig)
         check_pair(base.config, drafter.config)
@@ -301,6 +307,9 @@ class JointModel(nn.Module):
     ) -> dict[str, Any]:
         """K rounds and the losses, inside the drafter's FSDP forward; masks and rotary tables serve every round."""
         drafter, text = self.drafter, self.drafter.model
+        # Once, outside of the rounds, which may be recomputed. The losses read `hidden` as it is.
+        embedded, read = (scale_gradient(x, self.base_grad_scale) for x in (embedded, hidden))
+        shared_kv = {kind: tuple(scale_gradient(x, self.base_grad_scale) for x in kv) for kind, kv in shared_kv.items()}
         rotary = {kind: text.rotary_emb(hidden, position_ids, kind) for kind in set(text.config.layer_types)}
 
         def round_of(k: int, state: Tensor) -> Tensor:
@@ -312,7 +321,7 @@ class JointModel(nn.Module):
 
         if self.drafter_activation_checkpointing and torch.is_grad_enabled():
             round_of = partial(checkpoint, round_of, use_reentrant=False, preserve_rng_state=False)
-        state, rounds = hidden, []
+        state, rounds = read, []
         for k in range(self.drafter_num_steps):
             rounds.append(round_of(k, state))
             if k + 1 < self.drafter_num_steps:
@@ -340,6 +349,26 @@ class JointModel(nn.Module):
         if return_logits:
             outputs["drafter_logits"] = [drafter.lm_head(h) for h in rounds]
         return outputs
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The same values; the gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.scale, None
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """``x``, through which only ``scale`` of a gradient passes; with 0 there is none."""
+    if scale == 1 or not x.requires_grad:
+        return x
+    return x.detach() if scale == 0 else _ScaleGradient.apply(x, scale)
 
 
 def shift_left(x: Tensor, n: int) -> Tensor:

@@ -45,15 +45,22 @@ def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
 
 
 @torch.no_grad()
-def update(optimizer: AdamW, model: JointModel, max_grad_norm: float, factor: float) -> dict[str, Tensor]:
-    """Clip the gradients of both models together and take one step.
+def update(
+    optimizer: AdamW,
+    model: JointModel,
+    max_grad_norm: float,
+    factor: float,
+    drafter_max_grad_norm: float | None = None,
+) -> dict[str, Tensor]:
+    """Clip the gradients and take one step.
 
-    A step whose gradient norm isn't finite changes nothing, neither weights nor moments; that is decided on the device,
-    so the host doesn't wait.
+    A step whose gradient norm isn't finite changes nothing, neither weights nor moments, and neither does one whose
+    gradients are all 0, as where no rank has a target; that is decided on the device, so the host doesn't wait.
 
     Args:
-        max_grad_norm: largest norm over all parameters; 0 leaves the gradients as they are.
+        max_grad_norm: largest norm over both models; 0 leaves the gradients as they are.
         factor: of :func:`lr_factor`.
+        drafter_max_grad_norm: if given, that of the drafter alone; ``max_grad_norm`` is that of the base alone then.
 
     Returns:
         The norms before clipping, scalars on the device: ``grad_norm`` and that of each model.
@@ -62,12 +69,21 @@ def update(optimizer: AdamW, model: JointModel, max_grad_norm: float, factor: fl
     device = next(model.parameters()).device
     norm = torch.stack([norm.to(device, non_blocking=True) for norm in norms.values()]).norm()
     finite = norm.isfinite()
-    if max_grad_norm > 0:
-        # A norm that isn't finite would spread to every gradient, and hide where it came from.
-        scale = torch.where(finite, norm, 0.0)
-        nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm, scale)
+    if drafter_max_grad_norm is None:
+        clipped = [(model, max_grad_norm, norm)]
+    else:
+        limits = (max_grad_norm, drafter_max_grad_norm)
+        clipped = [
+            (part, limit, norms[f"grad_norm_{name}"].to(device))
+            for (name, part), limit in zip(model.parts(), limits, strict=True)
+        ]
+    for part, limit, own in clipped:
+        if limit > 0:
+            # A norm that isn't finite would spread to every gradient, and hide where it came from.
+            scale = torch.where(finite, own, 0.0)
+            nn.utils.clip_grads_with_norm_([p for p in part.parameters() if p.requires_grad], limit, scale)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+    optimizer.grad_scale, optimizer.found_inf = None, (~finite | (norm == 0)).float()
     optimizer.step()
     return {"grad_norm": norm, **norms}

@@ -155,7 +155,8 @@ class Trainer:
             out.loss.backward()
             add(sums, out.stats)
         factor = lr_factor(self.step, cfg.optim, cfg.max_steps)
-        norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor)
+        of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
+        norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter)
         self.bad_steps.observe(norms["grad_norm"])
         self.step += 1
 

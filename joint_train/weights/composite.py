@@ -63,6 +63,7 @@ class Gemma4WithDrafter(JointModel):
         drafter_revision: str | None = None,
         pairing: str = "serving",
         rope_position: str = "last_kv",
+        base_grad_scale: float = 1.0,
         loss: DictConfig | dict | None = None,
     ) -> Gemma4WithDrafter:
         """Load a base and its drafter, sharded over a mesh if there is one.
@@ -72,8 +73,8 @@ class Gemma4WithDrafter(JointModel):
             drafter_path: folder or hub id of the drafter.
             pretrained_model_name_or_path: another name of ``base_path``.
             drafter_loss_weight, drafter_num_steps, freeze_base_for_drafter, share_embedding_with_base,
-                base_activation_checkpointing, drafter_activation_checkpointing, pairing, rope_position, loss: as for
-                the class.
+                base_activation_checkpointing, drafter_activation_checkpointing, pairing, rope_position,
+                base_grad_scale, loss: as for the class.
             torch_dtype: dtype of the weights in memory; ``torch.bfloat16``, the drafter's only one. By default they are
                 float32 masters of the bfloat16 weights on disk, as in a run.
             attn_implementation: of both models' text layers: sdpa, flex_attention or eager.
@@ -138,6 +139,7 @@ class Gemma4WithDrafter(JointModel):
                 "num_steps": drafter_num_steps,
                 "pairing": pairing,
                 "rope_position": rope_position,
+                "base_grad_scale": base_grad_scale,
                 "loss_weight": drafter_loss_weight,
                 "share_embedding_with_base": share_embedding_with_base,
             },
@@ -248,6 +250,7 @@ def meta_pair(
         share_embedding_with_base=cfg.drafter.share_embedding_with_base,
         pairing=cfg.drafter.pairing,
         rope_position=cfg.drafter.rope_position,
+        base_grad_scale=cfg.drafter.base_grad_scale,
         loss=cfg.loss,
     )
     prepare(model, cfg)
