@@ -251,7 +251,7 @@ def test_runs_are_told_apart_by_the_ends_of_their_folders():
 
 def test_a_folder_that_is_no_run_is_an_error_that_says_so(tmp_path, capsys):
     assert main(["compare", str(tmp_path)]) == 2
-    assert "no run" in capsys.readouterr().err
+    assert "is not a run" in capsys.readouterr().err
 
 
 def test_curves_are_thinned_without_bending_them():
