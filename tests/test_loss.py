@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import joint_train.pair.loss as loss_module
-from joint_train.config.values import KINDS, parse_drafter_loss, round_weights
+from joint_train.config.values import KINDS, parse_drafter_loss, round_weights, teacher_grad
 from joint_train.pair.centroids import Centroids, token_centroids
 from joint_train.pair.loss import joint_loss
 from joint_train.pair.targets import joint_targets, sum_weights
@@ -132,7 +132,8 @@ def reference(case, cfg, softcap=None, drafter_softcap=None, centroids=None):
         stats["ce"][0] += ce
         stats["top1"][0] += teacher.argmax() == label
         stats["count"][0] += 1
-        seen = teacher if cfg.teacher_grad else teacher.detach()
+        share = float(cfg.teacher_grad)
+        seen = share * teacher + (1 - share) * teacher.detach()
         for k in range(K):
             t = p - 1 - offset - k
             if t < 0 or case.documents[b, t] != doc:
@@ -200,7 +201,7 @@ def check(case, cfg, tolerance=1e-5, extra=(), ours_options=None, **options):
 MIX = {"ce": 0.1, "nla": 0.5, "js": 0.7, "ce_argmax": 0.2, "reverse_kl": 0.3, "kl": 0.4, "lk_hybrid": 0.6, "tv": 0.8}
 
 
-@pytest.mark.parametrize("teacher_grad", [False, True])
+@pytest.mark.parametrize("teacher_grad", [False, 0.3, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("drafter", [*KINDS, MIX], ids=[*KINDS, "mix"])
@@ -628,6 +629,14 @@ def test_drafter_loss_from_the_configuration():
             parse({"ce": weight})
     with pytest.raises(ValueError, match="loss.drafter="):
         parse({"ce": 0})
+
+
+def test_teacher_grad_from_the_configuration():
+    for choice, number in ((False, 0.0), (True, 1.0), (0, 0.0), (0.3, 0.3), (2, 2.0)):
+        assert teacher_grad(OmegaConf.create({"teacher_grad": choice})) == number
+    for choice in (-0.1, "some", None, float("nan"), float("inf"), [1]):
+        with pytest.raises(ValueError, match="loss.teacher_grad"):
+            teacher_grad(OmegaConf.create({"teacher_grad": choice}))
 
 
 def test_round_weights_from_the_configuration():

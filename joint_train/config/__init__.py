@@ -19,6 +19,7 @@ from joint_train.config.values import (
     parse_drafter_loss,
     parse_steps,
     round_weights,
+    teacher_grad,
 )
 from joint_train.errors import ConfigError
 
@@ -39,6 +40,7 @@ __all__ = [
     "parse_drafter_loss",
     "parse_steps",
     "round_weights",
+    "teacher_grad",
     "validate",
     "world_size_from_env",
 ]

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from omegaconf import DictConfig, OmegaConf
 
 from joint_train.config.schema import Config
-from joint_train.config.values import mesh_shape, parse_drafter_loss, parse_steps, round_weights
+from joint_train.config.values import mesh_shape, parse_drafter_loss, parse_steps, round_weights, teacher_grad
 from joint_train.errors import ConfigError
 
 CHOICES = {
@@ -110,6 +110,7 @@ def validate(cfg: DictConfig, world_size: int | None = None) -> None:
         raise ConfigError("tracking.tensorboard=true needs the tensorboard package: pip install tensorboard")
     try:
         parse_drafter_loss(cfg.loss)
+        teacher_grad(cfg.loss)
         round_weights(cfg.loss, cfg.drafter.num_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from None

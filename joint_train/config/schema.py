@@ -142,7 +142,9 @@ class LossConfig:
         "lk_hybrid", "ce | ce_argmax | kl | reverse_kl | js | tv | nla | lk_hybrid, or a mix {ce: 0.1, nla: 0.9}"
     )
     temperature: float = key(1.0, "of teacher and student in the distillation losses")
-    teacher_grad: bool = key(False, "let the distillation losses train the base's head and state as a teacher")
+    teacher_grad: Any = key(
+        False, "what the distillation losses' gradient of the base as their teacher is multiplied by; true: 1, false: 0"
+    )
     round_weights: Any = key(None, "w_k: a list of num_steps numbers, or {decay: b} for b**k; 1 each by default")
     centroid_weight: float = key(0.0, "routing loss of ordered embeddings; 0 freezes the centroids")
     memory_budget_mb: int | None = key(

@@ -36,6 +36,12 @@ def parse_drafter_loss(loss_cfg) -> dict[str, float]:
     return mix
 
 
+def teacher_grad(loss_cfg) -> float:
+    """``loss.teacher_grad`` as a number, true as 1 and false as 0; ValueError unless it is a number of 0 or more."""
+    choice = loss_cfg.teacher_grad
+    return float(choice) if isinstance(choice, bool) else _number("loss.teacher_grad", choice)
+
+
 def round_weights(loss_cfg, num_steps: int) -> list[float]:
     """``loss.round_weights`` as one number for each of the `num_steps` rounds; ValueError names the key."""
     choice = loss_cfg.round_weights

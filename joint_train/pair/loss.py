@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from joint_train.config import parse_drafter_loss
+from joint_train.config import parse_drafter_loss, teacher_grad
 from joint_train.pair.centroids import Centroids
 from joint_train.pair.distribution import Distribution, add_label_gradient, overlap, pick
 from joint_train.pair.divergence import Divergence, temporaries
@@ -143,9 +143,9 @@ class _Pass:
         self.temperature = float(loss_cfg.temperature)
         self.centroid_weight = float(loss_cfg.centroid_weight)
         # The argmax has no derivative: only a distance between the distributions can train the teacher.
-        self.teacher_grad = bool(loss_cfg.teacher_grad) and base.needs_backward(0) and bool(self.mix)
+        self.teacher_grad = teacher_grad(loss_cfg) if base.needs_backward(0) and self.mix else 0.0
 
-        self.buffers = 5 + self.teacher_grad
+        self.buffers = 5 + (self.teacher_grad > 0)
         temporary = temporaries(self.mix)
         temporary += 4 if self.mix and self.temperature != 1 else 0
         row_bytes = (self.buffers + temporary) * base.weight.shape[0] * self.dtype.itemsize
@@ -213,7 +213,8 @@ class _Pass:
                 distance = Divergence(self.mix, teacher, student, alpha_t)
                 loss = loss + distance.value
                 if self.teacher_grad:
-                    base_grad.add_(distance.teacher_gradient(scale / self.temperature, grad))
+                    share = self.teacher_grad * scale / self.temperature
+                    base_grad.add_(distance.teacher_gradient(share, grad))
 
             self._add(1 + k, mask_k, loss=loss, ce=ce, top1=q.argmax == labels)
             self._add(k, mask_k, agree=agree, acceptance=alpha)
