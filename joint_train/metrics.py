@@ -12,6 +12,7 @@ METRICS = {
     "agreement_{k}": "share of targets where round k's most likely token is the base's",
     "acceptance_{k}": "probability that sampling accepts round k's token, sum over tokens of min(p, q)",
     "accepted_length_expected": "1 + the expected number of drafts accepted in a row, teacher forced",
+    "accepted_length_walked": "that over the rows where decoding would stop: it skips those inside an accepted run",
     "centroid_hit_{k}": "share of targets whose centroid is among the top ones of round k (ordered embeddings)",
     "grad_norm": "L2 norm of the gradients of both models together, before clipping",
     "grad_norm_base": "that of the base alone",

@@ -122,9 +122,13 @@ def reference(case, cfg, softcap=None, drafter_softcap=None, centroids=None):
     stats = {name: [0.0] * (1 + K) for name in names}
     agreement = {}
 
+    def is_target(b, p):
+        doc = case.documents[b, p]
+        return case.labels[b, p] != -100 and p > 0 and doc != 0 and case.documents[b, p - 1] == doc
+
     for b, p in itertools.product(range(B), range(S)):
         label, doc = case.labels[b, p], case.documents[b, p]
-        if label == -100 or p == 0 or doc == 0 or case.documents[b, p - 1] != doc:
+        if not is_target(b, p):
             continue
         teacher = base[b, p - 1]
         ce = -teacher.log_softmax(-1)[label]
@@ -155,6 +159,18 @@ def reference(case, cfg, softcap=None, drafter_softcap=None, centroids=None):
                 stats["centroid_ce"][k] += -scores.log_softmax(-1)[target]
                 stats["centroid_hit"][k] += target in scores.topk(centroids.top_k).indices
 
+    def right(b, t):
+        return sum(itertools.takewhile(bool, (agreement.get((b, t, k), False) for k in range(K))))
+
+    walk_accepted = walk_rows = 0
+    target_rows = {(b, p - 1) for b, p in itertools.product(range(B), range(1, S)) if is_target(b, p)}
+    for b, t in sorted(target_rows):
+        if (b, t - 1) in target_rows:
+            continue
+        while (b, t) in target_rows:  # from the row before an answer's first token on, as decoding goes
+            if all((b, t, k) in agreement for k in range(K)):
+                walk_accepted, walk_rows = walk_accepted + right(b, t), walk_rows + 1
+            t += right(b, t) + 1
     accepted = full_rows = 0
     for b, t in itertools.product(range(B), range(S)):
         if all((b, t, k) in agreement for k in range(K)):
@@ -175,7 +191,8 @@ def reference(case, cfg, softcap=None, drafter_softcap=None, centroids=None):
     }
     if centroids is None:
         del stats["centroid_ce"], stats["centroid_hit"]
-    return loss, stats | {"accepted": torch.tensor(float(accepted)), "full_rows": torch.tensor(full_rows)}
+    rows = {"accepted": accepted, "full_rows": full_rows, "walk_accepted": walk_accepted, "walk_rows": walk_rows}
+    return loss, stats | {name: torch.tensor(count) for name, count in rows.items()}
 
 
 def check(case, cfg, tolerance=1e-5, extra=(), ours_options=None, **options):
@@ -538,6 +555,12 @@ def test_accepted_counts_only_leading_rounds_that_agree():
     _, stats = joint_loss(eye[base_tokens][None], eye, hidden, eye, targets, torch.ones(1 + K), config())
     assert stats["full_rows"] == len(full)
     assert stats["accepted"] == sum(len(list(itertools.takewhile(bool, agree[t]))) for t in full)
+    visited = [0]  # a verification settles the accepted drafts and a token of the base's own
+    while (row := visited[-1] + 1 + len(list(itertools.takewhile(bool, agree[visited[-1]])))) in full:
+        visited.append(row)
+    assert 1 < len(visited) < len(full)
+    assert stats["walk_rows"] == len(visited)
+    assert stats["walk_accepted"] == sum(len(list(itertools.takewhile(bool, agree[t]))) for t in visited)
 
 
 class Watch(TorchDispatchMode):

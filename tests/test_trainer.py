@@ -64,10 +64,11 @@ def tally(model: Gemma4WithDrafter, batches: list[dict], first: int | None = Non
     Returns:
         ``rounds``: for the base and each round, a column over its targets of each: the source, the cross-entropy, what
         is trained, whether the text's and whether the base's most likely token is hit, and sum min(p, q);
-        ``accepted``: for each row with all rounds, how many are right in a row; ``log_probs``: the base's on the
+        ``accepted``: for each row with all rounds, how many are right in a row; ``walked``: the same for those of these
+        rows that decoding would stop at; ``log_probs``: the base's on the
         ``first`` targets of each batch.
     """
-    rounds, accepted, log_probs = [[] for _ in range(1 + K)], [], []
+    rounds, accepted, walked, log_probs = [[] for _ in range(1 + K)], [], [], []
     for batch in batches:
         ids, labels, documents = batch["input_ids"], batch["labels"], batch["document_ids"]
         inputs = {"input_ids": ids, "position_ids": batch["position_ids"], "document_ids": documents}
@@ -97,10 +98,21 @@ def tally(model: Gemma4WithDrafter, batches: list[dict], first: int | None = Non
             rounds[i].append(columns)
             if i > 0:
                 for where, agreed in zip(zip(b.tolist(), row.tolist(), strict=True), agrees.tolist(), strict=True):
-                    right.setdefault(where, []).append(agreed)
-        accepted += [(answers + [False]).index(False) for answers in right.values() if len(answers) == K]
+                    right.setdefault(where, {})[i - 1] = agreed
+        leading = {
+            where: [answers.get(k, False) for k in range(K + 1)].index(False) for where, answers in right.items()
+        }
+        accepted += [leading[where] for where, answers in right.items() if len(answers) == K]
+        rows = {(b, row) for b, _, row in targets[0]}
+        for b, row in ((b, row) for b, row in rows if (b, row - 1) not in rows):
+            while (b, row) in rows:
+                if len(right.get((b, row), {})) == K:
+                    walked.append(leading[b, row])
+                row += 1 + leading.get((b, row), 0)
     rounds = [[torch.cat(column) for column in zip(*parts, strict=True)] for parts in rounds]
-    return SimpleNamespace(rounds=rounds, accepted=torch.tensor(accepted), log_probs=torch.stack(log_probs))
+    return SimpleNamespace(
+        rounds=rounds, accepted=torch.tensor(accepted), walked=torch.tensor(walked), log_probs=torch.stack(log_probs)
+    )
 
 
 def mean(values: Tensor) -> float:
@@ -117,6 +129,7 @@ def expected_losses(found: SimpleNamespace) -> dict[str, float]:
     for name in ("drafter_ce", "drafter_loss"):
         expected[name] = sum(expected[f"{name}_{k}"] for k in range(K)) / K
     expected["accepted_length_expected"] = 1 + mean(found.accepted)
+    expected["accepted_length_walked"] = 1 + mean(found.walked)
     for index, source in enumerate(("long", "short")):
         expected[f"{source}/targets"] = int((base[0] == index).sum())
         expected[f"{source}/base_ce"] = mean(base[1][base[0] == index])

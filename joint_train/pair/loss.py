@@ -25,6 +25,7 @@ from joint_train.pair.divergence import Divergence, temporaries
 from joint_train.pair.heads import Head, States
 from joint_train.pair.targets import JointTargets
 from joint_train.pair.tied import TiedGradient
+from joint_train.pair.walk import decoding_rows
 
 
 def memory_budget_mb(loss_cfg, device_type: str) -> int:
@@ -87,6 +88,8 @@ def joint_loss(
         count                [1+K]   rows in these sums
         accepted, full_rows  []      drafter rows with all K rounds valid: tokens accepted by greedy decoding
                                      (leading rounds that agree with the base), and how many such rows
+        walk_accepted,       []      the same over those of these rows that decoding of the text visits, see
+        walk_rows                    :func:`joint_train.pair.walk.decoding_rows`
         centroid_ce          [K]     with centroids: routing cross-entropy
         centroid_hit         [K]     with centroids: rows whose token's centroid is among the top k
         group_base_ce, group_drafter_ce, group_base_count, group_drafter_count: [G] with groups (rounds added)
@@ -174,11 +177,13 @@ class _Pass:
             self._chunk(slice(start, stop), buffers[:, : stop - start])
 
         full = self.seen[:-1].all(-1)
-        accepted = self.agreed[:-1].to(self.dtype).cumprod(-1).sum(-1)
+        accepted = self.agreed[:-1].long().cumprod(-1).sum(-1)
+        walked = full & decoding_rows(self.targets.rows, accepted)
         loss = (self.weights * self.stats["loss"]).sum()
         if self.routing:
             loss = loss + self.centroid_weight * (self.weights[1:] * self.stats["centroid_ce"]).sum()
         self.stats |= {"count": self.targets.counts, "accepted": (accepted * full).sum(), "full_rows": full.sum()}
+        self.stats |= {"walk_accepted": (accepted * walked).sum(), "walk_rows": walked.sum()}
         return loss, self.stats
 
     def _chunk(self, part: slice, buffers: Tensor) -> None:

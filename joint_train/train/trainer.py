@@ -222,6 +222,7 @@ class Trainer:
             "drafter_ce": mean["ce"][1:].mean(),
             "base_accuracy": mean["top1"][0],
             "accepted_length_expected": 1 + total["accepted"][0] / total["full_rows"][0].clamp(min=1),
+            "accepted_length_walked": 1 + total["walk_accepted"][0] / total["walk_rows"][0].clamp(min=1),
         }
         for k in rounds:
             named[f"drafter_loss_{k}"] = mean["loss"][1 + k]
