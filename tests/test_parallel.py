@@ -57,6 +57,7 @@ def build(shape: str, cfg, dtype: torch.dtype = torch.float32) -> Gemma4WithDraf
         drafter_num_steps=cfg.drafter.num_steps,
         drafter_loss_weight=cfg.drafter.loss_weight,
         freeze_base_for_drafter=cfg.freeze.base,
+        base_grad_scale=cfg.drafter.base_grad_scale,
         loss=cfg.loss,
     )
     prepare(model, cfg)
@@ -170,6 +171,12 @@ def test_frozen_base_and_frozen_embeddings_sharded():
 def test_losses_metrics_and_gradients_on_any_number_of_ranks(loss, ranks):
     trained = {} if loss == "kl" else {"loss__teacher_grad": True, "loss__centroid_weight": 0.1}
     compare("e2b", {"loss__drafter": loss, **trained}, ranks, 2)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_a_share_of_the_drafters_gradient_sharded(scale):
+    options = {"drafter__base_grad_scale": scale, "loss__drafter": "kl", "loss__teacher_grad": 0.5}
+    compare("e2b", options | {"activation_checkpointing__base": "full"}, 2, 2)
 
 
 def test_one_round_freezes_the_projection_that_makes_the_next_state():
