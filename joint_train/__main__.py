@@ -12,8 +12,8 @@ from typing import NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from joint_train.command import start_logging
-from joint_train.config import choices_text, conf_dir, help_text, validate, world_size_from_env
+from joint_train import command
+from joint_train.config import conf_dir, help_text, validate, world_size_from_env
 from joint_train.errors import JointTrainError
 
 
@@ -31,7 +31,7 @@ def run(cfg: DictConfig) -> None:
 @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     rank = int(os.environ.get("RANK", 0))
-    start_logging(rank)
+    command.start_logging(rank)
     # Writes the first failed rank's traceback to where torchrun looks for it.
     from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -71,11 +71,19 @@ def leave(code: int | str | None) -> NoReturn:
     os._exit(code or 0)
 
 
+def print_help() -> None:
+    """``--help``: the groups of keys. ``--help data optim``: the keys of these groups. ``--help all``: every key."""
+    wanted = [word for word in sys.argv[1:] if not word.startswith("-")]
+    if not wanted:
+        print(__doc__.strip())
+        print("\nAn override is KEY=VALUE. `--help GROUP` lists a group's keys, `--help all` all of them;")
+        print("`--cfg job` prints what a command composes, and `--hydra-help` Hydra's own flags.\n\nGroups of keys:")
+    print(help_text(wanted).strip("\n"))
+
+
 if __name__ == "__main__":
     if {"--help", "-h"} & set(sys.argv):
-        print(__doc__ + "\nHydra: --cfg job prints the composed configuration; --hydra-help has its own flags.")
-        print(f"\nprepared settings\n{choices_text()}")
-        print(help_text())
+        sys.exit(command.start("joint_train", print_help))
     else:
         try:
             main()

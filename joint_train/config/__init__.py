@@ -4,7 +4,8 @@ Nothing here imports torch, so that ``--help`` and a misspelt key answer at once
 """
 
 from joint_train.config.checks import validate
-from joint_train.config.compose import choices_text, conf_dir, help_text, load, world_size_from_env
+from joint_train.config.compose import conf_dir, load, world_size_from_env
+from joint_train.config.help import choices, groups, help_text, keys
 from joint_train.config.schema import (
     Config,
     DataConfig,
@@ -32,9 +33,11 @@ __all__ = [
     "DrafterConfig",
     "LossConfig",
     "SourceConfig",
-    "choices_text",
+    "choices",
     "conf_dir",
+    "groups",
     "help_text",
+    "keys",
     "load",
     "mesh_shape",
     "parse_drafter_loss",
