@@ -22,7 +22,7 @@ from joint_train.config.values import KINDS
 METRICS = {
     "val/tokens_per_forward": "tokens per base forward",
     "val/accepted_length_expected": "expected, teacher forced",
-    "val/acceptance_0": "alpha of round 0",
+    "val/acceptance_sampled_0": "alpha of round 0",
     "val/drafter_ce": "drafter CE",
 }
 

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from pairs import build_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import joint_train.pair.loss as loss_module
 from joint_train.config.values import KINDS, parse_drafter_loss, round_weights, teacher_grad
-from joint_train.pair.centroids import Centroids, token_centroids
+from joint_train.pair.centroids import Centroids, routed, token_centroids
+from joint_train.pair.distribution import Distribution
 from joint_train.pair.loss import joint_loss
 from joint_train.pair.targets import joint_targets, sum_weights
 
@@ -118,9 +120,19 @@ def reference(case, cfg, softcap=None, drafter_softcap=None, centroids=None):
     rounds = [logits(up(h), up(case.drafter_weight), drafter_softcap) for h in case.drafter_hidden]
     offset = {"serving": 1, "same_token": 0}[case.pairing]
     mix = {cfg.drafter: 1.0} if isinstance(cfg.drafter, str) else cfg.drafter
-    names = ("loss", "ce", "top1", "agree", "acceptance", "centroid_ce", "centroid_hit", "count")
-    stats = {name: [0.0] * (1 + K) for name in names}
-    agreement = {}
+    heads = ("",) if centroids is None else ("", "dense_")
+    drafts = [head + name for head in heads for name in ("agree", "acceptance_argmax", "acceptance_sampled")]
+    routing = () if centroids is None else ("centroid_ce", "centroid_hit")
+    stats = {name: [0.0] * (1 + K) for name in ("loss", "ce", "top1", *drafts, *routing, "count")}
+    agreement = {head: {} for head in heads}
+
+    def draft(head, where, teacher, student):
+        """How drafts from the student's logits fare; those of tokens that can't be drafted are -inf."""
+        p, q, k = teacher.softmax(-1), student.softmax(-1), where[-1]
+        agreement[head][where] = bool(q.argmax() == p.argmax())
+        stats[head + "agree"][k] += agreement[head][where]
+        stats[head + "acceptance_argmax"][k] += p[q.argmax()]
+        stats[head + "acceptance_sampled"][k] += torch.minimum(p, q).sum()
 
     def is_target(b, p):
         doc = case.documents[b, p]
@@ -149,49 +161,43 @@ def reference(case, cfg, softcap=None, drafter_softcap=None, centroids=None):
             stats["ce"][1 + k] += -student.log_softmax(-1)[label]
             stats["top1"][1 + k] += student.argmax() == label
             stats["count"][1 + k] += 1
-            stats["agree"][k] += student.argmax() == teacher.argmax()
-            stats["acceptance"][k] += torch.minimum(teacher.softmax(-1), student.softmax(-1)).sum()
-            agreement[b, t, k] = bool(student.argmax() == teacher.argmax())
+            draft(heads[-1], (b, t, k), teacher, student)
             if centroids is not None:
                 scores = up(case.drafter_hidden[k])[b, t] @ up(centroids.weight).T
                 tokens = case.ordering.view(len(scores), -1)
+                candidates = tokens[scores.topk(centroids.top_k).indices].flatten()
+                routed = torch.full_like(student, -torch.inf).scatter(0, candidates, student[candidates])
+                draft("", (b, t, k), teacher, routed)
                 target = next(c for c in range(len(scores)) if label in tokens[c])
                 stats["centroid_ce"][k] += -scores.log_softmax(-1)[target]
                 stats["centroid_hit"][k] += target in scores.topk(centroids.top_k).indices
 
-    def right(b, t):
-        return sum(itertools.takewhile(bool, (agreement.get((b, t, k), False) for k in range(K))))
-
-    walk_accepted = walk_rows = 0
     target_rows = {(b, p - 1) for b, p in itertools.product(range(B), range(1, S)) if is_target(b, p)}
-    for b, t in sorted(target_rows):
-        if (b, t - 1) in target_rows:
-            continue
-        while (b, t) in target_rows:  # from the row before an answer's first token on, as decoding goes
-            if all((b, t, k) in agreement for k in range(K)):
-                walk_accepted, walk_rows = walk_accepted + right(b, t), walk_rows + 1
-            t += right(b, t) + 1
-    accepted = full_rows = 0
-    for b, t in itertools.product(range(B), range(S)):
-        if all((b, t, k) in agreement for k in range(K)):
-            full_rows += 1
-            for k in range(K):
-                if not agreement[b, t, k]:
-                    break
-                accepted += 1
+    rows = {}
+    for head, agreed in agreement.items():
+
+        def right(b, t, agreed=agreed):
+            return sum(itertools.takewhile(bool, (agreed.get((b, t, k), False) for k in range(K))))
+
+        full = [(b, t) for b, t in itertools.product(range(B), range(S)) if all((b, t, k) in agreed for k in range(K))]
+        walk = []
+        for b, t in sorted(target_rows):
+            if (b, t - 1) in target_rows:
+                continue
+            while (b, t) in target_rows:  # from the row before an answer's first token on, as decoding goes
+                walk += [(b, t)] if (b, t) in full else []
+                t += right(b, t) + 1
+        rows |= {head + "accepted": sum(right(*row) for row in full), "full_rows": len(full)}
+        rows |= {head + "walk_accepted": sum(right(*row) for row in walk), head + "walk_rows": len(walk)}
     loss = sum(w * x for w, x in zip(case.weights, stats["loss"], strict=True))
     if centroids is not None:
         loss = loss + cfg.centroid_weight * sum(
             w * x for w, x in zip(case.weights[1:], stats["centroid_ce"][:K], strict=True)
         )
-    per_round = ("agree", "acceptance", "centroid_ce", "centroid_hit")
     stats = {
-        n: torch.tensor([float(torch.as_tensor(x).detach()) for x in (v[:K] if n in per_round else v)])
+        n: torch.tensor([float(torch.as_tensor(x).detach()) for x in (v[:K] if n in (*drafts, *routing) else v)])
         for n, v in stats.items()
     }
-    if centroids is None:
-        del stats["centroid_ce"], stats["centroid_hit"]
-    rows = {"accepted": accepted, "full_rows": full_rows, "walk_accepted": walk_accepted, "walk_rows": walk_rows}
     return loss, stats | {name: torch.tensor(count) for name, count in rows.items()}
 
 
@@ -261,12 +267,32 @@ def test_pairings(pairing):
 
 
 @pytest.mark.parametrize("centroid_weight", [0.0, 0.7])
-def test_routing_loss_of_ordered_embeddings(centroid_weight):
+def test_ordered_embeddings(centroid_weight):
     case = Case(seed=5)
     token_centroid = token_centroids(case.ordering, 6)
     centroids = Centroids(case.centroid_weight, token_centroid, top_k=2)
     cfg = config("kl", centroid_weight=centroid_weight, memory_budget_mb=tiny_chunks(4))
     check(case, cfg, extra=[("centroids", case.centroid_weight)], centroids=centroids)
+
+
+def test_the_routed_head_is_the_one_that_transformers_serves():
+    _, drafter = build_pair("e2b")
+    embedder, weight = drafter.masked_embedding, drafter.lm_head.weight
+    hidden = torch.randn(50, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        served = embedder(hidden[None], weight)[0]
+        q, scores = Distribution.of(hidden @ weight.T), embedder.centroids(hidden)
+        centroid = token_centroids(embedder.token_ordering, embedder.num_centroids)
+        before = [x.clone() for x in (q.logits, q.probs)]
+        found = routed(
+            q, scores, Centroids(scores, centroid, embedder.centroid_intermediate_top_k), torch.empty(50, 256)
+        )
+    served = served.masked_fill(served == served.min(), -torch.inf)  # what it gives to all other tokens
+    assert served.isfinite().sum(-1).tolist() == [4 * 16] * 50
+    torch.testing.assert_close(found.probs, served.softmax(-1))
+    torch.testing.assert_close(found.logsumexp, served.logsumexp(-1))
+    assert found.argmax.equal(served.argmax(-1)) and not found.argmax.equal(q.argmax)
+    torch.testing.assert_close([q.logits, q.probs], before, rtol=0, atol=0)
 
 
 def test_token_centroids_needs_a_permutation():

@@ -63,7 +63,7 @@ def tally(model: Gemma4WithDrafter, batches: list[dict], first: int | None = Non
 
     Returns:
         ``rounds``: for the base and each round, a column over its targets of each: the source, the cross-entropy, what
-        is trained, whether the text's and whether the base's most likely token is hit, and sum min(p, q);
+        is trained, whether the text's and whether the base's most likely token is hit, sum min(p, q), p(argmax q);
         ``accepted``: for each row with all rounds, how many are right in a row; ``walked``: the same for those of these
         rows that decoding would stop at; ``log_probs``: the base's on the
         ``first`` targets of each batch.
@@ -94,7 +94,8 @@ def tally(model: Gemma4WithDrafter, batches: list[dict], first: int | None = Non
             kl = (teacher.exp() * (teacher - q)).sum(-1)
             agrees, overlap = choice == teacher.argmax(-1), torch.minimum(q.exp(), teacher.exp()).sum(-1).detach()
             loss = ce if i == 0 else MIX["ce"] * ce + MIX["kl"] * kl
-            columns = batch["source"][b, p], ce, loss, choice == token, agrees, overlap
+            of_argmax = teacher.exp().gather(1, choice[:, None])[:, 0]
+            columns = batch["source"][b, p], ce, loss, choice == token, agrees, overlap, of_argmax
             rounds[i].append(columns)
             if i > 0:
                 for where, agreed in zip(zip(b.tolist(), row.tolist(), strict=True), agrees.tolist(), strict=True):
@@ -124,7 +125,8 @@ def expected_losses(found: SimpleNamespace) -> dict[str, float]:
     base, *drafts = found.rounds
     expected = {"base_loss": mean(base[1]), "base_accuracy": mean(base[3])}
     for k, columns in enumerate(drafts):
-        for name, i in (("drafter_ce", 1), ("drafter_loss", 2), ("agreement", 4), ("acceptance", 5)):
+        acceptance = ("acceptance_sampled", 5), ("acceptance_argmax", 6)
+        for name, i in (("drafter_ce", 1), ("drafter_loss", 2), ("agreement", 4), *acceptance):
             expected[f"{name}_{k}"] = mean(columns[i])
     for name in ("drafter_ce", "drafter_loss"):
         expected[name] = sum(expected[f"{name}_{k}"] for k in range(K)) / K
@@ -272,6 +274,28 @@ def test_utilisation_is_a_share_of_the_gpus_dense_bfloat16_peak(monkeypatch):
     assert trainer.utilisation(1e12, 0.0, torch.device("cuda")) == {"tflops_per_gpu": 1.0}
 
 
+def test_with_ordered_embeddings_the_metrics_are_those_of_the_routed_head(monkeypatch):
+    monkeypatch.setattr(trainer.dist, "all_reduce", lambda tensor: None)
+    cfg = SimpleNamespace(drafter=SimpleNamespace(num_steps=2))
+    counts = {"count": [4, 4, 2], "full_rows": [5], "walk_rows": [2], "dense_walk_rows": [4]}
+    of_rounds = {"agree": [1, 2], "acceptance_argmax": [3, 1], "acceptance_sampled": [2, 1], "centroid_hit": [1, 1]}
+    of_dense = {f"dense_{name}": [x / 2 for x in sums] for name, sums in of_rounds.items() if name != "centroid_hit"}
+    lengths = {"accepted": [10], "walk_accepted": [3], "dense_accepted": [5], "dense_walk_accepted": [1]}
+    sums = counts | of_rounds | of_dense | lengths | {name: [4, 4, 2] for name in ("loss", "ce", "top1")}
+    named = trainer.Trainer.metrics(
+        SimpleNamespace(cfg=cfg), {name: torch.tensor(x, dtype=torch.float64) for name, x in sums.items()}, [], "val/"
+    )
+    expected = {
+        "agreement_0": 1 / 4, "agreement_1": 1, "acceptance_argmax_0": 3 / 4, "acceptance_argmax_1": 1 / 2,
+        "acceptance_sampled_0": 1 / 2, "acceptance_sampled_1": 1 / 2, "accepted_length_expected": 3,
+        "accepted_length_walked": 2.5,
+    }  # fmt: skip
+    assert {name: named[f"val/{name}"] for name in expected} == expected
+    dense = {name: x / 2 for name, x in expected.items()}
+    dense |= {"accepted_length_expected": 2, "accepted_length_walked": 1.25}
+    assert {name: named[f"val/dense_{name}"] for name in expected} == dense
+
+
 def test_the_documented_metrics_are_those_that_are_logged(run):
     logged = {name for record in run.records.values() for name in record}
 
@@ -287,5 +311,5 @@ def test_the_documented_metrics_are_those_that_are_logged(run):
         assert meanings(name.removeprefix("val/")) or meanings(name), f"{name} isn't documented"
     # Those that need a GPU whose peak is known, and ordered embeddings.
     assert {t for t in plain if not any(t in meanings(name) for name in logged)} == {
-        "hfu", "mfu", "centroid_hit_{k}"
+        "hfu", "mfu", "centroid_hit_{k}", "dense_{metric}"
     }  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from joint_train.config import parse_drafter_loss, teacher_grad
-from joint_train.pair.centroids import Centroids
+from joint_train.pair.centroids import Centroids, routed
 from joint_train.pair.distribution import Distribution, add_label_gradient, overlap, pick
 from joint_train.pair.divergence import Divergence, temporaries
 from joint_train.pair.heads import Head, States
@@ -84,12 +84,16 @@ def joint_loss(
         ce                   [1+K]   cross-entropy with the data's token
         top1                 [1+K]   rows whose argmax is the data's token
         agree                [K]     rows whose argmax is the base's argmax
-        acceptance           [K]     expected acceptance sum_v min(p, q) of sampled decoding at temperature 1
+        acceptance_argmax    [K]     p(argmax q): how often sampling at temperature 1 accepts the drafter's argmax
+        acceptance_sampled   [K]     sum_v min(p, q): how often it accepts a draft that is a sample of q
         count                [1+K]   rows in these sums
         accepted, full_rows  []      drafter rows with all K rounds valid: tokens accepted by greedy decoding
                                      (leading rounds that agree with the base), and how many such rows
         walk_accepted,       []      the same over those of these rows that decoding of the text visits, see
         walk_rows                    :func:`joint_train.pair.walk.decoding_rows`
+        dense_*                      with centroids: what agree, acceptance_*, accepted and walk_* would be, were every
+                                     token a candidate. Without `dense_` these are then what engines serve: q over the
+                                     tokens of the top k centroids (:func:`joint_train.pair.centroids.routed`)
         centroid_ce          [K]     with centroids: routing cross-entropy
         centroid_hit         [K]     with centroids: rows whose token's centroid is among the top k
         group_base_ce, group_drafter_ce, group_base_count, group_drafter_count: [G] with groups (rounds added)
@@ -160,7 +164,10 @@ class _Pass:
         def zeros(*shape, dtype=self.dtype):
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        sizes = {"loss": 1 + rounds, "ce": 1 + rounds, "top1": 1 + rounds, "agree": rounds, "acceptance": rounds}
+        sizes = {"loss": 1 + rounds, "ce": 1 + rounds, "top1": 1 + rounds}
+        heads = ("", "dense_") if self.routing else ("",)  # of the drafter: what is served, and all the tokens
+        for name in ("agree", "acceptance_argmax", "acceptance_sampled"):
+            sizes |= {head + name: rounds for head in heads}
         if self.routing:
             sizes |= {"centroid_ce": rounds, "centroid_hit": rounds}
         if self.groups is not None:
@@ -168,7 +175,9 @@ class _Pass:
             sizes |= dict.fromkeys(sums, self.num_groups)
         self.stats = {name: zeros(size) for name, size in sizes.items()}
         # By row of the drafter; the last row takes the rounds that aren't valid.
-        self.agreed, self.seen = (zeros(self.targets.batch_rows + 1, rounds, dtype=torch.bool) for _ in range(2))
+        by_row = (self.targets.batch_rows + 1, rounds)
+        self.seen = zeros(*by_row, dtype=torch.bool)
+        self.agreed = {head: zeros(*by_row, dtype=torch.bool) for head in heads}
 
         shape = (self.buffers, min(self.chunk, total), vocabulary)
         buffers = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -177,13 +186,15 @@ class _Pass:
             self._chunk(slice(start, stop), buffers[:, : stop - start])
 
         full = self.seen[:-1].all(-1)
-        accepted = self.agreed[:-1].long().cumprod(-1).sum(-1)
-        walked = full & decoding_rows(self.targets.rows, accepted)
         loss = (self.weights * self.stats["loss"]).sum()
         if self.routing:
             loss = loss + self.centroid_weight * (self.weights[1:] * self.stats["centroid_ce"]).sum()
-        self.stats |= {"count": self.targets.counts, "accepted": (accepted * full).sum(), "full_rows": full.sum()}
-        self.stats |= {"walk_accepted": (accepted * walked).sum(), "walk_rows": walked.sum()}
+        self.stats |= {"count": self.targets.counts, "full_rows": full.sum()}
+        for head, agreed in self.agreed.items():
+            accepted = agreed[:-1].long().cumprod(-1).sum(-1)
+            walked = full & decoding_rows(self.targets.rows, accepted)
+            self.stats[f"{head}accepted"] = (accepted * full).sum()
+            self.stats |= {f"{head}walk_accepted": (accepted * walked).sum(), f"{head}walk_rows": walked.sum()}
         return loss, self.stats
 
     def _chunk(self, part: slice, buffers: Tensor) -> None:
@@ -210,7 +221,7 @@ class _Pass:
             mask_k, scale = mask[:, 1 + k], scales[:, 1 + k]
             state = self.drafter.states.gather(k, states, ok)
             q = Distribution.of(self.drafter.logits(state, logits), probs)
-            ce, alpha, agree = q.cross_entropy(labels), overlap(p, q, grad), q.argmax == p.argmax
+            ce, alpha = q.cross_entropy(labels), overlap(p, q, grad)
             loss = self.data_weight * ce + self.argmax_weight * q.cross_entropy(p.argmax)
             if self.mix:
                 student = q.at(self.temperature)
@@ -222,10 +233,17 @@ class _Pass:
                     base_grad.add_(distance.teacher_gradient(share, grad))
 
             self._add(1 + k, mask_k, loss=loss, ce=ce, top1=q.argmax == labels)
-            self._add(k, mask_k, agree=agree, acceptance=alpha)
             self._add_groups("drafter", groups, mask_k, ce)
             into = torch.where(ok, states, self.targets.batch_rows)
-            self.seen[into, k], self.agreed[into, k] = True, agree
+            self.seen[into, k] = True
+            if self.routing:
+                scores = Distribution.of(self.routing.logits(state))
+                served = routed(q, scores.logits, self.centroids, grad)
+                # `overlap` may write into a tensor that it reads: it works token by token.
+                self._measure(k, into, mask_k, p, served, overlap(p, served, grad))
+                self._measure(k, into, mask_k, p, q, alpha, "dense_")
+            else:
+                self._measure(k, into, mask_k, p, q, alpha)
 
             if self.drafter.needs_backward(k):
                 if self.mix:
@@ -237,14 +255,19 @@ class _Pass:
                         add_label_gradient(grad, q, tokens, weight * scale)
                 self.drafter.backward(grad, logits, state, k, states, scratch=probs)
             if self.routing:
-                self._route(k, states, state, self.centroids.token_centroid[labels], mask_k, scale)
+                self._route(k, states, state, scores, self.centroids.token_centroid[labels], mask_k, scale)
 
         if self.teacher_grad:
             self.base.backward(base_grad, base_logits, hidden, 0, rows, scratch=logits)
 
-    def _route(self, k: int, states: Tensor, state: Tensor, centroid: Tensor, mask: Tensor, scale: Tensor) -> None:
-        """The routing loss of round k: cross-entropy of the centroid logits with the token's `centroid`."""
-        q = Distribution.of(self.routing.logits(state))
+    def _measure(self, k, into: Tensor, mask: Tensor, p: Distribution, q: Distribution, alpha: Tensor, head="") -> None:
+        """How round k's drafts from q fare; `into` is the drafter's row of each, `alpha` sum_v min(p, q)."""
+        agree = self.agreed[head][into, k] = q.argmax == p.argmax
+        values = {"agree": agree, "acceptance_argmax": pick(p.probs, q.argmax), "acceptance_sampled": alpha}
+        self._add(k, mask, **{head + name: value for name, value in values.items()})
+
+    def _route(self, k, states: Tensor, state: Tensor, q: Distribution, centroid: Tensor, mask, scale: Tensor) -> None:
+        """The routing loss of round k: cross-entropy of q, over the centroids, with the token's `centroid`."""
         ce, rank = q.cross_entropy(centroid), (q.logits > pick(q.logits, centroid)[:, None]).sum(-1)
         self._add(k, mask, centroid_ce=ce, centroid_hit=rank < self.centroids.top_k)
         if self.centroid_weight and self.routing.needs_backward(k):

@@ -214,21 +214,24 @@ class Trainer:
         total = dict(zip(sums, parts, strict=True))
         count = total["count"].clamp(min=1)
         mean = {name: total[name] / count for name in ("loss", "ce", "top1")}
-        mean |= {name: total[name] / count[1:] for name in ("agree", "acceptance")}
         rounds = range(self.cfg.drafter.num_steps)
         named = {
             "base_loss": mean["loss"][0],
             "drafter_loss": mean["loss"][1:].mean(),
             "drafter_ce": mean["ce"][1:].mean(),
             "base_accuracy": mean["top1"][0],
-            "accepted_length_expected": 1 + total["accepted"][0] / total["full_rows"][0].clamp(min=1),
-            "accepted_length_walked": 1 + total["walk_accepted"][0] / total["walk_rows"][0].clamp(min=1),
         }
         for k in rounds:
             named[f"drafter_loss_{k}"] = mean["loss"][1 + k]
             named[f"drafter_ce_{k}"] = mean["ce"][1 + k]
-            named[f"agreement_{k}"] = mean["agree"][k]
-            named[f"acceptance_{k}"] = mean["acceptance"][k]
+        for head in ("", "dense_") if "dense_agree" in total else ("",):
+            for k in rounds:
+                named[f"{head}agreement_{k}"] = total[f"{head}agree"][k] / count[1 + k]
+                for name in ("acceptance_argmax", "acceptance_sampled"):
+                    named[f"{head}{name}_{k}"] = total[head + name][k] / count[1 + k]
+            rows, walked = total["full_rows"][0].clamp(min=1), total[f"{head}walk_rows"][0].clamp(min=1)
+            named[f"{head}accepted_length_expected"] = 1 + total[f"{head}accepted"][0] / rows
+            named[f"{head}accepted_length_walked"] = 1 + total[f"{head}walk_accepted"][0] / walked
         if "centroid_hit" in total:
             for k in rounds:
                 named[f"centroid_hit_{k}"] = total["centroid_hit"][k] / count[1 + k]
