@@ -6,7 +6,7 @@ GPUS   := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 OUT    ?= outputs/starter
 
-.PHONY: install train test test-slow test-slurm lint clean
+.PHONY: install train test test-slow test-slurm docs lint clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ test-slow: install
 
 test-slurm: install
 	tests/slurm/run.sh
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo made: build/docs/index.html
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,19 +2,15 @@
 
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from browser import BROWSER, WIDTHS, browse
 
 from joint_train.evaluate import compare, page, report
 from joint_train.evaluate.__main__ import main
-
-WIDTHS = (1280, 400)
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def near(value: float, spread: float) -> dict:
@@ -262,15 +258,6 @@ def test_curves_are_thinned_without_bending_them():
     assert compare.smooth(series[:10]) == series[:10]
 
 
-def browse(file: Path, width: int, *arguments: str) -> subprocess.CompletedProcess:
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},900"]
-    log = ["--enable-logging=stderr", "--log-level=0", "--virtual-time-budget=3000"]
-    profile = f"--user-data-dir={file.parent / 'profile'}"
-    return subprocess.run(
-        [BROWSER, *options, *log, profile, *arguments, file.as_uri()], capture_output=True, text=True, timeout=120
-    )
-
-
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("which", ["evaluation", "comparison"])
@@ -293,7 +280,7 @@ def test_in_a_browser_nothing_is_cut_off_or_tiny_and_the_console_is_clean(runs, 
     </script>"""
     outer = tmp_path / "probe.html"
     outer.write_text(probe % (width, json.dumps(file.read_text()).replace("</", "<\\/")))
-    done = browse(outer, 1300, "--dump-dom")
+    done = browse(outer.as_uri(), tmp_path / "profile", 1300, "--dump-dom")
     assert "CONSOLE" not in done.stderr
     found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1])
     assert found["overflow"] <= 0
