@@ -9,6 +9,7 @@ METRICS = {
     "drafter_loss_{k}": "that of round k, from 0",
     "drafter_ce": "the drafter's cross-entropy with the text's token, whatever it is trained on; mean over its rounds",
     "drafter_ce_{k}": "cross-entropy of round k with the text's token",
+    "drafter_targets_left_out": "share of the drafter's targets where no decoding comes (`drafter.prompt_rows`)",
     "agreement_{k}": "share of targets where round k's most likely token is the base's: greedy decoding accepts it",
     "acceptance_argmax_{k}": "chance that sampling (temperature 1) accepts round k's most likely token, p(argmax q)",
     "acceptance_sampled_{k}": "that for a draft which is a sample of q itself: the sum over tokens of min(p, q)",

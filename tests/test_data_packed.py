@@ -21,7 +21,7 @@ def documents(seed: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
     """Tokens, targets and source of some documents, shorter and longer than the sliding window and the rounds."""
     rng = np.random.default_rng(seed)
     lengths = [1, 2, 3, 5, 9, 17, 20, 31, 12, 48]
-    return [(rng.integers(3, VOCAB_SIZE - 16, n), rng.random(n) < 0.6, i % 2) for i, n in enumerate(lengths)]
+    return [(rng.integers(3, VOCAB_SIZE - 16, n), rng.random(n) < 0.9, i % 2) for i, n in enumerate(lengths)]
 
 
 def batch(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:

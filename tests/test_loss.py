@@ -34,7 +34,7 @@ def tiny_chunks(rows, dtype=torch.float32, buffers=5):
 class Case:
     """Random hidden states and heads, and a batch with several documents, padding and unsupervised tokens."""
 
-    def __init__(self, dtype=torch.float32, pairing="serving", seed=0, supervised=0.7, requires_grad=True):
+    def __init__(self, dtype=torch.float32, pairing="serving", seed=3, supervised=0.85, requires_grad=True):
         g = torch.Generator().manual_seed(seed)
 
         def rand(*shape, scale=1.0):
@@ -125,6 +125,7 @@ def reference(case, cfg, softcap=None, drafter_softcap=None, centroids=None):
     routing = () if centroids is None else ("centroid_ce", "centroid_hit")
     stats = {name: [0.0] * (1 + K) for name in ("loss", "ce", "top1", *drafts, *routing, "count")}
     agreement = {head: {} for head in heads}
+    left_out = 0
 
     def draft(head, where, teacher, student):
         """How drafts from the student's logits fare; those of tokens that can't be drafted are -inf."""
@@ -154,6 +155,9 @@ def reference(case, cfg, softcap=None, drafter_softcap=None, centroids=None):
             t = p - 1 - offset - k
             if t < 0 or case.documents[b, t] != doc:
                 continue
+            if case.pairing == "serving" and -100 in case.labels[b, t + 1 : p]:
+                left_out += 1
+                continue
             student = rounds[k][b, t]
             stats["loss"][1 + k] += sum(
                 weight * reference_row(kind, seen, student, label, cfg.temperature) for kind, weight in mix.items()
@@ -173,7 +177,7 @@ def reference(case, cfg, softcap=None, drafter_softcap=None, centroids=None):
                 stats["centroid_hit"][k] += target in scores.topk(centroids.top_k).indices
 
     target_rows = {(b, p - 1) for b, p in itertools.product(range(B), range(1, S)) if is_target(b, p)}
-    rows = {}
+    rows = {"left_out": left_out}
     for head, agreed in agreement.items():
 
         def right(b, t, agreed=agreed):
@@ -624,9 +628,29 @@ def test_memory_is_that_of_a_chunk_and_nothing_waits_for_the_device(drafter):
     assert not watch.operators & {"_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal"}
 
 
+def decoded(labels, documents, rounds, offset):
+    """(b, target, round) of all drafts that decoding the answers could make, whatever is accepted.
+
+    An answer is a run of supervised tokens of one document, after its first token. Decoding starts at the row before
+    it, which samples its first token, and goes on to any row of it. Each drafts `rounds` tokens, as far as the answer
+    goes.
+    """
+    drafts = set()
+    for b, (row_labels, row_documents) in enumerate(zip(labels.tolist(), documents.tolist(), strict=True)):
+        for start in range(len(row_labels) - 1):
+            supervised = [
+                row_labels[p] != -100 and row_documents[p] == row_documents[start] != 0
+                for p in range(start + 1, len(row_labels))
+            ]
+            length = len(list(itertools.takewhile(bool, supervised)))
+            drafts |= {(b, start + 1 + offset + k, k) for k in range(rounds) if offset + k < length}
+    return drafts
+
+
+@pytest.mark.parametrize("prompt_rows", [None, False, True])
 @pytest.mark.parametrize("pairing", ["serving", "same_token"])
 @pytest.mark.parametrize("rounds", [0, 1, 3, 12])
-def test_targets(pairing, rounds):
+def test_targets(pairing, rounds, prompt_rows):
     """Against the definition, position by position, for random documents, padding and labels."""
     generator = torch.Generator().manual_seed(rounds)
     offset = {"serving": 1, "same_token": 0}[pairing]
@@ -636,18 +660,36 @@ def test_targets(pairing, rounds):
     documents[torch.arange(length) >= torch.tensor([11, 9, 1, 0, 6])[:, None]] = 0
     tokens = torch.randint(50, (rows, length), generator=generator)
     labels = torch.where(torch.rand(rows, length, generator=generator) < 0.6, tokens, -100)
-    expected = []
+    drafts = decoded(labels, documents, rounds, offset)
+    everywhere = pairing == "same_token" if prompt_rows is None else prompt_rows
+    expected, left_out = [], 0
     for b, p in itertools.product(range(rows), range(length)):
         same = [t >= 0 and documents[b, t] == documents[b, p] != 0 for t in range(p - 1, p - 2 - offset - rounds, -1)]
         if labels[b, p] != -100 and same[0]:
-            valid = [same[0], *(same[offset + k] for k in range(rounds))]
-            expected.append((b * length + p - 1, int(labels[b, p]), [bool(v) for v in valid]))
-    targets = joint_targets(labels, documents, rounds, pairing)
+            valid = [bool(same[offset + k]) for k in range(rounds)]
+            reached = [ok and (b, p, k) in drafts for k, ok in enumerate(valid)]
+            left_out += 0 if everywhere else sum(valid) - sum(reached)
+            expected.append((b * length + p - 1, int(labels[b, p]), [True, *(valid if everywhere else reached)]))
+    targets = joint_targets(labels, documents, rounds, pairing, prompt_rows)
     assert targets.rows.tolist() == [row for row, _, _ in expected]
     assert targets.labels.tolist() == [label for _, label, _ in expected]
     assert targets.valid.tolist() == [valid for _, _, valid in expected]
     assert targets.counts.tolist() == [sum(v[i] for _, _, v in expected) for i in range(1 + rounds)]
     assert targets.batch_rows == rows * length
+    assert targets.left_out == left_out
+    if rounds > 1 and not everywhere:
+        assert left_out > 0
+
+
+@pytest.mark.parametrize(("answer", "share"), [(2, 0.875), (4, 0.625), (8, 0.3125)])
+def test_the_shorter_an_answer_the_more_targets_lie_where_no_decoding_comes(answer, share):
+    """With K = 4 drafts and a prompt that is longer."""
+    labels = torch.full((1, 40), -100)
+    labels[0, -answer:] = 1
+    targets = joint_targets(labels, None, 4, "serving")
+    assert targets.left_out / (4 * answer) == share
+    assert targets.counts.tolist() == [answer, *(max(0, answer - 1 - k) for k in range(4))]
+    assert joint_targets(labels, None, 4, "serving", True).counts.tolist() == [answer] * 5
 
 
 def test_targets_without_documents_are_one_document_a_row():

@@ -295,7 +295,8 @@ def test_a_tied_embedding_gets_the_gradients_of_an_embedding_and_a_head(case):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
-def test_loss_is_the_weighted_sum_of_means_over_targets():
+@pytest.mark.parametrize("prompt_rows", [None, True])
+def test_loss_is_the_weighted_sum_of_means_over_targets(prompt_rows):
     """Against the logits, with the published recipe's cross-entropy."""
     from omegaconf import OmegaConf
 
@@ -303,15 +304,19 @@ def test_loss_is_the_weighted_sum_of_means_over_targets():
 
     base, drafter = build_pair("e2b")
     loss = OmegaConf.merge(OmegaConf.structured(LossConfig), {"drafter": "ce", "round_weights": [1.0, 0.5, 0.25]})
-    model = Gemma4WithDrafter(base, drafter, drafter_num_steps=3, drafter_loss_weight=0.7, loss=loss)
+    model = Gemma4WithDrafter(
+        base, drafter, drafter_num_steps=3, drafter_loss_weight=0.7, prompt_rows=prompt_rows, loss=loss
+    )
     ids = tokens()
     labels = ids.clone()
     labels[:, :7] = -100
+    first = 0 if prompt_rows else 6  # the last row of the prompt, where drafting starts
     with torch.no_grad():
         out = model(input_ids=ids, labels=labels, return_logits=True)
 
     def mean_loss(logits, shift):
-        return torch.nn.functional.cross_entropy(logits[:, :-shift].flatten(0, 1), labels[:, shift:].flatten())
+        logits, tokens = logits[:, first:-shift], labels[:, first + shift :]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
     expected = mean_loss(out.logits, 1)
     for k, weight in enumerate([1.0, 0.5, 0.25]):

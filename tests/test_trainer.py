@@ -66,9 +66,9 @@ def tally(model: Gemma4WithDrafter, batches: list[dict], first: int | None = Non
         is trained, whether the text's and whether the base's most likely token is hit, sum min(p, q), p(argmax q);
         ``accepted``: for each row with all rounds, how many are right in a row; ``walked``: the same for those of these
         rows that decoding would stop at; ``log_probs``: the base's on the
-        ``first`` targets of each batch.
+        ``first`` targets of each batch; ``left_out``: the share of the rounds' targets where no decoding comes.
     """
-    rounds, accepted, walked, log_probs = [[] for _ in range(1 + K)], [], [], []
+    rounds, accepted, walked, log_probs, left_out = [[] for _ in range(1 + K)], [], [], [], 0
     for batch in batches:
         ids, labels, documents = batch["input_ids"], batch["labels"], batch["document_ids"]
         inputs = {"input_ids": ids, "position_ids": batch["position_ids"], "document_ids": documents}
@@ -82,7 +82,10 @@ def tally(model: Gemma4WithDrafter, batches: list[dict], first: int | None = Non
                 targets[0].append((b, p, p - 1))
                 for k in range(K):
                     if p - 2 - k >= 0 and documents[b, p - 2 - k] == documents[b, p]:
-                        targets[1 + k].append((b, p, p - 2 - k))
+                        if -100 in labels[b, p - 1 - k : p]:  # decoding doesn't come to that row
+                            left_out += 1
+                        else:
+                            targets[1 + k].append((b, p, p - 2 - k))
         right = {}
         for i, found in enumerate(targets):
             b, p, row = torch.tensor(found).T
@@ -111,8 +114,13 @@ def tally(model: Gemma4WithDrafter, batches: list[dict], first: int | None = Non
                     walked.append(leading[b, row])
                 row += 1 + leading.get((b, row), 0)
     rounds = [[torch.cat(column) for column in zip(*parts, strict=True)] for parts in rounds]
+    left_out = left_out / (left_out + sum(len(columns[0]) for columns in rounds[1:]))
     return SimpleNamespace(
-        rounds=rounds, accepted=torch.tensor(accepted), walked=torch.tensor(walked), log_probs=torch.stack(log_probs)
+        rounds=rounds,
+        accepted=torch.tensor(accepted),
+        walked=torch.tensor(walked),
+        log_probs=torch.stack(log_probs),
+        left_out=left_out,
     )
 
 
@@ -130,6 +138,7 @@ def expected_losses(found: SimpleNamespace) -> dict[str, float]:
             expected[f"{name}_{k}"] = mean(columns[i])
     for name in ("drafter_ce", "drafter_loss"):
         expected[name] = sum(expected[f"{name}_{k}"] for k in range(K)) / K
+    expected["drafter_targets_left_out"] = found.left_out
     expected["accepted_length_expected"] = 1 + mean(found.accepted)
     expected["accepted_length_walked"] = 1 + mean(found.walked)
     for index, source in enumerate(("long", "short")):
@@ -277,7 +286,7 @@ def test_utilisation_is_a_share_of_the_gpus_dense_bfloat16_peak(monkeypatch):
 def test_with_ordered_embeddings_the_metrics_are_those_of_the_routed_head(monkeypatch):
     monkeypatch.setattr(trainer.dist, "all_reduce", lambda tensor: None)
     cfg = SimpleNamespace(drafter=SimpleNamespace(num_steps=2))
-    counts = {"count": [4, 4, 2], "full_rows": [5], "walk_rows": [2], "dense_walk_rows": [4]}
+    counts = {"count": [4, 4, 2], "left_out": [2], "full_rows": [5], "walk_rows": [2], "dense_walk_rows": [4]}
     of_rounds = {"agree": [1, 2], "acceptance_argmax": [3, 1], "acceptance_sampled": [2, 1], "centroid_hit": [1, 1]}
     of_dense = {f"dense_{name}": [x / 2 for x in sums] for name, sums in of_rounds.items() if name != "centroid_hit"}
     lengths = {"accepted": [10], "walk_accepted": [3], "dense_accepted": [5], "dense_walk_accepted": [1]}
@@ -291,6 +300,7 @@ def test_with_ordered_embeddings_the_metrics_are_those_of_the_routed_head(monkey
         "accepted_length_walked": 2.5,
     }  # fmt: skip
     assert {name: named[f"val/{name}"] for name in expected} == expected
+    assert named["val/drafter_targets_left_out"] == 2 / (2 + 4 + 2)
     dense = {name: x / 2 for name, x in expected.items()}
     dense |= {"accepted_length_expected": 2, "accepted_length_walked": 1.25}
     assert {name: named[f"val/dense_{name}"] for name in expected} == dense

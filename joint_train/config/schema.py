@@ -51,6 +51,9 @@ class DrafterConfig:
     base_grad_scale: float = key(
         1.0, "share of the drafter's gradient that the base gets through keys, values, embedding and state; 0 to 1"
     )
+    prompt_rows: bool | None = key(
+        None, "train the drafter also at rows that no decoding comes to; by default only with pairing=same_token"
+    )
     share_embedding_with_base: bool = key(
         False, "copy the base's input embedding into the drafter's, once, at the start"
     )

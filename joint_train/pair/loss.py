@@ -87,6 +87,7 @@ def joint_loss(
         acceptance_argmax    [K]     p(argmax q): how often sampling at temperature 1 accepts the drafter's argmax
         acceptance_sampled   [K]     sum_v min(p, q): how often it accepts a draft that is a sample of q
         count                [1+K]   rows in these sums
+        left_out             []      `targets.left_out`: rows that aren't, as no decoding comes to them
         accepted, full_rows  []      drafter rows with all K rounds valid: tokens accepted by greedy decoding
                                      (leading rounds that agree with the base), and how many such rows
         walk_accepted,       []      the same over those of these rows that decoding of the text visits, see
@@ -189,7 +190,7 @@ class _Pass:
         loss = (self.weights * self.stats["loss"]).sum()
         if self.routing:
             loss = loss + self.centroid_weight * (self.weights[1:] * self.stats["centroid_ce"]).sum()
-        self.stats |= {"count": self.targets.counts, "full_rows": full.sum()}
+        self.stats |= {"count": self.targets.counts, "left_out": self.targets.left_out, "full_rows": full.sum()}
         for head, agreed in self.agreed.items():
             accepted = agreed[:-1].long().cumprod(-1).sum(-1)
             walked = full & decoding_rows(self.targets.rows, accepted)

@@ -82,6 +82,8 @@ class JointModel(nn.Module):
         rope_position: ``last_kv``: row t rotates at its own position; ``next_token``: at the next.
         base_grad_scale: what the drafter's gradient is multiplied by where it enters the base: at its keys and values,
             its input embeddings and its final hidden state. The drafter's own gradient doesn't depend on it.
+        prompt_rows: train the drafter also at rows before an answer, which no decoding comes to; by default only with
+            ``same_token``. See :func:`joint_train.pair.targets.joint_targets`.
         loss: the ``loss`` configuration group; its defaults otherwise.
 
     Raises:
@@ -104,6 +106,7 @@ class JointModel(nn.Module):
         pairing: str = "serving",
         rope_position: str = "last_kv",
         base_grad_scale: float = 1.0,
+        prompt_rows: bool | None = None,
         loss: DictConfig | None = None,
     ) -> None:
         super().__init__()
@@ -125,6 +128,7 @@ class JointModel(nn.Module):
         self.pairing = pairing
         self.rope_position = rope_position
         self.base_grad_scale = float(base_grad_scale)
+        self.prompt_rows = prompt_rows
         self._token_centroid: tuple[int, Tensor] | None = None  # and the version of the ordering that it is made of
         self.loss = loss if loss is not None else OmegaConf.structured(LossConfig)
         check_pair(base.config, drafter.config)
@@ -205,7 +209,7 @@ class JointModel(nn.Module):
         if document_ids is None and attention_mask is not None:
             document_ids = attention_mask.long()
         if labels is not None and targets is None:
-            targets = joint_targets(labels, document_ids, self.drafter_num_steps, self.pairing)
+            targets = joint_targets(labels, document_ids, self.drafter_num_steps, self.pairing, self.prompt_rows)
         if targets is not None and weights is None:
             weights = self.loss_weights(targets.counts)
         if position_ids is None:

@@ -16,6 +16,7 @@ class JointTargets:
     valid: Tensor  # bool [P, 1+K], column 0 the base, column 1+k round k
     offset: int  # round k of a target is at row `rows - offset - k`
     batch_rows: int  # B*S
+    left_out: Tensor  # int64 [], targets of rounds that aren't valid because no decoding comes to their row
 
     @property
     def counts(self) -> Tensor:
@@ -23,38 +24,56 @@ class JointTargets:
         return self.valid.sum(0)
 
     def to(self, device, non_blocking: bool = False) -> "JointTargets":
-        rows, labels, valid = (x.to(device, non_blocking=non_blocking) for x in (self.rows, self.labels, self.valid))
-        return JointTargets(rows, labels, valid, self.offset, self.batch_rows)
+        tensors = (self.rows, self.labels, self.valid, self.left_out)
+        rows, labels, valid, left_out = (x.to(device, non_blocking=non_blocking) for x in tensors)
+        return JointTargets(rows, labels, valid, self.offset, self.batch_rows, left_out)
 
 
-def joint_targets(labels: Tensor, document_ids: Tensor | None, num_steps: int, pairing: str) -> JointTargets:
+def joint_targets(
+    labels: Tensor, document_ids: Tensor | None, num_steps: int, pairing: str, prompt_rows: bool | None = None
+) -> JointTargets:
     """Find the targets of a batch. Run it where the batch is made (CPU): P then is known without waiting for a device.
 
     Position p of a row is a target if ``labels[p] != -100`` and p-1 is in p's document. Round k predicts it from row
     ``p - 1 - offset - k`` (offset 1 for pairing "serving", 0 for "same_token"), if that row is in p's document too.
+
+    Decoding starts at the row before an answer's first token, the last of the prompt, and ends with the answer. So it
+    comes to a row t and drafts p there only if all of the tokens t+1 … p are supervised; other rounds are left out, and
+    counted, unless `prompt_rows` is True.
 
     Args:
         labels: int64 `[B, S]`, not shifted, -100 where nothing is supervised.
         document_ids: int64 `[B, S]`, 0 padding, else the contiguous documents of a row; None: one document a row.
         num_steps: K.
         pairing: ``serving`` or ``same_token``.
+        prompt_rows: also train at rows that no decoding comes to; by default only with ``same_token``, whose published
+            recipe does.
     """
     if pairing not in ("serving", "same_token"):
         raise ValueError(f"drafter.pairing={pairing!r}: must be serving or same_token")
     offset = 1 if pairing == "serving" else 0
     documents = torch.ones_like(labels) if document_ids is None else document_ids
 
+    prompt_rows = pairing == "same_token" if prompt_rows is None else prompt_rows
+
+    def earlier(x: Tensor, back: int, missing: int) -> Tensor:  # [B, S]: what x has `back` positions earlier
+        return torch.nn.functional.pad(x, (back, 0), value=missing)[:, : x.shape[1]]
+
     def in_document(back: int) -> Tensor:  # [B, S]: is the row `back` positions earlier in the same document?
-        same = torch.zeros_like(labels, dtype=torch.bool)
-        if back < labels.shape[1]:
-            same[:, back:] = documents[:, back:] == documents[:, : labels.shape[1] - back]
-        return same & (documents > 0)
+        return (documents > 0) & (documents == earlier(documents, back, 0))
 
     base = (labels != -100) & in_document(1)
     rounds = [base & in_document(1 + offset + k) for k in range(num_steps)]
+    reached, answer = [], base
+    for k, valid in enumerate(rounds):  # `answer`: all the tokens from that after the row to the target are supervised
+        answer = answer & (earlier(labels, offset + k, -100) != -100)
+        reached.append(valid & answer)
+    left_out = sum((x.sum() for x in rounds), torch.zeros((), dtype=torch.int64, device=labels.device))
+    rounds = rounds if prompt_rows else reached
+    left_out = left_out - sum(x.sum() for x in rounds)
     positions = base.flatten().nonzero().squeeze(1)
     valid = torch.stack([base, *rounds], dim=-1).flatten(0, 1)[positions]
-    return JointTargets(positions - 1, labels.flatten()[positions], valid, offset, labels.numel())
+    return JointTargets(positions - 1, labels.flatten()[positions], valid, offset, labels.numel(), left_out)
 
 
 def sum_weights(counts: Tensor, rounds: Sequence[float], loss_weight: float) -> Tensor:

@@ -195,7 +195,7 @@ class Trainer:
             What the model takes, the targets, and their counts with the number of tokens, ``[1 + K + 1]`` on the CPU.
         """
         cfg, documents = self.cfg.drafter, batch["document_ids"]
-        targets = joint_targets(batch["labels"], documents, cfg.num_steps, cfg.pairing)
+        targets = joint_targets(batch["labels"], documents, cfg.num_steps, cfg.pairing, cfg.prompt_rows)
         inputs = {name: x for name, x in batch.items() if name not in ("labels", "source")}
         if int(documents.max()) <= 1:
             del inputs["document_ids"]  # one document a row, padded on the right: no mask is needed
@@ -214,12 +214,13 @@ class Trainer:
         total = dict(zip(sums, parts, strict=True))
         count = total["count"].clamp(min=1)
         mean = {name: total[name] / count for name in ("loss", "ce", "top1")}
-        rounds = range(self.cfg.drafter.num_steps)
+        rounds, left_out = range(self.cfg.drafter.num_steps), total["left_out"][0]
         named = {
             "base_loss": mean["loss"][0],
             "drafter_loss": mean["loss"][1:].mean(),
             "drafter_ce": mean["ce"][1:].mean(),
             "base_accuracy": mean["top1"][0],
+            "drafter_targets_left_out": left_out / (left_out + total["count"][1:].sum()).clamp(min=1),
         }
         for k in rounds:
             named[f"drafter_loss_{k}"] = mean["loss"][1 + k]

@@ -64,6 +64,7 @@ class Gemma4WithDrafter(JointModel):
         pairing: str = "serving",
         rope_position: str = "last_kv",
         base_grad_scale: float = 1.0,
+        prompt_rows: bool | None = None,
         loss: DictConfig | dict | None = None,
     ) -> Gemma4WithDrafter:
         """Load a base and its drafter, sharded over a mesh if there is one.
@@ -74,7 +75,7 @@ class Gemma4WithDrafter(JointModel):
             pretrained_model_name_or_path: another name of ``base_path``.
             drafter_loss_weight, drafter_num_steps, freeze_base_for_drafter, share_embedding_with_base,
                 base_activation_checkpointing, drafter_activation_checkpointing, pairing, rope_position,
-                base_grad_scale, loss: as for the class.
+                base_grad_scale, prompt_rows, loss: as for the class.
             torch_dtype: dtype of the weights in memory; ``torch.bfloat16``, the drafter's only one. By default they are
                 float32 masters of the bfloat16 weights on disk, as in a run.
             attn_implementation: of both models' text layers: sdpa, flex_attention or eager.
@@ -140,6 +141,7 @@ class Gemma4WithDrafter(JointModel):
                 "pairing": pairing,
                 "rope_position": rope_position,
                 "base_grad_scale": base_grad_scale,
+                "prompt_rows": prompt_rows,
                 "loss_weight": drafter_loss_weight,
                 "share_embedding_with_base": share_embedding_with_base,
             },
@@ -251,6 +253,7 @@ def meta_pair(
         pairing=cfg.drafter.pairing,
         rope_position=cfg.drafter.rope_position,
         base_grad_scale=cfg.drafter.base_grad_scale,
+        prompt_rows=cfg.drafter.prompt_rows,
         loss=cfg.loss,
     )
     prepare(model, cfg)
