@@ -19,7 +19,9 @@ from omegaconf import OmegaConf
 
 from joint_train.config import SourceConfig
 from joint_train.data import DataError, build_loader, cache
-from joint_train.data.sources import Record, parse, read_jsonl, read_records
+from joint_train.data.json_files import Record, read_lines
+from joint_train.data.readers import read_records
+from joint_train.data.sources import parse
 from joint_train.data.template import ASSISTANT
 
 TOKENIZER = make_tokenizer()
@@ -70,13 +72,13 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
         (
             {
                 "messages": MESSAGES,
-                "tools": '[{"type": "function"}]',
+                "tools": '[{"type": "function", "function": {"name": "f"}}]',
                 "chat_template_kwargs": {"enable_thinking": True},
             },
             {},
             {
                 "messages": MESSAGES,
-                "tools": [{"type": "function"}],
+                "tools": [{"type": "function", "function": {"name": "f"}}],
                 "chat_template_kwargs": {"enable_thinking": True},
             },
         ),
@@ -107,8 +109,8 @@ def test_formats(row, options, expected):
             "message 0: reasoning has half",
         ),
         ('{"messages": [{"role": "user", "content": [{"text": "x"}]}]}', "a part of its content has no type"),
-        ('{"conversations": [{"from": "alien", "value": "x"}]}', "turn 0 is from the unknown 'alien'"),
-        ('{"question": "x"}', r"no format fits the fields \['question'\]: set the source's format to one of"),
+        ('{"conversations": [{"from": "alien", "value": "x"}]}', "message 0 has the unknown role 'alien'"),
+        ('{"foo": "x"}', r"no format fits the fields \['foo'\]: set the source's format to one of"),
         ('{"prompt": "x"}', "no field 'response' or 'completion'"),
         ('{"text": null}', "no field 'text'"),
         ('{"messages": [{"role": "user", "content": "x"}], "tools": "{"}', "tools is a string that isn't JSON"),
@@ -133,7 +135,7 @@ def test_a_100_megabyte_line_is_not_held_in_memory(tmp_path):
             stream.write(b"x" * 1_000_000)
         stream.write(b"\n" + good)
     tracemalloc.start()
-    records = list(read_jsonl(str(path), 1 << 20))
+    records = list(read_lines(str(path), 1 << 20))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [(record.line, record.error is None) for record in records] == [(1, True), (2, False), (3, True)]
@@ -144,7 +146,7 @@ def test_a_100_megabyte_line_is_not_held_in_memory(tmp_path):
 def test_the_longest_line_that_is_allowed(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"x" * 10 + b"\n" + b"y" * 11 + b"\n" + b"z" * 10)
-    assert [record.error is None for record in read_jsonl(str(path), 10)] == [True, False, True]
+    assert [record.error is None for record in read_lines(str(path), 10)] == [True, False, True]
 
 
 @pytest.mark.parametrize("opener, extension", [(gzip.open, "gz"), (bz2.open, "bz2"), (lzma.open, "xz")])

@@ -9,7 +9,7 @@ import torch
 from data_helpers import chat, make_config, make_tokenizer, numbered, write_jsonl
 
 from joint_train.data import DataError, build_loader, loader_position
-from joint_train.data.sources import open_dataset
+from joint_train.data.readers import open_dataset
 
 datasets = pytest.importorskip("datasets")
 TOKENIZER = make_tokenizer()

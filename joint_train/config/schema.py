@@ -68,9 +68,9 @@ class FreezeConfig:
 
 @dataclass
 class SourceConfig:
-    path: str = key(MISSING, "JSONL or Parquet file, glob, or a Hugging Face dataset id or folder")
+    path: str = key(MISSING, "JSON(L), Parquet, CSV or text file, glob, or a Hugging Face dataset id or folder")
     name: str | None = key(None, "name in the metrics; the file's stem by default")
-    format: str = key("auto", "auto | messages | prompt_response | text | sharegpt")
+    format: str = key("auto", "auto | messages | sharegpt | alpaca | prompt_response | text")
     weight: float = key(1.0, "share of the mixture, relative to the other sources")
     split: str = key("train", "split of a Hugging Face dataset")
     subset: str | None = key(None, "configuration name of a Hugging Face dataset")

@@ -30,12 +30,13 @@ import transformers
 from omegaconf import OmegaConf
 
 from joint_train.config import SourceConfig
-from joint_train.data import images, sources, template
+from joint_train.data import images, readers, sources, template
+from joint_train.data.json_files import Record
 from joint_train.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 META = "meta.json"
 CHUNK_RECORDS = 64
 CHUNK_BYTES = 1 << 20
@@ -143,7 +144,7 @@ def tokenised(source, data, tokenizer, num_workers: int, timeout: float) -> Toke
     folder = cache_folder(data) / cache_key(source, data, tokenizer)
 
     def build(progressed: Callable[[], None]) -> None:
-        records = sources.read_records(source, data.max_line_bytes)
+        records = readers.read_records(source, data.max_line_bytes)
         write(folder, records, source, data, tokenizer, num_workers, progressed)
 
     once(folder, build, timeout)
@@ -165,13 +166,13 @@ def load(folder: Path, source, data) -> Tokenised:
             raise DataError(meta["errors"][0])
         logger.warning(
             "data source %r: %d bad records skipped (data.on_error=skip), the first: %s",
-            sources.source_name(source),
+            readers.source_name(source),
             meta["skipped"],
             "; ".join(meta["errors"][:3]),
         )
     documents = np.load(folder / "documents.npy")
     pictures = np.load(folder / "pictures.npy")
-    name = sources.source_name(source)
+    name = readers.source_name(source)
     return Tokenised(name, folder, documents, pictures, source_files(source), meta["skipped"], meta["errors"])
 
 
@@ -209,13 +210,13 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 def source_files(source) -> list[str]:
     """What the records of a source name as their file."""
-    return sources.local_files(source) or [source.path]
+    return readers.local_files(source) or [source.path]
 
 
 def _content(source) -> list:
-    files = sources.local_files(source)
+    files = readers.local_files(source)
     if not files:
-        return [source.path, source.subset, source.split, sources.dataset_fingerprint(source)]
+        return [source.path, source.subset, source.split, readers.dataset_fingerprint(source)]
     digests = []
     for file in files:
         with open(file, "rb") as stream:
@@ -269,7 +270,7 @@ def _locked(path: Path, timeout: float) -> Iterator[None]:
 
 def write(
     folder: Path,
-    records: Iterable[sources.Record],
+    records: Iterable[Record],
     source,
     data,
     tokenizer,
@@ -355,7 +356,7 @@ class Tokenise(torch.utils.data.Dataset):
         self.source = SourceConfig(**OmegaConf.to_container(source))
         self.on_error, self.tokenizer = on_error, tokenizer
 
-    def __getitem__(self, records: list[sources.Record]) -> Chunk:
+    def __getitem__(self, records: list[Record]) -> Chunk:
         encoded, files, errors, pictures, picture_data = [], [], [], [], bytearray()
         documents = np.zeros(len(records), dtype=DOCUMENT)
         offset = 0
@@ -389,7 +390,7 @@ class Tokenise(torch.utils.data.Dataset):
 
 
 def encode_record(
-    record: sources.Record, source, tokenizer
+    record: Record, source, tokenizer
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, str | bytes]]]:
     """Token ids and flags of a record, and (position, soft tokens, path or bytes) of its images.
 
@@ -408,7 +409,7 @@ def encode_record(
         raise DataError(f"{record.file}:{record.line}: {type(error).__name__}: {error}") from error
 
 
-def _chunks(records: Iterable[sources.Record], source, data, tokenizer, num_workers: int) -> Iterator[Chunk]:
+def _chunks(records: Iterable[Record], source, data, tokenizer, num_workers: int) -> Iterator[Chunk]:
     # DataLoader is the pool of processes: it reads ahead a bounded number of chunks, keeps their order, notices a
     # worker that dies, and raises a worker's error here.
     return iter(
@@ -426,7 +427,7 @@ def _identity(chunk: Chunk) -> Chunk:
     return chunk
 
 
-def _batches(records: Iterable[sources.Record]) -> Iterator[list[sources.Record]]:
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     batch, size = [], 0
     for record in records:
         batch.append(record)

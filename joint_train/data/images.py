@@ -9,6 +9,7 @@ import base64
 import binascii
 import io
 import os
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -18,15 +19,18 @@ from joint_train.data.template import IMAGE
 from joint_train.errors import DataError
 
 FIELDS = ("image", "path", "url", "image_url", "bytes")
-LISTS = ("images", "image")
+MARKER = "<image>"
+# What stands for media in the texts of some formats, where it begins or ends a line: elsewhere it is what it says, as
+# in a question about HTML.
+MARKERS = re.compile(r"^[ \t]*<(image|audio|video)>|<(image|audio|video)>[ \t]*$", re.MULTILINE)
 
 
 def take(messages: list[dict], listed: Any, folder: str) -> tuple[list[dict], list[str | bytes]]:
     """Take the images out of the messages, which keep a part ``{"type": "image"}`` for each.
 
     Args:
-        messages: with images in their parts (``image``, ``path``, ``url``, ``image_url`` or ``bytes``), or without and
-            listed beside them.
+        messages: with images in their parts (``image``, ``path``, ``url``, ``image_url`` or ``bytes``), or with parts
+            or markers ``<image>`` where those go that are listed beside them.
         listed: the example's ``images`` or ``image`` column.
         folder: that paths are relative to.
 
@@ -37,7 +41,11 @@ def take(messages: list[dict], listed: Any, folder: str) -> tuple[list[dict], li
         DataError: an image that can't be had, or as many images as there are places for them it is not.
     """
     found = []
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
     for index, message in enumerate(messages):
+        if listed:
+            message = messages[index] = _with_places(message)
+        _refuse_markers(message, index)
         if isinstance(message.get("content"), list):
             parts = []
             for part in message["content"]:
@@ -49,12 +57,44 @@ def take(messages: list[dict], listed: Any, folder: str) -> tuple[list[dict], li
                 else:
                     raise DataError(f"message {index}: content of type {part['type']!r} can't be trained on")
             messages[index] = {**message, "content": parts}
-    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
     if listed and all(image is None for image in found):
         if len(listed) != len(found):
             raise DataError(f"{len(listed)} images for {len(found)} places in the messages")
         found = listed
     return messages, [_reference(image, folder) for image in found]
+
+
+def _with_places(message: dict) -> dict:
+    """A message with a part for each of its markers."""
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not any(MARKER in part["text"] for part in parts if part["type"] == "text"):
+        return message
+    placed: list[dict] = []
+    for part in parts:
+        if part["type"] != "text":
+            placed.append(part)
+            continue
+        for index, text in enumerate(part["text"].split(MARKER)):
+            placed += [{"type": "image"}] if index else []
+            placed += [{"type": "text", "text": text}] if text.strip() else []
+    return {**message, "content": placed}
+
+
+def _refuse_markers(message: dict, index: int) -> None:
+    content = message["content"]
+    for text in [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]:
+        for match in MARKERS.finditer(text) if "<" in text else ():
+            kind = match.group(1) or match.group(2)
+            if f"</{kind}>" not in text:
+                raise DataError(
+                    f"message {index} has a marker <{kind}>, "
+                    + (
+                        "but the record has no images: give them in a column images, or take the marker out"
+                        if kind == "image"
+                        else "but audio and video can't be trained on: leave the row out"
+                    )
+                )
 
 
 def _reference(image: Any, folder: str) -> str | bytes:
@@ -142,6 +182,11 @@ def expand(
     """
     placeholder = getattr(tokenizer, "image_token_id", None)
     places = np.flatnonzero(tokens == placeholder) if placeholder is not None else np.empty(0, dtype=np.int64)
+    if references and (placeholder is None or getattr(tokenizer, "boi_token_id", None) is None):
+        raise DataError(
+            f"{len(references)} images, and the tokenizer {tokenizer.name_or_path!r} declares no tokens for them "
+            "(image_token, boi_token, eoi_token): set data.tokenizer to the released one of the multimodal model"
+        )
     if len(places) != len(references):
         raise DataError(f"{len(references)} images, and {len(places)} placeholders for them in the rendered text")
     if not references:

@@ -19,9 +19,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from joint_train.config import checks
 from joint_train.data import images
 from joint_train.data.cache import tokenised
+from joint_train.data.formats import FORMATS, known_fields
 from joint_train.data.pieces import Pieces, cut
+from joint_train.data.readers import source_name
 from joint_train.data.rows import Cursor, RowSequence
-from joint_train.data.sources import FORMATS, source_name
 from joint_train.data.streams import StreamPieces
 from joint_train.distributed.preemption import leave_process_group
 from joint_train.errors import DataError, OtherData
@@ -246,6 +247,11 @@ def _check(data, split: str) -> None:
         where = f"data.{split}[{index}] ({source_name(spec)})"
         if spec.format not in FORMATS:
             raise DataError(f"{where}: format={spec.format!r} is none of {', '.join(FORMATS)}")
+        if unknown := sorted(spec.columns.keys() - known_fields(spec.format)):
+            raise DataError(
+                f"{where}: columns name {', '.join(unknown)}, which is no field of format={spec.format}; its fields "
+                f"are {', '.join(sorted(known_fields(spec.format)))}"
+            )
         if spec.streaming and spec.limit is None and (split == "val" or data.mixture == "epoch"):
             raise DataError(
                 f"{where}: a stream's length isn't known, so it has no epoch: set its limit, or streaming=false"

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from joint_train.data import sources
-from joint_train.data.template import THINKING
+from joint_train.data import readers, sources
+from joint_train.data.messages import THINKING
 from joint_train.errors import DataError
 
 CHANNEL = re.compile(r"<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
@@ -32,7 +32,7 @@ def prompts(specs, data) -> Iterator[dict]:
         DataError: a bad example (``data.on_error=raise``); with ``skip`` it is left out.
     """
     for spec in specs:
-        for record in sources.read_records(spec, data.max_line_bytes):
+        for record in readers.read_records(spec, data.max_line_bytes):
             try:
                 example = sources.parse(record, spec)
                 roles = [message["role"] for message in example.get("messages", [])]

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from joint_train.data import cache, sources
+from joint_train.data import cache, readers
+from joint_train.data.json_files import Record
 from joint_train.data.order import permutation
 from joint_train.data.pieces import Pieces, cut
 from joint_train.errors import DataError
@@ -36,7 +37,7 @@ class StreamPieces:
 
     def __init__(self, source, data, tokenizer, timeout: float):
         self.source, self.data, self.tokenizer, self.timeout = source, data, tokenizer, timeout
-        self.name = sources.source_name(source)
+        self.name = readers.source_name(source)
         self.key = cache.cache_key(source, data, tokenizer)
         self.root = cache.cache_folder(data) / f"{self.key}.stream"
         self._blocks: dict[int, tuple[int, Pieces]] = {}
@@ -109,7 +110,7 @@ class StreamPieces:
         return json.loads((self._folder(number) / cache.META).read_text())
 
     def _build(self, number: int, progressed: Callable[[], None]) -> None:
-        dataset = sources.open_dataset(self.source)
+        dataset = readers.open_dataset(self.source)
         skipped = number
         if (self._folder(number - 1) / cache.META).exists():
             dataset.load_state_dict(self._meta(number - 1)["state"])
@@ -118,14 +119,12 @@ class StreamPieces:
         columns = next(itertools.islice(dataset.iter(batch_size=BLOCK), skipped, None), {})
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         state = dataset.state_dict()
-        records = (
-            sources.Record(self.source.path, index, row) for index, row in enumerate(rows, start=number * BLOCK + 1)
-        )
+        records = (Record(self.source.path, index, row) for index, row in enumerate(rows, start=number * BLOCK + 1))
         more = {"records": len(rows), "state": state}
         cache.write(self._folder(number), records, self.source, self.data, self.tokenizer, 0, progressed, more)
 
     def _count(self) -> int:
-        return sum(1 for batch in sources.open_dataset(self.source).iter(batch_size=1))
+        return sum(1 for batch in readers.open_dataset(self.source).iter(batch_size=1))
 
     def _set_total(self, total: int) -> None:
         temporary = self.root / f"total.{os.getpid()}"

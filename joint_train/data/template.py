@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from joint_train.data.messages import THINKING
 from joint_train.errors import DataError
 
 ASSISTANT = 1
@@ -25,8 +26,6 @@ IMAGE = 4
 """Flag of a token that stands for an image or a part of one: never a target."""
 
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# The fields of a message that templates show as thinking.
-THINKING = ("reasoning", "reasoning_content", "thinking")
 # Two texts that share no character at either end, and that no template treats in a special way.
 PROBES = ("\ue000probe\ue001", "\ue002other\ue003")
 
@@ -46,7 +45,8 @@ def encode(example: dict[str, Any], tokenizer) -> tuple[np.ndarray, np.ndarray]:
         )
     messages = example["messages"]
     options = {"tools": example.get("tools"), **example.get("chat_template_kwargs", {})}
-    if MARKS.search(tokenizer.get_chat_template(tools=options["tools"])):
+    context = set(example.get("context", ()))
+    if MARKS.search(tokenizer.get_chat_template(tools=options["tools"])) and not context:
         encoded = _encode_marked(messages, tokenizer, options)
         ids = encoded["input_ids"]
         runs = [(start, _whole_character(encoded, end)) for start, end in _runs(encoded["assistant_masks"])]
@@ -54,8 +54,9 @@ def encode(example: dict[str, Any], tokenizer) -> tuple[np.ndarray, np.ndarray]:
         text = render(tokenizer, messages, **options)
         encoded = tokenizer(text, add_special_tokens=False)
         ids = encoded["input_ids"]
-        spans = assistant_spans(tokenizer, messages, text, **options)
-        runs = [run for span in spans if (run := _token_run(encoded, *span))]
+        written = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = zip(written, assistant_spans(tokenizer, messages, text, **options), strict=True)
+        runs = [run for index, span in spans if index not in context and (run := _token_run(encoded, *span))]
     flags = np.zeros(len(ids), dtype=np.uint8)
     for start, end in runs:
         flags[start:end] |= ASSISTANT

@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from joint_train.config import SourceConfig
-from joint_train.data.sources import parse, read_records, source_name
+from joint_train.data.readers import read_records, source_name
+from joint_train.data.sources import parse
 from joint_train.errors import ConfigError
 from joint_train.starter import examples
 

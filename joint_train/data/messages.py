@@ -1,0 +1,276 @@
+"""Messages, tool calls and tools in the one shape that chat templates take, out of the many in which rows have them.
+
+A message that comes out has ``role`` (system, developer, user, assistant or tool) and ``content`` (a string, or a list
+of parts ``{"type": "text", "text": …}`` and ``{"type": "image", …}``), and where there are any: ``reasoning``, and
+``tool_calls`` as ``[{"type": "function", "function": {"name": …, "arguments": {…}}}]``. Other fields stay as they are.
+"""
+
+import difflib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from joint_train.errors import DataError
+
+# In lower case: what OpenAI's format, ShareGPT's and those derived from them call who speaks.
+ROLES = {
+    "system": "system", "developer": "developer",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+    "bard": "assistant", "bing": "assistant", "ai": "assistant",
+    "tool": "tool", "observation": "tool", "function": "tool", "ipython": "tool", "tool_response": "tool",
+    "function_response": "tool",
+}  # fmt: skip
+CALLERS = ("function_call", "tool_call")
+"""Roles of an assistant's message whose content is a call in JSON."""
+THINKING = ("reasoning", "reasoning_content", "thinking")
+"""The fields of a message that hold what the assistant thought before its answer."""
+WEIGHTS = ("weight", "train", "loss", "loss_weight", "training")
+"""The fields of a message that say whether it is trained on."""
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value, with its article."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def text_of(value: Any, what: str) -> str:
+    """A string that can be encoded.
+
+    Raises:
+        DataError: it is none.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{what} is {kind_of(value)}, not a string")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{what} has half a surrogate pair, which is no Unicode text") from None
+    return value
+
+
+def conversation(turns: Any, arrow: bool, what: str = "messages") -> tuple[list[dict], list[int]]:
+    """The messages of a list of turns.
+
+    Args:
+        turns: of objects with role and content, or from and value, or a key for each speaker (``{"human": …,
+            "assistant": …}``); or of strings, the user's first.
+        arrow: fields that are null come from Arrow, which gives each object the fields of all others.
+        what: to call it in an error.
+
+    Returns:
+        The messages, and the indices of those of the assistant that aren't trained on.
+
+    Raises:
+        DataError: naming the message.
+    """
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # a column that can only hold text
+        turns, arrow = _from_json(turns, what), False
+    if not isinstance(turns, list):
+        raise DataError(f"{what} is {kind_of(turns)}, not a list")
+    if turns and all(isinstance(turn, str) for turn in turns):
+        turns = [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
+    elif any(isinstance(turn, dict) and _is_exchange(turn) for turn in turns):
+        turns = [message for turn in turns for message in _exchange(turn)]
+    if not turns:
+        raise DataError("an empty conversation")
+    messages, context = [], []
+    for index, turn in enumerate(turns):
+        message, trained = _message(turn, f"message {index}", arrow)
+        messages.append(message)
+        if not trained and message["role"] == "assistant":
+            context.append(index)
+    _name_results(messages)
+    return messages, context
+
+
+def _is_exchange(turn: dict) -> bool:
+    return "role" not in turn and "from" not in turn and bool(turn) and all(str(key).lower() in ROLES for key in turn)
+
+
+def _exchange(turn: Any) -> list[dict]:
+    if not isinstance(turn, dict) or not _is_exchange(turn):
+        return [turn]
+    order = ("system", "developer", "user", "assistant", "tool")
+    said = [(ROLES[key.lower()], value) for key, value in turn.items() if value is not None]
+    return [{"role": role, "content": value} for role, value in sorted(said, key=lambda pair: order.index(pair[0]))]
+
+
+def _message(turn: Any, where: str, arrow: bool) -> tuple[dict, bool]:
+    if not isinstance(turn, dict):
+        raise DataError(f"{where} is {kind_of(turn)}, not an object")
+    # Parquet and datasets fill the fields that a message doesn't have with null.
+    fields = {key: value for key, value in turn.items() if value is not None}
+    role = fields.pop("role", None)
+    spoken_by = fields.pop("from", None) if role is None or "from" in fields else None
+    role = spoken_by if role is None else role
+    known = ROLES.get(role) or ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    message: dict[str, Any] = {"role": known}
+    value = fields.pop("value", None) if "content" not in fields else None
+    content = fields.pop("content", value)
+    if known is None:
+        if not isinstance(role, str) or role.strip().lower() not in CALLERS:
+            raise _unknown_role(role, where)
+        message["role"] = known = "assistant"
+        fields["tool_calls"], content = content, ""
+    trained = _trained(fields, where)
+    if isinstance(content, list):
+        content, thoughts = _parts(content, where)
+        if thoughts:
+            fields.setdefault("reasoning", "\n".join(thoughts))
+    elif content is not None:
+        text_of(content, f"{where}: content")
+    if (call := fields.pop("function_call", None)) is not None:
+        fields.setdefault("tool_calls", [call])
+    if "tool_calls" in fields and (calls := _calls(fields.pop("tool_calls"), where, arrow)):
+        message["tool_calls"] = calls
+    for name in THINKING:
+        if name in fields:
+            thought = text_of(fields.pop(name), f"{where}: {name}")
+            if thought.strip():
+                message.setdefault("reasoning", thought)
+    for key, value in fields.items():
+        if isinstance(value, str):
+            text_of(value, f"{where}: {key}")
+    if content is None and not fields and len(message) == 1:
+        raise DataError(f"{where} has no content")
+    # Templates ask for the content of a call as if each message had one.
+    message["content"] = "" if content is None else content
+    return {**message, **fields}, trained
+
+
+def _unknown_role(role: Any, where: str) -> DataError:
+    close = difflib.get_close_matches(role.strip().lower(), [*ROLES, *CALLERS], 1) if isinstance(role, str) else []
+    hint = f": is it {close[0]!r}?" if close else ""
+    return DataError(f"{where} has the unknown role {role!r}{hint}; known are {', '.join([*ROLES, *CALLERS])}")
+
+
+def _trained(fields: dict, where: str) -> bool:
+    """Take the fields that say whether a message is trained on."""
+    trained = True
+    for name in WEIGHTS:
+        if name in fields:
+            value = fields.pop(name)
+            if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+                raise DataError(
+                    f"{where} has {name} {value!r}: a message is trained on (1 or true) or it is context (0 or false); "
+                    "there is nothing between"
+                )
+            trained = trained and bool(value)
+    return trained
+
+
+def _parts(parts: list, where: str) -> tuple[list[dict], list[str]]:
+    """The text and media parts of a content, and its thoughts."""
+    kept, thoughts = [], []
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise DataError(f"{where}: a part of its content has no type")
+        kind = part["type"]
+        if kind in ("text", "input_text", "output_text"):
+            said = part["text"] if part.get("text") is not None else part.get("value", part.get("content"))
+            kept.append({"type": "text", "text": text_of(said, f"{where}: a text part")})
+        elif kind in ("thinking", "reasoning"):
+            said = next((part[name] for name in (kind, *THINKING, "text") if part.get(name) is not None), None)
+            thoughts.append(text_of(said, f"{where}: a {kind} part"))
+        else:
+            kept.append({key: value for key, value in part.items() if value is not None})
+    return kept, thoughts
+
+
+def _calls(calls: Any, where: str, arrow: bool) -> list[dict]:
+    calls = _from_json(calls, f"{where}: tool_calls")
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list):
+        raise DataError(f"{where}: tool_calls is {kind_of(calls)}, not a list")
+    return [_call(call, f"{where}: tool call {index}", arrow) for index, call in enumerate(calls)]
+
+
+def _call(call: Any, where: str, arrow: bool) -> dict:
+    call = _from_json(call, where)
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"{where} has no function with a name")
+    arguments = function.get("arguments", function.get("parameters"))
+    written = isinstance(arguments, str)
+    if written:
+        arguments = _from_json(arguments, f"{where}: arguments") if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise DataError(f"{where}: arguments is {kind_of(arguments)}, not an object")
+    _encodable(arguments, where)
+    if arrow and not written:  # in a string of JSON a null is one
+        arguments = without_nulls(arguments)
+    more = {"id": call["id"]} if function is not call and call.get("id") is not None else {}
+    return {**more, "type": "function", "function": {"name": text_of(function["name"], where), "arguments": arguments}}
+
+
+def _encodable(value: Any, where: str) -> None:
+    text_of(json.dumps(value, ensure_ascii=False, default=str), where)
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys that are null, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _from_json(value: Any, what: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} is a string that isn't JSON: {error}") from None
+
+
+def tools(given: Any, arrow: bool) -> list[dict] | None:
+    """Tools as ``[{"type": "function", "function": {"name": …, "description": …, "parameters": …}}]``.
+
+    Args:
+        given: a list of those, with ``function`` around each or without; or a string of JSON.
+        arrow: see :func:`conversation`.
+
+    Raises:
+        DataError: naming the tool.
+    """
+    written = isinstance(given, str)
+    given = _from_json(given or "null", "tools") if written else given
+    given = [given] if isinstance(given, dict) else given
+    if given is not None and not isinstance(given, list):
+        raise DataError(f"tools is {kind_of(given)}, not a list")
+    return [_tool(tool, f"tool {index}", arrow and not written) for index, tool in enumerate(given or [])] or None
+
+
+def _tool(tool: Any, where: str, arrow: bool) -> dict:
+    arrow = arrow and not isinstance(tool, str)
+    tool = _from_json(tool, where)
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"{where} has no name")
+    function = without_nulls(function) if arrow else dict(function)
+    if function is not tool:
+        function.pop("type", None) if function.get("type") == "function" else None
+    if isinstance(function.get("parameters"), str):
+        function["parameters"] = _from_json(function["parameters"], f"{where}: parameters")
+    _encodable(function, where)
+    return {"type": "function", "function": function}
+
+
+def _name_results(messages: list[dict]) -> None:
+    """Give each tool's result the name of its call, by id or else in order: templates write it."""
+    calls: list[dict] = []
+    for message in messages:
+        if message["role"] != "tool":
+            calls = list(message.get("tool_calls", []))
+            continue
+        matches: Callable[[dict], bool] = lambda call, m=message: call.get("id") == m.get("tool_call_id")  # noqa: E731
+        call = next(filter(matches, calls), None) if "tool_call_id" in message else None
+        call = call or next(iter(calls), None)
+        if call is not None:
+            calls.remove(call)
+            message.setdefault("name", call["function"]["name"])

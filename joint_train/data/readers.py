@@ -1,0 +1,172 @@
+"""From sources to records: files of every kind that is read, and Hugging Face datasets."""
+
+import csv
+import glob
+import io
+import itertools
+import os
+from collections.abc import Iterator
+
+from joint_train.config import SourceConfig
+from joint_train.data.json_files import OPENERS, READ_ERRORS, Record, extension, need, opened, read_json, read_lines
+from joint_train.errors import DataError
+
+
+def source_name(source) -> str:
+    """The source's name in the metrics: ``name``, or the file's stem, or the last part of a dataset's id."""
+    return source.name or os.path.basename(os.path.normpath(source.path)).split(".")[0]
+
+
+def local_files(source) -> list[str]:
+    """The source's files in a fixed order; empty if it is a dataset's id or folder instead.
+
+    Raises:
+        DataError: nothing is at the path, though it can only be a file.
+    """
+    path = os.path.expanduser(source.path)
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        return []
+    files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    if files:
+        return files
+    is_file = any(character in path for character in "*?[") or _kind(path) or path.startswith(("/", "."))
+    if is_file or path.count("/") > 1:
+        raise DataError(f"no file at {source.path} (data source {source_name(source)!r})")
+    return []
+
+
+EXTENSIONS = {
+    ".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv",
+    ".txt": "text",
+}  # fmt: skip
+
+
+def _kind(path: str) -> str | None:
+    return EXTENSIONS.get(extension(path))
+
+
+def read_records(source, max_line_bytes: int) -> Iterator[Record]:
+    """The source's records in the order of its files, at most ``source.limit`` of them."""
+    files = local_files(source)
+    if not files:
+        records = _read_dataset(source)
+    else:
+        records = (record for file in files for record in _read_file(file, max_line_bytes))
+    yield from itertools.islice(records, source.limit)
+
+
+def _read_file(file: str, max_line_bytes: int) -> Iterator[Record]:
+    kind = _kind(file)
+    if kind == "parquet":
+        yield from _read_parquet(file)
+    elif kind == "json":
+        yield from read_json(file, max_line_bytes)
+    elif kind == "csv":
+        yield from _read_csv(file, max_line_bytes)
+    elif kind == "text":
+        yield from (_as_text(record) for record in read_lines(file, max_line_bytes))
+    else:
+        raise DataError(
+            f"{file}: its name ends in none of {', '.join(EXTENSIONS)} (all but .parquet also with "
+            f"{', '.join(OPENERS)} after it)"
+        )
+
+
+def _as_text(record: Record) -> Record:
+    if not isinstance(record.data, bytes):
+        return record
+    try:
+        return record._replace(data={"text": record.data.decode("utf-8-sig").rstrip("\r\n")})
+    except UnicodeDecodeError as error:
+        return record._replace(data=None, error=f"invalid UTF-8 at byte {error.start} of the line: {error.reason}")
+
+
+def _read_csv(file: str, max_line_bytes: int) -> Iterator[Record]:
+    """The rows below the line of names. A cell without a character is null."""
+    line = 1
+    csv.field_size_limit(max_line_bytes)
+    try:
+        with opened(file) as stream:
+            # Line ends in quoted cells stay as they are.
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+            rows = csv.DictReader(text, delimiter="\t" if extension(file) == ".tsv" else ",", strict=True)
+            line = 1 + (rows.fieldnames is not None)
+            for row in rows:
+                if None in row:
+                    yield Record(file, line, None, f"more cells than the {len(rows.fieldnames or [])} names above them")
+                else:
+                    yield Record(file, line, {name: cell or None for name, cell in row.items()})
+                line = rows.line_num + 1
+    except UnicodeDecodeError as error:
+        yield Record(file, line, None, f"invalid UTF-8: {error.reason}")
+    except (csv.Error, *READ_ERRORS) as error:
+        yield Record(file, line, None, f"can't be read: {error}")
+
+
+def _read_parquet(file: str) -> Iterator[Record]:
+    need("pyarrow", file)
+    from pyarrow import ArrowException, parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield Record(file, number, row)
+    except (ArrowException, *READ_ERRORS) as error:
+        yield Record(file, number + 1, None, f"can't be read: {error}")
+
+
+def _saved(path: str) -> bool:
+    return any(os.path.exists(os.path.join(path, name)) for name in ("dataset_info.json", "dataset_dict.json"))
+
+
+def open_dataset(source):
+    """The source's Hugging Face dataset; iterable if ``source.streaming``.
+
+    Raises:
+        DataError: it can't be opened.
+    """
+    datasets = need("datasets", f"the data source {source.path}")
+    path = os.path.expanduser(source.path)
+    try:
+        if _saved(path):
+            loaded = datasets.load_from_disk(path)
+            if isinstance(loaded, datasets.DatasetDict):
+                loaded = loaded[source.split]
+            return loaded.to_iterable_dataset() if source.streaming else loaded
+        return datasets.load_dataset(path, source.subset, split=source.split, streaming=source.streaming)
+    except Exception as error:  # the library raises errors of many kinds
+        raise _not_opened(source, error) from error
+
+
+def dataset_fingerprint(source) -> str:
+    """A hash of a dataset's content, or of its files' revisions if it is streamed.
+
+    Raises:
+        DataError: it can't be opened.
+    """
+    if not source.streaming or _saved(os.path.expanduser(source.path)):
+        return open_dataset(SourceConfig(path=source.path, split=source.split, subset=source.subset))._fingerprint
+    datasets = need("datasets", f"the data source {source.path}")
+    try:
+        builder = datasets.load_dataset_builder(os.path.expanduser(source.path), source.subset)
+        files = builder.config.data_files[source.split]
+    except Exception as error:  # the library raises errors of many kinds
+        raise _not_opened(source, error) from error
+    # The commits that the hub's files belong to, or the times that local ones were changed.
+    return repr(files.origin_metadata)
+
+
+def _not_opened(source, error: Exception) -> DataError:
+    return DataError(
+        f"the dataset {source.path} (subset {source.subset}, split {source.split}) can't be opened: "
+        f"{type(error).__name__}: {error}"
+    )
+
+
+def _read_dataset(source) -> Iterator[Record]:
+    for number, row in enumerate(open_dataset(source), start=1):
+        yield Record(source.path, number, dict(row))
