@@ -20,10 +20,10 @@ from joint_train.errors import JointTrainError
 def run(cfg: DictConfig) -> None:
     """Train as configured, on this rank."""
     # torch and transformers take seconds to import
-    from joint_train.train.trainer import Trainer
+    from joint_train.train import trainer
 
     try:
-        Trainer(cfg).train()
+        trainer.run(cfg)
     except JointTrainError as error:
         refuse(error, int(os.environ.get("RANK", 0)))
 

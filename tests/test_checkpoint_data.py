@@ -12,9 +12,10 @@ ROWS = 4  # of a step, however many ranks share them
 def train(rank, overrides):
     """The job; every row that this rank trained on, by step."""
     from joint_train.config import load
+    from joint_train.distributed.preemption import Preemption
     from joint_train.train import trainer
 
-    job = trainer.Trainer(load(overrides))
+    job = trainer.Trainer(load(overrides), Preemption(60))
     rows: dict[int, list] = {}
     prepare = job.prepare
 

@@ -49,7 +49,7 @@ def train(rank: int, overrides: list[str], die_after: int | None = None) -> None
             return step(self, batches)
 
         trainer.Trainer.train_step = dying
-    trainer.Trainer(load(overrides)).train()
+    trainer.run(load(overrides))
 
 
 def records(output_dir: Path) -> dict[int, dict]:

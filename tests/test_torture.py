@@ -187,14 +187,14 @@ SETTINGS = [
 
 def run_rank(rank, store, log, overrides):
     from joint_train.config import load
-    from joint_train.train.trainer import Trainer
+    from joint_train.train import trainer
 
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    Trainer(load(overrides)).train()
+    trainer.run(load(overrides))
 
 
 class Job:

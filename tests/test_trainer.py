@@ -12,6 +12,7 @@ from torch import Tensor
 
 from joint_train import Gemma4WithDrafter
 from joint_train.config import load
+from joint_train.distributed.preemption import Preemption
 from joint_train.metrics import METRICS
 from joint_train.train import trainer
 from joint_train.train.diagnostics import POSITIONS
@@ -54,7 +55,7 @@ def recorded_run(rank: int, overrides: list[str]) -> tuple[list, list, int]:
             flops.append(self.plan.flops)
             return metrics
 
-    Recorded(load(overrides)).train()
+    Recorded(load(overrides), Preemption(60)).train()
     return batches, weights, flops[0]
 
 

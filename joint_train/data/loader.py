@@ -58,7 +58,10 @@ class BatchLoader(StatefulDataLoader):
             )
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for batch in super().__iter__():
+        return self._ready(super().__iter__())  # made now, not at the first batch: it draws from torch's generator
+
+    def _ready(self, batches: Iterator[dict]) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in batches:
             self.position = batch.pop(POSITION)
             yield {key: self._tensor(value) for key, value in batch.items()}
 

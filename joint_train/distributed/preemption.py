@@ -10,10 +10,15 @@ SIGTERM or SIGUSR1 to any rank: all ranks finish the step they are in, save, and
                 checkpointer.close()
                 preemption.exit()
 
+Before the first step, and wherever else nothing would be lost, a signal ends the process at once, with the same code:
+
+    with preemption.ends_at_once():
+        model, data = …
+
 What a launcher has to know:
 
-- Exit code 85 of a worker means: saved, run the same command again. 86: the grace period passed before the save was
-  done (the newest older checkpoint stands); also to be run again, but no progress was kept.
+- Exit code 85 of a worker means: saved, or nothing to save; run the same command again. 86: the grace period passed
+  before the save was done (the newest older checkpoint stands); also to be run again, but no progress was kept.
 - Signals may go to one worker or to all, once or many times, and to torchrun.
 - torchrun (torch 2.13) passes on SIGTERM, SIGINT, SIGHUP and SIGQUIT only; SIGUSR1 kills it and leaves its workers
   without a parent. So ``torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1`` (or
@@ -32,6 +37,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn
 
@@ -59,14 +66,13 @@ class Preemption:
     """
 
     def __init__(self, grace_seconds: float, timeout_seconds: float = 1800):
-        """Collective if torch.distributed is initialised: it makes a small gloo group of all ranks."""
         self.grace_seconds = grace_seconds
+        self.timeout_seconds = timeout_seconds
         self._signalled = False
         self._saved = False
+        self._at_once = False
         self._called_off = threading.Event()
         self._group = None
-        if dist.is_available() and dist.is_initialized():
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
 
     def __enter__(self) -> "Preemption":
         # The interpreter writes each signal's number here from C, at once, whatever the main thread is doing.
@@ -87,12 +93,26 @@ class Preemption:
             self._called_off.set()
         os.close(self._write)  # the watching thread, if it still reads, reads the end
 
+    @contextmanager
+    def ends_at_once(self) -> Iterator[None]:
+        """While it is entered a signal ends the process at once, with :data:`PREEMPTED`: there is nothing to save."""
+        self._at_once = True
+        if self._signalled:
+            self._end_at_once()
+        try:
+            yield
+        finally:
+            self._at_once = False
+
     def local_flag(self) -> bool:
         """Whether this rank was signalled: to be combined with something that is reduced anyway."""
         return self._signalled
 
     def should_stop(self) -> bool:
-        """Whether any rank was signalled: the same answer on all. Collective, once a step."""
+        """Whether any rank was signalled: the same answer on all. Collective, once a step; the first call makes a small
+        gloo group of all ranks."""
+        if self._group is None and dist.is_available() and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_seconds))
         flag = torch.tensor(int(self._signalled))
         if self._group is not None:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
@@ -116,9 +136,17 @@ class Preemption:
                 break
             if any(number in SIGNALS for number in numbers):
                 self._signalled = True
+                if self._at_once:
+                    self._end_at_once()
                 self._count_down()
                 break
         os.close(self._read)
+
+    @staticmethod
+    def _end_at_once() -> NoReturn:
+        said = "signalled to stop: there is nothing to save yet, so the process ends here"
+        print(said, file=sys.stderr, flush=True)
+        os._exit(PREEMPTED)
 
     def _count_down(self) -> None:
         print(f"signalled to stop: saving within {self.grace_seconds:g} s", file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ config → mesh → models → data → step → checkpoint, in this order, once
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.optim import build_optimizer, lr_factor, update
-from joint_train.train.tracking import Tracker
+from joint_train.train.tracking import Tracker, plain
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import resolve
 
@@ -37,10 +37,14 @@ TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense 
 
 
 class Trainer:
-    """Everything of a run, on one rank. Making it loads the pair and, with ``resume``, a checkpoint."""
+    """Everything of a run, on one rank. Making it loads the pair and, with ``resume``, a checkpoint.
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg
+    Args:
+        preemption: watches for the signals that stop a run, see :func:`run`.
+    """
+
+    def __init__(self, cfg: DictConfig, preemption: Preemption) -> None:
+        self.cfg, self.preemption = cfg, preemption
         self.output_dir = Path(cfg.output_dir).absolute()
         if torch.cuda.is_available():
             flight_recorder(self.output_dir)
@@ -65,10 +69,11 @@ class Trainer:
         # After the pair, so that one that can't be loaded leaves no output_dir behind.
         self.checkpointer = Checkpointer(self.output_dir, cfg.checkpoint, timeout_seconds=cfg.parallel.timeout_seconds)
         self.step, self.before, self.measured, position, bad_steps = 0, None, None, None, 0
+        self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
         if path := self.checkpointer.find_resume(cfg.resume):
             saved = self.checkpointer.load(path, self.model, self.optimizer, config=cfg)
             self.step, self.before, self.measured = saved["step"], saved["before"], saved["measured"]
-            position, bad_steps = saved["data"], saved.get("bad_steps", 0)
+            position, bad_steps, self.unfinished = saved["data"], saved.get("bad_steps", 0), saved.get("unfinished")
             if self.step >= cfg.max_steps:
                 log.warning(
                     "%s is already at or past max_steps=%d: there is nothing left to train", path.name, cfg.max_steps
@@ -103,30 +108,30 @@ class Trainer:
         cfg = self.cfg
         batches = iter(self.loader)
         self.checkpointer.restore_random_state()  # last: making an iterator draws from torch's generator
-        with Preemption(cfg.checkpoint.grace_seconds, cfg.parallel.timeout_seconds) as preemption, self.watchdog:
-            if self.before is None:
-                self.before = self.measured = self.evaluate(generate=True)
-                self.tracker.log(self.step, self.before)
+        with self.watchdog:
+            with self.preemption.ends_at_once():
+                self.first_validation()
             while self.step < cfg.max_steps:
                 self.watchdog.beat()
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step(batches)
                 last = self.step == cfg.max_steps
-                generate = due(self.step, cfg.eval.generate_every) or last
-                if due(self.step, cfg.eval.every) or generate:
-                    self.measured = self.evaluate(generate)
-                    metrics |= self.measured
                 if due(self.step, cfg.tracking.diagnose_every):
                     metrics |= self.diagnose()
-                if metrics:
-                    self.tracker.log(self.step, metrics)
                 self.checkpointer.poll()
-                stop = preemption.should_stop()
+                stop = self.preemption.should_stop()
+                generate = due(self.step, cfg.eval.generate_every) or last
+                if due(self.step, cfg.eval.every) or generate:
+                    stop = stop or not self.validate(metrics, generate)
+                    if stop and self.val_loader is not None:
+                        self.unfinished = {"metrics": {k: plain(x) for k, x in metrics.items()}, "generate": generate}
+                if metrics and not self.unfinished:
+                    self.tracker.log(self.step, metrics)
                 if stop or due(self.step, cfg.checkpoint.every) or last:
                     self.save(block=stop or last)
-                if stop and not last:
+                if stop and (not last or self.unfinished):
                     self.close()
-                    preemption.exit()
+                    self.preemption.exit()
         if cfg.model.export.at_end:
             self.export(self.output_dir / "export")
         self.tracker.finish(self.before, self.measured)
@@ -134,6 +139,34 @@ class Trainer:
         of_what = "" if self.device.type == "cuda" else " (growth of the process, libraries' own buffers included)"
         log.info("peak memory of rank 0: %.2f GiB%s; planned: %.2f GiB", peak, of_what, planned)
         self.close()
+
+    def first_validation(self) -> None:
+        """What is measured before the first step: all of it in a new run, what was interrupted in a resumed one."""
+        if self.before is None:
+            self.before = self.measured = self.evaluate(generate=True)
+            self.tracker.log(self.step, self.before)
+        elif self.unfinished is not None:
+            metrics, generate = self.unfinished["metrics"], self.unfinished["generate"]
+            self.measured = self.evaluate(generate)
+            self.tracker.log(
+                self.step, {k: float("nan") if x is None else x for k, x in metrics.items()} | self.measured
+            )
+            self.unfinished = None
+
+    def validate(self, metrics: dict[str, float], generate: bool) -> bool:
+        """Add the validation's metrics to the step's; false if a signal interrupted it."""
+        try:
+            self.measured = self.evaluate(generate, self.check)
+        except Interrupted:
+            return False
+        metrics |= self.measured
+        return True
+
+    def check(self) -> None:
+        """Between the parts of a validation: all ranks stop at the same one."""
+        self.watchdog.beat()
+        if self.preemption.should_stop():
+            raise Interrupted
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
         """One optimizer step over ``grad_accum`` micro-batches; its metrics, or none where they aren't due."""
@@ -246,33 +279,41 @@ class Trainer:
         return {prefix + name: x.item() for name, x in named.items()}
 
     @torch.no_grad()
-    def evaluate(self, generate: bool) -> dict[str, float]:
+    def evaluate(self, generate: bool, progress: Callable[[], None] | None = None) -> dict[str, float]:
         """Validation losses and, with ``generate``, tokens per base forward in assisted generation.
 
-        However long it takes as a whole, it isn't taken for a hang while batches and prompts get done.
+        However long it takes as a whole, it isn't taken for a hang while batches and prompts get done. It leaves the
+        random state alone: a validation that is repeated changes nothing.
+
+        Args:
+            progress: called before each batch and each prompt; by default it only says that this isn't a hang.
         """
         cfg, measured = self.cfg, {}
+        progress = progress or self.watchdog.beat
         if self.val_loader is None:
             return measured
         self.model.eval()
-        sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(self.val_loader):
-            if i == cfg.eval.batches:
-                break
-            self.watchdog.beat()
-            inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
-            add(sums, self.model(**inputs, targets=targets).stats)
-        measured |= self.metrics(sums, self.val_loader.source_names, prefix="val/")
-        if generate and cfg.eval.prompts > 0:
-            prompts = validation_prompts(cfg, self.tokenizer, cfg.eval.prompts)
-            accepted = accepted_length(
-                self.model.base, self.model.drafter, self.tokenizer, prompts, cfg.drafter.num_steps,
-                cfg.eval.max_new_tokens, self.watchdog.beat,
-            )  # fmt: skip
-            measured["val/tokens_per_forward"] = accepted["tokens_per_forward"]
-            self.tracker.examples(self.step, accepted["examples"])
-        parallelize.reshard(self.model)
-        self.model.train()
+        try:
+            with torch.random.fork_rng(devices=[]):  # making an iterator draws from it
+                sums: dict[str, Tensor] = {}
+                for i, batch in enumerate(self.val_loader):
+                    if i == cfg.eval.batches:
+                        break
+                    progress()
+                    inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
+                    add(sums, self.model(**inputs, targets=targets).stats)
+            measured |= self.metrics(sums, self.val_loader.source_names, prefix="val/")
+            if generate and cfg.eval.prompts > 0:
+                prompts = validation_prompts(cfg, self.tokenizer, cfg.eval.prompts)
+                accepted = accepted_length(
+                    self.model.base, self.model.drafter, self.tokenizer, prompts, cfg.drafter.num_steps,
+                    cfg.eval.max_new_tokens, progress,
+                )  # fmt: skip
+                measured["val/tokens_per_forward"] = accepted["tokens_per_forward"]
+                self.tracker.examples(self.step, accepted["examples"])
+        finally:
+            parallelize.reshard(self.model)
+            self.model.train()
         self.watchdog.beat()
         return measured
 
@@ -289,7 +330,7 @@ class Trainer:
     def save(self, block: bool) -> None:
         """A checkpoint of the current step."""
         state = {"step": self.step, "before": self.before, "measured": self.measured, **self.bad_steps.read()}
-        state["data"] = loader_position(self.loader)
+        state |= {"data": loader_position(self.loader), "unfinished": self.unfinished}
         self.checkpointer.save(
             self.step, self.model, self.optimizer, state, config=self.cfg, metrics=self.measured, block=block
         )
@@ -306,6 +347,18 @@ class Trainer:
         self.tracker.close()
         dist.barrier()
         dist.destroy_process_group()
+
+
+class Interrupted(Exception):
+    """A validation was given up because the run is to stop."""
+
+
+def run(cfg: DictConfig) -> None:
+    """A whole run on this rank, that a signal stops in good order: before anything is trained it ends at once."""
+    with Preemption(cfg.checkpoint.grace_seconds, cfg.parallel.timeout_seconds) as preemption:
+        with preemption.ends_at_once():
+            trainer = Trainer(cfg, preemption)
+        trainer.train()
 
 
 def peak_memory(device: torch.device) -> int:
