@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from joint_train.config import SourceConfig
-from joint_train.data import DataError, build_loader, cache
+from joint_train.data import DataError, build_loader, cache, tokenise
 from joint_train.data.json_files import Record, read_lines
 from joint_train.data.readers import read_records
 from joint_train.data.sources import parse
@@ -212,11 +212,11 @@ def test_a_thousand_bad_files(lines, ends):
         spec = source(path=path)
         for record in read_records(spec, 1000):
             try:
-                tokens, flags, _ = cache.encode_record(record, spec, TOKENIZER)
+                documents = tokenise.encode_record(record, spec, TOKENIZER)
             except DataError as error:
                 assert str(error).startswith(f"{path}:{record.line}: "), error
             else:
-                assert len(tokens) == len(flags)
+                assert all(len(document.tokens) == len(document.flags) for document, _ in documents)
                 kept.add(record.line)
         assert kept >= {number for number, line in enumerate(lines, start=1) if line in GOOD}
 
@@ -340,7 +340,8 @@ def test_the_lock_of_a_process_that_died_is_free(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    "content format limit columns max_line_bytes transformers tokenizers template vocabulary special processor".split(),
+    "content format limit columns chat_template_kwargs max_line_bytes transformers tokenizers template vocabulary "
+    "special processor".split(),
 )
 def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, monkeypatch, change):
     path = tmp_path / "a.jsonl"
@@ -356,7 +357,7 @@ def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, monkeypatch, change)
     elif change == "max_line_bytes":
         data.max_line_bytes -= 1
     elif change in ("transformers", "tokenizers"):
-        monkeypatch.setattr(f"{change}.__version__", "0")
+        monkeypatch.setattr(getattr(cache, change), "__version__", "0")
     elif change == "template":
         tokenizer.chat_template = "{{ messages[0].content }}"
     elif change == "vocabulary":
@@ -366,7 +367,9 @@ def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, monkeypatch, change)
     elif change == "processor":
         (tmp_path / "preprocessor_config.json").write_text("{}")
     else:
-        spec[change] = {"format": "messages", "limit": 2, "columns": {"messages": "chat"}}[change]
+        options = {"enable_thinking": True}
+        values = {"format": "messages", "limit": 2, "columns": {"messages": "chat"}, "chat_template_kwargs": options}
+        spec[change] = values[change]
     after = cache.cache_key(spec, data, tokenizer)
     assert after != before
     path.rename(tmp_path / "moved.jsonl")

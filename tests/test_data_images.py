@@ -61,7 +61,8 @@ def test_placeholders_are_those_of_the_text_with_the_image_written_out(tmp_path,
     image.save(tmp_path / "cat.png")
     (batch,) = batches(tmp_path, tokenizer, [ask({"type": "image", "path": "cat.png"})])
     count = int(Gemma4ImageProcessorPil(**SIZES)([image])["num_soft_tokens_per_image"][0])
-    text = tokenizer.apply_chat_template(ask({"type": "image"})["messages"], tokenize=False)
+    messages = ask({"type": "image"})["messages"]
+    text = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True) + TRAINED + "\n"
     ids = tokenizer(text.replace("<|image|>", f"<|image>{'<|image|>' * count}<image|>"), add_special_tokens=False)
     used = batch["document_ids"][0] == 1
     assert batch["input_ids"][0, used].tolist() == ids["input_ids"]
@@ -72,7 +73,7 @@ def test_placeholders_are_those_of_the_text_with_the_image_written_out(tmp_path,
 
 @pytest.mark.parametrize("chunk", [64, 1])
 def test_pixels_are_the_processors_in_the_order_of_the_rows(tmp_path, tokenizer, monkeypatch, chunk):
-    monkeypatch.setattr("joint_train.data.cache.CHUNK_RECORDS", chunk)
+    monkeypatch.setattr("joint_train.data.tokenise.CHUNK_RECORDS", chunk)
     for seed in range(3):
         picture(seed, (40 + 30 * seed, 30)).save(tmp_path / f"{seed}.png")
     parts = [{"type": "image", "image": f"{tmp_path}/{seed}.png"} for seed in range(3)]
@@ -97,7 +98,7 @@ def test_a_photograph_that_was_held_sideways_is_turned(tmp_path, tokenizer):
 
 
 def test_batches_with_and_without_images(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("joint_train.data.cache.CHUNK_RECORDS", 1)
+    monkeypatch.setattr("joint_train.data.tokenise.CHUNK_RECORDS", 1)
     picture(0).save(tmp_path / "cat.png")
     examples = [*numbered(1), ask({"type": "image", "path": "cat.png"})]
     without, with_image = batches(tmp_path, tokenizer, examples, count=2, packing=False)

@@ -1,6 +1,7 @@
 """The computed assistant spans against the template's own marks: same template, with its marks and without."""
 
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from data_helpers import TURNS, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from joint_train.data.template import ASSISTANT, LAST, MARKS, encode
+from joint_train.data import notices
+from joint_train.data.render import MARKS, prompt_ids
+from joint_train.data.template import ASSISTANT, LAST, encode
 from joint_train.errors import DataError
 
 # Short renditions of what released templates do, with marks around what the assistant writes.
@@ -170,23 +173,27 @@ def unmarked(template: str) -> str:
 PAIRS = {name: (make_tokenizer(template), make_tokenizer(unmarked(template))) for name, template in TEMPLATES.items()}
 
 
-def both(name: str, example: dict) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Token ids, flags by the marks, flags by the fallback."""
+def runs_of(document, flag=ASSISTANT) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff((document.flags & flag) != 0, prepend=False, append=False))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def both(name: str, example: dict) -> list:
+    """The documents as the fallback makes them, asserted equal to those by the marks."""
     marked, plain = PAIRS[name]
     assert MARKS.search(marked.chat_template) and not MARKS.search(plain.chat_template)
-    ids, by_marks = encode(example, marked)
-    same_ids, computed = encode(example, plain)
-    assert ids.tolist() == same_ids.tolist()
-    return ids, by_marks, computed
+    by_marks, computed = encode(example, marked), encode(example, plain)
+    for ours, theirs in zip(computed, by_marks, strict=True):
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        assert ours.flags.tolist() == theirs.flags.tolist(), plain.decode(ours.tokens)
+        assert ours[2:] == theirs[2:]
+    return computed
 
 
 def trained(name: str, example: dict) -> list[str]:
     """The spans of text that the fallback supervises, asserted equal to the marked ones."""
-    ids, by_marks, computed = both(name, example)
     tokenizer = PAIRS[name][1]
-    assert computed.tolist() == by_marks.tolist(), tokenizer.decode(ids)
-    edges = np.flatnonzero(np.diff(computed & ASSISTANT, prepend=0, append=0))
-    return [tokenizer.decode(ids[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+    return [tokenizer.decode(d.tokens[start:end]) for d in both(name, example) for start, end in runs_of(d)]
 
 
 def turn(role: str, content, **extra) -> dict:
@@ -237,20 +244,25 @@ TOOL_USE = [
 LATER = [turn("user", "thanks"), turn("assistant", "welcome")]
 
 
+THINKING_ON = {"chat_template_kwargs": {"enable_thinking": True}}
+
+
 @pytest.mark.parametrize("name", ["gemma4", "qwen3"])
 def test_tool_calls_are_trained_on_and_their_results_are_not(name):
-    spans = trained(name, {"messages": TOOL_USE, "tools": TOOLS})
+    spans = trained(name, {"messages": TOOL_USE, "tools": TOOLS, **THINKING_ON})
     assert "call it" in spans[0] and "Rome" in spans[0] and "It is sunny." in spans[1]
     assert not any("value:" in span or "weather?" in span for span in spans)
 
 
 def test_tool_calls_of_an_earlier_exchange():
-    spans = trained("gemma4", {"messages": TOOL_USE + LATER, "tools": TOOLS})
     call = '<|tool_call>call:weather{city:<|"|>Rome<|"|>}<tool_call|><|tool_response>'
-    assert spans == [call, "It is sunny.<turn|>", "welcome<turn|>"], "without the thinking, as it is rendered then"
-    # Qwen 3 writes an empty <think> block wherever a conversation stops: that hides the call's end.
-    with pytest.raises(DataError, match="message 2: .* 'tiny' renders it so that"):
-        encode({"messages": TOOL_USE + LATER, "tools": TOOLS}, PAIRS["qwen3"][1])
+    example = {"messages": TOOL_USE + LATER, "tools": TOOLS}
+    spans = trained("gemma4", {**example, **THINKING_ON})
+    thoughts = ["<|channel>thought\ncall it\n<channel|>", "so it is\n<channel|>"]
+    assert spans == [thoughts[0] + call, f"{thoughts[1]}It is sunny.<turn|>", "welcome<turn|>"]
+    # Qwen 3 renders the thinking before an answer only until the next question.
+    spans = trained("qwen3", example)
+    assert ["call it" in spans[0], "so it is" in spans[1], "welcome<|im_end|>" in spans[2]] == [True] * 3
 
 
 TWO_CALLS = [turn("user", "w"), turn("assistant", "", tool_calls=CALL * 2)]
@@ -261,17 +273,34 @@ CALL_AFTER_CALL = [*TWO_CALLS[:3], turn("assistant", "", tool_calls=CALL, reason
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("messages", [TOOL_USE, TOOL_USE + LATER, TWO_CALLS, CALL_AFTER_CALL, TWO_CALLS[:2] + LATER])
 def test_calls_and_results_of_gemma(messages, thinking):
-    options = {"enable_thinking": thinking}
-    spans = trained("gemma4", {"messages": messages, "tools": TOOLS, "chat_template_kwargs": options})
+    example = {
+        "messages": messages, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": thinking}
+    }  # fmt: skip
+    if thinking and messages in (TWO_CALLS, CALL_AFTER_CALL):
+        # After a result the prompt opens the thinking, and the last answer has none.
+        with pytest.raises(
+            DataError, match="ends with '<|channel>thought.n', and the message hasn't what has to follow"
+        ):
+            encode(example, PAIRS["gemma4"][1])
+        return
+    spans = trained("gemma4", example)
     assert len(spans) == sum(message["role"] == "assistant" for message in messages)
     assert not any("response:" in span or "<|turn>" in span for span in spans)
 
 
-def test_what_gemma_shows_after_the_results_of_a_call_is_refused():
-    """The content of a message with calls stands after their results: what the model wrote is in two pieces."""
-    messages = [TWO_CALLS[0], turn("assistant", "let me see", tool_calls=CALL), *TWO_CALLS[2:]]
-    with pytest.raises(DataError, match="message 1: .* renders it so that"):
-        encode({"messages": messages, "tools": TOOLS}, PAIRS["gemma4"][1])
+def test_what_gemma_shows_after_the_results_of_a_call():
+    """The content of a message with calls stands after their results in the history: the answers have two texts."""
+    messages = [TWO_CALLS[0], turn("assistant", "let me see", tool_calls=CALL), *TWO_CALLS[3:]]
+    call = '<|tool_call>call:weather{city:<|"|>Rome<|"|>}<tool_call|>'
+    first, second = both("gemma4", {"messages": messages, "tools": TOOLS})
+    text = PAIRS["gemma4"][1].decode(first.tokens)
+    assert text.endswith(f"<|turn>model\n<|channel>thought\n<channel|>{call}let me see<|tool_response>")
+    result = '<|tool_response>response:weather{value:<|"|>y<|"|>}<tool_response|>'
+    assert PAIRS["gemma4"][1].decode(second.tokens).endswith(f"{call}{result}let me seez<turn|>\n")
+    assert trained("gemma4", {"messages": messages, "tools": TOOLS}) == [
+        f"{call}let me see<|tool_response>",
+        "z<turn|>",
+    ]
 
 
 def test_a_generation_prompt_that_is_not_in_the_text():
@@ -280,25 +309,102 @@ def test_a_generation_prompt_that_is_not_in_the_text():
     template = unmarked(TURNS).replace(f"add_generation_prompt -%}}{header}", "add_generation_prompt -%}<|channel>")
     assert template.count("<|channel>") == 1
     tokenizer = make_tokenizer(template)
-    ids, flags = encode({"messages": [turn("user", "a"), turn("assistant", "b")]}, tokenizer)
-    assert tokenizer.decode(ids[flags != 0]) == "b<turn|>"
+    counts = Counter()
+    (document,) = encode({"messages": [turn("user", "a"), turn("assistant", "b")]}, tokenizer, counts)
+    assert tokenizer.decode(document.tokens[document.flags != 0]) == "b<turn|>"
+    assert counts == {notices.OTHER_PROMPT: 1}
 
 
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_last_character_of_several_tokens_is_trained_on_whole(marked):
     template = "{%- for m in messages -%}{%- generation -%}{{- m['content'] -}}{%- endgeneration -%}{%- endfor -%}"
     tokenizer = make_tokenizer(template if marked else unmarked(template))
-    ids, flags = encode({"messages": [turn("assistant", "a🎈"), turn("assistant", "b🎈")]}, tokenizer)
-    assert len(ids) > 4 and (flags & ASSISTANT).all()
+    (document,) = encode({"messages": [turn("assistant", "a🎈"), turn("assistant", "b🎈")]}, tokenizer)
+    assert len(document.tokens) > 4 and (document.flags & ASSISTANT).all()
 
 
 def test_thinking_channels_of_gemma():
-    messages = [turn("user", "a"), turn("assistant", "<|channel>thought\nold<channel|>b"), turn("user", "c")]
+    messages = [turn("user", "a"), turn("assistant", "b", reasoning="old"), turn("user", "c")]
     messages.append(turn("assistant", "d", reasoning="new"))
-    assert trained("gemma4", {"messages": messages}) == ["b<turn|>", "<|channel>thought\nnew\n<channel|>d<turn|>"]
-    options = {"chat_template_kwargs": {"enable_thinking": True}}
-    spans = trained("gemma4", {"messages": messages, **options})
-    assert spans == ["b<turn|>", "<|channel>thought\nnew\n<channel|>d<turn|>"]
+    # With thinking off the prompt ends with an empty channel: an answer can't think after that.
+    counts = Counter()
+    assert trained("gemma4", {"messages": messages}) == ["b<turn|>", "d<turn|>"]
+    encode({"messages": messages}, PAIRS["gemma4"][1], counts)
+    assert counts == {notices.UNTHOUGHT: 2, notices.UNROLLED: 1}
+    thoughts = ["<|channel>thought\nold\n<channel|>b<turn|>", "<|channel>thought\nnew\n<channel|>d<turn|>"]
+    assert trained("gemma4", {"messages": messages, **THINKING_ON}) == thoughts
+
+
+def test_an_answer_without_the_thinking_that_is_turned_on():
+    template = unmarked(GEMMA4).replace("message.get('reasoning') and", "false and")
+    messages = [turn("user", "a"), turn("assistant", "b", reasoning="hm")]
+    with pytest.raises(DataError, match="message 1: thinking is turned on, and .* 'tiny' renders the answer without"):
+        encode({"messages": messages, **THINKING_ON}, make_tokenizer(template))
+    with pytest.raises(DataError, match="message 2: thinking is turned on"):
+        encode({"messages": [turn("system", "<|think|>"), *messages]}, make_tokenizer(template))
+    counts = Counter()
+    encode({"messages": [messages[0], turn("assistant", "b")], **THINKING_ON}, PAIRS["gemma4"][1], counts)
+    assert counts == {notices.UNASKED: 1}
+
+
+def by_itself(document, start: int, end: int):
+    return document.tokens[start:end].tolist()
+
+
+def assert_prompted(name: str, example: dict) -> None:
+    """Each answer is trained once, after exactly the tokens that an engine is given for it."""
+    tokenizer = PAIRS[name][1]
+    messages, options = example["messages"], example.get("chat_template_kwargs", {})
+    documents = both(name, example)
+    starts = [(document, start) for document in documents for start, _ in runs_of(document)]
+    trained_on = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    trained_on = [index for index in trained_on if index not in example.get("context", ())]
+    for index, (document, start) in zip(trained_on, starts, strict=True):
+        prompt = tokenizer.apply_chat_template(
+            messages[:index], tools=example.get("tools"), add_generation_prompt=True, return_dict=True, **options
+        )["input_ids"]
+        assert by_itself(document, 0, start) == prompt
+        assert prompt_ids(tokenizer, messages[:index], tools=example.get("tools"), **options) == prompt
+
+
+@pytest.mark.parametrize("name", ["gemma4", "qwen3", "llama3"])
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("conversation", [*CONVERSATIONS, "tools"])
+def test_what_precedes_an_answer_is_its_prompt(name, conversation, thinking):
+    messages = CONVERSATIONS.get(conversation, TOOL_USE + LATER)
+    if name == "llama3" and (conversation == "tools" or thinking and conversation == "thinking"):
+        pytest.skip("not in this template")
+    options = {"chat_template_kwargs": {"enable_thinking": thinking}}
+    assert_prompted(name, {"messages": messages, "tools": TOOLS if conversation == "tools" else None, **options})
+
+
+def test_the_empty_channel_of_gemma():
+    ids = encode({"messages": CONVERSATIONS["one turn"]}, PAIRS["gemma4"][1])[0].tokens
+    text = "<bos><|turn>user\nhi<turn|>\n<|turn>model\n<|channel>thought\n<channel|>hello<turn|>\n"
+    assert PAIRS["gemma4"][1].decode(ids) == text
+
+
+def test_context_is_not_trained_on():
+    messages = [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]
+    for name in TEMPLATES:
+        (span,) = trained(name, {"messages": messages, "context": [1]})
+        assert span.startswith("d") or span.startswith("<think>")
+        (document,) = both(name, {"messages": messages, "context": [1]})
+        assert runs_of(document, LAST) == runs_of(document)
+    assert_prompted("gemma4", {"messages": messages, "context": [1]})
+    (document,) = both("gemma4", {"messages": messages, "context": [1, 3]})
+    assert not document.flags.any()
+
+
+def test_a_token_does_not_hold_the_end_of_a_prompt_and_the_start_of_its_answer():
+    template = "{%- for m in messages -%}{{ m.content }}{%- endfor -%}{%- if add_generation_prompt -%}{%- endif -%}"
+    tokenizer = make_tokenizer(template, texts=("quick",) * 9)
+    assert len(tokenizer("quick")["input_ids"]) == 1
+    messages = [turn("user", "qui"), turn("assistant", "ck"), turn("user", "qui"), turn("assistant", "ckqui")]
+    (document,) = encode({"messages": messages}, tokenizer)
+    parts = [tokenizer(part)["input_ids"] for part in ("qui", "ckqui", "ckqui")]
+    assert document.tokens.tolist() == [token for part in parts for token in part]
+    assert [tokenizer.decode(document.tokens[start:end]) for start, end in runs_of(document)] == ["ck", "ckqui"]
 
 
 def test_an_image_stays_the_users():
@@ -307,8 +413,11 @@ def test_an_image_stays_the_users():
 
 
 def test_the_last_assistant_message_is_flagged():
-    ids, _, computed = both("gemma4", {"messages": CONVERSATIONS["several turns"]})
-    assert PAIRS["gemma4"][1].decode(ids[(computed & LAST) != 0]) == "d e f<turn|>"
+    for name in TEMPLATES:
+        *earlier, last = both(name, {"messages": CONVERSATIONS["several turns"]})
+        assert not any((document.flags & LAST).any() for document in earlier)
+        assert [document.earlier for document in [*earlier, last]] == [True] * len(earlier) + [False]
+        assert "d e f" in PAIRS[name][1].decode(last.tokens[(last.flags & LAST) != 0])
 
 
 pieces = ["a", "b", " ", "\n", "<", "<|", "|>", "<turn", "<|turn", "model\n", "[INST", "/", "think", "é", "🎈"]
@@ -319,13 +428,16 @@ text = st.lists(st.sampled_from(pieces), max_size=8).map("".join)
 @given(st.sampled_from(sorted(TEMPLATES)), st.lists(st.tuples(text, text), min_size=1, max_size=3))
 def test_computed_spans_equal_the_marks_on_any_text(name, turns):
     messages = [message for q, a in turns for message in (turn("user", q), turn("assistant", a))]
-    trained(name, {"messages": messages})
+    if name == "mistral":
+        trained(name, {"messages": messages})
+    else:
+        assert_prompted(name, {"messages": messages})
 
 
 def test_texts_are_trained_on_whole():
     tokenizer = PAIRS["gemma4"][0]
-    ids, flags = encode({"text": "abc"}, tokenizer)
-    assert tokenizer.decode(ids) == "<bos>abc<eos>" and (flags == ASSISTANT | LAST).all()
+    (document,) = encode({"text": "abc"}, tokenizer)
+    assert tokenizer.decode(document.tokens) == "<bos>abc<eos>" and (document.flags == ASSISTANT | LAST).all()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def tokenised(documents: list[list[int]]) -> Tokenised:
     """A source whose documents have these flags; runs of IMAGE are pictures, each of all its neighbours."""
     table, pictures, flags = np.zeros(len(documents), DOCUMENT), [], []
     for index, document in enumerate(documents):
-        table[index] = (len(flags), len(document), document.count(ASSISTANT), index + 1, 0)
+        table[index] = (len(flags), len(document), document.count(ASSISTANT), index + 1, 0, False)
         edges = np.flatnonzero(np.diff(np.array(document) == IMAGE, prepend=False, append=False))
         for start, end in edges.reshape(-1, 2).tolist():
             pictures.append((index, start, end - start - 2, 0, 0, False))

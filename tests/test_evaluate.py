@@ -489,14 +489,14 @@ def test_starter_prompts_are_held_out_questions_up_to_the_answer(monkeypatch):
     class Templated(FakeTokenizer):
         chat_template = "x"
 
-        def apply_chat_template(self, messages, **options):
-            asked.append((messages, options))
-            return {"input_ids": [2]}
+    def prompt_ids(tokenizer, messages, **options):
+        asked.append(messages)
+        return [2]
 
+    monkeypatch.setattr(prompt_sets, "prompt_ids", prompt_ids)
     found = load_prompts("starter", Templated(), limit=3)
     assert [p.text for p in found] == ["q4", "q5", "q6"]
-    assert [messages for messages, _ in asked] == [chat["messages"][:1] for chat in chats[4:7]]
-    assert all(options == {"add_generation_prompt": True, "return_dict": True} for _, options in asked)
+    assert asked == [chat["messages"][:1] for chat in chats[4:7]]
 
 
 def test_validation_prompts_are_taken_from_each_source_in_turn(tmp_path):

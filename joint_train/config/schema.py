@@ -76,6 +76,7 @@ class SourceConfig:
     subset: str | None = key(None, "configuration name of a Hugging Face dataset")
     streaming: bool = key(False, "read a Hugging Face dataset as a stream")
     columns: dict[str, str] = key({}, "the source's column for a field of the format, e.g. {prompt: question}")
+    chat_template_kwargs: dict[str, Any] = key({}, "for the chat template, over those of all data")
     limit: int | None = key(None, "at most this many examples of it")
 
 
@@ -84,6 +85,7 @@ class DataConfig:
     train: list[SourceConfig] = key([], "training sources")
     val: list[SourceConfig] = key([], "validation sources")
     tokenizer: str | None = key(None, "folder or hub id of the tokenizer; the base's by default")
+    chat_template_kwargs: dict[str, Any] = key({}, "for the chat template, as in serving, e.g. {enable_thinking: true}")
     max_length: int = key(2048, "tokens in a row")
     micro_batch_size: int = key(1, "rows on a rank in one forward")
     packing: bool = key(True, "put several documents in a row")

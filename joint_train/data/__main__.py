@@ -95,6 +95,7 @@ def run_regenerate(cfg: DictConfig, options: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from joint_train.data.readers import sources_of
     from joint_train.data.regenerate import prompts, regenerate
     from joint_train.distributed.parallelize import compute_dtype
     from joint_train.weights.folders import resolve
@@ -104,7 +105,7 @@ def run_regenerate(cfg: DictConfig, options: argparse.Namespace) -> None:
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )
     tokenizer = load_tokenizer(cfg)
-    examples = list(prompts(cfg.data.train if options.split == "train" else cfg.data.val, cfg.data))
+    examples = list(prompts(sources_of(cfg.data, options.split), cfg.data))
     dtype = compute_dtype(cfg.precision, device.type)
     model = AutoModelForImageTextToText.from_pretrained(resolve(*_base(cfg)), dtype=dtype).to(device).eval()
     counts = regenerate(

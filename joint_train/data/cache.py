@@ -25,43 +25,20 @@ from pathlib import Path
 import filelock
 import numpy as np
 import tokenizers
-import torch
 import transformers
-from omegaconf import OmegaConf
 
-from joint_train.config import SourceConfig
-from joint_train.data import images, readers, sources, template
+from joint_train.data import notices, readers, sources
 from joint_train.data.json_files import Record
+from joint_train.data.seen import Seen
+from joint_train.data.tokenise import DOCUMENT, PICTURE, tokenise
 from joint_train.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 VERSION = 4
 META = "meta.json"
-CHUNK_RECORDS = 64
-CHUNK_BYTES = 1 << 20
 REPORTED = 20
 LOG_SECONDS = 10
-
-DOCUMENT = np.dtype(
-    [
-        ("offset", np.int64),  # of its first token
-        ("length", np.int32),
-        ("targets", np.int32),  # tokens that an assistant wrote
-        ("line", np.int64),
-        ("file", np.int32),
-    ]
-)
-PICTURE = np.dtype(
-    [
-        ("document", np.int64),
-        ("position", np.int32),  # in the document, of the token that begins it
-        ("tokens", np.int32),  # soft tokens, without those that begin and end it
-        ("offset", np.int64),  # of its path or its bytes
-        ("size", np.int64),
-        ("embedded", bool),  # bytes, not a path
-    ]
-)
 
 
 @dataclass
@@ -154,26 +131,49 @@ def tokenised(source, data, tokenizer, num_workers: int, timeout: float) -> Toke
     return cached
 
 
-def load(folder: Path, source, data) -> Tokenised:
+def load(folder: Path, source, data, first: bool = True) -> Tokenised:
     """What :func:`write` wrote.
 
+    Args:
+        first: say what was seen in it; False for the later blocks of a stream.
+
     Raises:
-        DataError: there were bad records and ``data.on_error=raise``.
+        DataError: there were bad records and ``data.on_error=raise``, or ``columns`` name one that no record has.
     """
     meta = json.loads((folder / META).read_text())
+    name = readers.source_name(source)
     if meta["skipped"]:
         if data.on_error == "raise":
             raise DataError(meta["errors"][0])
         logger.warning(
             "data source %r: %d bad records skipped (data.on_error=skip), the first: %s",
-            readers.source_name(source),
+            name,
             meta["skipped"],
             "; ".join(meta["errors"][:3]),
         )
     documents = np.load(folder / "documents.npy")
     pictures = np.load(folder / "pictures.npy")
-    name = readers.source_name(source)
+    if first:
+        _say(name, source, Seen.from_json(meta["seen"]))
     return Tokenised(name, folder, documents, pictures, source_files(source), meta["skipped"], meta["errors"])
+
+
+def _say(name: str, source, seen: Seen) -> None:
+    if not seen.formats:
+        return
+    nowhere = sorted(set(source.columns.values()) - seen.columns)
+    if nowhere:
+        raise DataError(
+            f"data source {name!r}: columns name {', '.join(map(repr, nowhere))}, which no record has; they have "
+            f"{', '.join(sorted(seen.columns))}"
+        )
+    counts = ", ".join(f"{count:,} {format}" for format, count in seen.formats.most_common())
+    used = f"columns used: {', '.join(sorted(seen.used)) or 'none'}; unused: {', '.join(seen.unused) or 'none'}"
+    logger.info("data source %r: %s; %s", name, counts, used)
+    for kind, sentence in seen.sentences():
+        logger.log(
+            logging.INFO if kind in notices.AS_IT_SHOULD else logging.WARNING, "data source %r: %s", name, sentence
+        )
 
 
 def cache_key(source, data, tokenizer) -> str:
@@ -186,6 +186,7 @@ def cache_key(source, data, tokenizer) -> str:
         "content": _content(source),
         "format": source.format,
         "columns": dict(source.columns),
+        "chat_template_kwargs": sources.plain(source.chat_template_kwargs),
         "limit": source.limit,
         "max_line_bytes": data.max_line_bytes,
     }
@@ -288,13 +289,16 @@ def write(
     try:
         files = {file: index for index, file in enumerate(source_files(source))}
         documents, pictures, errors, skipped, offset, count, picture_offset = [], [], [], 0, 0, 0, 0
+        seen = Seen()
         logged = began = time.monotonic()
         with (
             open(temporary / "tokens.bin", "wb") as tokens_file,
             open(temporary / "flags.bin", "wb") as flags_file,
             open(temporary / "pictures.bin", "wb") as pictures_file,
         ):
-            for chunk in _chunks(records, source, data, tokenizer, num_workers):
+            for chunk in tokenise(records, source, data, tokenizer, num_workers):
+                if chunk.errors and data.on_error == "raise":
+                    raise DataError(chunk.errors[0])
                 tokens_file.write(chunk.tokens.tobytes())
                 flags_file.write(chunk.flags.tobytes())
                 chunk.documents["offset"] += offset
@@ -308,6 +312,7 @@ def write(
                 documents.append(chunk.documents)
                 count += len(chunk.documents)
                 skipped += len(chunk.errors)
+                seen.add(chunk.seen)
                 errors = (errors + chunk.errors)[:REPORTED]
                 progressed()
                 if time.monotonic() - logged > LOG_SECONDS:
@@ -319,7 +324,7 @@ def write(
                 os.fsync(stream.fileno())
         np.save(temporary / "documents.npy", np.concatenate(documents) if documents else np.empty(0, DOCUMENT))
         np.save(temporary / "pictures.npy", np.concatenate(pictures) if pictures else np.empty(0, PICTURE))
-        meta = {"skipped": skipped, "errors": errors, "tokens": offset, **(more or {})}
+        meta = {"skipped": skipped, "errors": errors, "tokens": offset, "seen": seen.as_json(), **(more or {})}
         (temporary / META).write_text(json.dumps(meta))
         _rename(temporary, folder)
     finally:
@@ -333,107 +338,3 @@ def _rename(temporary: Path, folder: Path) -> None:
         # On a file system without locks another process may have been first: its content is the same.
         if not (folder / META).exists():
             raise
-
-
-@dataclass
-class Chunk:
-    """The tokens of some records, as the workers send them."""
-
-    tokens: np.ndarray
-    flags: np.ndarray
-    documents: np.ndarray
-    files: list[str]
-    pictures: np.ndarray
-    picture_data: bytes
-    errors: list[str]
-
-
-class Tokenise(torch.utils.data.Dataset):
-    """What a worker does: lists of records in, chunks out."""
-
-    def __init__(self, source, on_error: str, tokenizer):
-        # Reading a key of a DictConfig takes as long as parsing a short line.
-        self.source = SourceConfig(**OmegaConf.to_container(source))
-        self.on_error, self.tokenizer = on_error, tokenizer
-
-    def __getitem__(self, records: list[Record]) -> Chunk:
-        encoded, files, errors, pictures, picture_data = [], [], [], [], bytearray()
-        documents = np.zeros(len(records), dtype=DOCUMENT)
-        offset = 0
-        for record in records:
-            try:
-                tokens, flags, found = encode_record(record, self.source, self.tokenizer)
-            except DataError as error:
-                if self.on_error == "raise":
-                    raise
-                errors.append(str(error))
-                continue
-            targets = np.count_nonzero(flags & template.ASSISTANT)
-            documents[len(files)] = (offset, len(tokens), targets, record.line, 0)
-            for position, count, reference in found:
-                data = reference.encode() if isinstance(reference, str) else reference
-                embedded = isinstance(reference, bytes)
-                pictures.append((len(files), position, count, len(picture_data), len(data), embedded))
-                picture_data += data
-            offset += len(tokens)
-            encoded.append((tokens, flags))
-            files.append(record.file)
-        return Chunk(
-            tokens=np.concatenate([tokens for tokens, _ in encoded] or [np.empty(0, np.int32)]),
-            flags=np.concatenate([flags for _, flags in encoded] or [np.empty(0, np.uint8)]),
-            documents=documents[: len(files)],
-            files=files,
-            pictures=np.array(pictures, dtype=PICTURE),
-            picture_data=bytes(picture_data),
-            errors=errors,
-        )
-
-
-def encode_record(
-    record: Record, source, tokenizer
-) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, str | bytes]]]:
-    """Token ids and flags of a record, and (position, soft tokens, path or bytes) of its images.
-
-    Raises:
-        DataError: what is wrong with it, with file and line.
-    """
-    example = sources.parse(record, source)
-    try:
-        references = example.get("images", [])
-        tokens, flags = template.encode(example, tokenizer)
-        tokens, flags, places = images.expand(tokens, flags, references, tokenizer)
-        return tokens, flags, [(*place, reference) for place, reference in zip(places, references, strict=True)]
-    except DataError as error:
-        raise DataError(f"{record.file}:{record.line}: {error}") from None
-    except Exception as error:  # whatever a template or a tokenizer makes of odd values deep inside an example
-        raise DataError(f"{record.file}:{record.line}: {type(error).__name__}: {error}") from error
-
-
-def _chunks(records: Iterable[Record], source, data, tokenizer, num_workers: int) -> Iterator[Chunk]:
-    # DataLoader is the pool of processes: it reads ahead a bounded number of chunks, keeps their order, notices a
-    # worker that dies, and raises a worker's error here.
-    return iter(
-        torch.utils.data.DataLoader(
-            Tokenise(source, data.on_error, tokenizer),
-            batch_size=None,
-            sampler=_batches(records),
-            num_workers=num_workers,
-            collate_fn=_identity,
-        )
-    )
-
-
-def _identity(chunk: Chunk) -> Chunk:
-    return chunk
-
-
-def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    batch, size = [], 0
-    for record in records:
-        batch.append(record)
-        size += len(record.data) if isinstance(record.data, bytes) else 0
-        if len(batch) == CHUNK_RECORDS or size >= CHUNK_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -6,7 +6,7 @@ has, where there are any, ``tools``, ``chat_template_kwargs`` and ``context``: t
 are not trained on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,12 +29,14 @@ class Adapted(NamedTuple):
         example: what the module describes.
         format: that it is in.
         used: its columns that went into the example.
+        columns: all that the row has.
         listed: the images in a column of their own.
     """
 
     example: dict[str, Any]
     format: str
     used: set[str]
+    columns: Iterable[str]
     listed: Any = None
 
 
@@ -163,7 +165,7 @@ def adapt(row: dict, format: str, columns: dict[str, str], arrow: bool) -> Adapt
     if format == "auto":
         format = detect_format(row, columns)
     if (messages := TABLE[format].messages) is None:
-        return Adapted({"text": turns.text_of(fields.need("text"), "text")}, format, fields.used)
+        return Adapted({"text": turns.text_of(fields.need("text"), "text")}, format, fields.used, row.keys())
     said, context = messages(fields)
     if (system := fields.get(*SYSTEM)) is not None and (not isinstance(system, str) or system.strip()):
         said, context = _with_system(said, context, turns.text_of(system, "system"))
@@ -176,7 +178,26 @@ def adapt(row: dict, format: str, columns: dict[str, str], arrow: bool) -> Adapt
         if not isinstance(options, dict):
             raise DataError(f"{OPTIONS} is {turns.kind_of(options)}, not an object")
         example[OPTIONS] = turns.without_nulls(options) if arrow else options
-    return Adapted(example, format, fields.used, fields.get(*IMAGES) or None)
+    listed = fields.get(*IMAGES) or None
+    return Adapted(example, format, fields.used, row.keys(), listed)
+
+
+def refuse_empty_answers(example: dict[str, Any]) -> None:
+    """Raise an error if an answer that is trained on says nothing.
+
+    Raises:
+        DataError: naming the message.
+    """
+    for index, message in enumerate(example.get("messages", ())):
+        if message["role"] != "assistant" or message.get("tool_calls") or message.get("tool_responses"):
+            continue
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part.get("text", "x") for part in content]
+        if not any(part.strip() for part in parts) and index not in example.get("context", ()):
+            raise DataError(
+                f"message {index}: the assistant says nothing, and that would be learnt: leave the row out, or give "
+                "the message weight 0"
+            )
 
 
 def _with_system(said: list[dict], context: list[int], system: str) -> tuple[list[dict], list[int]]:

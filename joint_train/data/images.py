@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from joint_train.data.template import IMAGE
+from joint_train.data.template import IMAGE, Document
 from joint_train.errors import DataError
 
 FIELDS = ("image", "path", "url", "image_url", "bytes")
@@ -165,21 +165,29 @@ def pixels(reference: str | bytes, folder: str) -> dict[str, np.ndarray]:
     return {key: np.asarray(value[0]) for key, value in out.items()}
 
 
+def of_messages(example: dict[str, Any], count: int) -> list[str | bytes]:
+    """The images in the first messages of an example."""
+    references = example.get("images", [])
+    parts = [part for message in example.get("messages", ())[:count] for part in message["content"] if references]
+    return references[: sum(isinstance(part, dict) and part["type"] == "image" for part in parts)]
+
+
 def expand(
-    tokens: np.ndarray, flags: np.ndarray, references: list[str | bytes], tokenizer
-) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+    document: Document, references: list[str | bytes], tokenizer
+) -> tuple[Document, list[tuple[int, int, str | bytes]]]:
     """Put as many placeholders as an image has soft tokens in the place of each one.
 
     Args:
-        tokens, flags: ``[T]`` of a document.
+        document: with one placeholder for each image.
         references: its images, in order.
 
     Returns:
-        Tokens and flags ``[T + …]``, and (position of the begin token, soft tokens) of each image.
+        The longer document, and (position of the begin token, soft tokens, path or bytes) of each image.
 
     Raises:
         DataError: an image doesn't decode, or the template hasn't one placeholder for each.
     """
+    tokens, flags = document.tokens, document.flags
     placeholder = getattr(tokenizer, "image_token_id", None)
     places = np.flatnonzero(tokens == placeholder) if placeholder is not None else np.empty(0, dtype=np.int64)
     if references and (placeholder is None or getattr(tokenizer, "boi_token_id", None) is None):
@@ -190,14 +198,15 @@ def expand(
     if len(places) != len(references):
         raise DataError(f"{len(references)} images, and {len(places)} placeholders for them in the rendered text")
     if not references:
-        return tokens, flags, []
+        return document, []
     begin, end = tokenizer.boi_token_id, tokenizer.eoi_token_id
     token_parts, flag_parts, found, last, length = [], [], [], 0, 0
     for place, reference in zip(places.tolist(), references, strict=True):
         count = int(pixels(reference, tokenizer.name_or_path)["num_soft_tokens_per_image"])
         token_parts += [tokens[last:place], np.array([begin, *[placeholder] * count, end], dtype=np.int32)]
         flag_parts += [flags[last:place], np.full(count + 2, IMAGE, dtype=np.uint8)]
-        found.append((length + place - last, count))
+        found.append((length + place - last, count, reference))
         length += place - last + count + 2
         last = place + 1
-    return np.concatenate([*token_parts, tokens[last:]]), np.concatenate([*flag_parts, flags[last:]]), found
+    tokens, flags = np.concatenate([*token_parts, tokens[last:]]), np.concatenate([*flag_parts, flags[last:]])
+    return document._replace(tokens=tokens, flags=flags), found

@@ -21,7 +21,7 @@ from joint_train.data import images
 from joint_train.data.cache import tokenised
 from joint_train.data.formats import FORMATS, known_fields
 from joint_train.data.pieces import Pieces, cut
-from joint_train.data.readers import source_name
+from joint_train.data.readers import source_name, sources_of
 from joint_train.data.rows import Cursor, RowSequence
 from joint_train.data.streams import StreamPieces
 from joint_train.distributed.preemption import leave_process_group
@@ -183,7 +183,7 @@ def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, positio
     """
     data = cfg.data
     _check(data, split)
-    specs = data.train if split == "train" else data.val
+    specs = sources_of(data, split)
     timeout = cfg.parallel.timeout_seconds
     train = split == "train"
     sources = [open_source(spec, data, tokenizer, timeout) for spec in specs]

@@ -80,19 +80,21 @@ def cut(source: Tokenised, data) -> Pieces:
         DataError: a document has no target at all (``data.on_error=raise``).
     """
     documents, mask = source.documents, MASKS[data.train_on]
-    keep = np.ones(len(documents), dtype=bool)
+    # Where the template makes several documents of a conversation, the last one has all that the earlier ones have.
+    keep = np.ones(len(documents), dtype=bool) if data.train_on == "assistant" else ~documents["earlier"]
     if mask is not None:
-        keep = documents["targets"] > 0
-        if not keep.all():
-            message = f"{source.where(int(np.argmin(keep)))}: no target: nothing in it was written by the assistant"
+        empty = keep & (documents["targets"] == 0)
+        if empty.any():
+            message = f"{source.where(int(np.argmax(empty)))}: no target: nothing in it was written by the assistant"
             if data.on_error == "raise":
                 raise DataError(message)
             logger.warning(
                 "data source %r: %d examples without a target skipped, the first: %s",
                 source.name,
-                np.count_nonzero(~keep),
+                np.count_nonzero(empty),
                 message,
             )
+            keep &= ~empty
     long = documents["length"] > data.max_length
     short = np.flatnonzero(keep & ~long)
     pieces = [np.stack([short, np.zeros_like(short), documents["length"][short]], axis=1)]

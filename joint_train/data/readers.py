@@ -7,6 +7,8 @@ import itertools
 import os
 from collections.abc import Iterator
 
+from omegaconf import OmegaConf
+
 from joint_train.config import SourceConfig
 from joint_train.data.json_files import OPENERS, READ_ERRORS, Record, extension, need, opened, read_json, read_lines
 from joint_train.errors import DataError
@@ -15,6 +17,16 @@ from joint_train.errors import DataError
 def source_name(source) -> str:
     """The source's name in the metrics: ``name``, or the file's stem, or the last part of a dataset's id."""
     return source.name or os.path.basename(os.path.normpath(source.path)).split(".")[0]
+
+
+def sources_of(data, split: str) -> list:
+    """The sources of a split, each with the ``chat_template_kwargs`` of all data under its own."""
+    common = data.chat_template_kwargs
+    specs = data.train if split == "train" else data.val
+    return [
+        OmegaConf.merge(spec, {"chat_template_kwargs": OmegaConf.merge(common, spec.chat_template_kwargs)})
+        for spec in specs
+    ]
 
 
 def local_files(source) -> list[str]:

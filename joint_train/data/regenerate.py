@@ -20,6 +20,7 @@ from rich.progress import Progress
 
 from joint_train.data import readers, sources
 from joint_train.data.messages import THINKING
+from joint_train.data.render import options_of, prompt_ids
 from joint_train.errors import DataError
 
 CHANNEL = re.compile(r"<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
@@ -45,7 +46,10 @@ def prompts(specs, data) -> Iterator[dict]:
                     raise
                 continue
             last = len(roles) - 1 - roles[::-1].index("user")
-            yield {**example, "messages": example["messages"][: last + 1]}
+            prompt = {**example, "messages": example["messages"][: last + 1]}
+            if context := [index for index in prompt.pop("context", ()) if index <= last]:
+                prompt["context"] = context
+            yield prompt
 
 
 def regenerate(
@@ -130,10 +134,18 @@ def _put_together(examples: list[dict], answers: dict[int, dict | None], output:
     with open(temporary, "w") as stream:
         for index, example in enumerate(examples):
             if (answer := answers[index]) is not None:
-                stream.write(json.dumps({**example, "messages": [*example["messages"], answer]}) + "\n")
+                stream.write(json.dumps(_row(example, answer)) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(output)
+
+
+def _row(example: dict, answer: dict) -> dict:
+    """An example with its answer, as a row of messages."""
+    context = example.get("context", ())
+    messages = [{**m, "weight": 0} if index in context else m for index, m in enumerate(example["messages"])]
+    row = {key: value for key, value in example.items() if key != "context"}
+    return {**row, "messages": [*messages, answer]}
 
 
 @torch.inference_mode()
@@ -141,12 +153,7 @@ def answer_batch(examples: list[dict], model, tokenizer, max_new_tokens: int, te
     """The base's message for each prompt; None where ``max_new_tokens`` cut it off."""
     rows = []
     for example in examples:
-        options = {"tools": example.get("tools"), **example.get("chat_template_kwargs", {})}
-        rows.append(
-            tokenizer.apply_chat_template(example["messages"], add_generation_prompt=True, return_dict=True, **options)[
-                "input_ids"
-            ]
-        )
+        rows.append(prompt_ids(tokenizer, example["messages"], **options_of(example)))
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)

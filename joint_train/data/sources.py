@@ -4,6 +4,8 @@ import json
 import os
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from joint_train.data import formats, images
 from joint_train.data.formats import Adapted
 from joint_train.data.json_files import Record
@@ -36,9 +38,16 @@ def understand(record: Record, source) -> Adapted:
             example["messages"] = messages
             if found:
                 example["images"] = found
+            if options := plain(source.chat_template_kwargs):
+                example[formats.OPTIONS] = {**options, **example.get(formats.OPTIONS, {})}
         return adapted
     except DataError as error:
         raise DataError(f"{record.file}:{record.line}: {error}") from None
+
+
+def plain(options: Any) -> dict[str, Any]:
+    """A part of the configuration as a dictionary."""
+    return OmegaConf.to_container(options) if OmegaConf.is_config(options) else options
 
 
 def row_of(record: Record) -> dict[str, Any]:

@@ -98,7 +98,10 @@ class StreamPieces:
         """How many records a block has, and the pieces of them."""
         if number not in self._blocks:
             cache.once(self._folder(number), lambda progressed: self._build(number, progressed), self.timeout)
-            tokens, records = cache.load(self._folder(number), self.source, self.data), self._meta(number)["records"]
+            tokens, records = (
+                cache.load(self._folder(number), self.source, self.data, number == 0),
+                self._meta(number)["records"],
+            )
             if records < BLOCK and self.total is None:
                 # With no record the end was before this block, perhaps long before: after a resume without the cache.
                 self._set_total(number * BLOCK + records if records else self._count())

@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from joint_train.config import SourceConfig
-from joint_train.data.readers import read_records, source_name
+from joint_train.data.readers import read_records, source_name, sources_of
+from joint_train.data.render import options_of, prompt_ids
 from joint_train.data.sources import parse
 from joint_train.errors import ConfigError
 from joint_train.starter import examples
@@ -32,7 +33,7 @@ class Prompt:
 
 def validation_prompts(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
     """The first prompts of a run's validation sources, taken from each in turn; the same on every rank."""
-    streams = [source_prompts(source, tokenizer, cfg.data.max_line_bytes) for source in cfg.data.val]
+    streams = [source_prompts(source, tokenizer, cfg.data.max_line_bytes) for source in sources_of(cfg.data, "val")]
     prompts: list[Prompt] = []
     while streams and len(prompts) < count:
         stream = streams.pop(0)
@@ -76,9 +77,8 @@ def source_prompts(
             ids = tokenizer(example["text"])["input_ids"][:TEXT_PROMPT_TOKENS]
             yield Prompt(ids, tokenizer.decode(ids, skip_special_tokens=True), category)
             continue
-        options = {"tools": example.get("tools"), **example.get("chat_template_kwargs", {})}
         if any(message["role"] != "assistant" for message in example["messages"]):
-            yield chat_prompt(example["messages"], tokenizer, category, **options)
+            yield chat_prompt(example["messages"], tokenizer, category, **options_of(example))
 
 
 def chat_prompt(messages: list[dict], tokenizer: PreTrainedTokenizerBase, category: str, **options) -> Prompt:
@@ -87,10 +87,10 @@ def chat_prompt(messages: list[dict], tokenizer: PreTrainedTokenizerBase, catego
         messages = messages[:-1]
     text = text_of(messages[-1]["content"])
     if tokenizer.chat_template:
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+        ids = prompt_ids(tokenizer, messages, **options)
     else:  # a base model that was never taught turns
-        encoded = tokenizer(text)
-    return Prompt(encoded["input_ids"], text, category)
+        ids = tokenizer(text)["input_ids"]
+    return Prompt(ids, text, category)
 
 
 def text_of(content: str | list) -> str:

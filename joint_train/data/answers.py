@@ -1,0 +1,235 @@
+"""The texts of a conversation that are trained on, and which of their characters the assistant wrote.
+
+What precedes an answer in training is what an engine is given when the answer is due: the messages before it, rendered
+with the *generation prompt*. Where the prompts of a conversation are the beginnings of each other, one text holds all
+answers. Some templates render a turn otherwise once others follow it (Gemma 4 drops the thinking of earlier turns, and
+the empty thought channel that its prompt ends with); then an answer that isn't where its prompt ends gets a text of its
+own.
+
+A chat template can mark what the assistant writes (``{% generation %}``); then the marks are used. For the others an
+answer starts where its prompt ends, or without a generation prompt with the first character that depends on the
+message; and it ends with the last token that the template itself writes to close the turn, because the model has to
+write that one too, but without the white space that follows.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from joint_train.data import notices
+from joint_train.data.messages import THINKING
+from joint_train.data.render import MARKS, options_of, render, render_marked, template_of
+from joint_train.errors import DataError
+
+# Two texts that share no character at either end, and that no template treats in a special way.
+PROBES = ("\ue000probe\ue001", "\ue002other\ue003")
+# What opens or closes something in a template's text: <think>, </think>, <|channel>, <channel|>, [THINK], [/THINK].
+TAG = re.compile(r"<\|?/?[\w:]+\|?>|\[/?[A-Z_]+\]")
+
+Span = tuple[int, int]
+
+
+@dataclass
+class Answer:
+    """What the assistant wrote in one message.
+
+    Attributes:
+        index: of the message.
+        start: where its prompt ends.
+        spans: what is trained on, [start, end) of each in characters of the text.
+    """
+
+    index: int
+    start: int
+    spans: list[Span]
+
+    @property
+    def end(self) -> int:
+        """Where it ends."""
+        return self.spans[-1][1] if self.spans else self.start
+
+
+@dataclass
+class Text:
+    """A text that is trained on.
+
+    Attributes:
+        text: the rendered conversation, or the beginning of one.
+        answers: in the order of the text.
+        messages: how many of the conversation are in it.
+    """
+
+    text: str
+    messages: int
+    answers: list[Answer] = field(default_factory=list)
+
+
+class Conversation:
+    """A conversation and the template that renders it.
+
+    Args:
+        example: with ``messages`` (see :mod:`joint_train.data.formats`).
+        tokenizer: with a chat template.
+    """
+
+    def __init__(self, example: dict[str, Any], tokenizer):
+        self.messages: list[dict] = example["messages"]
+        self.tokenizer, self.options = tokenizer, options_of(example)
+        context = set(example.get("context", ()))
+        said = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+        self.trained = [index for index in said if index not in context]
+        template = template_of(tokenizer, self.options)
+        self.marked = bool(MARKS.search(template))
+        self.prompts = "add_generation_prompt" in template
+        self.special = special_pattern(tokenizer)
+        self.notices: Counter[str] = Counter()
+        self.whole, self.whole_marks = self._rendered(self.messages)
+
+    def _rendered(self, messages: list[dict]) -> tuple[str, list[Span]]:
+        if self.marked:
+            return render_marked(self.tokenizer, messages, **self.options)
+        return self.render(messages), []
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """The text of these messages."""
+        return render(self.tokenizer, messages, add_generation_prompt, **self.options)
+
+    def texts(self) -> list[Text]:
+        """The texts that are trained on: each answer once, after its prompt. The last one holds the last answer.
+
+        Raises:
+            DataError: the template renders a message so that what the assistant wrote can't be told.
+        """
+        texts: list[Text] = []
+        for index in self.trained:
+            text, answer = self._answer(index)
+            if texts and text.startswith(texts[-1].text[: texts[-1].answers[-1].end]):
+                texts[-1].text, texts[-1].messages = text, index + 1
+                texts[-1].answers.append(answer)
+            else:
+                texts.append(Text(text, index + 1, [answer]))
+        if not texts:
+            return [Text(self.whole, len(self.messages))]
+        last = texts[-1]
+        if self.whole.startswith(last.text[: last.answers[-1].end]):
+            last.text, last.messages = self.whole, len(self.messages)
+        if len(texts) > 1:
+            self.notices[notices.UNROLLED] += 1
+        return texts
+
+    def _answer(self, index: int) -> tuple[str, Answer]:
+        """The text that ends with a message, and what of it the assistant wrote."""
+        message, before = self.messages[index], self.messages[:index]
+        if message.get("tool_responses") and not self.marked:
+            raise DataError(
+                f"message {index} is the assistant's and holds tool_responses, which it didn't write: give each in a "
+                "message of the role tool, or put {% generation %} marks into the template"
+            )
+        whole = index == len(self.messages) - 1
+        text, marks = (self.whole, self.whole_marks) if whole else self._rendered([*before, message])
+        if not (before and self.prompts):
+            return text, self._without_prompt(index, text, marks)
+        prompt = self.render(before, add_generation_prompt=True)
+        if text.startswith(prompt):
+            return text, self._ended(index, text, marks, len(prompt))
+        if any(name in message for name in THINKING):
+            # The prompt may have ended the thinking already.
+            unthought, unthought_marks = self._rendered([*before, _without_thinking(message)])
+            if (joined := self._joined(index, prompt, unthought, unthought_marks)) is not None:
+                return joined
+        if (joined := self._joined(index, prompt, text, marks)) is not None:
+            return joined
+        self.notices[notices.OTHER_PROMPT] += 1
+        return text, self._without_prompt(index, text, marks)
+
+    def _joined(self, index: int, prompt: str, text: str, marks: list[Span]) -> tuple[str, Answer] | None:
+        """The answer of a text after a prompt that the text doesn't begin with, if only an end is missing that the
+        template leaves out of the history."""
+        if text.startswith(prompt):
+            return text, self._ended(index, text, marks, len(prompt))
+        before = self.render(self.messages[:index])
+        if prompt == before or not text.startswith(before):
+            return None
+        common = common_prefix(text, prompt, self.special)
+        if self._content_start(index, text) != common:
+            return None
+        missing = prompt[common:]
+        tags = TAG.findall(missing)
+        if not tags or len(tags) % 2 or TAG.split(missing)[-1].strip():
+            raise DataError(
+                f"message {index}: the prompt that it answers ends with {missing!r}, and the message hasn't what has "
+                "to follow there: give its reasoning, or turn thinking off (chat_template_kwargs)"
+            )
+        shift = len(missing)
+        marks = [(start + shift, end + shift) for start, end in marks if end > common]
+        text = prompt + text[common:]
+        return text, self._ended(index, text, marks, len(prompt))
+
+    def _ended(self, index: int, text: str, marks: list[Span], start: int) -> Answer:
+        """The answer that starts at a place and ends with the text."""
+        if self.marked:
+            return Answer(index, start, [(max(start, first), last) for first, last in marks if last > start])
+        end = close(text, start, len(text), self.special)
+        return Answer(index, start, [(start, end)] if end > start else [])
+
+    def _without_prompt(self, index: int, text: str, marks: list[Span]) -> Answer:
+        if not self.marked:
+            return self._ended(index, text, marks, self._content_start(index, text))
+        before = self.render(self.messages[:index]) if index else ""
+        return self._ended(index, text, marks, common_prefix(text, before, self.special))
+
+    def _content_start(self, index: int, text: str) -> int:
+        """The first character that depends on the message that the text ends with."""
+        return min(common_prefix(text, other, self.special) for other in self._replaced(index))
+
+    def _replaced(self, index: int) -> list[str]:
+        """The conversation up to a message, rendered with other content in its place."""
+        texts = []
+        for probe in PROBES:
+            other = {"role": self.messages[index]["role"], "content": probe}
+            rendered = self.render([*self.messages[:index], other])
+            if rendered.count(probe) != 1:
+                raise DataError(
+                    f"message {index}: the chat template of {self.tokenizer.name_or_path!r} renders it so that where "
+                    "it starts and ends can't be told: put {% generation %} marks into the template"
+                )
+            texts.append(rendered)
+        return texts
+
+
+def _without_thinking(message: dict) -> dict:
+    return {key: value for key, value in message.items() if key not in THINKING}
+
+
+def close(text: str, start: int, end: int, special: re.Pattern) -> int:
+    """``end`` without the white space after the last special token, which the model doesn't write."""
+    stripped = start + len(text[start:end].rstrip())
+    return stripped if ends_special(text, start, stripped, special) else end
+
+
+def ends_special(text: str, start: int, end: int, special: re.Pattern) -> bool:
+    """Whether [start, end) of a text ends with a special token."""
+    return any(match.end() == end for match in special.finditer(text, start, end))
+
+
+def special_pattern(tokenizer) -> re.Pattern:
+    """Of the tokens that a tokenizer has besides its vocabulary."""
+    tokens = sorted({str(token) for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
+    return re.compile("|".join(re.escape(token) for token in tokens if token.strip()) or r"(?!)")
+
+
+def common_prefix(a: str, b: str, special: re.Pattern) -> int:
+    """Length of the longest common prefix that doesn't end inside a special token of either."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
+    for text in (a, b):
+        for match in special.finditer(text):
+            if match.start() >= low:
+                break
+            if match.end() > low:
+                low = match.start()
+                break
+    return low

@@ -1,0 +1,148 @@
+"""Nothing is lost in rendering: each message's content is in the text, or the row is bad."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from joint_train.data import notices
+from joint_train.data.answers import Conversation, Text, ends_special
+from joint_train.errors import DataError
+
+# Thinking that stands in the content itself.
+THOUGHT = re.compile(r"<think>(.*?)</think>|<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
+PLAIN = ("system", "user", "assistant")
+
+
+def check(conversation: Conversation, texts: list[Text]) -> None:
+    """Raise an error for what the template leaves out, and count in ``conversation.notices`` what is worth knowing.
+
+    Raises:
+        DataError: a message's content, a call, or the thinking of a row that is about thinking isn't rendered.
+    """
+    messages, whole = conversation.messages, conversation.whole
+    in_order = _in_order(messages, whole)
+    for index, message in enumerate(messages):
+        for piece in () if in_order else _pieces(message):
+            if not _found(piece, whole):
+                raise _left_out(conversation, index, "what it says", piece)
+        for piece in _of_calls(message):
+            if not _found(piece, whole):
+                raise _left_out(conversation, index, "a part of its tool call", piece)
+    if not in_order or any(message["role"] not in PLAIN or "tool_calls" in message for message in messages):
+        _check_by_probes(conversation)
+    for tool in conversation.options.get("tools") or ():
+        if not _found(tool["function"]["name"], whole):
+            conversation.notices[notices.UNSHOWN_TOOLS] += 1
+            break
+    for text in texts:
+        _check_answers(conversation, text)
+
+
+def _left_out(conversation: Conversation, index: int, what: str, piece: str) -> DataError:
+    name, role = conversation.tokenizer.name_or_path, conversation.messages[index]["role"]
+    shown = piece if len(piece) <= 40 else f"{piece[:40]}…"
+    return DataError(f"message {index} ({role}): the chat template of {name!r} leaves out {what}: {shown!r}")
+
+
+def _texts(message: dict) -> Iterator[str]:
+    content = message.get("content")
+    if isinstance(content, str):
+        yield content
+    for part in content if isinstance(content, list) else ():
+        if part["type"] == "text":
+            yield part["text"]
+
+
+def _pieces(message: dict) -> Iterator[str]:
+    """What of a message's content has to be in the text, as it stands: all but thinking and space around it."""
+    for text in _texts(message):
+        for piece in THOUGHT.sub("\0", text).split("\0") if "<" in text else (text,):
+            if piece := piece.strip():
+                yield piece
+
+
+def _of_calls(message: dict) -> Iterator[str]:
+    for call in message.get("tool_calls", ()):
+        yield call["function"]["name"]
+        yield from _strings(call["function"]["arguments"])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str) and value.strip():
+        yield value.strip()
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
+
+
+def _found(piece: str, text: str) -> bool:
+    return piece in text or json.dumps(piece, ensure_ascii=False)[1:-1] in text
+
+
+def _in_order(messages: list[dict], text: str) -> bool:
+    """Whether the contents stand in the text one after the other, as they do in all but a few conversations."""
+    position = 0
+    for message in messages:
+        for piece in _pieces(message):
+            at = text.find(piece, position)
+            if at < 0:
+                return False
+            position = at + len(piece)
+    return True
+
+
+def _check_by_probes(conversation: Conversation) -> None:
+    """The same conversation with words in the place of the contents that can't be there by chance."""
+    replaced, probes = [], {}
+    for index, message in enumerate(conversation.messages):
+
+        def probe(what: str, index: int = index) -> str:
+            word = f"\ue000{len(probes)}\ue001"
+            probes[word] = (index, what)
+            return word
+
+        other = dict(message)
+        if isinstance(message.get("content"), str) and message["content"].strip():
+            other["content"] = probe("what it says")
+        elif isinstance(message.get("content"), list):
+            other["content"] = [
+                {**part, "text": probe("what it says")} if part["type"] == "text" and part["text"].strip() else part
+                for part in message["content"]
+            ]
+        if "tool_calls" in message:
+            other["tool_calls"] = [
+                {**call, "function": {"name": probe("a tool call"), "arguments": {"a": probe("a tool call")}}}
+                for call in message["tool_calls"]
+            ]
+        replaced.append(other)
+    try:
+        text = conversation.render(replaced)
+    except DataError:  # a template that looks into the contents
+        return
+    for word, (index, what) in probes.items():
+        if word not in text:
+            message = conversation.messages[index]
+            piece = next(_pieces(message) if what == "what it says" else _of_calls(message), "")
+            raise _left_out(conversation, index, what, piece)
+
+
+def _check_answers(conversation: Conversation, text: Text) -> None:
+    thinking = "<|think|>" in text.text or bool(conversation.options.get("enable_thinking"))
+    for answer in text.answers:
+        message = conversation.messages[answer.index]
+        thoughts = [message["reasoning"]] if message.get("reasoning") else []
+        thoughts += [a or b for said in _texts(message) if "<" in said for a, b in THOUGHT.findall(said)]
+        written = text.text[answer.start : answer.end]
+        if not all(_found(thought.strip(), written) for thought in thoughts):
+            if thinking:
+                raise DataError(
+                    f"message {answer.index}: thinking is turned on, and the chat template of "
+                    f"{conversation.tokenizer.name_or_path!r} renders the answer without its own: leave the row out, "
+                    "or turn thinking off (chat_template_kwargs)"
+                )
+            conversation.notices[notices.UNTHOUGHT] += 1
+        elif thinking and not any(thought.strip() for thought in thoughts):
+            conversation.notices[notices.UNASKED] += 1
+        if answer.spans and not ends_special(text.text, answer.start, answer.end, conversation.special):
+            conversation.notices[notices.ENDLESS] += 1

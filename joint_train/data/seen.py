@@ -1,0 +1,76 @@
+"""What was seen in the records of a source: their formats, their columns, and what is worth knowing about them."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from joint_train.data.formats import Adapted
+from joint_train.data.notices import MEANING
+
+MOST_COLUMNS = 200
+"""Names of columns that are kept: rows of JSON may have any number."""
+
+
+@dataclass
+class Seen:
+    """What was seen in some records.
+
+    Attributes:
+        formats: how many records are in each.
+        used: columns that went into examples.
+        columns: all columns there are.
+        notices: for each kind of :mod:`joint_train.data.notices` how often, and where first.
+    """
+
+    formats: Counter[str] = field(default_factory=Counter)
+    used: set[str] = field(default_factory=set)
+    columns: set[str] = field(default_factory=set)
+    notices: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def saw(self, adapted: Adapted) -> None:
+        """Count a record."""
+        self.formats[adapted.format] += 1
+        self.used |= adapted.used
+        if len(self.columns) < MOST_COLUMNS:
+            self.columns.update(map(str, adapted.columns))
+
+    def noticed(self, counts: Counter[str], where: str) -> None:
+        """Count what is worth knowing about a record at ``where``."""
+        for kind, count in counts.items():
+            known, first = self.notices.get(kind, (0, where))
+            self.notices[kind] = (known + count, first)
+
+    def add(self, other: "Seen") -> None:
+        """Take over what was seen in later records."""
+        self.formats += other.formats
+        self.used |= other.used
+        self.columns |= other.columns
+        for kind, (count, where) in other.notices.items():
+            self.noticed(Counter({kind: count}), where)
+
+    @property
+    def unused(self) -> list[str]:
+        """Columns that went into no example."""
+        return sorted(self.columns - self.used)
+
+    def sentences(self) -> list[tuple[str, str]]:
+        """Kind and sentence of what is worth knowing."""
+        return [
+            (kind, MEANING[kind].format(count=f"{count:,}") + f" (first: {where})")
+            for kind, (count, where) in self.notices.items()
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file."""
+        return {
+            "formats": dict(self.formats),
+            "used": sorted(self.used),
+            "columns": sorted(self.columns),
+            "notices": {kind: list(found) for kind, found in self.notices.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Seen":
+        """What :meth:`as_json` gave."""
+        notices = {kind: (count, where) for kind, (count, where) in data["notices"].items()}
+        return cls(Counter(data["formats"]), set(data["used"]), set(data["columns"]), notices)

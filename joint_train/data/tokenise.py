@@ -1,0 +1,167 @@
+"""Records to tokens, in worker processes."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from joint_train.config import SourceConfig
+from joint_train.data import formats, images, sources, template
+from joint_train.data.formats import Adapted
+from joint_train.data.json_files import Record
+from joint_train.data.seen import Seen
+from joint_train.errors import DataError
+
+CHUNK_RECORDS = 64
+CHUNK_BYTES = 1 << 20
+
+DOCUMENT = np.dtype(
+    [
+        ("offset", np.int64),  # of its first token
+        ("length", np.int32),
+        ("targets", np.int32),  # tokens that an assistant wrote
+        ("line", np.int64),
+        ("file", np.int32),
+        ("earlier", bool),  # a later document of the same record has more of the conversation
+    ]
+)
+PICTURE = np.dtype(
+    [
+        ("document", np.int64),
+        ("position", np.int32),  # in the document, of the token that begins it
+        ("tokens", np.int32),  # soft tokens, without those that begin and end it
+        ("offset", np.int64),  # of its path or its bytes
+        ("size", np.int64),
+        ("embedded", bool),  # bytes, not a path
+    ]
+)
+
+
+@dataclass
+class Chunk:
+    """The tokens of some records, as the workers send them, and what was seen in them.
+
+    Attributes:
+        errors: of bad records; with ``data.on_error=raise`` there is at most one, and nothing after it.
+    """
+
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    flags: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+    documents: np.ndarray = field(default_factory=lambda: np.empty(0, DOCUMENT))
+    files: list[str] = field(default_factory=list)
+    pictures: np.ndarray = field(default_factory=lambda: np.empty(0, PICTURE))
+    picture_data: bytes = b""
+    errors: list[str] = field(default_factory=list)
+    seen: Seen = field(default_factory=Seen)
+
+
+class Tokenise(torch.utils.data.Dataset):
+    """What a worker does: lists of records in, chunks out."""
+
+    def __init__(self, source, on_error: str, tokenizer):
+        # Reading a key of a DictConfig takes as long as parsing a short line.
+        self.source = SourceConfig(**OmegaConf.to_container(source))
+        self.on_error, self.tokenizer = on_error, tokenizer
+
+    def __getitem__(self, records: list[Record]) -> Chunk:
+        encoded, lines, pictures, picture_data = [], [], [], bytearray()
+        chunk = Chunk()
+        for record in records:
+            noticed = Counter[str]()
+            try:
+                adapted = sources.understand(record, self.source)
+                chunk.seen.saw(adapted)
+                found = encode_example(record, adapted, self.tokenizer, noticed)
+            except DataError as error:
+                chunk.errors.append(str(error))
+                if self.on_error == "raise":
+                    break
+                continue
+            chunk.seen.noticed(noticed, f"{record.file}:{record.line}")
+            for document, places in found:
+                for position, count, reference in places:
+                    data = reference.encode() if isinstance(reference, str) else reference
+                    embedded = isinstance(reference, bytes)
+                    pictures.append((len(lines), position, count, len(picture_data), len(data), embedded))
+                    picture_data += data
+                encoded.append(document)
+                lines.append(record.line)
+                chunk.files.append(record.file)
+        lengths = np.array([len(document.tokens) for document in encoded], dtype=np.int64)
+        chunk.documents = np.zeros(len(encoded), dtype=DOCUMENT)
+        chunk.documents["offset"] = np.cumsum(lengths) - lengths
+        chunk.documents["length"], chunk.documents["line"] = lengths, lines
+        chunk.documents["targets"] = [np.count_nonzero(d.flags & template.ASSISTANT) for d in encoded]
+        chunk.documents["earlier"] = [document.earlier for document in encoded]
+        if encoded:
+            chunk.tokens = np.concatenate([document.tokens for document in encoded])
+            chunk.flags = np.concatenate([document.flags for document in encoded])
+        chunk.pictures, chunk.picture_data = np.array(pictures, dtype=PICTURE), bytes(picture_data)
+        return chunk
+
+
+def encode_record(
+    record: Record, source, tokenizer, notices: Counter[str] | None = None
+) -> list[tuple[template.Document, list[tuple[int, int, str | bytes]]]]:
+    """The documents of a record, each with (position, soft tokens, path or bytes) of its images.
+
+    Args:
+        notices: counts what is worth knowing, see :mod:`joint_train.data.notices`.
+
+    Raises:
+        DataError: what is wrong with it, with file and line.
+    """
+    return encode_example(
+        record, sources.understand(record, source), tokenizer, Counter() if notices is None else notices
+    )
+
+
+def encode_example(
+    record: Record, adapted: Adapted, tokenizer, notices: Counter[str]
+) -> list[tuple[template.Document, list[tuple[int, int, str | bytes]]]]:
+    """See :func:`encode_record`."""
+    example = adapted.example
+    try:
+        formats.refuse_empty_answers(example)
+        return [
+            images.expand(document, images.of_messages(example, document.messages), tokenizer)
+            for document in template.encode(example, tokenizer, notices)
+        ]
+    except DataError as error:
+        raise DataError(f"{record.file}:{record.line}: {error}") from None
+    except Exception as error:  # whatever a template or a tokenizer makes of odd values deep inside an example
+        raise DataError(f"{record.file}:{record.line}: {type(error).__name__}: {error}") from error
+
+
+def tokenise(records: Iterable[Record], source, data, tokenizer, num_workers: int) -> Iterator[Chunk]:
+    """The tokens of records, chunk by chunk in their order, by ``num_workers`` processes (0: this one)."""
+    # DataLoader is the pool of processes: it reads ahead a bounded number of chunks, keeps their order, notices a
+    # worker that dies, and raises a worker's error here.
+    return iter(
+        torch.utils.data.DataLoader(
+            Tokenise(source, data.on_error, tokenizer),
+            batch_size=None,
+            sampler=_batches(records),
+            num_workers=num_workers,
+            collate_fn=_identity,
+        )
+    )
+
+
+def _identity(chunk: Chunk) -> Chunk:
+    return chunk
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch, size = [], 0
+    for record in records:
+        batch.append(record)
+        size += len(record.data) if isinstance(record.data, bytes) else 0
+        if len(batch) == CHUNK_RECORDS or size >= CHUNK_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
