@@ -75,7 +75,8 @@ def _render(tokenizer, messages: list[dict], options: dict, **how) -> tuple[str,
     template = template_of(tokenizer, options)
     try:
         with _limited(LIMIT_SECONDS):
-            texts, marks = render_jinja_template(
+            # (declared to return a string)
+            rendered: Any = render_jinja_template(
                 conversations=[messages], chat_template=template, **how, **{**tokenizer.special_tokens_map, **options}
             )
     except _TooLong:
@@ -86,6 +87,7 @@ def _render(tokenizer, messages: list[dict], options: dict, **how) -> tuple[str,
         raise DataError(
             f"the chat template of {tokenizer.name_or_path!r} refuses it: {type(error).__name__}: {error}"
         ) from None
+    texts, marks = rendered
     return texts[0], marks[0] if marks else []
 
 

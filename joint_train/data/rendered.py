@@ -94,7 +94,8 @@ def _in_order(messages: list[dict], text: str) -> bool:
 
 def _check_by_probes(conversation: Conversation) -> None:
     """The same conversation with words in the place of the contents that can't be there by chance."""
-    replaced, probes = [], {}
+    replaced: list[dict] = []
+    probes: dict[str, tuple[int, str]] = {}
     for index, message in enumerate(conversation.messages):
 
         def probe(what: str, index: int = index) -> str:

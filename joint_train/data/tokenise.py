@@ -67,7 +67,9 @@ class Tokenise(torch.utils.data.Dataset):
         self.on_error, self.tokenizer = on_error, tokenizer
 
     def __getitem__(self, records: list[Record]) -> Chunk:
-        encoded, lines, pictures, picture_data = [], [], [], bytearray()
+        encoded: list[template.Document] = []
+        lines: list[int] = []
+        pictures, picture_data = [], bytearray()
         chunk = Chunk()
         for record in records:
             noticed = Counter[str]()
