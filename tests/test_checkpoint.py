@@ -14,7 +14,8 @@ from ranks import run_ranks
 
 from joint_train.checkpoint import Checkpointer, CheckpointError, compat, layout, load_model
 from joint_train.checkpoint import checkpointer as module
-from joint_train.checkpoint.state import new_optimizer_state, random_state, set_random_state, stored_tensors
+from joint_train.checkpoint.reader import stored_tensors
+from joint_train.checkpoint.state import new_optimizer_state, random_state, set_random_state
 from joint_train.train.optim import build_optimizer
 
 

@@ -17,7 +17,8 @@ from checkpoint_run import build_stand_in, config
 from ranks import CONTEXT
 
 from joint_train.checkpoint import Checkpointer, layout
-from joint_train.checkpoint.state import load_tensors, stored_tensors
+from joint_train.checkpoint.reader import Reader, stored_tensors
+from joint_train.checkpoint.state import load_tensors
 from joint_train.distributed.preemption import PREEMPTED
 
 # --- every point of a save ------------------------------------------------------------------------------------------
@@ -318,7 +319,7 @@ def contents(folder) -> dict[str, np.ndarray]:
     tensors = {
         name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in stored_tensors(folder).items()
     }
-    load_tensors(folder, tensors)
+    load_tensors(Reader(folder), tensors)
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 

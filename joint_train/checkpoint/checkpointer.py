@@ -22,6 +22,7 @@ from joint_train.checkpoint import compat, layout, state
 from joint_train.checkpoint.background import BackgroundSave
 from joint_train.checkpoint.contents import check_json, model_config, plain, some, torch_bytes
 from joint_train.checkpoint.lock import RunLock
+from joint_train.checkpoint.reader import Reader, stored_tensors
 from joint_train.checkpoint.search import Search
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import CheckpointError
@@ -108,12 +109,15 @@ class Checkpointer:
         for key, (before, now) in changed.items():
             self._warn(f"the configuration changed since {path.name}: {key} was {before} and is now {now}")
         tensors = state.pair_tensors(model)
-        stored = self._ranks.all(f"reading {path}", lambda: {p: state.stored_tensors(path / p) for p in layout.PARTS})
+        # One rank reads the description of all ranks' shards, 160 MB of it at 512 ranks, for everyone.
+        read = self._ranks.first(f"reading {path}", lambda: {p: Reader(path / p).read_metadata() for p in layout.PARTS})
+        readers = {part: Reader(path / part, metadata) for part, metadata in read.items()}
+        stored = {part: metadata.state_dict_metadata for part, metadata in read.items()}
         self._check_fit(path, model, tensors, stored, files, changed)
         for part, of_part in tensors.items():
-            self._collective(f"loading {path / part}", state.load_tensors, path / part, of_part, self._ranks)
+            self._collective(f"loading {path / part}", state.load_tensors, readers[part], of_part, self._ranks)
         if optimizer is not None:
-            self._load_optimizer(path, model, optimizer, stored["optimizer"])
+            self._load_optimizer(path, model, optimizer, readers["optimizer"])
         self._load_random(path, manifest, config)
         self._step = manifest.step if path.parent.resolve() == self.folder.resolve() else None
         return files["state.json"]
@@ -139,13 +143,14 @@ class Checkpointer:
                 f"{'; '.join(problems[:8])}{more}. Set {', '.join(keys)} as they were, or another output_dir"
             )
 
-    def _load_optimizer(self, path, model, optimizer, stored) -> None:
+    def _load_optimizer(self, path, model, optimizer, reader) -> None:
+        stored = reader.read_metadata().state_dict_metadata
         loaded = state.new_optimizer_state(model, optimizer, stored)
         names = state.parameter_names(model)
         optimizer.state.clear()
         optimizer.state.update(loaded)
         tensors = state.optimizer_tensors(model, optimizer)
-        self._collective(f"loading {path / 'optimizer'}", state.load_tensors, path / "optimizer", tensors, self._ranks)
+        self._collective(f"loading {path / 'optimizer'}", state.load_tensors, reader, tensors, self._ranks)
         trained = {names[p] for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         had = {key.rpartition("/")[0] for key in stored}
         if fresh := sorted(trained - had):
@@ -155,7 +160,9 @@ class Checkpointer:
 
     def _load_random(self, path, manifest, config) -> None:
         if manifest.world_size == self._ranks.size:
-            states = self._ranks.all(f"reading {path / 'random.pt'}", lambda: torch.load(path / "random.pt"))
+            states = self._ranks.all(
+                f"reading {path / 'random.pt'}", lambda: torch.load(path / "random.pt", weights_only=True)
+            )
             self._random = states[self._ranks.rank]
         else:
             self._warn(f"{path.name} is of {manifest.world_size} ranks, now {self._ranks.size}: new random states")
@@ -398,6 +405,6 @@ def load_model(path: str | Path, module: nn.Module, part: str, ranks: Ranks | No
     """
     folder = layout.locate(Path(path)) / part / "model"
     tensors = state.named_tensors(module)
-    if problems := compat.tensor_differences(part, state.stored_tensors(folder), tensors):
+    if problems := compat.tensor_differences(part, stored_tensors(folder), tensors):
         raise CheckpointError(f"{folder} doesn't fit: {'; '.join(problems[:8])}")
-    state.load_tensors(folder, tensors, ranks)
+    state.load_tensors(Reader(folder), tensors, ranks)

@@ -23,7 +23,7 @@ import shutil
 import uuid
 import zlib
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from joint_train.errors import CheckpointError
 
@@ -69,6 +69,12 @@ class Manifest:
         return json.dumps({**body, "checksum": _json_checksum(body)}, indent=1).encode()
 
 
+def inside(name: str) -> bool:
+    """Whether a path below a folder stays in it, links aside."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and bool(path.parts)
+
+
 def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
@@ -102,6 +108,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedCheckpoint(f"{path} is damaged: its checksum doesn't match its contents")
     if layout > LAYOUT:
         raise NewerLayout(f"{folder} has layout {layout}, this joint-train reads up to {LAYOUT}: use the newer version")
+    if outside := [name for name in body.get("files", {}) if not inside(name)]:
+        raise DamagedCheckpoint(f"{path} is refused: it names {outside[0]}, which is not in the folder")
     return Manifest(**body)
 
 

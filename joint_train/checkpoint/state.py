@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from joint_train.checkpoint.layout import hex_checksum
+from joint_train.checkpoint.reader import Reader
 from joint_train.distributed.ranks import Ranks
 
 
@@ -132,23 +133,18 @@ def save_tensors(
     return {path.name: (file.size, hex_checksum(file.crc)) for path, file in files.written.items()}
 
 
-def load_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks | None = None) -> None:
+def load_tensors(reader: Reader, tensors: dict[str, Tensor], ranks: Ranks | None = None) -> None:
     """Read a distributed checkpoint into these tensors, in place, in any sharding. Collective with ``ranks``."""
     if not tensors:
         return
     group = ranks.group if ranks else None
     dcp.load(
         tensors,
-        storage_reader=dcp.FileSystemReader(folder),
+        storage_reader=reader,
         planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         process_group=group,
         no_dist=group is None,
     )
-
-
-def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Sizes and dtypes of the tensors in a distributed checkpoint."""
-    return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
 
 
 def random_state() -> dict:

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PreTrainedModel
 
+from joint_train.checkpoint.reader import Reader
 from joint_train.distributed.ranks import together
 from joint_train.errors import ConfigError, WeightsError
 from joint_train.weights.folders import read_config, resolve
@@ -116,7 +117,7 @@ def export_checkpoint(
     source = Path(source)
     stored = stored_tensors(source)
     names = match(model, stored, source)
-    reader = dcp.FileSystemReader(checkpoint)
+    reader = Reader(checkpoint)
     saved = reader.read_metadata().state_dict_metadata
     tensors = model.state_dict(keep_vars=True)
     aliases: dict[int, list[str]] = {}

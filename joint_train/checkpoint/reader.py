@@ -1,0 +1,81 @@
+"""Reading a distributed checkpoint that may come from a stranger: nothing in it is run, no path leads out of it.
+
+torch.distributed.checkpoint (2.13) keeps its ``.metadata`` as a pickle and reads it with ``pickle.load``, which runs
+whatever the file says. Here only the classes that describe tensors are let in. Tensors it reads by ``torch.load`` with
+``weights_only``; anything else that could be stored beside tensors isn't, and is refused.
+"""
+
+import pathlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as described
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.serialization import _get_layout
+
+from joint_train.checkpoint.layout import inside
+from joint_train.errors import CheckpointError
+
+ALLOWED: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): _get_layout,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    # A folder's own name in its metadata, of which nothing is made here.
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+}
+for name in ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex"):
+    ALLOWED["torch.distributed.checkpoint.metadata", name] = getattr(described, name)
+for name in ("StorageMeta", "_MEM_FORMAT_ENCODING"):
+    ALLOWED["torch.distributed.checkpoint.metadata", name] = getattr(described, name)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
+        return ALLOWED[module, name]
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads one distributed checkpoint's folder.
+
+    Args:
+        folder: with a ``.metadata`` and its files.
+        metadata: what is in ``.metadata``, if it was read already.
+    """
+
+    def __init__(self, folder: Path, metadata: Metadata | None = None):
+        super().__init__(folder)
+        self.folder, self._metadata = Path(folder), metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Raises CheckpointError if it holds anything but tensors, or a file outside the folder."""
+        if self._metadata is None:
+            with open(self.folder / ".metadata", "rb") as file:
+                self._metadata = self._checked(file)
+        return self._metadata
+
+    def _checked(self, file: Any) -> Metadata:
+        try:
+            metadata = _Unpickler(file).load()
+            stored = metadata.state_dict_metadata.values()
+            if not all(isinstance(of_one, TensorStorageMetadata) for of_one in stored):
+                raise ValueError("it holds other things than tensors")
+            if outside := [of.relative_path for of in metadata.storage_data.values() if not inside(of.relative_path)]:
+                raise ValueError(f"it names {outside[0]}, which is not in the folder")
+        except Exception as error:  # a damaged pickle can raise anything
+            raise CheckpointError(f"{self.folder / '.metadata'} is refused: {error}") from None
+        return metadata
+
+
+def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Sizes and dtypes of the tensors in a distributed checkpoint."""
+    return Reader(folder).read_metadata().state_dict_metadata
