@@ -78,4 +78,4 @@ class Reader(dcp.FileSystemReader):
 
 def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Sizes and dtypes of the tensors in a distributed checkpoint."""
-    return Reader(folder).read_metadata().state_dict_metadata
+    return dict(Reader(folder).read_metadata().state_dict_metadata)  # type: ignore[arg-type,return-value]
