@@ -132,6 +132,12 @@ class Conversation:
             return text, self._without_prompt(index, text, marks)
         prompt = self.render(before, add_generation_prompt=True)
         if text.startswith(prompt):
+            if before[-1]["role"] != "user" and prompt == self.render(before):
+                # No prompt here, as after a tool's result: what the template may write before the answer is nobody's.
+                answer = self._without_prompt(index, text, marks)
+                if answer.start > len(prompt):
+                    self.notices[notices.OTHER_PROMPT] += 1
+                return text, answer
             return text, self._ended(index, text, marks, len(prompt))
         if any(name in message for name in THINKING):
             # The prompt may have ended the thinking already.

@@ -145,5 +145,6 @@ def _check_answers(conversation: Conversation, text: Text) -> None:
             conversation.notices[notices.UNTHOUGHT] += 1
         elif thinking and not any(thought.strip() for thought in thoughts):
             conversation.notices[notices.UNASKED] += 1
-        if answer.spans and not ends_special(text.text, answer.start, answer.end, conversation.special):
+        end = answer.start + len(written.rstrip())
+        if answer.spans and not ends_special(text.text, answer.start, end, conversation.special):
             conversation.notices[notices.ENDLESS] += 1
