@@ -379,7 +379,9 @@ def test_sampling_is_judged_by_standard_errors_of_both_signs(deviations, good, m
     for found in (plain, *others):
         assert tuple(found["deviation"].values()) == pytest.approx(deviations)
         assert found["bases_distribution"] == good
-    assert [found["tokens_per_forward"] for found in others] == [2.0, 2.0]
+    assert [found["way"] for found in others] == ["argmax", "sampled", "transformers"]
+    assert [found["tokens_per_forward"]["value"] for found in others] == [2.0] * 3
+    assert [[p["value"] for p in found["accepted"]] for found in others] == [[1.0, 0.0, 0.0]] * 3
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -401,26 +403,30 @@ def test_an_interval_of_one_prompt_or_of_nothing_isnt_made_up():
 def test_sampling_check_tells_a_biased_acceptance_from_an_exact_one(monkeypatch):
     base, _ = pair()
     double = Gemma4AssistantDouble(base, K, monkeypatch)
-    plain, biased, exact = measure.sampling(base, double, prompts(2), K, 48, temperature=1.0)
+    plain, exact, sampled, biased = measure.sampling(base, double, prompts(2), K, 48, temperature=1.0)
     # With q = p, transformers accepts the most likely token always, as if it had been drawn.
     assert biased["way"] == "transformers" and not biased["bases_distribution"]
     assert biased["deviation"]["most_likely"] > 4
-    assert plain["bases_distribution"] and exact["bases_distribution"]
-    assert exact["tokens_per_forward"] > 1.0
+    assert plain["bases_distribution"] and exact["bases_distribution"] and sampled["bases_distribution"]
+    assert exact["tokens_per_forward"]["value"] > 1.0
+    assert sampled["tokens_per_forward"]["value"] > 1.0
 
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
 def test_samples_are_of_the_whole_distribution_at_its_temperature(temperature):
     """Without transformers' own top 50, which a flat distribution would show."""
     base, drafter = pair()
-    plain, _, exact = measure.sampling(base, drafter, prompts(2), K, 48, temperature=temperature)
-    assert plain["bases_distribution"] and exact["bases_distribution"]
+    found = measure.sampling(base, drafter, prompts(2), K, 48, temperature=temperature, engine=True)
+    assert [way["way"] for way in found] == ["plain", "argmax", "sampled"]
+    assert all(way["bases_distribution"] for way in found)
 
 
 def test_surprise_is_zero_in_expectation():
     logits = 3 * torch.randn(1, 3, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
     class Base:
+        generation_config = GenerationConfig(suppress_tokens=[3, 41])
+
         def get_input_embeddings(self):
             return nn.Embedding(1, 1)
 
@@ -428,10 +434,13 @@ def test_surprise_is_zero_in_expectation():
             assert input_ids.shape == (1, 6) and logits_to_keep == 3  # of 2 new tokens, and of what comes after
             return SimpleNamespace(logits=logits)
 
-    p, q = (logits[0, :2] / 0.7).softmax(-1)
+    logits[0, :2, [3, 41]] = logits[0, :2, [3, 41]] + 5.0
+    p, q = (logits[0, :2] / 0.7).index_fill(-1, torch.tensor([3, 41]), -torch.inf).softmax(-1)
     mean, square = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for i in range(50):
         for j in range(50):
+            if {i, j} & {3, 41}:
+                continue
             row = measure.surprise(Base(), [2, 7, 7, 7], [i, j], 0.7)
             mean += p[i] * q[j] * row
             square += p[i] * q[j] * row.square()
@@ -540,7 +549,7 @@ def test_the_command_writes_json_and_page_and_prints_a_table(folders, tmp_path, 
     assert [line.split()[0] for line in table[1:4]] == ["–", "1", "2"] and "3/3" in table[3]
     results = json.loads((tmp_path / "evaluation.json").read_text())
     assert [s["num_steps"] for s in results["speculative"]] == [1, 2]
-    assert [s["way"] for s in results["sampling"]] == ["plain", "transformers", "exact"]
+    assert [s["way"] for s in results["sampling"]] == ["plain", "argmax", "sampled", "transformers"]
     page = (tmp_path / "evaluation.html").read_text()
     assert page.count("<svg") >= 3
     assert not re.search(r"""(src|href)=["'](?!#|data:)|url\((?!#)|@import""", page)  # needs nothing from anywhere
@@ -559,13 +568,15 @@ def test_the_command_hands_its_options_on(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "page", lambda results: "")
     arguments = ["--limit", "3", "--num-steps", "2,5", "--max-new-tokens", "9", "--temperature", "0.7", "--seed", "4"]
     arguments += ["--ignore-eos", "--serving", "engine", "--dtype", "float32", "--out", str(tmp_path)]
+    arguments += ["--thresholds", "0.5,0,0.3"]
     assert main([*map(str, folders), *arguments]) == 0
     (found, steps, budget), options = asked["measure"]
     assert (len(found), steps, budget) == (3, [2, 5], 9)
     assert {name: options[name] for name in ("ignore_eos", "engine", "seed")} == {
         "ignore_eos": True, "engine": True, "seed": 4
     }  # fmt: skip
-    assert asked["sampling"] == (found, 5, 9, 0.7, 4)
+    assert asked["sampling"] == (found, 5, 9, 0.7, 4, True)
+    assert options["thresholds"] == [0.3, 0.5]
 
 
 @pytest.mark.parametrize(("margin", "code"), [(1e-6, 0), (-1e-6, 0), (0.01, 1), (-0.01, 1), (None, 1)])

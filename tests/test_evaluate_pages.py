@@ -1,5 +1,6 @@
 """The HTML pages: what is in them, and how they look in a browser."""
 
+import copy
 import json
 import re
 from html.parser import HTMLParser
@@ -50,14 +51,43 @@ def results(**changes) -> dict:
         "speculative": speculative,
         "examples": [{"category": "code", "prompt": "Explain <b>this</b> & that", "text": "A text.\n" * 12}],
         "sampling": None,
+        "calibration": CALIBRATION,
     } | changes
 
 
 SAMPLING = [
-    {"way": way, "tokens": 5120, "tokens_per_forward": 2.5, "bases_distribution": abs(z) < 4}
+    {"way": way, "tokens": 5120, "bases_distribution": abs(z) < 4}
+    | {"tokens_per_forward": near(length, 0.1) if length else None}
+    | {"accepted": [near(length / 5, 0.01)] * 2 if length else None}
     | {"deviation": {"log_probability": z, "most_likely": z}}
-    for way, z in (("plain", 0.3), ("transformers", 18.2), ("exact", -0.7))
+    for way, z, length in (
+        ("plain", 0.3, None),
+        ("argmax", -0.7, 1.5),
+        ("sampled", 1.2, 2.5),
+        ("transformers", 18.2, 3),
+    )
 ]
+CALIBRATION = {
+    "num_steps": 8,
+    "reliability": {
+        "bins": [
+            {
+                "from": b / 10,
+                "to": b / 10 + 0.1,
+                "drafts": 300 * (b > 1),
+                "confidence": b / 10 + 0.04 if b > 1 else None,
+            }
+            | {"accepted": near(b / 10 - 0.03, 0.04)}
+            for b in range(10)
+        ],
+        "error": 0.0712,
+    },
+    "thresholds": [
+        {"threshold": t, "tokens_per_forward": near(3 - t, 0.1), "drafts_per_forward": near(8 - 6 * t, 0.2)}
+        | {"accepted": near(0.25 + t / 2, 0.01), "tokens_per_second": near(40 + 10 * t, 2)}
+        for t in (0.0, 0.2, 0.4, 0.6, 0.8)
+    ],
+}
 DIFFERENCE = {"prompt": 7, "position": 31, "plain": " the", "speculative": " a", "margin": 0.001}
 
 
@@ -134,11 +164,20 @@ def test_every_number_is_in_its_own_place():
         shown = [f"{share:.2f} [{share - 0.02:.2f}, {share + 0.02:.2f}]", "0.68 [0.66, 0.70]"]
         assert [str(position), *shown, f"{accepted} of 2,000"] in found
     assert ["plain", "1", "30.0 [29.0, 31.0]", "1"] in found
-    assert ["transformers", "no", "+18.2", "+18.2", "2.50", "5,120"] in found
-    assert ["exact", "yes", "-0.7", "-0.7", "2.50", "5,120"] in found
+    assert ["plain", "yes", "+0.3", "+0.3", "–", "–", "5,120"] in found
+    assert ["argmax drafts", "yes", "-0.7", "-0.7", "1.50 [1.40, 1.60]", "0.30, 0.30", "5,120"] in found
+    assert ["sampled drafts", "yes", "+1.2", "+1.2", "2.50 [2.40, 2.60]", "0.50, 0.50", "5,120"] in found
+    assert ["as transformers", "no", "+18.2", "+18.2", "3.00 [2.90, 3.10]", "0.60, 0.60", "5,120"] in found
+    assert ["0.3 to 0.4", "0.34", "0.27 [0.23, 0.31]", "300"] in found
+    assert not any(row[0] == "0.1 to 0.2" for row in found)  # no drafts
+    shown = ["2.40 [2.30, 2.50]", "4.40 [4.20, 4.60]", "0.55 [0.54, 0.56]", "46.0 [44.0, 48.0]"]
+    assert ["0.6", *shown] in found and ["none", "3.00 [2.90, 3.10]"] in [row[:2] for row in found]
     said = report.text(results(sampling=SAMPLING)).splitlines()
     assert "    3  0.31 [0.29, 0.33]" in said
-    assert [("NOT" in line) for line in said if line.startswith("sampling")] == [False, True, False]
+    assert [("NOT" in line) for line in said if line.startswith("sampling")] == [False, False, False, True, False]
+    assert '"draft_sample_method": "probabilistic"' in said[-1]
+    assert "draft_sample_method" in Text(report.page(results(sampling=SAMPLING))).text
+    assert "0.071" in Text(report.page(results())).text
 
 
 def test_error_bars_reach_from_low_to_high():
@@ -170,6 +209,11 @@ def test_what_was_not_measured_is_a_dash_and_no_crash():
         s |= {"tokens_per_forward": nothing, "tokens_per_forward_by_category": {"a": nothing, "b": nothing}}
         for position in s["acceptance"]:
             position |= {"share": nothing, "share_if_reached": {"value": 0.5, "low": None, "high": None}}
+    found["calibration"] = calibration = copy.deepcopy(CALIBRATION)
+    calibration["reliability"] = {"bins": [], "error": None}
+    calibration["thresholds"] = [
+        {key: nothing for key in row} | {"threshold": 0.0} for row in calibration["thresholds"]
+    ]
     assert "–" in Text(report.page(found)).text
     assert "–" in report.text(found)
 

@@ -296,6 +296,11 @@ def test_the_printed_command_serves_this_pair(folders, tmp_path, capsys):
     assert words[:3] == ["vllm", "serve", base] and len(words) == 5
     spec = json.loads(words[words.index("--speculative-config") + 1])
     assert spec == {"method": "mtp", "model": drafter, "num_speculative_tokens": 3}
+    words = command(base, drafter, "--engine", "vllm", "--num-steps", "3", "--temperature", "0.7")
+    assert json.loads(words[4]) == spec | {"draft_sample_method": "probabilistic"}
+    assert main([base, drafter, "--engine", "vllm"]) == 0
+    shown = capsys.readouterr()
+    assert "draft_sample_method" not in shown.out and '"draft_sample_method": "probabilistic"' in shown.err
     words = command(base, drafter, "--engine", "sglang", "--dtype", "float32")
     assert words[:4] == ["sglang", "serve", "--model-path", base]
     options = dict(zip(words[4::2], words[5::2], strict=True))

@@ -30,6 +30,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-steps", type=step_list, help="K: 4, 1-8 or 1,2,4 (default 1-8)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens for a prompt (default 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="also sample at this temperature (0: don't)")
+    parser.add_argument(
+        "--thresholds",
+        type=threshold_list,
+        help="confidences below which drafting stops, each measured with the last K (default 0.2,0.4,0.6,0.8; 0: none)",
+    )
     parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
     parser.add_argument(
         "--serving",
@@ -62,6 +67,17 @@ def step_list(text: str) -> list[int]:
     return steps
 
 
+def threshold_list(text: str) -> list[float]:
+    """``0.2,0.8`` as a list; zeros are left out."""
+    try:
+        thresholds = [float(part) for part in text.split(",")]
+    except ValueError:
+        thresholds = [-1.0]
+    if not all(0 <= threshold < 1 for threshold in thresholds):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of probabilities such as 0.2,0.4,0.8")
+    return sorted({threshold for threshold in thresholds if threshold})
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse options that don't go together.
 
@@ -73,7 +89,7 @@ def check(args: argparse.Namespace) -> None:
     if (args.drafter is None) and (args.base is not None or not args.url):
         raise ConfigError("give the base and its drafter: BASE DRAFTER.")
     if args.engine:
-        given = {"--serving": args.serving, "--device": args.device}
+        given = {"--serving": args.serving, "--device": args.device, "--thresholds": args.thresholds}
         if args.url:  # the server was started with them
             given |= {"--num-steps": args.num_steps, "--dtype": args.dtype}
         if unused := [name for name, value in given.items() if value is not None]:
@@ -94,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
     from joint_train.weights.folders import resolve
 
     args.num_steps, args.serving = args.num_steps or step_list("1-8"), args.serving or "transformers"
+    engine = args.serving == "engine"
+    thresholds = threshold_list("0.2,0.4,0.6,0.8") if args.thresholds is None else args.thresholds
     transformers.utils.logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     automatic = torch.bfloat16 if device.startswith("cuda") else torch.float32
@@ -122,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
             "temperature": args.temperature,
             "ignore_eos": args.ignore_eos,
             "serving": args.serving,
+            "thresholds": thresholds,
             "dtype": str(dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
             "seed": args.seed,
@@ -129,13 +148,15 @@ def run(args: argparse.Namespace) -> int:
         "prompts": {"name": args.prompts, "count": len(prompts)},
         **measure(
             base, drafter, tokenizer, prompts, args.num_steps, args.max_new_tokens,
-            ignore_eos=args.ignore_eos, engine=args.serving == "engine", seed=args.seed, progress=progress,
+            ignore_eos=args.ignore_eos, engine=engine, thresholds=thresholds, seed=args.seed, progress=progress,
         ),
         "sampling": None,
     }  # fmt: skip
     if args.temperature > 0:
         k = max(args.num_steps)
-        results["sampling"] = sampling(base, drafter, prompts, k, args.max_new_tokens, args.temperature, args.seed)
+        results["sampling"] = sampling(
+            base, drafter, prompts, k, args.max_new_tokens, args.temperature, args.seed, engine
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     replace(args.out / "evaluation.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     replace(args.out / "evaluation.html", page(results))

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
+from joint_train.evaluate.drafting import Drafting, drafts
 from joint_train.evaluate.prompts import Prompt
 
 
@@ -27,6 +28,7 @@ class Decoded:
         ids: the new tokens, with the end token if there is one.
         drafted: for each verification (each base forward after the prompt's), the number of drafts it was given.
         settled: for each verification, the tokens it settled: the accepted drafts and one of the base's own.
+        confidences: for each verification, the drafter's largest probability for each of its drafts.
         ended: whether it ended with an end token, rather than with its budget.
         seconds: of the whole generation, the prompt's forward included.
     """
@@ -34,6 +36,7 @@ class Decoded:
     ids: list[int]
     drafted: list[int] = field(default_factory=list)
     settled: list[int] = field(default_factory=list)
+    confidences: list[list[float]] = field(default_factory=list)
     ended: bool = False
     seconds: float = 0.0
 
@@ -61,15 +64,20 @@ def decode(
     temperature: float = 0.0,
     ignore_eos: bool = False,
     engine: bool = False,
+    way: str | None = None,
+    threshold: float = 0.0,
 ) -> Decoded:
-    """Decode one prompt.
+    """Decode one prompt. ``suppress_tokens`` of both generation configurations hold.
 
     Args:
         drafter: ``None`` for plain decoding.
         num_steps: K, drafts for a verification.
         temperature: 0 for greedy decoding; else of sampling from the base's whole distribution.
         ignore_eos: go on to ``max_new_tokens``.
-        engine: let the drafter see what serving engines show it, see :func:`as_engines`.
+        engine: let the drafter see what serving engines show it, see :func:`joint_train.evaluate.drafting.settled`.
+        way: what is drafted, and how accepted, see :mod:`joint_train.evaluate.drafting`; by default as it is served:
+            ``argmax`` with ``engine``, else ``biased``. Of no account to greedy decoding.
+        threshold: draft no token of which the drafter is less sure.
     """
     device = base.get_input_embeddings().weight.device
     ids = torch.tensor([list(prompt_ids)], device=device)
@@ -79,17 +87,17 @@ def decode(
         do_sample=temperature > 0,
         eos_token_id=ends or None,
         pad_token_id=base.config.get_text_config().pad_token_id,
+        suppress_tokens=base.generation_config.suppress_tokens,
     )
     if temperature > 0:
         config.temperature, config.top_k, config.top_p = temperature, 0, 1.0
     lengths: list[int] = []
     streamer = SettledTokens()
+    drafting = Drafting(num_steps, way or ("argmax" if engine else "biased"), temperature, engine, threshold)
     assisted = {}
     with contextlib.ExitStack() as stack:
         if drafter is not None:
-            stack.enter_context(num_assistant_tokens(drafter, num_steps))
-            if engine:
-                stack.enter_context(as_engines(base, drafter))
+            stack.enter_context(drafts(base, drafting))
             assisted["assistant_model"] = drafter
         hook = base.register_forward_pre_hook(
             lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -106,65 +114,16 @@ def decode(
         ids=new,
         drafted=[length - 1 for length in lengths[1:]],
         settled=streamer.counts[2:],
+        confidences=drafting.confidences,
         ended=bool(new) and new[-1] in ends,
         seconds=seconds,
     )
-
-
-@contextlib.contextmanager
-def as_engines(base: PreTrainedModel, drafter: PreTrainedModel) -> Iterator[None]:
-    """Show the drafter, in transformers' generation, what vLLM and SGLang show it, which is also what it is trained on.
-
-    transformers 5.22 differs in three ways. After a rejection the keys and values end with those of the rejected draft
-    (``[:current_length]`` keeps one position too many, and once the sliding window is full, all of the rejected ones
-    in the sliding layers). Sliding layers see more than their window after a long prompt. And it rotates by the
-    position of the token whose keys aren't there yet, t + 1, where engines rotate by the last one that is, t
-    (``drafter.rope_position``).
-    """
-    window = drafter.config.get_text_config().sliding_window
-    latest: dict[str, object] = {}
-
-    def remember(module, args, output) -> None:
-        latest["kv"] = output.shared_kv_states
-
-    def settled(module, args, kwargs):
-        count = int(kwargs["position_ids"])  # positions before the newest token's: all that have keys
-        rejected = latest["kv"]["full_attention"][0].shape[2] - count
-        states = {}
-        for kind, pair in latest["kv"].items():
-            end = pair[0].shape[2] - rejected
-            start = max(0, end - window) if kind == "sliding_attention" else 0
-            states[kind] = tuple(x[:, :, start:end] for x in pair)
-        kwargs["shared_kv_states"] = states
-        kwargs["position_ids"] = kwargs["position_ids"] - 1
-        return args, kwargs
-
-    hooks = [
-        base.register_forward_hook(remember),
-        drafter.register_forward_pre_hook(settled, with_kwargs=True),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def end_tokens(base: PreTrainedModel) -> list[int]:
     """The tokens that end a text, by the base's generation configuration."""
     ends = base.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-@contextlib.contextmanager
-def num_assistant_tokens(drafter: PreTrainedModel, count: int) -> Iterator[None]:
-    """Let the drafter propose ``count`` tokens at a time."""
-    before = drafter.generation_config.num_assistant_tokens
-    drafter.generation_config.num_assistant_tokens = count
-    try:
-        yield
-    finally:
-        drafter.generation_config.num_assistant_tokens = before
 
 
 @contextlib.contextmanager

@@ -1,18 +1,18 @@
 """The measurement: plain greedy decoding against speculative decoding with K = 1, 2, … drafts, and sampling."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from joint_train.evaluate.calibration import reliability, stopped
 from joint_train.evaluate.decoding import Decoded, acceptance_steps, decode
+from joint_train.evaluate.intervals import interval
 from joint_train.evaluate.prompts import Prompt
 
-RESAMPLES = 2000
 SUSPICIOUS = 4.0  # standard errors: less than once in 10,000 by chance
 
 
@@ -27,10 +27,12 @@ def measure(
     *,
     ignore_eos: bool = False,
     engine: bool = False,
+    thresholds: Sequence[float] = (),
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Decode every prompt plainly and with every K in ``num_steps``, greedily.
+    """Decode every prompt plainly and with every K in ``num_steps``, greedily; with the last K also once for each of
+    ``thresholds``, at which drafting stops.
 
     Intervals are 95 % bootstrap intervals over prompts: they say how far another set of such prompts might be off.
 
@@ -39,16 +41,17 @@ def measure(
         progress: called with what is being done, how many prompts of it are done, and of how many.
 
     Returns:
-        JSON-able: ``plain``, ``speculative`` (one entry for each K), ``examples``.
+        JSON-able: ``plain``, ``speculative`` (one entry for each K), ``calibration``, ``examples``.
     """
 
-    def run(what: str, drafter: PreTrainedModel | None, k: int) -> list[Decoded]:
+    def run(what: str, drafter: PreTrainedModel | None, k: int, **more: float) -> list[Decoded]:
+        options = {"ignore_eos": ignore_eos, "engine": engine, **more}
         # Once for nothing: the first generation pays for kernels, caches and memory.
         decode(base, drafter, prompts[0].ids, k, min(8, max_new_tokens))
         decoded = []
         for i, prompt in enumerate(prompts):
             progress(what, i, len(prompts))
-            decoded.append(decode(base, drafter, prompt.ids, k, max_new_tokens, ignore_eos=ignore_eos, engine=engine))
+            decoded.append(decode(base, drafter, prompt.ids, k, max_new_tokens, **options))
         progress(what, len(prompts), len(prompts))
         return decoded
 
@@ -58,6 +61,12 @@ def measure(
     for k in num_steps:
         decoded = run(f"K = {k}", drafter, k)
         speculative.append(summary(base, tokenizer, prompts, plain, decoded, k, seed))
+    at = [(t, run(f"K = {k}, threshold {t:g}", drafter, k, threshold=t)) for t in thresholds]
+    calibration = {
+        "num_steps": num_steps[-1],
+        "reliability": reliability(decoded, seed),
+        "thresholds": [stopped(texts, threshold, seed) for threshold, texts in [(0.0, decoded), *at]],
+    }
     return {
         "plain": {
             "tokens": sum(tokens),
@@ -65,6 +74,7 @@ def measure(
             "tokens_per_second": interval([tokens, seconds], lambda t, s: t / s, seed),
         },
         "speculative": speculative,
+        "calibration": calibration,
         "examples": [
             {"category": p.category, "prompt": p.text, "text": tokenizer.decode(d.ids, skip_special_tokens=True)}
             for p, d in zip(prompts, decoded, strict=True)
@@ -85,20 +95,6 @@ def summary(
     tokens, seconds = [len(d.ids) for d in decoded], [d.seconds for d in decoded]
     settled, verifications = [sum(d.settled) for d in decoded], [len(d.settled) for d in decoded]
     plain_tokens, plain_seconds = [len(d.ids) for d in plain], [d.seconds for d in plain]
-    steps = [acceptance_steps(d) for d in decoded]
-    acceptance = []
-    for k in range(num_steps):
-        drafted = [sum(drafts > k for drafts, _ in s) for s in steps]
-        reached = [sum(drafts > k and accepted >= k for drafts, accepted in s) for s in steps]
-        accepted = [sum(accepted > k for _, accepted in s) for s in steps]
-        acceptance.append(
-            {
-                "drafted": sum(drafted),
-                "accepted": sum(accepted),
-                "share": interval([accepted, drafted], lambda a, d: a / d, seed),
-                "share_if_reached": interval([accepted, reached], lambda a, r: a / r, seed),
-            }
-        )
     categories = sorted({p.category for p in prompts})
     by_category = {
         category: interval(
@@ -125,34 +121,29 @@ def summary(
         "speedup": interval(
             [tokens, seconds, plain_tokens, plain_seconds], lambda t, s, pt, ps: (t / s) / (pt / ps), seed
         ),
-        "acceptance": acceptance,
+        "acceptance": acceptance(decoded, num_steps, seed),
         "tokens_per_forward_by_category": by_category,
         "differences": [d for d in found if d is not None],
     }
 
 
-def interval(columns: Sequence[Sequence[float]], statistic: Callable[..., Tensor], seed: int) -> dict[str, Any]:
-    """A ratio of sums over prompts and its 95 % bootstrap interval.
-
-    Args:
-        columns: one list for each quantity, with one number for each prompt.
-        statistic: of the columns' sums; elementwise on tensors.
-
-    Returns:
-        ``value``, ``low``, ``high``; ``None`` where it can't be said.
-    """
-    data = torch.tensor(columns, dtype=torch.float64)  # [quantities, prompts]
-    count = data.shape[1]
-    picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
-    resampled = statistic(*data[:, picks].sum(-1))
-    resampled = resampled[resampled.isfinite()]
-    value = statistic(*data.sum(-1)).item()
-    if not math.isfinite(value):
-        return {"value": None, "low": None, "high": None}
-    if count < 2 or len(resampled) < RESAMPLES // 2:
-        return {"value": value, "low": None, "high": None}
-    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"value": value, "low": low, "high": high}
+def acceptance(decoded: Sequence[Decoded], num_steps: int, seed: int) -> list[dict[str, Any]]:
+    """What became of the drafts at each position, of one text for each prompt."""
+    steps = [acceptance_steps(d) for d in decoded]
+    positions = []
+    for k in range(num_steps):
+        drafted = [sum(drafts > k for drafts, _ in s) for s in steps]
+        reached = [sum(drafts > k and accepted >= k for drafts, accepted in s) for s in steps]
+        accepted = [sum(accepted > k for _, accepted in s) for s in steps]
+        positions.append(
+            {
+                "drafted": sum(drafted),
+                "accepted": sum(accepted),
+                "share": interval([accepted, drafted], lambda a, d: a / d, seed),
+                "share_if_reached": interval([accepted, reached], lambda a, r: a / r, seed),
+            }
+        )
+    return positions
 
 
 def difference(
@@ -194,32 +185,35 @@ def sampling(
     max_new_tokens: int,
     temperature: float,
     seed: int = 0,
+    engine: bool = False,
 ) -> list[dict[str, Any]]:
-    """Whether sampled texts have the base's distribution: plain, with transformers' acceptance, with an exact one.
+    """Sampled texts: whether they have the base's distribution, and how many drafts are accepted.
+
+    Plain; with each draft the drafter's most likely token, as vLLM and SGLang draft by default; with samples of the
+    drafter, as vLLM's ``draft_sample_method="probabilistic"`` draws them; and, unless `engine`, with the acceptance of
+    transformers, which takes a most likely token for a sample (see :mod:`joint_train.evaluate.drafting`).
 
     Each token of a text sampled from p has the expected log-probability -H(p) and hits the most likely token with
     probability max p. Summed over all tokens, both are compared with what the texts did, in standard errors; a
     deviation of more than 4 is no chance. (The differences are a martingale, so tokens needn't be independent.)
 
-    transformers drafts the drafter's most likely token, and then accepts it as if it had been drawn from the drafter's
-    distribution, which favours it. The exact rule takes the draft for what it is, a point mass.
+    Returns:
+        For each way, JSON-able: ``way``; ``tokens``; ``tokens_per_forward`` and ``accepted``, the share of drafts
+        accepted at each position with all before it, with their intervals (None for plain); ``deviation`` and
+        ``bases_distribution``.
     """
-    ways = {
-        "plain": (None, contextlib.nullcontext()),
-        "transformers": (drafter, contextlib.nullcontext()),
-        "exact": (drafter, point_mass(drafter)),
-    }
+    ways = {"plain": None, "argmax": "argmax", "sampled": "sampled"} | ({} if engine else {"transformers": "biased"})
     results = []
-    for way, (used, context) in ways.items():
+    for name, way in ways.items():
         torch.manual_seed(seed)
+        used = drafter if way else None
         totals = torch.zeros(4, dtype=torch.float64)
-        count = settled = verifications = 0
-        with context:
-            for prompt in prompts:
-                decoded = decode(base, used, prompt.ids, num_steps, max_new_tokens, temperature=temperature)
-                totals += surprise(base, prompt.ids, decoded.ids, temperature)
-                count += len(decoded.ids)
-                settled, verifications = settled + sum(decoded.settled), verifications + len(decoded.settled)
+        decoded = []
+        for prompt in prompts:
+            options = {"temperature": temperature, "engine": engine, "way": way}
+            decoded.append(decode(base, used, prompt.ids, num_steps, max_new_tokens, **options))
+            totals += surprise(base, prompt.ids, decoded[-1].ids, temperature)
+        settled, verifications = [sum(d.settled) for d in decoded], [len(d.settled) for d in decoded]
         log_probability, log_variance, hits, hit_variance = totals.tolist()
         deviations = {
             "log_probability": log_probability / math.sqrt(max(log_variance, 1e-12)),
@@ -227,9 +221,10 @@ def sampling(
         }
         results.append(
             {
-                "way": way,
-                "tokens": count,
-                "tokens_per_forward": settled / verifications if used is not None and verifications else None,
+                "way": name,
+                "tokens": sum(len(d.ids) for d in decoded),
+                "tokens_per_forward": interval([settled, verifications], lambda s, v: s / v, seed) if way else None,
+                "accepted": [p["share"] for p in acceptance(decoded, num_steps, seed)] if way else None,
                 "deviation": deviations,
                 "bases_distribution": max(map(abs, deviations.values())) < SUSPICIOUS,
             }
@@ -241,10 +236,13 @@ def surprise(base: PreTrainedModel, prompt: Sequence[int], new: Sequence[int], t
     """Sums over the new tokens: log p + H(p) and its variance, hits of the most likely token minus max p and its."""
     ids = torch.tensor([[*prompt, *new]], device=base.get_input_embeddings().weight.device)
     logits = base(input_ids=ids, logits_to_keep=len(new) + 1, use_cache=False).logits[0, :-1].double().cpu()
+    if (suppressed := base.generation_config.suppress_tokens) is not None:
+        logits[:, suppressed] = -torch.inf
     log_p = (logits / temperature).log_softmax(-1)
     p, tokens = log_p.exp(), torch.tensor(new)
-    entropy = -(p * log_p).sum(-1)
+    entropy = torch.special.entr(p).sum(-1)
     chosen = log_p.gather(-1, tokens[:, None])[:, 0]
+    log_p = log_p.clamp(min=-1e100)  # where p is 0
     most, best = p.max(-1)
     return torch.stack(
         [
@@ -254,19 +252,3 @@ def surprise(base: PreTrainedModel, prompt: Sequence[int], new: Sequence[int], t
             (most * (1 - most)).sum(),
         ]
     )
-
-
-@contextlib.contextmanager
-def point_mass(drafter: PreTrainedModel) -> Iterator[None]:
-    """Give the drafter's most likely token all of its probability, so that accepting it by p/q is exact."""
-
-    def hook(module, args, output):
-        best = output.logits.argmax(-1, keepdim=True)
-        output.logits = torch.full_like(output.logits, -math.inf).scatter_(-1, best, 0.0)
-        return output
-
-    handle = drafter.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -6,6 +6,14 @@ from joint_train.evaluate.page import Section, Table, figure, html, plots_availa
 
 Interval = dict[str, float | None]
 
+SAMPLED_WAYS = {
+    "plain": "plain",
+    "argmax": "argmax drafts",
+    "sampled": "sampled drafts",
+    "transformers": "as transformers",
+}
+PROBABILISTIC = """vLLM drafts the argmax unless its --speculative-config has "draft_sample_method": "probabilistic"."""
+
 
 def number(interval: Interval, digits: int = 2) -> str:
     """``1.52 [1.45, 1.60]``; a dash where there is no value."""
@@ -45,8 +53,10 @@ def text(results: dict[str, Any]) -> str:
     for s in results["sampling"] or []:
         verdict = "the base's distribution" if s["bases_distribution"] else "NOT the base's distribution"
         deviation = ", ".join(f"{name} {z:+.1f}" for name, z in s["deviation"].items())
-        length = "" if s["tokens_per_forward"] is None else f", {s['tokens_per_forward']:.2f} tokens/forward"
-        lines.append(f"sampling, {s['way']}: {verdict} (standard errors: {deviation}){length}")
+        length = "" if s["tokens_per_forward"] is None else f", {number(s['tokens_per_forward'])} tokens/forward"
+        lines.append(f"sampling, {SAMPLED_WAYS[s['way']]}: {verdict} (standard errors: {deviation}){length}")
+    if results["sampling"]:
+        lines.append(f"sampling: {PROBABILISTIC}")
     return "\n".join(lines)
 
 
@@ -59,6 +69,7 @@ def page(results: dict[str, Any]) -> str:
         f"({prompts['name']}). Brackets are 95 % bootstrap intervals over prompts."
     )
     sections = [decoding_section(results), acceptance_section(results), category_section(top), text_section(results)]
+    sections.append(calibration_section(results["calibration"]))
     if results["sampling"]:
         sections.append(sampling_section(results["sampling"], options["temperature"]))
     sections += [examples_section(results), setting_section(results)]
@@ -194,31 +205,85 @@ def text_section(results: dict[str, Any]) -> Section:
     return section
 
 
+def calibration_section(calibration: dict[str, Any]) -> Section:
+    """How far the drafter's confidence is to be trusted, and what stopping at a low one does."""
+    bins = [b for b in calibration["reliability"]["bins"] if b["drafts"]]
+    rows = [
+        [f"{b['from']:.1f} to {b['to']:.1f}", f"{b['confidence']:.2f}", number(b["accepted"]), f"{b['drafts']:,}"]
+        for b in bins
+    ]
+    by_threshold = [
+        [
+            f"{t['threshold']:g}" if t["threshold"] else "none",
+            *(number(t[key]) for key in ("tokens_per_forward", "drafts_per_forward", "accepted")),
+            number(t["tokens_per_second"], 1),
+        ]
+        for t in calibration["thresholds"]
+    ]
+    error = calibration["reliability"]["error"]
+    section = Section(
+        f"The drafter's confidence, K = {calibration['num_steps']}",
+        "A draft's confidence is the drafter's largest probability. Counted are drafts with all before them accepted, "
+        "in greedy decoding. Engines can stop drafting below a threshold, as llama.cpp does with --draft-p-min."
+        + ("" if error is None else f" The mean distance of confidence and acceptance is {error:.3f}."),
+        tables=[
+            Table(["confidence", "mean", "accepted", "drafts"], rows),
+            Table(
+                ["threshold", "tokens per base forward", "drafts per base forward", "of them accepted", "tokens/s"],
+                by_threshold,
+            ),
+        ],
+    )
+    if plots_available() and bins:
+
+        def draw(axes) -> None:
+            axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle="--", label="calibrated")
+            errorbars(axes, [(b["confidence"], b["accepted"]) for b in bins], label="measured")
+            axes.set_xlim(0, 1)
+            axes.set_ylim(0, 1)
+
+        section.figures = [("Acceptance by confidence", figure(draw, "confidence", "share accepted"))]
+        if len(by_threshold) > 1:
+
+            def over_thresholds(axes) -> None:
+                for key, label in (("tokens_per_forward", "tokens"), ("drafts_per_forward", "drafts")):
+                    points = [(t["threshold"], t[key]) for t in calibration["thresholds"]]
+                    errorbars(axes, [(x, y) for x, y in points if y["value"] is not None], label=label)
+
+            section.figures.append(
+                ("Stopping at low confidence", figure(over_thresholds, "threshold", "per base forward"))
+            )
+    return section
+
+
 def sampling_section(sampling: list[dict[str, Any]], temperature: float) -> Section:
     rows = [
         [
-            s["way"],
+            SAMPLED_WAYS[s["way"]],
             "yes" if s["bases_distribution"] else "no",
             f"{s['deviation']['log_probability']:+.1f}",
             f"{s['deviation']['most_likely']:+.1f}",
-            "–" if s["tokens_per_forward"] is None else f"{s['tokens_per_forward']:.2f}",
+            "–" if s["tokens_per_forward"] is None else number(s["tokens_per_forward"]),
+            "–" if s["accepted"] is None else ", ".join(number({**a, "low": None}) for a in s["accepted"]),
             f"{s['tokens']:,}",
         ]
         for s in sampling
     ]
     heads = [
-        "acceptance",
+        "drafts",
         "base's distribution",
         "log-probability",
         "most likely token",
         "tokens per forward",
+        "accepted at each position",
         "tokens",
     ]
     return Section(
         f"Sampling at temperature {temperature:g}",
         "Whether sampled tokens are as probable, and as often the most likely one, as samples of the base have to be; "
-        "in standard errors, of which more than 4 are no chance. transformers accepts its most likely draft as if it "
-        "had been drawn at random; the exact rule doesn't.",
+        "in standard errors, of which more than 4 are no chance. A draft is the drafter's most likely token (argmax), "
+        "accepted with the base's probability of it, or a sample of the drafter. transformers accepts its most likely "
+        f"draft as if it were a sample. {PROBABILISTIC}",
         tables=[Table(heads, rows)],
     )
 

@@ -15,6 +15,7 @@ import argparse
 import json
 import shlex
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from itertools import cycle, islice
@@ -25,7 +26,7 @@ from transformers import AutoTokenizer
 
 from joint_train.errors import ConfigError
 from joint_train.evaluate.engines import ENGINES, Engine, Phase, Request
-from joint_train.evaluate.measure import interval
+from joint_train.evaluate.intervals import interval
 from joint_train.evaluate.page import Section, Table, html
 from joint_train.evaluate.prompts import Prompt, load_prompts
 from joint_train.evaluate.report import (
@@ -38,16 +39,24 @@ from joint_train.evaluate.report import (
 
 DRAFTS = 4  # to serve with, where neither the command nor the drafter's folder says how many
 WARM_UP_TOKENS = 8
+SAMPLING = (
+    "For requests with a temperature, see whether more drafts are accepted if the drafter samples them: --temperature "
+    'adds "draft_sample_method": "probabilistic". It takes GPU memory for the logits of the drafts; greedy requests '
+    "gain nothing."
+)
 REQUESTS_IN_FLIGHT = 4  # a concurrency is measured on at least so many times as many requests
 
 
-def serve_command(engine: str, base: Path, drafter: Path, num_steps: int | None, dtype: str | None) -> str:
+def serve_command(
+    engine: str, base: Path, drafter: Path, num_steps: int | None, dtype: str | None, temperature: float = 0.0
+) -> str:
     """The shell command that serves a pair.
 
     Args:
         base, drafter: the folders, whose configurations are read.
         num_steps: K; by default the drafter's ``num_assistant_tokens``.
         dtype: of weights and compute; by default that of the base's folder.
+        temperature: that of the requests. Above 0, vLLM is told to sample its drafts.
     """
     if num_steps is None:
         generation = drafter / "generation_config.json"
@@ -61,6 +70,8 @@ def serve_command(engine: str, base: Path, drafter: Path, num_steps: int | None,
         overrides = json.dumps({"architectures": ["Gemma4ForCausalLM"]})
     if engine == "vllm":
         spec = {"method": "mtp", "model": str(drafter), "num_speculative_tokens": num_steps}
+        if temperature > 0:
+            spec["draft_sample_method"] = "probabilistic"
         command = ["vllm", "serve", str(base), "--speculative-config", json.dumps(spec)]
         if overrides:
             command += ["--hf-overrides", overrides]
@@ -226,7 +237,10 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
         folders = resolve(args.base), resolve(args.drafter)
         read_configs(*folders)
     if args.url is None:
-        print(serve_command(args.engine, *folders, max(args.num_steps) if args.num_steps else None, args.dtype))
+        num_steps = max(args.num_steps) if args.num_steps else None
+        print(serve_command(args.engine, *folders, num_steps, args.dtype, args.temperature))
+        if args.engine == "vllm" and not args.temperature:
+            print(SAMPLING, file=sys.stderr)
         return 0
     engine = ENGINES[args.engine](args.url, args.timeout)
     source = args.base or engine.folder

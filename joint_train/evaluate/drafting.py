@@ -1,0 +1,158 @@
+"""How drafts are made in a measurement: what the drafter sees, which tokens it drafts, and where it stops.
+
+transformers' generation verifies the drafts; :class:`Drafts` stands in for the candidate generator that it would make.
+
+======== ================================ =======================================================================
+way      draft                            accepted with probability
+======== ================================ =======================================================================
+argmax   the drafter's most likely token  p(draft): exact. vLLM's default (``draft_sample_method="greedy"``), SGLang's
+sampled  a sample of its distribution q   min(1, p/q): exact. vLLM with ``draft_sample_method="probabilistic"``
+biased   its most likely token            min(1, p/q), as if it were a sample: transformers 5.22. It favours the draft
+======== ================================ =======================================================================
+
+A rejection's token comes from max(0, p - q), so what is drafted doesn't change the distribution of the text (Leviathan
+et al., arXiv 2211.17192, appendix A.1), but in `biased`. Greedy decoding accepts a draft that is the base's most likely
+token.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
+
+WAYS = ("argmax", "sampled", "biased")
+
+
+@dataclass
+class Drafting:
+    """How to draft; and, after a generation, what was drafted.
+
+    Attributes:
+        num_steps: K, drafts for a verification.
+        way: one of ``WAYS``.
+        temperature: of the drafter's distribution; 0 is taken for 1.
+        engine: let the drafter see what vLLM and SGLang show it, see :func:`settled`.
+        threshold: drafting stops before a token that is less probable: the largest probability of q, whatever is
+            drafted (``p_min`` of llama.cpp).
+        confidences: for each verification, the largest probability of q for each draft.
+    """
+
+    num_steps: int
+    way: str = "argmax"
+    temperature: float = 0.0
+    engine: bool = False
+    threshold: float = 0.0
+    confidences: list[list[float]] = field(default_factory=list)
+
+
+class Drafts(SinglePositionMultiTokenCandidateGenerator):
+    """transformers' generator of Gemma 4 drafts with a :class:`Drafting`'s choices.
+
+    Tokens in ``suppress_tokens`` of the drafter's generation configuration are never drafted, and of one with ordered
+    embeddings only the candidates.
+    """
+
+    def __init__(self, drafting: Drafting, drafter: PreTrainedModel, **kwargs) -> None:
+        super().__init__(drafter, **kwargs)
+        self.drafting = drafting
+        suppressed = self.assistant_generation_config.suppress_tokens
+        self.suppressed = torch.tensor(suppressed, device=drafter.device) if suppressed else None
+        self.window = drafter.config.get_text_config().sliding_window
+
+    def get_candidates(self, input_ids, model_kwargs, model_outputs, is_first_iteration, n_last_matches, **kwargs):
+        """The text with its drafts ``[1, S + drafts]`` and the logits of q for each ``[1, drafts, V]``, or None."""
+        if is_first_iteration:
+            return input_ids, None
+        drafting, length = self.drafting, input_ids.shape[1]
+        states, position = model_outputs.shared_kv_states, length - 1
+        if drafting.engine:
+            states, position = settled(states, length - 1, self.window), length - 2
+        else:
+            states = {kind: tuple(x[:, :, :length] for x in pair) for kind, pair in states.items()}
+        # The base's state at the row that settled the newest token: the last of the prompt, or that of the last match.
+        row = -1 if self.is_main_model_prefill else int(n_last_matches)
+        self.is_main_model_prefill = False
+        state, token = model_outputs.hidden_states[-1][:, row].unsqueeze(1), input_ids[:, -1:]
+        position_ids = torch.tensor([[position]], device=self.assistant_model.device)
+
+        tokens, logits, confidences = [], [], []
+        for _ in range(min(drafting.num_steps, self.main_model_max_length - length - 1)):
+            with torch.no_grad():
+                out = self.assistant_model(
+                    inputs_embeds=torch.cat([self.target_model_input_embeddings(token), state], dim=-1),
+                    attention_mask=model_kwargs.get("attention_mask"),
+                    position_ids=position_ids,
+                    shared_kv_states=states,
+                    use_cache=False,
+                )
+            token, q, confidence = self.draft(out.logits[:, -1].float())
+            if drafting.threshold and confidence < drafting.threshold:  # the only time that the device is waited for
+                break
+            state = out.last_hidden_state
+            tokens.append(token)
+            logits.append(q)
+            confidences.append(confidence)
+        drafting.confidences.append(torch.stack(confidences).tolist() if tokens else [])
+        if not tokens:
+            return input_ids, None
+        return torch.cat([input_ids, *tokens], dim=1), torch.stack(logits, dim=1)
+
+    def draft(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A draft ``[1, 1]``, the logits ``[1, V]`` by which it is accepted, and q's largest probability ``[]``."""
+        way, temperature = self.drafting.way, self.drafting.temperature or 1.0
+        served = logits
+        if getattr(self.assistant_model, "masked_embedding", None) is not None:
+            # transformers gives all other tokens one value below the smallest candidate's.
+            served = served.masked_fill(served == served.amin(-1, keepdim=True), -torch.inf)
+        if self.suppressed is not None:
+            served = served.index_fill(-1, self.suppressed, -torch.inf)
+        q, best = (served / temperature).softmax(-1), served.argmax(-1, keepdim=True)
+        if way == "sampled":
+            return torch.multinomial(q, num_samples=1), served / temperature, q.max()
+        if way == "argmax":
+            logits = torch.full_like(logits, -torch.inf).scatter_(-1, best, 0.0)
+        return best, logits, q.max()
+
+
+def settled(states: dict[str, tuple[Tensor, ...]], count: int, window: int) -> dict[str, tuple[Tensor, ...]]:
+    """Of the base's keys and values those that vLLM and SGLang show the drafter, which is also trained on them.
+
+    transformers 5.22 differs in three ways. After a rejection the keys and values end with those of the rejected draft
+    (``[:current_length]`` keeps one position too many, and once the sliding window is full, all of the rejected ones
+    in the sliding layers). Sliding layers see more than their window after a long prompt. And it rotates by the
+    position of the token whose keys aren't there yet, t + 1, where engines rotate by the last one that is, t
+    (``drafter.rope_position``).
+
+    Args:
+        count: positions before the newest token's, all that have keys. Those of rejected drafts lie behind them.
+    """
+    rejected = states["full_attention"][0].shape[2] - count
+    kept = {}
+    for kind, pair in states.items():
+        end = pair[0].shape[2] - rejected
+        start = max(0, end - window) if kind == "sliding_attention" else 0
+        kept[kind] = tuple(x[:, :, start:end] for x in pair)
+    return kept
+
+
+@contextlib.contextmanager
+def drafts(base: PreTrainedModel, drafting: Drafting) -> Iterator[None]:
+    """Let the base's assisted generation draft that way."""
+
+    def make(generation_config, assistant_model, **kwargs) -> Drafts:
+        return Drafts(
+            drafting,
+            assistant_model,
+            target_model_input_embeddings=base.get_input_embeddings(),
+            generation_config=generation_config,
+        )
+
+    base._get_candidate_generator = make  # type: ignore[assignment]  # transformers' own method again when it is gone
+    try:
+        yield
+    finally:
+        del base._get_candidate_generator
