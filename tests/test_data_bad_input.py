@@ -263,6 +263,13 @@ def test_a_row_without_a_target_is_an_error(tmp_path):
     build_loader(cfg, TOKENIZER, "train", 0, 1)
 
 
+def test_a_validation_set_without_a_target_is_a_sentence(tmp_path):
+    path = write_jsonl(tmp_path / "val.jsonl", [{"messages": [{"role": "user", "content": "q"}]}] * 3)
+    cfg = make_config(tmp_path, [path], [path], on_error="skip")
+    with pytest.raises(DataError, match="data source 'val': nothing is left of its 3 examples"):
+        build_loader(cfg, TOKENIZER, "val", 0, 1)
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", "{broken\n"])
 def test_a_source_with_nothing_in_it(tmp_path, content):
     (tmp_path / "a.jsonl").write_text(content)

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from test_main_job import SMALL, settings
 
 from joint_train.config import load
+from joint_train.distributed.preemption import Preemption
 from joint_train.errors import TooManyBadSteps
 
 
@@ -44,10 +45,34 @@ def poisoned(rank: int, overrides: list[str], steps: list[int]) -> tuple[str, li
             return sum(p.to_local().double().abs().sum() for p in self.model.parameters())
 
     try:
-        Poisoned(load(overrides)).train()
+        Poisoned(load(overrides), Preemption(60)).train()
     except TooManyBadSteps as error:
         return str(error), sums
     return "done", sums
+
+
+def without_targets(rank: int, overrides: list[str], step: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The job on one rank, where one step has no target on any; sums of weights and of moments after each step."""
+    from joint_train.train import trainer
+
+    weights, moments = [], []
+
+    class Masked(trainer.Trainer):
+        def prepare(self, batch, sources):
+            if self.model.training and self.step + 1 == step:
+                batch["labels"] = torch.full_like(batch["labels"], -100)
+            return super().prepare(batch, sources)
+
+        def train_step(self, batches):
+            metrics = super().train_step(batches)
+            states = [x for of_one in self.optimizer.state.values() for x in of_one.values()]
+            for sums, tensors in ((weights, list(self.model.parameters())), (moments, states)):
+                local = (x.to_local() if hasattr(x, "to_local") else x for x in tensors)
+                sums.append(sum(x.detach().double().abs().sum() for x in local))
+            return metrics
+
+    Masked(load(overrides), Preemption(60)).train()
+    return weights, moments
 
 
 def records(folder: Path) -> dict[int, dict]:
@@ -68,6 +93,18 @@ def test_a_poisoned_batch_is_skipped_and_counted_and_the_run_goes_on(starter_dir
     run_ranks(poisoned, 2, [*overrides, "max_steps=7"], [7])  # goes on from 5
     found = records(tmp_path)
     assert [found[step]["bad_steps"] for step in (5, 6, 7)] == [2, 2, 3]
+
+
+def test_a_step_without_a_target_moves_nothing_and_its_metrics_are_null(starter_dir, tmp_path):
+    overrides = settings(starter_dir, tmp_path, "max_steps=4", "checkpoint.every=2", "model.export.at_end=false")
+    for sums in run_ranks(without_targets, 2, overrides, 2):
+        for of_step in sums:
+            assert torch.isfinite(torch.stack(of_step)).all()
+            assert of_step[1] == of_step[0] and of_step[2] != of_step[1]
+    found = records(tmp_path)
+    for name in ("base_loss", "drafter_loss", "acceptance_argmax_0", "accepted_length_walked"):
+        assert found[2][name] is None and found[3][name] > 0
+    assert found[2]["grad_norm"] == 0 and found[4]["bad_steps"] == 0
 
 
 def test_too_many_in_a_row_end_the_run_with_a_dump(starter_dir, tmp_path):
@@ -96,15 +133,15 @@ def heartbeats(rank: int, overrides: list[str]) -> list[int]:
             super().beat()
 
     class Validated(trainer.Trainer):
-        def evaluate(self, generate):
+        def evaluate(self, generate, progress=None):
             before = len(beats)
-            measured = super().evaluate(generate)
+            measured = super().evaluate(generate, progress)
             assert all(beats[before:]), "the watchdog isn't watching"
             of_each.append(len(beats) - before)
             return measured
 
     trainer.Watchdog = Counted
-    Validated(load(overrides)).train()
+    Validated(load(overrides), Preemption(60)).train()
     return of_each
 
 

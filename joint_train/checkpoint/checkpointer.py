@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -216,7 +217,7 @@ class Checkpointer:
             shards=self._staging.copy(shards) if background else shards,
             documents={name: json.dumps(document, indent=1).encode() for name, document in documents.items()},
             config_hash=compat.config_hash(config),
-            metrics={name: float(value) for name, value in (metrics or {}).items()},
+            metrics={name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)},
             random=state.random_state(),
         )
         if background:

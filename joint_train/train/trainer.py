@@ -4,6 +4,7 @@ config → mesh → models → data → step → checkpoint, in this order, once
 """
 
 import logging
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ class Trainer:
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
         if path := self.checkpointer.find_resume(cfg.resume):
             saved = self.checkpointer.load(path, self.model, self.optimizer, config=cfg)
-            self.step, self.before, self.measured = saved["step"], saved["before"], saved["measured"]
+            self.step, self.before, self.measured = saved["step"], numbers(saved["before"]), numbers(saved["measured"])
             position, bad_steps, self.unfinished = saved["data"], saved.get("bad_steps", 0), saved.get("unfinished")
             if self.step >= cfg.max_steps:
                 log.warning(
@@ -240,12 +241,13 @@ class Trainer:
         return inputs, targets.to(self.device, non_blocking=True), counts
 
     def metrics(self, sums: dict[str, Tensor], sources: list[str], prefix: str = "") -> dict[str, float]:
-        """Means over all ranks of the sums that the joint loss reports. Waits for the device."""
+        """Means over all ranks of the sums that the joint loss reports; NaN where there was no target. Waits for the
+        device."""
         flat = torch.cat([x.double().flatten() for x in sums.values()])
         dist.all_reduce(flat)
         parts = flat.cpu().split([x.numel() for x in sums.values()])
         total = dict(zip(sums, parts, strict=True))
-        count = total["count"].clamp(min=1)
+        count = total["count"]
         mean = {name: total[name] / count for name in ("loss", "ce", "top1")}
         rounds, left_out = range(self.cfg.drafter.num_steps), total["left_out"][0]
         named = {
@@ -263,7 +265,7 @@ class Trainer:
                 named[f"{head}agreement_{k}"] = total[f"{head}agree"][k] / count[1 + k]
                 for name in ("acceptance_argmax", "acceptance_sampled"):
                     named[f"{head}{name}_{k}"] = total[head + name][k] / count[1 + k]
-            rows, walked = total["full_rows"][0].clamp(min=1), total[f"{head}walk_rows"][0].clamp(min=1)
+            rows, walked = total["full_rows"][0], total[f"{head}walk_rows"][0]
             named[f"{head}accepted_length_expected"] = 1 + total[f"{head}accepted"][0] / rows
             named[f"{head}accepted_length_walked"] = 1 + total[f"{head}walk_accepted"][0] / walked
         if "centroid_hit" in total:
@@ -329,7 +331,8 @@ class Trainer:
 
     def save(self, block: bool) -> None:
         """A checkpoint of the current step."""
-        state = {"step": self.step, "before": self.before, "measured": self.measured, **self.bad_steps.read()}
+        before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before, self.measured))
+        state = {"step": self.step, "before": before, "measured": measured, **self.bad_steps.read()}
         state |= {"data": loader_position(self.loader), "unfinished": self.unfinished}
         self.checkpointer.save(
             self.step, self.model, self.optimizer, state, config=self.cfg, metrics=self.measured, block=block
@@ -375,6 +378,11 @@ def utilisation(speed: float, recomputed: float, device: torch.device) -> dict[s
     most = next((peak for gpu, peak in TFLOPS.items() if gpu in name), None)
     shares = {"hfu": speed / 1e12 / most, "mfu": (speed - recomputed) / 1e12 / most} if most else {}
     return {"tflops_per_gpu": speed / 1e12, **shares}
+
+
+def numbers(metrics: dict[str, float | None]) -> dict[str, float]:
+    """Metrics as they were before JSON, which has no NaN."""
+    return {name: math.nan if x is None else x for name, x in metrics.items()}
 
 
 def due(step: int, every: int) -> bool:
