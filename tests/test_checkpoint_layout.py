@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from joint_train.checkpoint import __main__ as cli
-from joint_train.checkpoint import layout
+from joint_train.checkpoint import layout, lock
 from joint_train.checkpoint.lock import RunLock
 
 
@@ -227,12 +227,46 @@ def test_one_live_run_and_the_lock_of_a_killed_one_is_free(tmp_path, fork):
     lock.release()
 
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    def unsupported(*args):
-        raise OSError(layout.errno.ENOLCK, "No locks available")
+def unsupported(*args):
+    raise OSError(layout.errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("joint_train.checkpoint.lock.fcntl.lockf", unsupported)
-    assert not RunLock(tmp_path).held
+
+def hold_without_locks(folder, host, beat_seconds, said):
+    """A run on another host of a shared file system without locks, that ends without a word after a while."""
+    lock.fcntl.lockf, lock.BEAT_SECONDS = unsupported, beat_seconds
+    lock.socket.gethostname = lambda: host
+    try:
+        held = RunLock(folder, 0)
+    except layout.CheckpointError as error:
+        said.put((host, str(error)))
+        return
+    said.put((host, "held"))
+    time.sleep(2)
+    os._exit(0 if held.held else 1)
+
+
+def test_on_a_file_system_without_locks_one_of_two_hosts_is_refused(tmp_path, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    said = context.Queue()
+    hosts = [context.Process(target=hold_without_locks, args=(tmp_path, host, 0.3, said)) for host in ("one", "two")]
+    for process in hosts:
+        process.start()
+    answers = dict(said.get(timeout=20) for _ in hosts)
+    for process in hosts:
+        process.join(20)
+    (winner,) = (host for host, answer in answers.items() if answer == "held")
+    (refused,) = (answer for answer in answers.values() if answer != "held")
+    assert "another run is writing to" in refused and f'"host": "{winner}"' in refused and "run.beat" in refused
+
+    # The winner died without giving it up, and this host's clock is a day behind.
+    monkeypatch.setattr(lock.fcntl, "lockf", unsupported)
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.3)
+    yesterday = time.time() - 86400
+    monkeypatch.setattr(time, "time", lambda: yesterday)
+    mine = RunLock(tmp_path, 0)
+    assert mine.held
+    mine.release()
+    assert not (tmp_path / "run.beat").exists()
 
 
 def run_cli(capsys, *args):

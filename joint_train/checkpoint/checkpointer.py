@@ -283,8 +283,6 @@ class Checkpointer:
         except OSError as error:
             raise CheckpointError(f"output_dir can't be written: {error}") from None
         self._lock = RunLock(self.folder.parent, lock_wait_seconds)
-        if not self._lock.held:
-            return [f"{self.folder} is on a file system without locks: nothing keeps two runs out of one output_dir"]
         return layout.recover(self.folder)
 
     def _write(self, job: _Job, ranks: Ranks) -> None:

@@ -5,10 +5,15 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
+import uuid
 from pathlib import Path
 
 from joint_train.errors import CheckpointError
+
+BEAT_SECONDS = 5.0
+BEATS = 4
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -18,7 +23,9 @@ class RunLock:
 
     The kernel frees it however the process ends, SIGKILL included. POSIX locks (not ``flock``) because they work
     between NFS clients, and because forked loader workers don't inherit them: an orphan can't hold a dead run's lock.
-    ``held`` is False on a file system without locks; then nothing may be assumed about other runs.
+
+    On a file system without locks, ``OUTPUT_DIR/run.beat`` is rewritten every :data:`BEAT_SECONDS` instead. One that
+    doesn't change while it is watched for :data:`BEATS` of them is a dead run's; no clock is compared with another's.
     """
 
     def __init__(self, output_dir: Path, wait_seconds: float = 30.0):
@@ -28,6 +35,8 @@ class RunLock:
         """
         self.path = output_dir / "run.lock"
         self.held = False
+        self._released = threading.Event()
+        self._beat: Path | None = None
         try:
             self._file = open(self.path, "a+")
         except OSError as error:
@@ -38,6 +47,7 @@ class RunLock:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in _UNSUPPORTED:
+                    self._start_beating(output_dir)
                     return
                 if time.monotonic() < deadline:
                     time.sleep(0.2)
@@ -45,16 +55,65 @@ class RunLock:
                 self._file.seek(0)
                 owner = self._file.read().strip() or "unknown"
                 self._file.close()
-                raise CheckpointError(
-                    f"another run is writing to {output_dir} ({owner}); it holds {self.path}. "
-                    "Stop it or set another output_dir. If its machine is surely down, delete that file"
-                ) from None
+                raise _taken(output_dir, owner, self.path) from None
             break
         self.held = True
         self._file.truncate(0)
-        self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}))
+        self._file.write(json.dumps(_owner()))
         self._file.flush()
 
+    def _start_beating(self, output_dir: Path) -> None:
+        """Raises CheckpointError if another run's file changes while it is watched, or ours is overwritten at once."""
+        path, ours = output_dir / "run.beat", _owner() | {"run": uuid.uuid4().hex}
+        if (before := _read(path)) is not None:
+            for _ in range(BEATS):
+                time.sleep(BEAT_SECONDS)
+                if (now := _read(path)) != before:
+                    raise _taken(output_dir, now or "unknown", path)
+        _write(path, ours | {"beat": 0})
+        time.sleep(BEAT_SECONDS)  # of two that start together the one that wrote last goes on
+        if f'"{ours["run"]}"' not in (now := _read(path) or ""):
+            raise _taken(output_dir, now or "unknown", path)
+
+        def beat() -> None:
+            number = 0
+            while not self._released.wait(BEAT_SECONDS):
+                number += 1
+                try:
+                    _write(path, ours | {"beat": number})
+                except OSError:
+                    pass  # a disk that is full for a while: the next beat may come through
+
+        self._beat, self.held = path, True
+        threading.Thread(target=beat, name="run.beat", daemon=True).start()
+
     def release(self) -> None:
+        self._released.set()
+        if self._beat is not None:
+            self._beat.unlink(missing_ok=True)
         self._file.close()
         self.held = False
+
+
+def _owner() -> dict:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
+
+
+def _taken(output_dir: Path, owner: str, file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"another run is writing to {output_dir} ({owner}); it holds {file}. "
+        "Stop it or set another output_dir. If its machine is surely down, delete that file"
+    )
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+def _write(path: Path, content: dict) -> None:
+    temporary = path.with_name(f"{path.name}.{content['run']}")
+    temporary.write_text(json.dumps(content))
+    temporary.rename(path)

@@ -250,15 +250,17 @@ def once(folder: Path, build: Callable[[Callable[[], None]], None], timeout: flo
 @contextmanager
 def _locked(path: Path, timeout: float) -> Iterator[None]:
     lock = filelock.FileLock(path)
-    began = time.time()
+    seen, since = None, time.monotonic()
     while True:
         try:
             lock.acquire(timeout=min(1.0, timeout))
             break
         except filelock.Timeout:
-            # The builder touches the lock's file whenever it gets on.
-            progress = max(began, path.stat().st_mtime if path.exists() else 0.0)
-            if time.time() - progress > timeout:
+            # The builder touches the lock's file whenever it gets on. Whose clock wrote the time doesn't matter.
+            touched = path.stat().st_mtime if path.exists() else None
+            if touched != seen:
+                seen, since = touched, time.monotonic()
+            if time.monotonic() - since > timeout:
                 raise TimeoutError(
                     f"another process holds {path} and hasn't got on with tokenising for {timeout:.0f} s. "
                     "If none is running, remove the file; or set data.cache_dir to a folder of your own"
