@@ -19,15 +19,13 @@ from typing import Any
 
 from joint_train.data import notices
 from joint_train.data.messages import THINKING
-from joint_train.data.render import MARKS, options_of, render, render_marked, template_of
+from joint_train.data.render import Span, Template, options_of
 from joint_train.errors import DataError
 
 # Two texts that share no character at either end, and that no template treats in a special way.
 PROBES = ("\ue000probe\ue001", "\ue002other\ue003")
 # What opens or closes something in a template's text: <think>, </think>, <|channel>, <channel|>, [THINK], [/THINK].
 TAG = re.compile(r"<\|?/?[\w:]+\|?>|\[/?[A-Z_]+\]")
-
-Span = tuple[int, int]
 
 
 @dataclass
@@ -74,26 +72,16 @@ class Conversation:
     """
 
     def __init__(self, example: dict[str, Any], tokenizer):
-        self.messages: list[dict] = example["messages"]
-        self.tokenizer, self.options = tokenizer, options_of(example)
+        self.options = options_of(example)
+        self.template = Template(tokenizer, self.options)
+        self.messages = self.template.prepared(example["messages"])
         context = set(example.get("context", ()))
         said = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
         self.trained = [index for index in said if index not in context]
-        template = template_of(tokenizer, self.options)
-        self.marked = bool(MARKS.search(template))
-        self.prompts = "add_generation_prompt" in template
-        self.special = special_pattern(tokenizer)
+        self.marked, self.special = self.template.marked, self.template.special
+        self.render = self.template.render
         self.notices: Counter[str] = Counter()
-        self.whole, self.whole_marks = self._rendered(self.messages)
-
-    def _rendered(self, messages: list[dict]) -> tuple[str, list[Span]]:
-        if self.marked:
-            return render_marked(self.tokenizer, messages, **self.options)
-        return self.render(messages), []
-
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """The text of these messages."""
-        return render(self.tokenizer, messages, add_generation_prompt, **self.options)
+        self.whole, self.whole_marks = self.template.render_marked(self.messages)
 
     def texts(self) -> list[Text]:
         """The texts that are trained on: each answer once, after its prompt. The last one holds the last answer.
@@ -127,8 +115,8 @@ class Conversation:
                 "message of the role tool, or put {% generation %} marks into the template"
             )
         whole = index == len(self.messages) - 1
-        text, marks = (self.whole, self.whole_marks) if whole else self._rendered([*before, message])
-        if not (before and self.prompts):
+        text, marks = (self.whole, self.whole_marks) if whole else self.template.render_marked([*before, message])
+        if not (before and self.template.prompts):
             return text, self._without_prompt(index, text, marks)
         prompt = self.render(before, add_generation_prompt=True)
         if text.startswith(prompt):
@@ -141,7 +129,7 @@ class Conversation:
             return text, self._ended(index, text, marks, len(prompt))
         if any(name in message for name in THINKING):
             # The prompt may have ended the thinking already.
-            unthought, unthought_marks = self._rendered([*before, _without_thinking(message)])
+            unthought, unthought_marks = self.template.render_marked([*before, _without_thinking(message)])
             if (joined := self._joined(index, prompt, unthought, unthought_marks)) is not None:
                 return joined
         if (joined := self._joined(index, prompt, text, marks)) is not None:
@@ -197,7 +185,7 @@ class Conversation:
             rendered = self.render([*self.messages[:index], other])
             if rendered.count(probe) != 1:
                 raise DataError(
-                    f"message {index}: the chat template of {self.tokenizer.name_or_path!r} renders it so that where "
+                    f"message {index}: the chat template of {self.template.name!r} renders it so that where "
                     "it starts and ends can't be told: put {% generation %} marks into the template"
                 )
             texts.append(rendered)
@@ -217,12 +205,6 @@ def close(text: str, start: int, end: int, special: re.Pattern) -> int:
 def ends_special(text: str, start: int, end: int, special: re.Pattern) -> bool:
     """Whether [start, end) of a text ends with a special token."""
     return any(match.end() == end for match in special.finditer(text, start, end))
-
-
-def special_pattern(tokenizer) -> re.Pattern:
-    """Of the tokens that a tokenizer has besides its vocabulary."""
-    tokens = sorted({str(token) for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
-    return re.compile("|".join(re.escape(token) for token in tokens if token.strip()) or r"(?!)")
 
 
 def common_prefix(a: str, b: str, special: re.Pattern) -> int:

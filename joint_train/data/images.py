@@ -167,8 +167,9 @@ def pixels(reference: str | bytes, folder: str) -> dict[str, np.ndarray]:
 
 def of_messages(example: dict[str, Any], count: int) -> list[str | bytes]:
     """The images in the first messages of an example."""
-    references = example.get("images", [])
-    parts = [part for message in example.get("messages", ())[:count] for part in message["content"] if references]
+    if not (references := example.get("images")):
+        return []
+    parts = [part for message in example["messages"][:count] for part in message["content"]]
     return references[: sum(isinstance(part, dict) and part["type"] == "image" for part in parts)]
 
 

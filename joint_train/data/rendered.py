@@ -40,7 +40,7 @@ def check(conversation: Conversation, texts: list[Text]) -> None:
 
 
 def _left_out(conversation: Conversation, index: int, what: str, piece: str) -> DataError:
-    name, role = conversation.tokenizer.name_or_path, conversation.messages[index]["role"]
+    name, role = conversation.template.name, conversation.messages[index]["role"]
     shown = piece if len(piece) <= 40 else f"{piece[:40]}…"
     return DataError(f"message {index} ({role}): the chat template of {name!r} leaves out {what}: {shown!r}")
 
@@ -139,7 +139,7 @@ def _check_answers(conversation: Conversation, text: Text) -> None:
             if thinking:
                 raise DataError(
                     f"message {answer.index}: thinking is turned on, and the chat template of "
-                    f"{conversation.tokenizer.name_or_path!r} renders the answer without its own: leave the row out, "
+                    f"{conversation.template.name!r} renders the answer without its own: leave the row out, "
                     "or turn thinking off (chat_template_kwargs)"
                 )
             conversation.notices[notices.UNTHOUGHT] += 1

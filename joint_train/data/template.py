@@ -4,9 +4,11 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import Encoding
 
 from joint_train.data import rendered
 from joint_train.data.answers import Conversation, Text
+from joint_train.data.render import Span, encoding
 from joint_train.errors import DataError
 
 ASSISTANT = 1
@@ -75,32 +77,35 @@ def _encode_text(text: str, tokenizer) -> Document:
     return Document(np.asarray(ids, dtype=np.int32), np.full(len(ids), ASSISTANT | LAST, dtype=np.uint8))
 
 
-def _tokens(text: Text, tokenizer) -> tuple[list[int], list[list[tuple[int, int]]]]:
+def _tokens(text: Text, tokenizer) -> tuple[list[int], list[list[Span]]]:
     """The tokens of a text, and for each answer the places [first, last) of those that are trained on."""
-    encoded = tokenizer(text.text, add_special_tokens=False)
+    encoded = encoding(tokenizer, text.text)
     if not any(_cuts_a_token(encoded, answer.start) for answer in text.answers):
-        runs = [[run for span in answer.spans if (run := _token_run(encoded, *span))] for answer in text.answers]
-        return encoded["input_ids"], runs
+        return encoded.ids, [_token_runs(encoded, answer.spans, 0) for answer in text.answers]
     # An engine has tokenised the prompt when the answer begins: no token holds the end of one and the start of the
     # other.
     starts = [answer.start for answer in text.answers]
-    ids: list[int] = list(tokenizer(text.text[: starts[0]], add_special_tokens=False)["input_ids"])
+    ids: list[int] = encoding(tokenizer, text.text[: starts[0]]).ids
     runs = []
     for answer, begun, end in zip(text.answers, starts, [*starts[1:], len(text.text)], strict=True):
-        piece = tokenizer(text.text[begun:end], add_special_tokens=False)
-        found = [_token_run(piece, start - begun, last - begun) for start, last in answer.spans]
-        runs.append([(len(ids) + run[0], len(ids) + run[1]) for run in found if run])
-        ids += piece["input_ids"]
+        piece = encoding(tokenizer, text.text[begun:end])
+        found = _token_runs(piece, answer.spans, begun)
+        runs.append([(len(ids) + first, len(ids) + last) for first, last in found])
+        ids += piece.ids
     return ids, runs
 
 
-def _cuts_a_token(encoded, at: int) -> bool:
+def _cuts_a_token(encoded: Encoding, at: int) -> bool:
     token = encoded.char_to_token(at) if at else None
-    return token is not None and encoded.token_to_chars(token).start < at
+    return token is not None and encoded.token_to_chars(token)[0] < at
 
 
-def _token_run(encoded, start: int, end: int) -> tuple[int, int] | None:
-    """The tokens [first, last) that hold the characters [start, end)."""
+def _token_runs(encoded: Encoding, spans: list[Span], begun: int) -> list[Span]:
+    """The tokens [first, last) that hold each of some spans of characters, of a text that begins at ``begun``."""
+    return [run for start, end in spans if (run := _token_run(encoded, start - begun, end - begun))]
+
+
+def _token_run(encoded: Encoding, start: int, end: int) -> Span | None:
     # Some tokenizers leave white space before a word out of every token's place.
     first = next((token for at in range(start, end) if (token := encoded.char_to_token(at)) is not None), None)
     if first is None:
@@ -109,8 +114,8 @@ def _token_run(encoded, start: int, end: int) -> tuple[int, int] | None:
     return first, _whole_character(encoded, last + 1)
 
 
-def _whole_character(encoded, end: int) -> int:
+def _whole_character(encoded: Encoding, end: int) -> int:
     """``end`` without a cut in a character: one may be several tokens, and only the first is found by its place."""
-    while end < len(encoded["input_ids"]) and encoded.token_to_chars(end) == encoded.token_to_chars(end - 1):
+    while end < len(encoded) and encoded.token_to_chars(end) == encoded.token_to_chars(end - 1):
         end += 1
     return end
