@@ -10,14 +10,12 @@ first builds the starter pair and, without --joint, trains its base by `--base-s
 
 import argparse
 import hashlib
-import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
+from benchmarks.runs import starter_pair, train
 from joint_train.config.values import KINDS
+from joint_train.evaluate.compare import load_run
 
 METRICS = {
     "val/tokens_per_forward": "tokens per base forward",
@@ -27,21 +25,11 @@ METRICS = {
 }
 
 
-def train(output: Path, pair: Path, options, *overrides: str) -> dict[str, float]:
+def last_validation(output: Path, pair: Path, options, *overrides: str) -> dict[str, float]:
     """The last validation of the run in `output`, made if it isn't there."""
-    if not (output / "export" / "drafter").exists():
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-        command += ["-m", "joint_train", "+experiment=starter", f"pair={pair}", f"output_dir={output}"]
-        command += ["resume=never", "tracking.wandb=disabled", "checkpoint.every=1000000", "eval.every=0"]
-        command += [f"eval.prompts={options.prompts}", *overrides]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=options.timeout)
-        if result.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}")
-    last: dict[str, float] = {}
-    for line in (output / "metrics.jsonl").read_text().splitlines():
-        last |= json.loads(line)
-    return {name: last[name] for name in METRICS}
+    train(output, pair, f"eval.prompts={options.prompts}", *overrides, timeout=options.timeout)
+    run = load_run(output, output.name)
+    return {name: run.series(name)[-1][1] for name in METRICS}
 
 
 def main():
@@ -57,13 +45,11 @@ def main():
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run")
     options = parser.parse_args()
 
-    pair = options.work_dir / "pair"
-    if not (pair / "COMPLETE").exists():
-        subprocess.run([sys.executable, "-m", "joint_train.starter", pair], check=True, timeout=options.timeout)
+    pair = starter_pair(options.work_dir / "pair", timeout=options.timeout)
     common = [f"max_steps={options.steps}", *options.set]
     if not options.joint:
         base = options.work_dir / f"base_{options.base_steps}"
-        train(base, pair, options, f"max_steps={options.base_steps}", *options.set)
+        train(base, pair, f"max_steps={options.base_steps}", *options.set, timeout=options.timeout)
         common += ["freeze.base=true", f"model.base={base}/export/base"]
 
     print("| loss.drafter | " + " | ".join(METRICS.values()) + " |")
@@ -73,7 +59,7 @@ def main():
         for seed in options.seeds:
             overrides = [f"loss.drafter={kind}", f"seed={seed}", *common]
             name = hashlib.sha256(" ".join(overrides).encode()).hexdigest()[:12]
-            runs.append(train(options.work_dir / f"run_{name}", pair, options, *overrides))
+            runs.append(last_validation(options.work_dir / f"run_{name}", pair, options, *overrides))
         print(f"| {kind} | " + " | ".join(spread([run[name] for run in runs]) for name in METRICS) + " |", flush=True)
 
 

@@ -10,14 +10,13 @@ engines serve. Intervals are 95 % bootstrap intervals over all prompts and seeds
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import transformers
 
+from benchmarks.runs import starter_pair, train
 from joint_train.evaluate.compare import load_run
 from joint_train.evaluate.decoding import decode
 from joint_train.evaluate.measure import interval
@@ -26,19 +25,6 @@ from joint_train.evaluate.report import number
 
 PAIRINGS = ("serving", "same_token")
 VIEWS = {"transformers": False, "engine": True}
-
-
-def train(output: Path, pair: Path, ranks: int, timeout: float, *overrides: str) -> None:
-    """The run in ``output``, made if it isn't there."""
-    if (output / "export" / "drafter" / "config.json").exists():
-        return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "joint_train", "+experiment=starter", f"pair={pair}", f"output_dir={output}", "resume=never"]
-    command += ["tracking.wandb=disabled", "checkpoint.every=1000000", "eval.prompts=0", *overrides]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}")
 
 
 @torch.no_grad()
@@ -70,13 +56,11 @@ def main() -> None:
 
     found: dict[str, list[dict]] = {pairing: [] for pairing in PAIRINGS}
     for seed in options.seeds:
-        pair = options.work_dir / f"pair_{seed}"
-        command = [sys.executable, "-m", "joint_train.starter", str(pair), "--seed", str(seed)]
-        subprocess.run(command, check=True, timeout=options.timeout, stdout=subprocess.DEVNULL)
+        pair = starter_pair(options.work_dir / f"pair_{seed}", seed, options.timeout)
         for pairing in PAIRINGS:
             run = options.work_dir / f"{pairing}_{seed}"
             overrides = [f"drafter.pairing={pairing}", f"seed={seed}", f"drafter.num_steps={options.num_steps}"]
-            train(run, pair, options.ranks, options.timeout, *overrides, *options.set)
+            train(run, pair, *overrides, *options.set, ranks=options.ranks, timeout=options.timeout)
             metrics = load_run(run, run.name)
             last = {m: metrics.series(m)[-1][1] for m in ("val/base_loss", "val/drafter_loss", "val/drafter_ce")}
             counts = decoded(run / "export", pair / "val.jsonl", options)

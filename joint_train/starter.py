@@ -16,7 +16,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from joint_train.command import start
@@ -65,49 +65,69 @@ CHAT_TEMPLATE = """\
 """
 
 
-def docstrings(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield ``(module.name, docstring)`` of every source file under ``root``, in a fixed order, importing nothing."""
-
-    def visit(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-        if docstring := ast.get_docstring(node):
-            yield name, docstring.strip()
-        for child in node.body:
-            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield from visit(child, f"{name}.{child.name}")
-
+def modules(root: Path) -> Iterator[tuple[str, str, ast.Module]]:
+    """Yield ``(name, text, syntax tree)`` of every source file under ``root``, in a fixed order, importing nothing."""
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
         if SKIPPED_FOLDERS.isdisjoint(parts):
             try:
-                tree = ast.parse(file.read_bytes())
+                data = file.read_bytes()
+                tree = ast.parse(data)
             except (SyntaxError, ValueError):  # templates and deliberately broken files
                 continue
-            yield from visit(tree, ".".join(parts).removesuffix(".__init__"))
+            yield ".".join(parts).removesuffix(".__init__"), data.decode(errors="replace"), tree
 
 
-def examples(root: Path) -> tuple[list[dict], list[dict]]:
-    """Chat examples from the docstrings under ``root``: (training, validation), without duplicates.
+def documented(node: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
+    """Yield ``(name, node)`` of a module, class or function, and of every class and function in it."""
+    yield name, node
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from documented(child, f"{name}.{child.name}")
+
+
+def docstrings(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield ``(module.name, docstring)`` of every source file under ``root``, in a fixed order."""
+    for module, _, tree in modules(root):
+        for name, node in documented(tree, module):
+            if docstring := ast.get_docstring(node):
+                yield name, docstring.strip()
+
+
+def chats(turns: Iterable[tuple[str, str]]) -> tuple[list[dict], list[dict]]:
+    """Chat examples of ``(question, answer)``: (training, validation), without short and duplicate answers.
 
     Which ones are held out depends on the text alone, so a changed library moves few of them.
     """
-    chats = {}
-    for name, docstring in docstrings(root):
-        key = hashlib.sha256(" ".join(docstring.split()).encode()).hexdigest()
-        if len(docstring) >= MIN_CHARS and key not in chats:
-            question = {"role": "user", "content": f"What does `{name}` do?"}
-            chats[key] = {"messages": [question, {"role": "assistant", "content": docstring}]}
-    if len(chats) < 10 * VAL_EXAMPLES:
+    found = {}
+    for question, answer in turns:
+        key = hashlib.sha256(" ".join(answer.split()).encode()).hexdigest()
+        if len(answer) >= MIN_CHARS and key not in found:
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            found[key] = {"messages": messages}
+    held_out = set(sorted(found)[:VAL_EXAMPLES])
+    return [chat for key, chat in found.items() if key not in held_out], [found[key] for key in sorted(held_out)]
+
+
+def examples(root: Path) -> tuple[list[dict], list[dict]]:
+    """Chat examples from the docstrings under ``root``, see :func:`chats`."""
+    train, val = chats((f"What does `{name}` do?", docstring) for name, docstring in docstrings(root))
+    if len(train) + len(val) < 10 * VAL_EXAMPLES:
         raise JointTrainError(
-            f"{root} has {len(chats)} documented names in .py files; at least {10 * VAL_EXAMPLES} are needed. "
-            "Use a Python whose standard library is installed as source files."
+            f"{root} has {len(train) + len(val)} documented names in .py files; at least {10 * VAL_EXAMPLES} are "
+            "needed. Use a Python whose standard library is installed as source files."
         )
-    held_out = set(sorted(chats)[:VAL_EXAMPLES])
-    train = [chat for key, chat in chats.items() if key not in held_out]
-    return train, [chats[key] for key in sorted(held_out)]
+    return train, val
 
 
-def build_tokenizer(chats: list[dict]):
-    """A byte-level BPE tokenizer of ``VOCAB_SIZE`` tokens trained on the chats, with Gemma 4's marks and template."""
+def write_jsonl(path: Path, records: Iterable[dict]) -> None:
+    """One JSON object a line."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text(lines, encoding="utf-8")
+
+
+def build_tokenizer(texts: list[dict]):
+    """A byte-level BPE tokenizer of ``VOCAB_SIZE`` tokens trained on these chats, with Gemma 4's marks and template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -120,7 +140,7 @@ def build_tokenizer(chats: list[dict]):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((message["content"] for chat in chats for message in chat["messages"]), trainer)
+    tokenizer.train_from_iterator((message["content"] for chat in texts for message in chat["messages"]), trainer)
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise JointTrainError(f"the texts give {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}: too few texts")
     bos = (BOS, tokenizer.token_to_id(BOS))
@@ -237,9 +257,8 @@ def scale_weights(model) -> None:
 def write(directory: Path, seed: int) -> dict:
     """Write the pair and its data into an existing empty folder, COMPLETE last, and return what COMPLETE says."""
     train, val = examples(Path(sysconfig.get_paths()["stdlib"]))
-    for name, chats in (("train", train), ("val", val)):
-        lines = "".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats)
-        (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    write_jsonl(directory / "train.jsonl", train)
+    write_jsonl(directory / "val.jsonl", val)
     tokenizer = build_tokenizer(train)
     base, drafter = build_pair(tokenizer, seed)
     for name, model in (("base", base), ("drafter", drafter)):
