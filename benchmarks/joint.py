@@ -87,20 +87,22 @@ ARMS: dict[str, tuple[Stage, ...]] = {
     "joint 0.1 teacher 1": (joint(0.1, "loss.teacher_grad=1"),),
 }
 START = ("drafter.base_grad_scale=1", "optim.clip=joint")  # of the training on docstrings
-COMMON = ("optim.lr=1e-3", "optim.drafter_lr=3e-3", "eval.batches=1")  # of every stage on code; an arm's come after
+COMMON = ("optim.lr=4e-3", "optim.drafter_lr=8e-3", "eval.batches=1")  # of every stage on code; an arm's come after
 CODE_CHARS = 300  # of a function: most then fit in a row
 FAMILIES = ("stale", "sequential", "joint", "teacher", "then")  # of arms: the plot's colours; the last that fits
 
 
 def functions(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield (name, source) of the short functions under ``root`` that have no docstring."""
+    """Yield (question with the head, body) of the short functions under ``root`` that have no docstring."""
     for module, text, tree in modules(root):
         lines = text.splitlines()
         for name, node in documented(tree, module):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not ast.get_docstring(node):
-                source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-                if len(source) <= CODE_CHARS:
-                    yield name, source
+                split = node.body[0].lineno - 1
+                head, body = lines[node.lineno - 1 : split], lines[split : node.end_lineno]
+                head, body = (textwrap.dedent("\n".join(part)) for part in (head, body))
+                if head and len(head) + len(body) <= CODE_CHARS:
+                    yield f"Go on with `{name}`:\n{head}", body
 
 
 class Seed:
@@ -115,7 +117,7 @@ class Seed:
         self.code = options.work_dir / "code"
         if not (self.code / "val.jsonl").exists():
             self.code.mkdir(exist_ok=True)
-            learned, held_out = chats((f"Write `{n}`.", f) for n, f in functions(Path(sysconfig.get_paths()["stdlib"])))
+            learned, held_out = chats(functions(Path(sysconfig.get_paths()["stdlib"])))
             write_jsonl(self.code / "train.jsonl", learned)
             write_jsonl(self.code / "val.jsonl", held_out)  # last: with it there are both
 
@@ -137,7 +139,7 @@ class Seed:
     def run(self, stages: Sequence[Stage]) -> tuple[Path, Path, dict[str, Any]]:
         """Base, drafter, and the cost of the arm with these stages; its runs are made where they aren't there."""
         base, drafter = self.start / "base", self.start / "drafter"
-        cost: dict[str, Any] = {"flops": 0.0, "base_steps": 0, "drafter_steps": 0}
+        cost: dict[str, Any] = {"flops": 0.0, "base_steps": 0, "drafter_steps": 0, "own_texts": 0}
         done: list[str] = []
         for stage in stages:
             per_step = self.flops_per_step(stage)
@@ -147,7 +149,8 @@ class Seed:
             done.append(" ".join([*stage.overrides, *own, str(steps)]))
             folder = self.folder / "runs" / re.sub(r"[^\w.]+", "_", "+".join(done))
             if stage.own_text:
-                cost["flops"] += self.own_text_flops(base)
+                cost["own_texts"], flops = self.own_text_cost(base)
+                cost["flops"] += flops
             export = train(folder, self.pair, *settings, timeout=self.options.timeout) / "export"
             cost["flops"] += steps * per_step
             if "freeze.base=true" not in stage.overrides:
@@ -182,14 +185,17 @@ class Seed:
             run_module("joint_train.data", "regenerate", *arguments, *overrides, timeout=self.options.timeout)
         return output
 
-    def own_text_flops(self, base: Path) -> float:
-        """FLOPs of the base's forward over all tokens of the answers that are used and of their prompts."""
+    def own_text_cost(self, base: Path) -> tuple[int, float]:
+        """How many answers there are, and the FLOPs of the base's forward over their tokens and those of their prompts.
+
+        Answers without an end are neither: the command leaves them out, and so says less than all was spent.
+        """
         tokenizer = transformers.AutoTokenizer.from_pretrained(base)
         records = [json.loads(line)["messages"] for line in self.own_text(base).read_text().splitlines()]
         tokens = sum(len(tokenizer.apply_chat_template(m, return_dict=True)["input_ids"]) for m in records)
         cfg = load(["+experiment=starter", f"pair={self.pair}"])
         forward = without_drafter(self.pair, (*self.options.set, *DRAFTER_ONLY))
-        return tokens * forward / (cfg.data.max_length * cfg.data.micro_batch_size)
+        return len(records), tokens * forward / (cfg.data.max_length * cfg.data.micro_batch_size)
 
     def measure(self, arm: str) -> dict[str, Any]:
         """What the arm cost and reached on this seed."""
@@ -271,7 +277,7 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]
             "tokens_per_forward_seeds": [sum(seed["settled"]) / sum(seed["verifications"]) for seed in seeds],
             "kl_from_base_only": sum(kl) / sum(targets),
             "entropy": sum(entropy) / sum(targets),
-            **{name: mean(arm, name) for name in ("distinct_2", "distinct_3", "repeated_4")},
+            **{name: mean(arm, name) for name in ("distinct_2", "distinct_3", "repeated_4", "own_texts")},
         }
         if "stale" in found:  # its base is the one that was trained without a drafter
             row["base_loss_change"] = interval([loss, column("stale", "loss")], lambda a, b: a / b - 1, seed=0)
