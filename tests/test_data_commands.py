@@ -49,6 +49,66 @@ def test_show_colours_what_is_trained_on_and_where_documents_are_cut(printed, tm
     assert styled("── ", CUT)[:8] in text and "positions of padding" in text
 
 
+def test_show_without_colours_brackets_what_is_trained_on(tmp_path):
+    lines = [chat("ask", "answer"), {"messages": []}, {"messages": [{"role": "user", "content": "no answer"}]}]
+    path = write_jsonl(tmp_path / "a.jsonl", lines)
+    cfg = make_config(tmp_path, [path], mixture="epoch", shuffle=False, on_error="skip", max_length=80)
+    sequence = build_loader(cfg, TOKENIZER, "train", 0, 1).dataset.sequence
+    console = Console(file=io.StringIO(), width=200)
+    show(console, cfg.drafter, sequence, TOKENIZER, 0, 1, None)
+    text = console.file.getvalue()
+    assert "model↵\n⟦answer<turn|>⟧↵" in text and "⟦trained on⟧  not trained on" in text
+    assert text.count("⟦") == 2
+    (line,) = [line for line in text.splitlines() if " a " in line and "100" not in line][:1]
+    assert line.replace("│", " ").split()[-1] == "2", "a bad record and one without a target are skipped"
+
+
+CHECKED = [
+    {**chat("ask", "answer"), "id": 1},
+    {"prompt": "q", "response": "a"},
+    {"messages": [{"role": "wizard", "content": "x"}]},
+    {"messages": [{"role": "witch", "content": "x"}]},
+    {"messages": [{"role": "user", "content": "no answer"}]},
+    chat("long", "x" * 100),
+]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_check_reports_on_whole_files(tmp_path, capsys, workers):
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    bad, good = write_jsonl(tmp_path / "bad.jsonl", CHECKED), write_jsonl(tmp_path / "good.jsonl", [chat("q", "a")])
+    options = [f"data.tokenizer={tmp_path}/tokenizer", f"data.num_workers={workers}", "data.max_length=64"]
+    assert command.main(["check", bad, good, "--json", f"{tmp_path}/out.json", *options]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "columns used: messages, prompt, response; unused: id" in printed
+    first, second = json.loads((tmp_path / "out.json").read_text())
+    assert (first["rows"], first["bad_rows"], first["documents"]) == (6, 3, 4)
+    assert first["formats"] == {"messages": 3, "prompt_response": 1}
+    assert (first["columns_used"], first["columns_unused"]) == (["messages", "prompt", "response"], ["id"])
+    kinds = {found["first"].split(": ", 1)[1]: found["rows"] for found in first["bad"]}
+    assert list(kinds.values()) == [2, 1] and list(kinds)[0].startswith("message 0 has the unknown role 'wizard'")
+    assert list(kinds)[1] == "no target: nothing in it was written by the assistant"
+    tokens = [len(TOKENIZER.apply_chat_template(example["messages"])["input_ids"]) for example in CHECKED[:1]]
+    assert first["length_quantiles"]["100"] > 64 and first["longer_than_max_length"] == 1
+    assert tokens[0] in first["length_quantiles"].values()
+    assert second["bad"] == [] and 0 < second["supervised_share"] < 1
+    assert second["supervised_tokens"] == len(TOKENIZER("a<turn|>")["input_ids"])
+
+    assert command.main(["check", good, *options]) == 0
+    assert "good" in capsys.readouterr().out
+    assert command.main(["check", good, "--json", "-"]) == 0  # without a tokenizer: are the rows understood?
+    out = capsys.readouterr()
+    assert json.loads(out.out)[0]["rows"] == 1 and "no tokenizer" in out.err
+    assert command.main(["check", good, "--format", "orca"]) == 2
+    assert "format='orca' is none of auto, messages" in capsys.readouterr().err
+    assert command.main(["check", f"data.train=[{{path: {bad}}}]"]) == 1
+    columns = write_jsonl(tmp_path / "c.jsonl", [{"problem": "q", "solution": "a"}])
+    assert command.main(["check", columns]) == 1
+    assert command.main(["check", columns, "--columns", "prompt=problem", "response=solution", "--json", "-"]) == 0
+    assert command.main(["check", f"{tmp_path}/missing.jsonl"]) == 2
+    assert command.main(["check"]) == 2
+
+
 @pytest.mark.parametrize("pairing, offset", [("serving", 1), ("same_token", 0)])
 def test_show_spells_out_what_each_round_predicts(printed, pairing, offset):
     text, row = printed(at=14, pairing=pairing)

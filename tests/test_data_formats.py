@@ -232,7 +232,7 @@ REFUSED = {
     ),
     "fractional weight": ({"messages": changed(1, weight=0.5)}, "message 1 has weight 0.5: .*nothing between"),
     "a weight that is a word": ({"messages": changed(1, weight="no")}, "message 1 has weight 'no'"),
-    "misspelt role": ({"messages": said(("user", "Q"), ("asistant", "A"))}, "unknown role 'asistant': is it 'assis"),
+    "misspelt role": ({"messages": said(("user", "Q"), ("asistant", "A"))}, "unknown role 'asistant' .is it 'assis"),
     "arguments that are no JSON": (
         {"messages": [QA[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{a}"}]}]},
         "message 1: tool call 0: arguments is a string that isn't JSON",

@@ -175,8 +175,28 @@ def test_an_image_that_changed_since_is_named_by_the_worker(tmp_path, tokenizer)
     examples = [ask({"type": "image", "path": "cat.png"})]
     batches(tmp_path, tokenizer, examples)
     picture(0, (900, 30)).save(tmp_path / "cat.png")
-    with pytest.raises(DataError, match=r"a.jsonl:1: image .*cat.png has \d+ tokens now, and had \d+"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: image .*cat.png has \d+ tokens now, and had \d+") as raised:
         batches(tmp_path, tokenizer, examples, num_workers=1)
+    assert "Traceback" not in str(raised.value)
+
+
+def test_markers_stand_for_the_images_beside_them(tmp_path, tokenizer):
+    """LLaMA-Factory's way: <image> in the text, and the images in a column."""
+    for seed in range(2):
+        picture(seed).save(tmp_path / f"{seed}.png")
+    messages = [{"role": "user", "content": "<image>what is it?<image>"}, {"role": "assistant", "content": "a cat"}]
+    examples = [{"messages": messages, "images": ["0.png", "1.png"]}]
+    image = {"type": "image"}
+    written = [image, {"type": "text", "text": "what is it?"}, image]
+    examples.append({"messages": [{"role": "user", "content": written}, messages[1]], "images": ["0.png", "1.png"]})
+    with_markers, with_parts = batches(tmp_path, tokenizer, examples, count=2, packing=False)
+    assert with_markers.keys() == with_parts.keys() and "pixel_values" in with_parts
+    assert all(torch.equal(with_markers[key], with_parts[key]) for key in with_parts)
+    with pytest.raises(DataError, match="a.jsonl:1: 1 images for 2 places in the messages"):
+        batches(tmp_path, tokenizer, [{"messages": messages, "images": ["0.png"]}])
+    plain = make_tokenizer(GEMMA4)
+    with pytest.raises(DataError, match="a.jsonl:1: 2 images, and the tokenizer 'tiny' declares no tokens for them"):
+        batches(tmp_path, plain, examples)
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "split"])

@@ -241,8 +241,8 @@ def test_sources_say_what_they_use(tmp_path, caplog):
             "data source 'a': 1 messages, 1 prompt_response; columns used: messages, prompt, response; "
             "unused: id, more, source" in caplog.text
         )
-        assert "1 conversations are several documents each, one for each answer" in caplog.text
-        assert f"(first: {tmp_path}/a.jsonl:1)" in caplog.text
+        assert "conversations that are a document for each answer, since the template" in caplog.text
+        assert f"prompts for them: 1 (first: {tmp_path}/a.jsonl:1)" in caplog.text
 
 
 def test_columns_that_no_record_has_are_an_error(tmp_path):

@@ -1,5 +1,6 @@
 """Look at the data, or make some.
 
+    python -m joint_train.data check FILE… [--format F] [--columns FIELD=COLUMN…] [--json OUT.json] [overrides]
     python -m joint_train.data show [--split val] [--row 0] [--rows 2] [--at POSITION] [overrides]
     torchrun --nproc-per-node N -m joint_train.data regenerate OUT.jsonl [--max-new-tokens 512] [overrides]
 
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from joint_train.command import start
 from joint_train.config import conf_dir
 from joint_train.errors import ConfigError
+from joint_train.files import replace
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +27,12 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m joint_train.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="look at whole files: bad rows, formats, columns, lengths")
+    check.add_argument("--format", default="auto", help="of the files; default: by their fields")
+    check.add_argument(
+        "--columns", nargs="*", default=[], metavar="FIELD=COLUMN", help="the files' column for a field of the format"
+    )
+    check.add_argument("--json", type=Path, help="file for the report in JSON; - prints it instead of the tables")
     show = commands.add_parser("show", help="print rows in colour")
     show.add_argument("--split", choices=("train", "val"), default="train")
     show.add_argument("--row", type=int, default=0, help="the first row")
@@ -38,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     regenerate.add_argument("--batch-size", type=int, default=8)
     regenerate.add_argument("--max-new-tokens", type=int, default=512)
     regenerate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    check.add_argument("overrides", nargs="*", metavar="FILE", help="files, and overrides of the configuration")
     for command in (show, regenerate):
         command.add_argument("overrides", nargs="*", help="of the configuration, e.g. data.max_length=512")
     return top
@@ -55,11 +64,14 @@ def main(arguments: list[str]) -> int:
     if unknown:
         parser().error(f"unknown option {unknown[0]}")
 
-    def run() -> None:
+    def run() -> int | None:
+        if options.command == "check":
+            return run_check(options, options.overrides + more)
         cfg = load_config(options.overrides + more)
         if cfg.data.tokenizer is None and OmegaConf.is_missing(cfg.model, "base"):
             raise ConfigError("model.base is not set (or data.tokenizer, for show)")
         {"show": run_show, "regenerate": run_regenerate}[options.command](cfg, options)
+        return None
 
     return start("joint_train.data", run, int(os.environ.get("RANK", 0)))
 
@@ -75,6 +87,40 @@ def load_tokenizer(cfg: DictConfig):
 
 def _base(cfg: DictConfig) -> tuple[str, str | None, str | None]:
     return cfg.model.base, cfg.model.revision, cfg.model.cache_dir
+
+
+def run_check(options: argparse.Namespace, arguments: list[str]) -> int:
+    """``check``: 1 if a row is bad."""
+    from rich.console import Console
+
+    from joint_train.config import SourceConfig
+    from joint_train.data import report
+    from joint_train.data.formats import check_source
+    from joint_train.data.readers import sources_of
+
+    files = [argument for argument in arguments if "=" not in argument or os.path.exists(argument)]
+    cfg = load_config([argument for argument in arguments if argument not in files])
+    if files:
+        columns = dict(pair.split("=", 1) for pair in options.columns)
+        cfg.data.train = [SourceConfig(path=file, format=options.format, columns=columns) for file in files]
+        cfg.data.val = []
+    specs = sources_of(cfg.data, "train") + sources_of(cfg.data, "val")
+    if not specs:
+        raise ConfigError("no file is named, and data.train has no source")
+    for spec in specs:
+        check_source(spec.path, spec.format, spec.columns)
+    has_tokenizer = cfg.data.tokenizer is not None or not OmegaConf.is_missing(cfg.model, "base")
+    tokenizer = load_tokenizer(cfg) if has_tokenizer else None
+    if tokenizer is None:
+        print("no tokenizer (data.tokenizer, model.base): only whether the rows are understood", file=sys.stderr)
+    reports = report.check(specs, cfg.data, tokenizer)
+    if options.json == Path("-"):
+        print(report.to_json(reports), end="")
+    else:
+        report.show(Console(), reports)
+        if options.json:
+            replace(options.json, report.to_json(reports))
+    return int(any(found.bad for found in reports))
 
 
 def run_show(cfg: DictConfig, options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ has, where there are any, ``tools``, ``chat_template_kwargs`` and ``context``: t
 are not trained on.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -142,10 +142,20 @@ FIELDS = {name: {field for need in entry.needs for field in need} | {*entry.may_
 COMMON = {*SYSTEM, *TOOLS, *IMAGES, OPTIONS}
 
 
-def known_fields(format: str) -> set[str]:
-    """What ``columns`` of a source may name."""
-    formats = TABLE if format == "auto" else (format,)
-    return COMMON.union(*(FIELDS[name] for name in formats))
+def check_source(where: str, format: str, columns: Mapping[str, str]) -> None:
+    """Refuse a format that there isn't, and columns for fields that it hasn't.
+
+    Raises:
+        DataError: saying what there is.
+    """
+    if format not in FORMATS:
+        raise DataError(f"{where}: format={format!r} is none of {', '.join(FORMATS)}")
+    known = COMMON.union(*(FIELDS[name] for name in (TABLE if format == "auto" else (format,))))
+    if unknown := sorted(columns.keys() - known):
+        raise DataError(
+            f"{where}: columns name {', '.join(unknown)}, which is no field of format={format}; its fields are "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def adapt(row: dict, format: str, columns: dict[str, str], arrow: bool) -> Adapted:

@@ -19,7 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from joint_train.config import checks
 from joint_train.data import images
 from joint_train.data.cache import tokenised
-from joint_train.data.formats import FORMATS, known_fields
+from joint_train.data.formats import check_source
 from joint_train.data.pieces import Pieces, cut
 from joint_train.data.readers import source_name, sources_of
 from joint_train.data.rows import Cursor, RowSequence
@@ -28,7 +28,7 @@ from joint_train.distributed.preemption import leave_process_group
 from joint_train.errors import DataError, OtherData
 
 UNPACKED_MULTIPLE = 64
-POSITION = "position"
+POSITION, ERROR = "position", "error"
 CHOICES = {key.removeprefix("data."): of for key, of in checks.CHOICES.items() if key.startswith("data.")}
 
 
@@ -62,6 +62,8 @@ class BatchLoader(StatefulDataLoader):
 
     def _ready(self, batches: Iterator[dict]) -> Iterator[dict[str, torch.Tensor]]:
         for batch in batches:
+            if ERROR in batch:  # by a worker: raised there it would come with that process's stack
+                raise DataError(batch[ERROR])
             self.position = batch.pop(POSITION)
             yield {key: self._tensor(value) for key, value in batch.items()}
 
@@ -129,7 +131,10 @@ class RankBatches(torch.utils.data.Dataset):
         # memory. Only pixels are large enough for that.
         batch: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         if pictures := [picture for row in documents for picture in self.sequence.pictures(row)]:
-            batch |= self._pixels(pictures)
+            try:
+                batch |= self._pixels(pictures)
+            except DataError as error:
+                return {ERROR: str(error)}
             batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_token).astype(np.int64)
         consumed = (number + 1) * self.size * self.rows
         if self.last is None:
@@ -202,8 +207,8 @@ def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, positio
             raise OtherData(
                 "the checkpoint's data position belongs to other data: its sources, the tokenizer, the seed or one of "
                 "the data settings that make rows (max_length, packing, overlong, train_on, mixture, shuffle, weights) "
-                "differ from this run's. Set them as they were, or start a run of its own (another output_dir) from "
-                "the exported models"
+                "differ from this run's, or this version of joint-train prepares rows in another way. Set them as they "
+                "were, or start a run of its own (another output_dir) from the exported models"
             )
         start = dict(position)
     last = count = None
@@ -248,13 +253,7 @@ def _check(data, split: str) -> None:
         raise DataError(f"data.{split} has no source: choose one of conf/data, or list sources with a path each")
     for index, spec in enumerate(specs):
         where = f"data.{split}[{index}] ({source_name(spec)})"
-        if spec.format not in FORMATS:
-            raise DataError(f"{where}: format={spec.format!r} is none of {', '.join(FORMATS)}")
-        if unknown := sorted(spec.columns.keys() - known_fields(spec.format)):
-            raise DataError(
-                f"{where}: columns name {', '.join(unknown)}, which is no field of format={spec.format}; its fields "
-                f"are {', '.join(sorted(known_fields(spec.format)))}"
-            )
+        check_source(where, spec.format, spec.columns)
         if spec.streaming and spec.limit is None and (split == "val" or data.mixture == "epoch"):
             raise DataError(
                 f"{where}: a stream's length isn't known, so it has no epoch: set its limit, or streaming=false"

@@ -143,7 +143,7 @@ def _message(turn: Any, where: str, arrow: bool) -> tuple[dict, bool]:
 
 def _unknown_role(role: Any, where: str) -> DataError:
     close = difflib.get_close_matches(role.strip().lower(), [*ROLES, *CALLERS], 1) if isinstance(role, str) else []
-    hint = f": is it {close[0]!r}?" if close else ""
+    hint = f" (is it {close[0]!r}?)" if close else ""
     return DataError(f"{where} has the unknown role {role!r}{hint}; known are {', '.join([*ROLES, *CALLERS])}")
 
 

@@ -10,15 +10,15 @@ UNTHOUGHT, UNASKED, OTHER_PROMPT, ENDLESS, UNSHOWN_TOOLS, UNROLLED = (
 )
 
 MEANING = {
-    UNTHOUGHT: "the template renders {count} answers without their thinking, and so they are trained; to train it, set "
-    "chat_template_kwargs (for Gemma 4 {{enable_thinking: true}}) for the source or for all data",
-    UNASKED: "{count} answers have no thinking, though it is turned on: the model learns to answer without it",
-    OTHER_PROMPT: "the text before {count} answers isn't what the generation prompt of the template would be",
-    ENDLESS: "{count} answers end without a token that closes the turn, since the template writes none: the model "
-    "isn't taught to stop",
-    UNSHOWN_TOOLS: "the template doesn't show the tools of {count} examples",
-    UNROLLED: "{count} conversations are several documents each, one for each answer: the template renders earlier "
-    "turns otherwise than it prompts for them, and each answer follows its own prompt",
+    UNTHOUGHT: "answers that the template renders without their thinking, and that are trained so: {count}. To "
+    "train it set chat_template_kwargs (for Gemma 4 {{enable_thinking: true}}) for the source or for all data",
+    UNASKED: "answers without thinking, though it is turned on: {count}. The model learns to answer without it",
+    OTHER_PROMPT: "answers after a text that isn't the template's generation prompt: {count}",
+    ENDLESS: "answers that end without a token that closes the turn, since the template writes none: {count}. The "
+    "model isn't taught to stop",
+    UNSHOWN_TOOLS: "examples whose tools the template doesn't show: {count}",
+    UNROLLED: "conversations that are a document for each answer, since the template renders earlier turns otherwise "
+    "than it prompts for them: {count}",
 }
 # Those that say what is done, and nothing that had better be changed.
 AS_IT_SHOULD = {UNROLLED}

@@ -13,6 +13,7 @@ from joint_train.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+NO_TARGET = "no target: nothing in it was written by the assistant"
 MASKS = {"assistant": ASSISTANT, "last_assistant": LAST, "all": None}
 
 
@@ -23,12 +24,14 @@ class Pieces:
     Attributes:
         source: the tokens.
         document, start, length: ``[N]`` of each piece; ascending in (document, start).
+        skipped: how many of its records were bad or had no target.
     """
 
     source: Tokenised
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.document)
@@ -80,12 +83,13 @@ def cut(source: Tokenised, data) -> Pieces:
         DataError: a document has no target at all (``data.on_error=raise``).
     """
     documents, mask = source.documents, MASKS[data.train_on]
+    skipped = source.skipped
     # Where the template makes several documents of a conversation, the last one has all that the earlier ones have.
     keep = np.ones(len(documents), dtype=bool) if data.train_on == "assistant" else ~documents["earlier"]
     if mask is not None:
         empty = keep & (documents["targets"] == 0)
         if empty.any():
-            message = f"{source.where(int(np.argmax(empty)))}: no target: nothing in it was written by the assistant"
+            message = f"{source.where(int(np.argmax(empty)))}: {NO_TARGET}"
             if data.on_error == "raise":
                 raise DataError(message)
             logger.warning(
@@ -95,6 +99,7 @@ def cut(source: Tokenised, data) -> Pieces:
                 message,
             )
             keep &= ~empty
+            skipped += int(np.count_nonzero(empty))
     long = documents["length"] > data.max_length
     short = np.flatnonzero(keep & ~long)
     pieces = [np.stack([short, np.zeros_like(short), documents["length"][short]], axis=1)]
@@ -118,7 +123,7 @@ def cut(source: Tokenised, data) -> Pieces:
             f"; {lost} pieces of them without a target are left out" if lost else "",
         )
     table = np.concatenate(pieces)
-    return Pieces(source, *table[np.lexsort((table[:, 1], table[:, 0]))].T)
+    return Pieces(source, *table[np.lexsort((table[:, 1], table[:, 0]))].T, skipped=skipped)
 
 
 def _parts(source: Tokenised, document: int, data) -> Iterator[tuple[int, int]]:

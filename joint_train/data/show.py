@@ -12,6 +12,8 @@ from joint_train.data.pieces import Pieces
 from joint_train.data.rows import Cursor, RowSequence
 from joint_train.pair.targets import joint_targets
 
+BRACKETS = ("⟦", "⟧")
+"""Around what is trained on, where there are no colours."""
 TRAINED, UNTRAINED, CUT, NOTE = "bold green", "grey50", "magenta", "italic cyan"
 
 
@@ -22,31 +24,32 @@ def show(console: Console, drafter, sequence: RowSequence, tokenizer, first: int
         drafter: the ``drafter`` group.
         at: the position in each of them whose rounds are spelled out; None: the first where all of them count.
     """
+    rows = list(Cursor(sequence, 0, 0).rows(first, first + count))  # a stream knows then what it skipped
     console.print(_sources(sequence))
+    marks = BRACKETS if console.color_system is None else ("", "")
+    trained = "trained on".join(marks)
     console.print(
-        Text.assemble(
-            ("trained on", TRAINED), "  ", ("not trained on", UNTRAINED), "  ", ("cut between documents", CUT)
-        )
+        Text.assemble((trained, TRAINED), "  ", ("not trained on", UNTRAINED), "  ", ("cut between documents", CUT))
     )
-    for number, documents in enumerate(Cursor(sequence, 0, 0).rows(first, first + count), start=first):
+    for number, documents in enumerate(rows, start=first):
         row = sequence.row(documents, sequence.max_length)
         used = int((row["document_ids"] > 0).sum())
         targets = int((row["labels"] != -100).sum())
         console.rule(
             f"row {number}: {len(documents)} documents, {used} of {sequence.max_length} tokens, {targets} targets"
         )
-        _print_documents(console, sequence, documents, row, tokenizer)
+        _print_documents(console, sequence, documents, row, tokenizer, marks)
         console.print(_rounds(drafter, row, at, lambda token: _shown(tokenizer, token)))
 
 
 def _sources(sequence: RowSequence) -> Table:
-    table = Table("source", "examples", "tokens", "pieces", "skipped", "share", title=f"data ({sequence.mixture})")
+    table = Table("source", "documents", "tokens", "pieces", "skipped", "share", title=f"data ({sequence.mixture})")
     for source, share in zip(sequence.sources, np.diff(sequence.bounds, prepend=0), strict=True):
         if isinstance(source, Pieces):
             documents = source.source.documents
-            counts = (len(documents), int(documents["length"].sum()), len(source), source.source.skipped)
+            counts = (len(documents), int(documents["length"].sum()), len(source), source.skipped)
         else:
-            counts = ("stream", "", "", "")
+            counts = ("stream", "", "", source.skipped)
         # In an epoch mixture a source's share is that of its examples.
         share = f"{share:.1%}" if sequence.mixture == "endless" else ""
         table.add_row(source.name, *(f"{n:,}" if isinstance(n, int) else n for n in counts), share)
@@ -57,7 +60,9 @@ def _shown(tokenizer, token: int) -> str:
     return tokenizer.decode([token]).replace("\n", "↵")
 
 
-def _print_documents(console: Console, sequence: RowSequence, documents, row, tokenizer) -> None:
+def _print_documents(
+    console: Console, sequence: RowSequence, documents, row, tokenizer, marks: tuple[str, str]
+) -> None:
     for index, (source, piece) in enumerate(documents.tolist(), start=1):
         where = np.flatnonzero(row["document_ids"] == index)
         pieces = sequence.sources[source]
@@ -67,8 +72,11 @@ def _print_documents(console: Console, sequence: RowSequence, documents, row, to
         # Neighbours of one kind are decoded together: a character may be several tokens.
         trained = row["labels"][where] != -100
         for run in np.split(where, np.flatnonzero(np.diff(trained)) + 1):
-            style = TRAINED if row["labels"][run[0]] != -100 else UNTRAINED
-            text.append(tokenizer.decode(row["input_ids"][run]).replace("\n", "↵\n"), style)
+            decoded = tokenizer.decode(row["input_ids"][run]).replace("\n", "↵\n")
+            if row["labels"][run[0]] != -100:
+                text.append(decoded.join(marks), TRAINED)
+            else:
+                text.append(decoded, UNTRAINED)
         console.print(text)
     if padding := int((row["document_ids"] == 0).sum()):
         console.print(Text(f"── {padding} positions of padding", CUT))

@@ -84,6 +84,11 @@ class StreamPieces:
         return self.block(piece >> 32)[1].where(piece & 0xFFFFFFFF)
 
     @property
+    def skipped(self) -> int:
+        """Records that were bad or had no target, in the blocks that this process holds."""
+        return sum(pieces.skipped for _, pieces in self._blocks.values())
+
+    @property
     def total(self) -> int | None:
         """Records of the stream, once its end has been seen."""
         try:

@@ -46,6 +46,7 @@ class Chunk:
 
     Attributes:
         errors: of bad records; with ``data.on_error=raise`` there is at most one, and nothing after it.
+        records: how many were read.
     """
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
@@ -55,6 +56,7 @@ class Chunk:
     pictures: np.ndarray = field(default_factory=lambda: np.empty(0, PICTURE))
     picture_data: bytes = b""
     errors: list[str] = field(default_factory=list)
+    records: int = 0
     seen: Seen = field(default_factory=Seen)
 
 
@@ -70,7 +72,7 @@ class Tokenise(torch.utils.data.Dataset):
         encoded: list[template.Document] = []
         lines: list[int] = []
         pictures, picture_data = [], bytearray()
-        chunk = Chunk()
+        chunk = Chunk(records=len(records))
         for record in records:
             noticed = Counter[str]()
             try:
@@ -82,7 +84,8 @@ class Tokenise(torch.utils.data.Dataset):
                 if self.on_error == "raise":
                     break
                 continue
-            chunk.seen.noticed(noticed, f"{record.file}:{record.line}")
+            if noticed:
+                chunk.seen.noticed(noticed, f"{record.file}:{record.line}")
             for document, places in found:
                 for position, count, reference in places:
                     data = reference.encode() if isinstance(reference, str) else reference
@@ -138,13 +141,20 @@ def encode_example(
         raise DataError(f"{record.file}:{record.line}: {type(error).__name__}: {error}") from error
 
 
-def tokenise(records: Iterable[Record], source, data, tokenizer, num_workers: int) -> Iterator[Chunk]:
-    """The tokens of records, chunk by chunk in their order, by ``num_workers`` processes (0: this one)."""
+def tokenise(
+    records: Iterable[Record], source, data, tokenizer, num_workers: int, on_error: str | None = None
+) -> Iterator[Chunk]:
+    """The tokens of records, chunk by chunk in their order.
+
+    Args:
+        num_workers: processes that work; 0: this one.
+        on_error: instead of ``data.on_error``.
+    """
     # DataLoader is the pool of processes: it reads ahead a bounded number of chunks, keeps their order, notices a
     # worker that dies, and raises a worker's error here.
     return iter(
         torch.utils.data.DataLoader(
-            Tokenise(source, data.on_error, tokenizer),
+            Tokenise(source, on_error or data.on_error, tokenizer),
             batch_size=None,
             sampler=_batches(records),
             num_workers=num_workers,
