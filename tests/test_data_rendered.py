@@ -1,6 +1,7 @@
 """Rows as tokens: what of each is trained on, and that nothing that a row says is lost on the way."""
 
 import json
+import time
 from collections import Counter
 
 import pytest
@@ -261,6 +262,32 @@ def test_each_answer_is_trained_once(tmp_path, train_on, targets):
     labels = batch["labels"][0]
     assert GEMMA.decode(labels[labels == GEMMA.convert_tokens_to_ids("<turn|>")]) == "<turn|>" * (targets or 4)
     assert batch["document_ids"].max() == (2 if train_on == "assistant" else 1)
+
+
+FOR_EVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}"
+FOR_EVER += "{% endfor %}"
+HOSTILE = {
+    "loops": (FOR_EVER, "the chat template of '.*' takes more than 0 s: it may never end"),
+    "recurses": ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "refuses it: RecursionError"),
+    "powers": ("{{ 9 ** 9 ** 9 ** 9 }}", "takes powers"),
+    "looks into Python": ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "refuses it: SecurityError"),
+    "reads files": ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "refuses it: "),
+    "changes the messages": ("{{ messages.append(1) }}", "refuses it: SecurityError"),
+    "is none": ("{% for %}", "refuses it: TemplateSyntaxError"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("case", HOSTILE)
+def test_templates_from_strangers(tmp_path, monkeypatch, case, workers):
+    """They end with a sentence, in this process and in a loader's."""
+    template, message = HOSTILE[case]
+    monkeypatch.setattr("joint_train.data.render.LIMIT_SECONDS", 0.2)
+    cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", [chat("Q", "A")])], num_workers=workers)
+    began = time.monotonic()
+    with pytest.raises(DataError, match=f"a.jsonl:1: .*{message}") as raised:
+        build_loader(cfg, make_tokenizer(template), "train", 0, 1)
+    assert "Traceback" not in str(raised.value) and time.monotonic() - began < 60
 
 
 # Everything that the templates of this repository can show, and what they can't.

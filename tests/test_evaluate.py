@@ -493,16 +493,19 @@ def test_starter_prompts_are_held_out_questions_up_to_the_answer(monkeypatch):
         for i in range(8)
     ]
     monkeypatch.setattr(prompt_sets, "examples", lambda root: (chats[:4], chats[4:]))
-    asked = []
+    asked, given = [], []
 
     class Templated(FakeTokenizer):
         chat_template = "x"
 
     def prompt_ids(tokenizer, messages, **options):
         asked.append(messages)
+        given.append(options)
         return [2]
 
     monkeypatch.setattr(prompt_sets, "prompt_ids", prompt_ids)
+    assert load_prompts("starter", Templated(), limit=1, template_options={"enable_thinking": True})
+    assert asked.pop() == chats[4]["messages"][:1] and given.pop() == {"enable_thinking": True}
     found = load_prompts("starter", Templated(), limit=3)
     assert [p.text for p in found] == ["q4", "q5", "q6"]
     assert asked == [chat["messages"][:1] for chat in chats[4:7]]

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import jinja2
 import tokenizers
 from transformers.utils import chat_template_utils
 
@@ -77,7 +78,7 @@ class Template:
         special: matches the tokens that the tokenizer has besides its vocabulary.
 
     Raises:
-        DataError: the tokenizer has no template, or one that isn't a template.
+        DataError: the tokenizer has no template, or one that takes powers: no time limit interrupts those.
     """
 
     def __init__(self, tokenizer, options: dict[str, Any]):
@@ -153,6 +154,12 @@ def _handle_signals(process: int) -> None:
 
 @lru_cache(maxsize=64)
 def _properties(source: str) -> tuple[bool, bool]:
+    try:
+        powers = any(value == "**" for _, kind, value in jinja2.Environment().lex(source) if kind == "operator")
+    except jinja2.TemplateSyntaxError:
+        powers = False  # said when it is rendered
+    if powers:
+        raise DataError("the chat template takes powers (**), which no conversation needs and which may never end")
     return bool(MARKS.search(source)), "add_generation_prompt" in source
 
 

@@ -27,6 +27,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("drafter", metavar="DRAFTER", nargs="?", help="folder or hub id of its drafter")
     parser.add_argument("--prompts", default="general", help="general | starter | a JSONL file (default: general)")
     parser.add_argument("--limit", type=int, help="at most this many prompts")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=template_options,
+        default={},
+        metavar="JSON",
+        help="for the chat template, as data.chat_template_kwargs in training, e.g. '{\"enable_thinking\": true}'",
+    )
     parser.add_argument("--num-steps", type=step_list, help="K: 4, 1-8 or 1,2,4 (default 1-8)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens for a prompt (default 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="also sample at this temperature (0: don't)")
@@ -78,6 +85,17 @@ def threshold_list(text: str) -> list[float]:
     return sorted({threshold for threshold in thresholds if threshold})
 
 
+def template_options(text: str) -> dict:
+    """``{"enable_thinking": true}`` as a dictionary."""
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as {{"enable_thinking": true}}')
+    return options
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse options that don't go together.
 
@@ -127,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         for folder, config in zip(folders, configs, strict=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
-    prompts = load_prompts(args.prompts, tokenizer, args.limit)
+    prompts = load_prompts(args.prompts, tokenizer, args.limit, args.chat_template_kwargs)
 
     results = {
         "base": args.base,

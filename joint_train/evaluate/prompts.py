@@ -43,19 +43,26 @@ def validation_prompts(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, coun
     return prompts
 
 
-def load_prompts(name: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Prompt]:
-    """Prompts of a set: ``general``, ``starter``, or a JSONL file in any format that training data has.
+def load_prompts(
+    name: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, template_options: dict | None = None
+) -> list[Prompt]:
+    """Prompts of a set: ``general``, ``starter``, or a file in any format that training data has.
+
+    ``template_options`` are the chat template's, as ``data.chat_template_kwargs`` are in training.
 
     Raises:
         joint_train.data.DataError: if the file isn't there or one of its lines is bad.
         ValueError: if there are none.
     """
+    options = template_options or {}
     if name == STARTER:
         _, held_out = examples(Path(sysconfig.get_paths()["stdlib"]))
-        prompts = [chat_prompt(chat["messages"], tokenizer, STARTER) for chat in held_out[:limit]]
+        prompts = [chat_prompt(chat["messages"], tokenizer, STARTER, **options) for chat in held_out[:limit]]
     else:
         file = resources.files(__package__) / "prompts.jsonl" if name == GENERAL else Path(name)
-        source = OmegaConf.structured(SourceConfig(path=str(file), name=name if name == GENERAL else None))
+        source = OmegaConf.structured(
+            SourceConfig(path=str(file), name=name if name == GENERAL else None, chat_template_kwargs=options)
+        )
         prompts = list(islice(source_prompts(source, tokenizer), limit))
     if not prompts:
         raise ConfigError(f"no prompts in {name}")

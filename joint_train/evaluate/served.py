@@ -251,7 +251,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
             f"no tokenizer at {source}, where {args.url} has its model from: give BASE and DRAFTER, with the base's "
             f"tokenizer in its folder. ({e})"
         ) from e
-    prompts = load_prompts(args.prompts, tokenizer, args.limit)
+    prompts = load_prompts(args.prompts, tokenizer, args.limit, args.chat_template_kwargs)
     request = Request(args.max_new_tokens, args.temperature, args.ignore_eos, args.seed)
     results = {
         "base": str(source),
