@@ -80,7 +80,7 @@ LARGE = dict(
     use_bidirectional_attention="vision",
 )
 NO_PLE = dict(vocab_size_per_layer_input=0, hidden_size_per_layer_input=0)
-MOE = dict(enable_moe_block=True, num_experts=8, top_k_experts=2, moe_intermediate_size=32)
+MOE = dict(enable_moe_block=True, num_experts=3, top_k_experts=2, moe_intermediate_size=32)
 TEXT = {
     "e2b": E2B,
     "text": E2B,

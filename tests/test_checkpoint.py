@@ -57,11 +57,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, uninte
         same(end, end_resumed)
 
 
-def save_sharded(rank, folder, overrides):
+def save_sharded(rank, folder, overrides, shape):
     """Two steps (every parameter has moments), one checkpoint."""
     cfg = config(overrides)
     seed_all(rank)
-    model, optimizer = build(cfg)
+    model, optimizer = build(cfg, shape)
     checkpointer = Checkpointer(folder, cfg.checkpoint, timeout_seconds=TIMEOUT)
     train_step(model, optimizer)
     train_step(model, optimizer)
@@ -70,10 +70,10 @@ def save_sharded(rank, folder, overrides):
     return everything(model, optimizer)
 
 
-def load_sharded(rank, folder, overrides, path):
+def load_sharded(rank, folder, overrides, path, shape):
     """Into a pair with other weights, under another sharding."""
     cfg = config(overrides)
-    model, optimizer = build(cfg, seed=7)
+    model, optimizer = build(cfg, shape, seed=7)
     checkpointer = Checkpointer(folder, cfg.checkpoint, timeout_seconds=TIMEOUT)
     state = checkpointer.load(checkpointer.find_resume(str(path)), model, optimizer, config=cfg)
     checkpointer.close()
@@ -85,22 +85,24 @@ HSDP = {"parallel.dp_replicate": 2}
 
 
 @pytest.mark.parametrize(
-    ("saved_on", "saved_as", "loads"),
+    ("saved_on", "saved_as", "loads", "shape"),
     [
-        (2, {}, [(1, {}), (4, {}), (4, HSDP)]),
-        (4, HSDP, [(2, {})]),
+        (2, {}, [(1, {}), (4, {}), (4, HSDP)], "e2b"),
+        (4, HSDP, [(2, {})], "e2b"),
+        (2, {}, [(1, {}), (4, {})], "26b_a4b"),  # three experts: cut along another dimension, or not at all
     ],
-    ids=["2 FSDP", "4 HSDP"],
+    ids=["2 FSDP", "4 HSDP", "experts"],
 )
-def test_resharding_is_exact(tmp_path, saved_on, saved_as, loads):
-    saved = run_ranks(save_sharded, saved_on, tmp_path / "saved", saved_as)[0]
+def test_resharding_is_exact(tmp_path, saved_on, saved_as, loads, shape):
+    saved = run_ranks(save_sharded, saved_on, tmp_path / "saved", saved_as, shape)[0]
     assert sum(name.endswith("/exp_avg_sq") for name in saved) > 50
     path = tmp_path / "saved/checkpoints/step_00000002"
     for i, (ranks, sharding) in enumerate(loads):
-        results = run_ranks(load_sharded, ranks, tmp_path / f"run{i}", sharding, path)
+        results = run_ranks(load_sharded, ranks, tmp_path / f"run{i}", sharding, path, shape)
         for state, placements, loaded in results:
             assert state == {"step": 2}
             assert any("Replicate" in p for p in placements) == bool(sharding)
+            assert any("dim=1" in p for p in placements) == (shape == "26b_a4b" and ranks > 1), placements
             same(saved, loaded)
 
 

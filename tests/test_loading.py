@@ -88,8 +88,14 @@ def load_sharded(rank, root, shapes, replicate):
         for part, model in (("base", pair.base), ("drafter", pair.drafter)):
             reference = type(model).from_pretrained(f"{root}/{shape}/{part}", dtype=torch.float32)
             for name, parameter in model.named_parameters():
-                # FSDP2 gives rank r the r-th of torch.chunk's pieces of the first dimension
-                pieces = reference.get_parameter(name).detach().chunk(world // replicate)
+                if any(f".{tower}." in name for tower in ("vision_tower", "audio_tower", "embed_vision", "embed_audio")):
+                    assert not isinstance(parameter, DTensor)  # frozen: whole on every rank
+                    continue
+                # FSDP2 gives rank r the r-th of torch.chunk's pieces: of the first dimension, but where that is the
+                # three experts, whose padding would add a third, of the second
+                whole = reference.get_parameter(name).detach()
+                dim = 1 if len(whole) == 3 and whole.dim() > 1 and world > replicate else 0
+                pieces = whole.chunk(world // replicate, dim)
                 mine = mesh["dp_shard"].get_local_rank()
                 piece = pieces[mine] if mine < len(pieces) else pieces[0][:0]
                 assert isinstance(parameter, DTensor) and torch.equal(parameter.to_local(), piece), name

@@ -1,12 +1,13 @@
 """Freezing, activation checkpointing, compilation and FSDP2 of the pair.
 
 Units of the base: each decoder layer; the per-layer embedding table; the root with the rest (the embedding and the head
-tied to it, the final norm, the towers). Units of the drafter: one, the whole of it.
+tied to it, the final norm, trained towers). Units of the drafter: one, the whole of it.
 
 - The root's weights stay gathered from the forward to the end of the backward, since the loss reads the head.
 - The drafter runs K rounds: as a unit of its own, a layer would be gathered and reduced K times each way.
-- Towers belong to the root because only some ranks may have images in a step: a unit that runs on some ranks only would
-  leave the others waiting.
+- Trained towers belong to the root because only some ranks may have images in a step: a unit that runs on some ranks
+  only would leave the others waiting. Frozen ones are whole on every rank, in the dtype of compute: in the root they
+  would be gathered in every micro-batch, also of text, and held as long as the root is.
 """
 
 import torch
@@ -18,6 +19,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
 from joint_train.distributed.mesh import fsdp_mesh
+from joint_train.distributed.placement import placement
 from joint_train.errors import ConfigError
 from joint_train.pair.model import JointModel
 
@@ -35,13 +37,18 @@ def text_model(base: nn.Module) -> nn.Module:
     return getattr(base.model, "language_model", base.model)
 
 
+def towers(base: nn.Module) -> list[nn.Module]:
+    """The base's vision and audio towers and their projections, as far as it has them."""
+    names = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
+    return [tower for name in names if (tower := getattr(base.model, name, None)) is not None]
+
+
 def freeze(model: JointModel, cfg: DictConfig) -> None:
     """Apply the ``freeze`` group to the base (``freeze.base`` is the composite's own argument)."""
     base = model.base
     if cfg.towers:
-        for name in ("vision_tower", "audio_tower", "embed_vision", "embed_audio"):
-            if (tower := getattr(base.model, name, None)) is not None:
-                tower.requires_grad_(False)
+        for tower in towers(base):
+            tower.requires_grad_(False)
     if cfg.embeddings:
         base.get_input_embeddings().requires_grad_(False)
         base.lm_head.requires_grad_(False)
@@ -89,8 +96,13 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
     """
     text = text_model(model.base)
     params, compute = DTYPES[cfg.precision.params], compute_dtype(cfg.precision, mesh.device_type)
+    whole = set()
+    for parameter in (p for tower in towers(model.base) for p in tower.parameters() if not p.requires_grad):
+        parameter.data = parameter.data.to(compute)
+        whole.add(parameter)
     options = {
         "mesh": fsdp_mesh(mesh),
+        "shard_placement_fn": placement(mesh["dp_shard"].size()),
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute if compute != params else None, reduce_dtype=DTYPES[cfg.precision.reduce]
         ),
@@ -102,7 +114,7 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
         per_layer.set_unshard_in_backward(False)  # the gradient of a look-up doesn't need the table
     for root in (model.base, model.drafter):
         name = type(root).__name__
-        fully_shard(root, reshard_after_forward=False, **options)
+        fully_shard(root, reshard_after_forward=False, ignored_params=whole, **options)
         type(root).__name__ = name  # transformers' generation knows an assistant by the name of its class
         register_fsdp_forward_method(root, "within")
     for module in model.modules():

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from joint_train.distributed.parallelize import DTYPES, text_model
+from joint_train.distributed.placement import local_numel
 from joint_train.pair.targets import joint_targets
 from joint_train.plan.meter import Meter, in_backward, stand_ins
 from joint_train.weights.composite import Gemma4WithDrafter
@@ -115,6 +116,5 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int) -> Step:
 
 
 def local_bytes(parameters: list[nn.Parameter], shard: int, cfg: DictConfig) -> int:
-    """Bytes of rank 0's shards, which are the largest, in ``precision.params``."""
-    rows = ((-(-p.shape[0] // shard), p[0].numel()) for p in parameters)
-    return sum(n * size for n, size in rows) * DTYPES[cfg.precision.params].itemsize
+    """Bytes of a rank's shards, padding included, in ``precision.params``."""
+    return sum(local_numel(p.shape, shard) for p in parameters) * DTYPES[cfg.precision.params].itemsize

@@ -43,6 +43,8 @@ class BaseDrift:
         """``base_drift``, ``|W - W_start| / |W_start|`` over all weights, and ``base_drift_kl``, KL(start || now)."""
         sums = torch.zeros(4, dtype=torch.float64)
         for parameter, start in zip(self.model.base.parameters(), self.start, strict=True):
+            if dist.get_rank() and not isinstance(parameter, DTensor):
+                continue  # whole on every rank
             now, start = local(parameter).float().cpu(), start.float()
             sums[0] += (now - start).square().sum()
             sums[1] += start.square().sum()

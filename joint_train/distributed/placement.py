@@ -1,0 +1,35 @@
+"""How a weight is cut over the ranks that shard it."""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+from torch.distributed.tensor import Shard
+
+WASTE = 1 / 8  # of a weight, that padding may add before another dimension is cut
+
+
+def shard_dim(shape: Sequence[int], shards: int) -> int:
+    """The dimension of a weight that is cut over `shards` ranks.
+
+    FSDP2 pads dimension 0 to a multiple of the shards: 128 experts over 512 ranks take the place of 512. Where padding
+    adds more than :data:`WASTE`, the first other dimension that divides evenly is cut (FSDP2 can't pad another one);
+    without one it stays dimension 0.
+    """
+    padded = -(-shape[0] // shards) * shards
+    if padded <= (1 + WASTE) * shape[0]:
+        return 0
+    return next((d for d in range(1, len(shape)) if shape[d] % shards == 0), 0)
+
+
+def local_numel(shape: Sequence[int], shards: int) -> int:
+    """Elements of a shard, with what FSDP2 pads."""
+    dim = shard_dim(shape, shards)
+    numel = 1
+    for d, size in enumerate(shape):
+        numel *= -(-size // shards) if d == dim else size
+    return numel
+
+
+def placement(shards: int) -> Callable[[nn.Parameter], Shard]:
+    """``shard_placement_fn`` of ``fully_shard``, see :func:`shard_dim`."""
+    return lambda parameter: Shard(shard_dim(parameter.shape, shards))
