@@ -97,7 +97,8 @@ def train_step(model, optimizer) -> float:
 
 
 def full(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().numpy().copy()
+    whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    return (whole.float() if whole.dtype == torch.bfloat16 else whole).numpy().copy()
 
 
 def everything(model, optimizer) -> dict[str, np.ndarray]:

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from joint_train.config import Config
 from joint_train.errors import ConfigError, WeightsError
 from joint_train.export import main
-from joint_train.weights import export
+from joint_train.weights import writing
 from joint_train.weights.composite import load_pair
-from joint_train.weights.export import export_model, parse_size, plan_shards, verify
+from joint_train.weights.export import export_checkpoint, export_model, parse_size, plan_shards, verify
 from joint_train.weights.folders import read_config
 from joint_train.weights.loading import build_meta, load_model, materialize
 
@@ -80,6 +80,9 @@ def test_round_trip_in_one_process(pairs, tmp_path, shape):
 def sharded_round_trip(rank, root, out, shapes, replicate):
     from joint_train.distributed.mesh import init_mesh
 
+    writing.PIECE_BYTES = 1000  # so that tensors come in pieces
+    put, written = writing._Pen.put, set()
+    writing._Pen.put = lambda pen, files, file, *args: (written.add(str(file)), put(pen, files, file, *args))
     for shape in shapes:
         cfg = pair_config(f"{root}/{shape}", dp_replicate=replicate)
         pair = load_pair(cfg, init_mesh(cfg.parallel), "cpu")
@@ -87,14 +90,17 @@ def sharded_round_trip(rank, root, out, shapes, replicate):
             pair(input_ids=torch.randint(3, 240, (1, 12)))  # leaves the roots' weights gathered
         for part, model, tokens in (("base", pair.base, None), ("drafter", pair.drafter, 3)):
             export_model(model, f"{root}/{shape}/{part}", f"{out}/{shape}/{part}", "100KB", num_assistant_tokens=tokens)
+    return written
 
 
 @pytest.mark.parametrize(
-    ("world", "replicate", "shapes"), [(2, 1, ["e2b", "multimodal", "12b_unified"]), (4, 2, ["26b_a4b"])]
+    ("world", "replicate", "shapes"),
+    [(2, 1, ["e2b", "multimodal", "12b_unified"]), (4, 1, ["26b_a4b"]), (4, 2, ["26b_a4b"])],
 )
 def test_round_trip_of_sharded_weights(pairs, tmp_path, world, replicate, shapes):
     """Folder, sharded load, no step, export: equal bit for bit."""
-    run_ranks(sharded_round_trip, world, str(pairs), str(tmp_path), shapes, replicate)
+    of_rank = run_ranks(sharded_round_trip, world, str(pairs), str(tmp_path), shapes, replicate)
+    assert all(of_rank) and sum(map(len, of_rank)) == len(set().union(*of_rank))  # a file has one writer
     for shape in shapes:
         for part in PARTS:
             assert_same_tensors(tmp_path / shape / part, pairs / shape / part)
@@ -156,7 +162,7 @@ def test_names_that_only_the_source_has_stay(e2b, tmp_path):
     export_model(model, e2b[0], tmp_path / "out")
     assert_same_tensors(tmp_path / "out", e2b[0])
     dcp.save(get_model_state_dict(model), checkpoint_id=tmp_path / "checkpoint", no_dist=True)
-    export.export_checkpoint(tmp_path / "checkpoint", model, e2b[0], tmp_path / "again")
+    export_checkpoint(tmp_path / "checkpoint", model, e2b[0], tmp_path / "again")
     assert_same_tensors(tmp_path / "again", e2b[0])
 
 
@@ -249,20 +255,21 @@ def test_an_older_export_stays_whole_until_the_new_one_is(e2b, tmp_path, monkeyp
     export_model(model, e2b[0], out)
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
-    write, calls = export._write, []
+    put, calls = writing._Pen.put, []
 
-    def full_disk(slot, tensor):
-        calls.append(slot)
+    def full_disk(*args):
+        calls.append(args)
         assert_same_tensors(out, e2b[0])
         if len(calls) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(slot, tensor)
+        put(*args)
 
-    monkeypatch.setattr(export, "_write", full_disk)
+    monkeypatch.setattr(writing._Pen, "put", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export_model(model, e2b[0], out)
+    assert len(calls) == 3  # nothing is written after an error
     assert_same_tensors(out, e2b[0])
-    monkeypatch.setattr(export, "_write", write)
+    monkeypatch.setattr(writing._Pen, "put", put)
     export_model(model, e2b[0], out)
     assert not torch.equal(
         load_model(out, torch.float32).lm_head.weight, load_model(e2b[0], torch.float32).lm_head.weight
@@ -276,9 +283,9 @@ def fail_on_one_rank(rank, root, out):
     cfg = pair_config(root)
     pair = load_pair(cfg, init_mesh(cfg.parallel), "cpu")
     if rank == 1:
-        export._write = lambda slot, tensor: (_ for _ in ()).throw(OSError("No space left on device"))
+        writing._Pen.put = lambda *args: (_ for _ in ()).throw(OSError("No space left on device"))
     try:
-        export_model(pair.base, f"{root}/base", out)
+        export_model(pair.base, f"{root}/base", out, "100KB")
     except Exception as e:
         return f"{type(e).__name__}: {e}"
 
@@ -287,6 +294,21 @@ def test_a_failure_on_one_rank_fails_on_all(pairs, tmp_path):
     first, second = run_ranks(fail_on_one_rank, 2, str(pairs / "31b"), str(tmp_path / "out"))
     assert first == "RuntimeError: rank 1: OSError: No space left on device"
     assert second == "OSError: No space left on device"
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_file_system_changed_is_found(e2b, tmp_path, monkeypatch):
+    put = writing._Pen.put
+
+    def changed(pen, files, file, offset, piece):
+        put(pen, files, file, offset, piece)
+        if len(pen.written) == 5:
+            files[file].seek(offset)
+            files[file].write(bytes([piece[0] ^ 1]))
+
+    monkeypatch.setattr(writing._Pen, "put", changed)
+    with pytest.raises(WeightsError, match=r"safetensors isn't what was written: bytes \d+ to \d+ differ"):
+        export_model(load_model(e2b[0], torch.float32), e2b[0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -335,5 +357,5 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(e2b, tmp_path):
     dcp.save(state, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
     meta = build_meta(read_config(e2b[0]), torch.bfloat16)
     with pytest.raises(WeightsError, match="lacks 1 tensors: model.language_model.norm.weight"):
-        export.export_checkpoint(tmp_path / "checkpoint", meta, e2b[0], tmp_path / "out")
+        export_checkpoint(tmp_path / "checkpoint", meta, e2b[0], tmp_path / "out")
     assert not dist.is_initialized()

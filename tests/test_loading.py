@@ -88,7 +88,9 @@ def load_sharded(rank, root, shapes, replicate):
         for part, model in (("base", pair.base), ("drafter", pair.drafter)):
             reference = type(model).from_pretrained(f"{root}/{shape}/{part}", dtype=torch.float32)
             for name, parameter in model.named_parameters():
-                if any(f".{tower}." in name for tower in ("vision_tower", "audio_tower", "embed_vision", "embed_audio")):
+                if any(
+                    f".{tower}." in name for tower in ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
+                ):
                     assert not isinstance(parameter, DTensor)  # frozen: whole on every rank
                     continue
                 # FSDP2 gives rank r the r-th of torch.chunk's pieces: of the first dimension, but where that is the

@@ -152,6 +152,27 @@ def test_every_shape_sharded_equals_unsharded(shape):
     compare(shape, {"activation_checkpointing__base": "full"}, 2, 2)
 
 
+def test_fewer_experts_than_ranks():
+    """Three experts on four ranks are cut along another dimension."""
+    compare("26b_a4b", {}, 4, 1)
+
+
+def frozen_towers(rank: int):
+    """The types and dtypes of the towers' weights and of the others, and whether bfloat16 compute runs with images."""
+    cfg = config(precision__compute="bfloat16")
+    model, _, _ = sharded("multimodal", cfg)
+    towers = {name: p for name, p in model.named_parameters() if "_tower." in name or ".embed_vision." in name}
+    found = {(isinstance(p, DTensor), p.dtype) for p in towers.values()}
+    others = {(isinstance(p, DTensor), p.dtype) for name, p in model.named_parameters() if name not in towers}
+    return found, others
+
+
+def test_frozen_towers_are_whole_and_in_the_dtype_of_compute():
+    for towers, others in run_ranks(frozen_towers, 2):
+        assert towers == {(False, torch.bfloat16)}
+        assert others - {(False, torch.bfloat16)} == {(True, torch.float32)}
+
+
 def test_one_rank_equals_one_process():
     compare("e2b", {"activation_checkpointing__base": "full"}, 1, 4)
 
@@ -236,10 +257,10 @@ def updates(model, cfg, rows: dict) -> tuple[list[dict[str, Tensor]], dict[str, 
     return norms, {name: full(p.detach()).clone() for name, p in model.named_parameters()}, optimizer
 
 
-def sharded_updates(rank: int, options: dict):
+def sharded_updates(rank: int, options: dict, shape: str):
     """:func:`updates`, and the weights after a third step whose gradient isn't finite in one of two shards."""
     cfg = config(**UPDATE, **options)
-    model, index, size = sharded("e2b", cfg)
+    model, index, size = sharded(shape, cfg)
     norms, weights, optimizer = updates(model, cfg, {name: x.chunk(size)[index] for name, x in batch().items()})
     gradient = model.drafter.pre_projection.weight.grad
     if gradient.device_mesh.get_coordinate()[-1] == 1:
@@ -249,12 +270,16 @@ def sharded_updates(rank: int, options: dict):
     return norms, weights, {name: full(p.detach()) for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("ranks, options", [(2, {}), (4, {"parallel__dp_replicate": 2})], ids=["fsdp", "hsdp"])
-def test_clipped_updates_sharded_equal_one_process(ranks, options):
+@pytest.mark.parametrize(
+    "ranks, options, shape",
+    [(2, {}, "e2b"), (4, {"parallel__dp_replicate": 2}, "e2b"), (2, {}, "26b_a4b")],
+    ids=["fsdp", "hsdp", "experts"],
+)
+def test_clipped_updates_sharded_equal_one_process(ranks, options, shape):
     cfg = config(**UPDATE)
-    expected_norms, expected, _ = updates(build("e2b", cfg), cfg, batch())
+    expected_norms, expected, _ = updates(build(shape, cfg), cfg, batch())
     assert expected_norms[0]["grad_norm"] > 1  # it is clipped
-    for norms, weights, after_nan in run_ranks(sharded_updates, ranks, options):
+    for norms, weights, after_nan in run_ranks(sharded_updates, ranks, options, shape):
         torch.testing.assert_close(norms, expected_norms, rtol=1e-4, atol=0)
         torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
         assert all(torch.equal(weights[name], x) for name, x in after_nan.items())

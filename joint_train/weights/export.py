@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PreTrainedModel
 
 from joint_train.checkpoint.reader import Reader
@@ -35,8 +32,8 @@ from joint_train.distributed.ranks import together
 from joint_train.errors import ConfigError, WeightsError
 from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.loading import FLOATS, Stored, match, stored_tensors
+from joint_train.weights.writing import Slot, check_written, write_tensors
 
-WRITE_BYTES = 64 * 2**20
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -45,16 +42,6 @@ SAFETENSORS_NAMES = {
 DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 # Files of a model folder that hold weights, in any format: never copied.
 WEIGHT_FILES = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx)$|\.index\.json$")
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a tensor lies in the export."""
-
-    file: Path
-    offset: int  # bytes from the start of the file
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 # Exporting
@@ -89,8 +76,9 @@ def export_model(
     tensors = model.state_dict(keep_vars=True)
 
     def fill(slots: dict[str, Slot]) -> None:
-        for key, name in names.items():
-            _write(slots[key], tensors[name])
+        written = []
+        together(lambda: written.extend(write_tensors({key: tensors[name] for key, name in names.items()}, slots)))
+        check_written(written)
 
     _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill)
 
@@ -180,7 +168,7 @@ def _export(
     def finish() -> None:
         for key in stored.keys() - names.keys():  # held by the source for nothing, and by the export as well
             with safe_open(stored[key].file, framework="pt") as weights:
-                _write(slots[key], weights.get_tensor(key))
+                _mapped(slots[key]).copy_(weights.get_tensor(key))
         _copy_other_files(source, partial)
         _write_configs(model, source, partial, dtype, num_assistant_tokens)
         for file in partial.rglob("*"):
@@ -273,28 +261,6 @@ def _write_headers(folder: Path, shards: list[list[str]], layout: dict) -> None:
             "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in sorted(keys)},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write(slot: Slot, tensor: Tensor) -> None:
-    """Write this rank's slice of a tensor, if it is the one to write it."""
-    offset = slot.offset
-    if isinstance(tensor, DTensor):
-        if not all(placement in (Replicate(), Shard(0)) for placement in tensor.placements):
-            raise NotImplementedError(f"a tensor placed as {tensor.placements}; only shards of the first dimension")
-        coordinate = tensor.device_mesh.get_coordinate()
-        if any(c for c, p in zip(coordinate, tensor.placements, strict=True) if p.is_replicate()):
-            return
-        _, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        offset += start[0] * math.prod(slot.shape[1:]) * slot.dtype.itemsize
-        tensor = tensor.to_local()
-    elif dist.is_initialized() and dist.get_rank() != 0:
-        return
-    flat = tensor.detach().reshape(-1)
-    step = WRITE_BYTES // 8
-    with open(slot.file, "r+b") as file:
-        file.seek(offset)
-        for piece in flat.split(step):
-            file.write(piece.to(slot.dtype).cpu().view(torch.uint8).numpy())
 
 
 def _mapped(slot: Slot) -> Tensor:
