@@ -212,16 +212,19 @@ def test_parts_of_the_memory(pairs):
     cfg = configure(pairs / "31b", **{"parallel.dp_shard": 4})
     plan = make_plan(cfg, Machine(), **CPU)
     pair = load_pair(cfg, None, "cpu")
-    shard = sum(4 * -(-p.shape[0] // 4) * p[0].numel() for p in pair.parameters())  # fp32, rank 0 has the larger piece
+    towers = {name: p for name, p in pair.named_parameters() if "_tower." in name or "embed_vision." in name}
+    sharded = [p for name, p in pair.named_parameters() if name not in towers]
+    shard = sum(4 * -(-p.shape[0] // 4) * p[0].numel() for p in sharded)  # fp32, rank 0 has the larger piece
     trained = sum(4 * -(-p.shape[0] // 4) * p[0].numel() for p in pair.parameters() if p.requires_grad)
     assert plan.memory["weights (this rank's shard)"] == shard
+    assert plan.memory["frozen towers"] == sum(p.nbytes for p in towers.values()) > 0
     assert plan.memory["optimizer states"] == 2 * trained
     assert plan.checkpoint == 4 * sum(p.numel() * (1 + 2 * p.requires_grad) for p in pair.parameters())
     assert (plan.ranks, plan.tokens) == (4, 4 * cfg.data.max_length)
 
     # At the peak, in the loss: the roots' weights, and of the layers' one that is on its way, or all of them.
     layers = [4 * sum(p.numel() for p in layer.parameters()) for layer in pair.base.model.language_model.layers]
-    whole = sum(p.nbytes for p in pair.parameters())
+    whole = sum(4 * 4 * -(-p.shape[0] // 4) * p[0].numel() for p in sharded)
     assert plan.memory["gathered weights"] == whole - sum(layers) + max(layers)
     cfg.parallel.reshard_after_forward = False
     assert make_plan(cfg, Machine(), **CPU).memory["gathered weights"] == whole + max(layers)

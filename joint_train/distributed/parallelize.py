@@ -43,6 +43,11 @@ def towers(base: nn.Module) -> list[nn.Module]:
     return [tower for name in names if (tower := getattr(base.model, name, None)) is not None]
 
 
+def whole_parameters(base: nn.Module) -> list[nn.Parameter]:
+    """The base's weights that every rank holds whole: those of frozen towers."""
+    return [p for tower in towers(base) for p in tower.parameters() if not p.requires_grad]
+
+
 def freeze(model: JointModel, cfg: DictConfig) -> None:
     """Apply the ``freeze`` group to the base (``freeze.base`` is the composite's own argument)."""
     base = model.base
@@ -96,10 +101,9 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
     """
     text = text_model(model.base)
     params, compute = DTYPES[cfg.precision.params], compute_dtype(cfg.precision, mesh.device_type)
-    whole = set()
-    for parameter in (p for tower in towers(model.base) for p in tower.parameters() if not p.requires_grad):
+    whole = set(whole_parameters(model.base))
+    for parameter in whole:
         parameter.data = parameter.data.to(compute)
-        whole.add(parameter)
     options = {
         "mesh": fsdp_mesh(mesh),
         "shard_placement_fn": placement(mesh["dp_shard"].size()),

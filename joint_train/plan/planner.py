@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedConfig
 
-from joint_train.distributed.parallelize import DTYPES, compute_dtype
+from joint_train.distributed.parallelize import DTYPES, compute_dtype, whole_parameters
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.loss import memory_budget_mb
 from joint_train.plan.step import local_bytes, simulate
@@ -140,8 +140,11 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     states = 2 * local_bytes(trained, shard, cfg)
+    whole = whole_parameters(model.base)
+    sharded = [p for p in parameters if not any(p is other for other in whole)]
     memory = {
-        "weights (this rank's shard)": local_bytes(parameters, shard, cfg),
+        "weights (this rank's shard)": local_bytes(sharded, shard, cfg),
+        "frozen towers": sum(p.nbytes for p in whole),
         "optimizer states": states,
         **{name: step.at_peak[name] for name in ("gradients", "gathered weights", "gradient reduction", "activations")},
     }

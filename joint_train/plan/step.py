@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from joint_train.distributed.parallelize import DTYPES, text_model
+from joint_train.distributed.parallelize import DTYPES, text_model, whole_parameters
 from joint_train.distributed.placement import local_numel
 from joint_train.pair.targets import joint_targets
 from joint_train.plan.meter import Meter, in_backward, stand_ins
@@ -19,7 +19,7 @@ class _Unit:
 
     def __init__(self, parameters: list[nn.Parameter], stays: bool, meter: Meter, cfg: DictConfig, shard: int) -> None:
         self.meter, self.stays = meter, stays
-        self.size = sum(p.numel() * p.dtype.itemsize for p in parameters)
+        self.size = sum(local_numel(p.shape, shard) * shard * p.dtype.itemsize for p in parameters)  # with padding
         self.trained = [p for p in parameters if p.requires_grad]
         self.reduced = sum(p.numel() for p in self.trained) * DTYPES[cfg.precision.reduce].itemsize
         self.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes(self.trained, shard, cfg)
@@ -85,6 +85,7 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int) -> Step:
     if (per_layer := getattr(text, "embed_tokens_per_layer", None)) is not None:
         unit(list(per_layer.parameters()), False).wrap(per_layer)
     taken = {id(p) for layer in (*text.layers, *([per_layer] if per_layer else [])) for p in layer.parameters()}
+    taken |= {id(p) for p in whole_parameters(model.base)}
     root = unit([p for p in model.base.parameters() if id(p) not in taken], True)
     drafter = unit(list(model.drafter.parameters()), True)
     drafter.hooks.append(model.drafter.pre_projection.register_forward_pre_hook(drafter.gather))

@@ -105,12 +105,13 @@ def _pieces(tensor: Tensor, slot: Slot, writer: int, rank: int) -> Iterator[tupl
             for start in range(0, flat.numel(), step):
                 yield slot.offset + start * slot.dtype.itemsize, _bytes(flat[start : start + step], slot.dtype).cpu()
         return
+    local = tensor.to_local().detach()
     number, placement = next(((i, p) for i, p in enumerate(tensor.placements) if isinstance(p, Shard)), (None, None))
     if number is None:
-        yield from _pieces(tensor.to_local(), slot, writer, rank)
+        yield from _pieces(local, slot, writer, rank)
         return
     group = tensor.device_mesh.get_group(number)
-    members, local = dist.get_process_group_ranks(group), tensor.detach().to_local()
+    members = dist.get_process_group_ranks(group)
     if writer not in members:
         return  # another replica's ranks send this one
     size = slot.shape[placement.dim]
