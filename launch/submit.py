@@ -30,6 +30,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from joint_train import config
+from joint_train.config.values import mesh_sentence
 from joint_train.errors import JointTrainError
 
 LAUNCH = Path(__file__).resolve().parent
@@ -278,6 +279,10 @@ def main(arguments: list[str]) -> int:
     job = result.stdout.strip().split(";")[0]
     log = output_dir / (f"*/slurm/{job}_*.log" if multirun else f"slurm/{job}.log")
     print(f"job {job}: {len(runs)} x {options.nodes} node(s) x {options.ranks} rank(s)")
+    for mesh in dict.fromkeys(
+        mesh_sentence(run.cfg.parallel, options.nodes * options.ranks, options.ranks) for run in runs
+    ):
+        print(f"  mesh    {mesh}")
     print(f"  follow  tail -F {log if multirun else shlex.quote(str(log))}")
     print(f"  state   squeue -j {job}")
     print(f"  result  {Path(options.python).name} -m launch.summary {output_dir}")

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from joint_train.config import Config
-from joint_train.config.values import mesh_shape
+from joint_train.config.values import mesh_sentence, mesh_shape
 from joint_train.distributed.mesh import data_rank, init_mesh
 from joint_train.distributed.parallelize import parallelize, prepare, reshard, set_last_micro_batch
 from joint_train.errors import ConfigError
@@ -322,6 +322,20 @@ def test_mesh_shape_says_what_does_not_fit():
     parallel.dp_replicate, parallel.dp_shard = 3, -1
     with pytest.raises(ConfigError, match="8 / 3 isn't whole"):
         mesh_shape(parallel, 8)
+    parallel.dp_replicate = 1
+    for ranks, node, (replicate, shard) in (
+        (64, 8, (1, 64)),
+        (512, 8, (8, 64)),
+        (72, 8, (3, 24)),
+        (88, 8, (11, 8)),
+        (96, 4, (2, 48)),
+        (65, 1, (5, 13)),
+    ):
+        assert mesh_shape(parallel, ranks, node) == (1, replicate, shard, 1, 1)
+    assert "over 64 of 512 ranks, 8 replicas (HSDP): parallel.dp_shard=-1 shards" in mesh_sentence(parallel, 512, 8)
+    assert mesh_sentence(parallel, 8, 8) == "weights are sharded over 8 of 8 ranks"
+    parallel.dp_shard = 512  # what is set is kept
+    assert mesh_shape(parallel, 512, 8) == (1, 1, 512, 1, 1)
     for name in ("pp", "cp", "tp"):
         wrong = OmegaConf.structured(Config).parallel
         wrong[name] = 2

@@ -119,7 +119,7 @@ class OptimConfig:
 class ParallelConfig:
     pp: int = key(1, "pipeline parallel size; only 1")
     dp_replicate: int = key(1, "replicas of the sharded pair (HSDP)")
-    dp_shard: int = key(-1, "ranks that the weights are sharded over; -1: all that are left")
+    dp_shard: int = key(-1, "ranks that the weights are sharded over; -1: all that are left, or at most 64 (HSDP)")
     cp: int = key(1, "context parallel size; only 1")
     tp: int = key(1, "tensor parallel size; only 1")
     reshard_after_forward: bool = key(True, "free a base layer's gathered weights after its forward")

@@ -1,6 +1,7 @@
 """Keys whose value is a small language of its own, and what they mean: losses, weights of rounds, steps, the mesh."""
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,9 @@ from joint_train.errors import ConfigError
 KINDS = ("ce", "ce_argmax", "kl", "reverse_kl", "js", "tv", "nla", "lk_hybrid")
 
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+MOST_SHARDS = 64
+"""Ranks that ``parallel.dp_shard=-1`` shards over at most."""
 
 REFUSED = {
     "pp": "the drafter reads the keys and values of the base's last layers in the same forward, so the pair can't be "
@@ -83,12 +87,34 @@ def parse_steps(spec: str | None) -> range:
     return range(first, last + 1)
 
 
-def mesh_shape(parallel: DictConfig, world_size: int | None) -> tuple[int, int, int, int, int]:
+def default_shards(ranks: int, node: int) -> int:
+    """How many of the ranks hold one copy of the weights between them where ``parallel.dp_shard`` is -1.
+
+    All of them, up to :data:`MOST_SHARDS`. Beyond, the shards hardly get smaller while every gather crosses the whole
+    network: the largest number up to that which divides the ranks and is whole nodes (or a whole part of one).
+
+    Args:
+        ranks: of the run.
+        node: of them on a node.
+    """
+    if ranks <= MOST_SHARDS:
+        return ranks
+    return max(n for n in range(1, MOST_SHARDS + 1) if ranks % n == 0 and (n % node == 0 or node % n == 0))
+
+
+def node_size() -> int:
+    """Ranks on this node, as torchrun says; 8 where nobody says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 8))
+
+
+def mesh_shape(parallel: DictConfig, world_size: int | None, node: int | None = None) -> tuple[int, int, int, int, int]:
     """Sizes of :data:`DIMENSIONS`.
 
     Args:
         parallel: the ``parallel`` configuration group.
-        world_size: number of ranks; ``None`` where it isn't known yet (``dp_shard=-1`` stays -1 then).
+        world_size: number of ranks; ``None`` where it isn't known yet (``dp_shard=-1`` stays -1 then). With
+            ``dp_shard=-1`` and ``dp_replicate=1`` more than :data:`MOST_SHARDS` are HSDP, see :func:`default_shards`.
+        node: ranks on a node; by default what torchrun says.
 
     Raises:
         ConfigError: for pp, cp or tp above 1, and for a mesh that doesn't fit the world size.
@@ -106,7 +132,10 @@ def mesh_shape(parallel: DictConfig, world_size: int | None) -> tuple[int, int, 
             "be -1, for all the ranks that are left."
         )
     if world_size is not None:
-        if shard == -1 and world_size % replicate == 0:
+        if shard == -1 and replicate == 1:
+            shard = default_shards(world_size, node or node_size())
+            replicate = world_size // shard
+        elif shard == -1 and world_size % replicate == 0:
             shard = world_size // replicate
         if shard == -1 or replicate * shard != world_size:
             product = f"{replicate} x {'?' if shard == -1 else shard}"
@@ -120,3 +149,15 @@ def mesh_shape(parallel: DictConfig, world_size: int | None) -> tuple[int, int, 
                 f"parallel.dp_shard=-1 and a parallel.dp_replicate that divides {world_size}."
             )
     return 1, replicate, shard, 1, 1
+
+
+def mesh_sentence(parallel: DictConfig, world_size: int, node: int | None = None) -> str:
+    """What the mesh is, and who chose it."""
+    _, replicate, shard, _, _ = mesh_shape(parallel, world_size, node)
+    said = f"weights are sharded over {shard} of {world_size} ranks" + (f", {replicate} replicas" * (replicate > 1))
+    if parallel.dp_shard == -1 and parallel.dp_replicate == 1 and replicate > 1:
+        said += (
+            f" (HSDP): parallel.dp_shard=-1 shards over at most {MOST_SHARDS}, since beyond that the shards hardly get "
+            "smaller and every gather crosses the whole network. parallel.dp_shard and parallel.dp_replicate choose"
+        )
+    return said

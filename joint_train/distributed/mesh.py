@@ -1,5 +1,6 @@
 """The device mesh: which ranks shard the weights, and which replicate them."""
 
+import logging
 import os
 from datetime import timedelta
 
@@ -9,8 +10,10 @@ from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from joint_train.config import DIMENSIONS, mesh_shape
-from joint_train.config.values import REFUSED
+from joint_train.config.values import REFUSED, mesh_sentence
 from joint_train.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def init_distributed(timeout_seconds: int) -> torch.device:
@@ -34,6 +37,8 @@ def init_distributed(timeout_seconds: int) -> torch.device:
 def init_mesh(parallel: DictConfig) -> DeviceMesh:
     """The mesh of :data:`DIMENSIONS` over all ranks; every group has ``parallel.timeout_seconds``."""
     shape = mesh_shape(parallel, dist.get_world_size())
+    if shape[1] != parallel.dp_replicate:
+        log.info(mesh_sentence(parallel, dist.get_world_size()))
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=DIMENSIONS)
     for name in DIMENSIONS:

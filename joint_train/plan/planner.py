@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedConfig
 
+from joint_train.config.values import mesh_shape
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, whole_parameters
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.loss import memory_budget_mb
@@ -114,8 +115,8 @@ def count_parameters(model: Gemma4WithDrafter) -> dict[str, tuple[int, int]]:
 def mesh_sizes(cfg: DictConfig, gpus: int) -> tuple[int, int]:
     """(ranks, ranks that a weight is sharded over)."""
     replicate, shard = cfg.parallel.dp_replicate, cfg.parallel.dp_shard
-    shard = shard if shard > 0 else max(1, gpus // replicate)
-    return replicate * shard, shard
+    ranks = replicate * shard if shard > 0 else max(replicate, gpus - gpus % replicate)
+    return ranks, mesh_shape(cfg.parallel, ranks)[2]
 
 
 def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> Plan:
