@@ -14,7 +14,13 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+    share_comm_ctx,
+)
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
@@ -128,6 +134,18 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
             module.set_force_sum_reduction_for_comms(True)  # not a sum of products by 1, which gloo can't do
     # Ranks with and without images in a step must reduce the same gradients.
     model.base.set_reduce_scatter_unused_params(True)
+
+
+def share_streams(model: JointModel) -> None:
+    """Let both roots gather and reduce on the same streams; after the weights are there, before the first forward.
+
+    Each root has a communication context of its own otherwise, and keeps the last buffer that it reduced until the end
+    of the backward: the whole drafter in fp32, for as long as the base's layers go backward.
+    """
+    roots = [model.base, model.drafter]
+    for root in roots:
+        root._get_fsdp_state()._lazy_init()  # a context that is shared earlier would be made anew (torch 2.13)
+    share_comm_ctx(roots)
 
 
 def set_last_micro_batch(model: JointModel, last: bool) -> None:

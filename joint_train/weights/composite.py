@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from joint_train import checkpoint
 from joint_train.config import Config
 from joint_train.distributed.mesh import check_mesh
-from joint_train.distributed.parallelize import DTYPES, parallelize, prepare
+from joint_train.distributed.parallelize import DTYPES, parallelize, prepare, share_streams
 from joint_train.pair.model import JointModel
 from joint_train.weights.export import export_model
 from joint_train.weights.folders import read_configs, resolve
@@ -234,6 +234,8 @@ def load_pair(cfg: DictConfig, mesh: DeviceMesh | None, device: torch.device | s
         parallelize(model, mesh, cfg)
     materialize(model.base, base_dir, device)
     materialize(model.drafter, drafter_dir, device)
+    if mesh is not None:
+        share_streams(model)
     if cfg.drafter.share_embedding_with_base:
         model.share_embedding()
     return model
