@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
+from joint_train.pair import heads
+
 
 class Meter(TorchDispatchMode):
     """Counts bytes of living tensors and FLOPs of the operations under it; `hold` adds what isn't a tensor here."""
@@ -129,17 +131,30 @@ def _experts(self: Gemma4TextExperts, hidden: Tensor, index: Tensor, weights: Te
 
 
 @contextlib.contextmanager
-def stand_ins(meter: Meter) -> Iterator[None]:
-    """What the meta device can't run, or only in another form than a GPU: attention kernels and the experts' choice."""
+def stand_ins(meter: Meter, device_type: str) -> Iterator[None]:
+    """What the meta device can't run, or only in another form than the device: attention kernels, the experts' choice,
+    and on a GPU the loss's products of half-precision inputs with a result in fp32."""
+
+    def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        meter.count(2 * a.shape[0] * a.shape[1] * b.shape[1])
+        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32) if out is None else out
+
+    def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+        product(a, b, total)
 
     def attention(query, key, value, attn_mask=None, **kwargs):
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # every kernel makes an additive mask of it
         return _Attention.apply(query, key, value, attn_mask, meter)
 
-    kept = nn.functional.scaled_dot_product_attention, Gemma4TextExperts.forward
-    nn.functional.scaled_dot_product_attention, Gemma4TextExperts.forward = attention, _experts
+    played = [(nn.functional, "scaled_dot_product_attention", attention), (Gemma4TextExperts, "forward", _experts)]
+    if device_type == "cuda":
+        played += [(heads, "_matmul", product), (heads, "_add_matmul", add_product)]
+    kept = [getattr(owner, name) for owner, name, _ in played]
+    for owner, name, stand_in in played:
+        setattr(owner, name, stand_in)
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention, Gemma4TextExperts.forward = kept
+        for (owner, name, _), original in zip(played, kept, strict=True):
+            setattr(owner, name, original)

@@ -15,13 +15,21 @@ from joint_train.weights.composite import Gemma4WithDrafter
 
 
 class _Unit:
-    """An FSDP2 unit: when its weights are gathered, and what the reduction of its gradients holds."""
+    """An FSDP2 unit: when its weights are gathered, and what the reduction of its gradients holds.
 
-    def __init__(self, parameters: list[nn.Parameter], stays: bool, meter: Meter, cfg: DictConfig, shard: int) -> None:
-        self.meter, self.stays = meter, stays
-        self.size = sum(local_numel(p.shape, shard) * shard * p.dtype.itemsize for p in parameters)  # with padding
+    Args:
+        stays: the weights stay gathered after a forward.
+        late: the gradients wait for the end of the backward, since nothing that the unit reads has a gradient.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], meter: Meter, cfg: DictConfig, shard: int, stays: bool, late: bool = False
+    ) -> None:
+        self.meter, self.stays, self.late = meter, stays, late
         self.trained = [p for p in parameters if p.requires_grad]
-        self.reduced = sum(p.numel() for p in self.trained) * DTYPES[cfg.precision.reduce].itemsize
+        itemsize = DTYPES[cfg.precision.reduce].itemsize
+        self.size = sum(padded(p, shard) * p.dtype.itemsize for p in parameters)
+        self.reduced = sum(padded(p, shard) for p in self.trained) * itemsize
         self.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes(self.trained, shard, cfg)
         self.gathered, self.waiting = False, len(self.trained)
         self.hooks = [p.register_post_accumulate_grad_hook(self.accumulated) for p in self.trained]
@@ -48,12 +56,17 @@ class _Unit:
 
     def accumulated(self, _) -> None:
         self.waiting -= 1
-        if self.waiting == 0:
+        if self.waiting == 0 and not self.late:
+            self.reduce()
+
+    def reduce(self) -> None:
+        """Free the weights, copy the gradients into one buffer and reduce it; the buffer before it is free by then."""
+        self.reshard()
+        if self.trained:
             self.meter.hold("gradient reduction", self.reduced - self.meter.held["gradient reduction"])
-            self.meter.hold("gradients", self.gradient)
+            self.meter.hold("gradients", self.gradient)  # the reduced ones, beside those that they are made of
             for parameter in self.trained:
                 parameter.grad = None
-            self.reshard()
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ class Step:
     at_peak: Counter[str]
 
 
-def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int) -> Step:
+def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int, device_type: str) -> Step:
     """Run a micro-batch on the meta device.
 
     Args:
@@ -74,19 +87,22 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int) -> Step:
     """
     text, meter, units = text_model(model.base), Meter(), []
 
-    def unit(parameters: list[nn.Parameter], stays: bool) -> _Unit:
-        units.append(_Unit(parameters, stays, meter, cfg, shard))
+    def unit(parameters: list[nn.Parameter], stays: bool, late: bool = False) -> _Unit:
+        units.append(_Unit(parameters, meter, cfg, shard, stays, late))
         return units[-1]
 
     model.train()
     for layer in text.layers:
         unit(list(layer.parameters()), not cfg.parallel.reshard_after_forward).wrap(layer)
     largest = max(layer.size for layer in units)
+    late = []
     if (per_layer := getattr(text, "embed_tokens_per_layer", None)) is not None:
-        unit(list(per_layer.parameters()), False).wrap(per_layer)
+        late.append(unit(list(per_layer.parameters()), False, late=True))
+        late[0].wrap(per_layer)
     taken = {id(p) for layer in (*text.layers, *([per_layer] if per_layer else [])) for p in layer.parameters()}
     taken |= {id(p) for p in whole_parameters(model.base)}
-    root = unit([p for p in model.base.parameters() if id(p) not in taken], True)
+    root = unit([p for p in model.base.parameters() if id(p) not in taken], True, late=True)
+    late.insert(0, root)
     drafter = unit(list(model.drafter.parameters()), True)
     drafter.hooks.append(model.drafter.pre_projection.register_forward_pre_hook(drafter.gather))
     if model.drafter.masked_embedding is not None:
@@ -98,7 +114,7 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int) -> Step:
     documents = torch.ones_like(ids, device="meta") if cfg.data.packing else None
     weights = torch.ones(1 + model.drafter_num_steps, device="meta")
     try:
-        with meter, stand_ins(meter):
+        with meter, stand_ins(meter, device_type):
             for tensor in (*model.parameters(), *model.buffers()):
                 meter.ignore(tensor)
             if cfg.optim.grad_accum > 1:
@@ -108,12 +124,20 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int) -> Step:
             loss = model(ids.to("meta"), document_ids=documents, targets=targets, weights=weights).loss
             if loss.requires_grad:
                 loss.backward()
+                meter.hold("gathered weights", -largest)
+                for waiting in late:
+                    waiting.reduce()
     finally:
         for hook in (hook for unit in units for hook in unit.hooks):
             hook.remove()
         for parameter in model.parameters():
             parameter.grad = None
     return Step(meter.flops, meter.recomputed, meter.at_peak)
+
+
+def padded(parameter: nn.Parameter, shard: int) -> int:
+    """Elements of a weight as FSDP2 gathers and reduces it."""
+    return local_numel(parameter.shape, shard) * shard
 
 
 def local_bytes(parameters: list[nn.Parameter], shard: int, cfg: DictConfig) -> int:
