@@ -213,7 +213,7 @@ def measure(cfg: DictConfig, ranks: int) -> dict[str, float]:
         **{kind: traffic.total(kind) for kind in ("all-gather", "reduce-scatter", "all-reduce")},
         **{f"least {kind}": size for kind, size in least.items()},
         "units": {f"{kind} {unit}": size for (kind, unit), size in sorted(traffic.bytes.items())},
-        "planned communication": getattr(plan, "communication", None),
+        "planned communication": plan.communication,
     }
 
 

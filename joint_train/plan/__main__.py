@@ -42,7 +42,16 @@ def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> N
         "tokens of a step": f"{plan.tokens:,} (S = {cfg.data.max_length}, K = {cfg.drafter.num_steps})",
         "FLOPs of a token": f"{plan.flops_per_token:.3e} (recomputation included)",
         "FLOPs of a step": f"{plan.flops * plan.ranks:.3e}",
-        "time of a step": f"{seconds:.2f} s at {machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s a GPU",
+        "compute": f"{plan.compute_seconds(machine):.2f} s at {machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s",
+        "memory": f"{plan.memory_seconds(machine):.2f} s for {plan.traffic / GIB:,.0f} GiB at "
+        f"{machine.hbm_gb_per_second:g} GB/s, if no two operations are fused",
+        **{
+            kind: f"{taken:.2f} s for {sum(plan.communication[kind].values()) / GIB:,.1f} GiB"
+            for kind, taken in plan.network_seconds(machine).items()
+            if plan.communication[kind]
+        },
+        "exposed": f"{plan.exposed_seconds(machine):.2f} s of the communication that no computation hides",
+        "time of a step": f"{seconds:.2f} s, bound by {plan.bound(machine)}",
         "tokens a second": f"{plan.tokens / seconds:,.0f}",
         "checkpoint": f"{plan.checkpoint / GIB:.1f} GiB, {plan.checkpoint / machine.disk_gb_per_second / 1e9:.0f} s at "
         f"{machine.disk_gb_per_second:g} GB/s",
@@ -79,6 +88,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reserve", type=float, default=machine.reserve, help="share of it that a run can't use")
     parser.add_argument("--tflops", type=float, default=machine.tflops, help="of a GPU")
     parser.add_argument("--utilisation", type=float, default=machine.utilisation, help="share of them that is reached")
+    parser.add_argument("--hbm-gb-per-second", type=float, default=machine.hbm_gb_per_second, help="of a GPU's memory")
+    parser.add_argument("--gpus-per-node", type=int, default=machine.gpus_per_node)
+    parser.add_argument("--nvlink-gb-per-second", type=float, default=machine.nvlink_gb_per_second, help="of a GPU")
+    parser.add_argument("--network-gb-per-second", type=float, default=machine.network_gb_per_second, help="of a GPU")
     parser.add_argument("--disk-gb-per-second", type=float, default=machine.disk_gb_per_second, help="of all ranks")
     args = vars(parser.parse_intermixed_args(argv))
     overrides = args.pop("overrides")

@@ -19,7 +19,8 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live, self.flops, self.recomputed, self.peak = 0, 0, 0, 0
+        self.live, self.flops, self.recomputed, self.traffic, self.peak = 0, 0, 0, 0, 0
+        self.moved: Counter[tuple[str, str]] = Counter()
         self.held: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self.results: dict[tuple, tuple | None] = {}
@@ -31,9 +32,11 @@ class Meter(TorchDispatchMode):
         if count := flop_registry.get(func._overloadpacket):
             # A backward has gradients off, but for the forwards that checkpointing repeats.
             self.count(count(*args, **kwargs, out_val=out), again=in_backward() and torch.is_grad_enabled())
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.see(tensor)
+        outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
+        if func._schema.is_mutable or not any(result.alias_info for result in func._schema.returns):  # no view
+            self.traffic += sum(x.numel() * x.dtype.itemsize for x in (*args, *outputs) if isinstance(x, Tensor))
+        for tensor in outputs:
+            self.see(tensor)
         return out
 
     def count(self, flops: int, again: bool = False) -> None:
@@ -131,7 +134,7 @@ def _experts(self: Gemma4TextExperts, hidden: Tensor, index: Tensor, weights: Te
 
 
 @contextlib.contextmanager
-def stand_ins(meter: Meter, device_type: str) -> Iterator[None]:
+def stand_ins(meter: Meter, device_type: str = "cpu") -> Iterator[None]:
     """What the meta device can't run, or only in another form than the device: attention kernels, the experts' choice,
     and on a GPU the loss's products of half-precision inputs with a result in fp32."""
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from joint_train.config.values import mesh_shape
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, whole_parameters
+from joint_train.distributed.placement import local_numel
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.loss import memory_budget_mb
 from joint_train.plan.step import local_bytes, simulate
@@ -40,9 +41,15 @@ class Machine:
 
     gpus: int = 8
     gpu_memory_gb: float = 80.0  # as vendors count: units of 2**30 bytes
-    reserve: float = 0.06  # share of it for CUDA's context, NCCL's buffers and the allocator's gaps
+    # Share of it for CUDA's context and NCCL's buffers (2 to 3 GiB), and for what the allocator keeps: it has a pool
+    # for each stream (compute, gather, reduce), and what one has freed no other can use.
+    reserve: float = 0.06
     tflops: float = 989.0  # of a GPU, dense bfloat16
     utilisation: float = 0.4  # share of them that a step reaches, recomputation counted as work
+    hbm_gb_per_second: float = 3350.0  # memory bandwidth of a GPU
+    gpus_per_node: int = 8
+    nvlink_gb_per_second: float = 350.0  # of a GPU to those of its node, as collectives reach it
+    network_gb_per_second: float = 45.0  # of a GPU to other nodes: 400 Gbit/s
     disk_gb_per_second: float = 5.0  # all ranks together
 
     @property
@@ -63,6 +70,9 @@ class Plan:
     ranks: int
     checkpoint: int  # bytes of a whole checkpoint: weights and optimizer states
     sources: tuple[str, str]  # where the sizes of base and drafter come from
+    traffic: int  # bytes of a step that a rank's operations read and write in its memory
+    communication: dict[str, dict[str, int]]  # collective -> unit -> bytes of a step, of whole buffers
+    mesh: tuple[int, int]  # replicas, shards
 
     @property
     def peak(self) -> int:
@@ -72,9 +82,55 @@ class Plan:
     def flops_per_token(self) -> float:
         return self.flops * self.ranks / self.tokens
 
+    def compute_seconds(self, machine: Machine) -> float:
+        """Time of a step's FLOPs."""
+        return self.flops / (machine.tflops * 1e12 * machine.utilisation)
+
+    def memory_seconds(self, machine: Machine) -> float:
+        """Time of a step's reads and writes, if no two operations are fused."""
+        return self.traffic / machine.hbm_gb_per_second / 1e9
+
+    def network_seconds(self, machine: Machine) -> dict[str, float]:
+        """Time of each collective's bytes, as rings take it: (n-1)/n of the buffer through a GPU's link, an all-reduce
+        twice. Inside a node they go over NVLink."""
+        replicas, shards = self.mesh
+        inside = shards <= machine.gpus_per_node
+        shard_link = machine.nvlink_gb_per_second if inside else machine.network_gb_per_second
+        inside = replicas * shards <= machine.gpus_per_node
+        replica_link = machine.nvlink_gb_per_second if inside else machine.network_gb_per_second
+        each = {"all-gather": (shards, shard_link, 1), "reduce-scatter": (shards, shard_link, 1)}
+        each["all-reduce"] = (replicas, replica_link, 2)
+        return {
+            kind: times * (n - 1) / n * sum(self.communication[kind].values()) / link / 1e9
+            for kind, (n, link, times) in each.items()
+        }
+
+    def exposed_seconds(self, machine: Machine) -> float:
+        """Communication that no computation hides: what is gathered before the first layer and reduced after the last,
+        and what is left of the rest when the computation is done."""
+        total = self.network_seconds(machine)
+        ends = 0.0
+        for kind, units in (
+            ("all-gather", ("base root", "drafter", "per-layer embeddings")),
+            ("reduce-scatter", ("base root", "per-layer embeddings")),
+        ):
+            of_kind = self.communication[kind]
+            if every := sum(of_kind.values()):
+                ends += total[kind] * sum(of_kind.get(unit, 0) for unit in units) / every
+        return ends + max(0.0, sum(total.values()) - ends - self.compute_seconds(machine))
+
     def seconds(self, machine: Machine) -> float:
         """Time of a step."""
-        return self.flops / (machine.tflops * 1e12 * machine.utilisation)
+        return self.compute_seconds(machine) + self.exposed_seconds(machine)
+
+    def bound(self, machine: Machine) -> str:
+        """What takes longest: compute, memory or network."""
+        seconds = {
+            "compute": self.compute_seconds(machine),
+            "memory": self.memory_seconds(machine),
+            "network": sum(self.network_seconds(machine).values()),
+        }
+        return max(seconds, key=seconds.get)
 
 
 def read(cfg: DictConfig) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, str]]:
@@ -141,6 +197,7 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     states = 2 * local_bytes(trained, shard, cfg)
+    reduce_bytes = DTYPES[cfg.precision.reduce].itemsize
     whole = whole_parameters(model.base)
     sharded = [p for p in parameters if not any(p is other for other in whole)]
     memory = {
@@ -149,6 +206,13 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         "optimizer states": states,
         **{name: step.at_peak[name] for name in ("gradients", "gathered weights", "gradient reduction", "activations")},
     }
+    communication: dict[str, dict[str, int]] = {"all-gather": {}, "reduce-scatter": {}, "all-reduce": {}}
+    for (kind, unit), size in step.moved.items():
+        communication[kind][unit] = size * cfg.optim.grad_accum
+    if ranks > shard:  # once a step, of the sharded gradients
+        communication["all-reduce"]["gradients"] = sum(local_numel(p.shape, shard) for p in trained) * reduce_bytes
+    if shard == 1:
+        communication |= {"all-gather": {}, "reduce-scatter": {}}
     tokens = cfg.data.max_length * cfg.data.micro_batch_size * cfg.optim.grad_accum * ranks
     itemsize = DTYPES[cfg.precision.params].itemsize
     return Plan(
@@ -160,6 +224,10 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         ranks=ranks,
         checkpoint=itemsize * (sum(p.numel() for p in parameters) + 2 * sum(p.numel() for p in trained)),
         sources=sources,
+        # AdamW reads weight, gradient and two moments and writes all but the gradient.
+        traffic=step.traffic * cfg.optim.grad_accum + 7 * local_bytes(trained, shard, cfg),
+        communication=communication,
+        mesh=(ranks // shard, shard),
     )
 
 

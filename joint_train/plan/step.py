@@ -23,14 +23,21 @@ class _Unit:
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], meter: Meter, cfg: DictConfig, shard: int, stays: bool, late: bool = False
+        self,
+        name: str,
+        parameters: list[nn.Parameter],
+        meter: Meter,
+        cfg: DictConfig,
+        shard: int,
+        stays: bool,
+        late: bool,
     ) -> None:
-        self.meter, self.stays, self.late = meter, stays, late
+        self.name, self.meter, self.stays, self.late = name, meter, stays, late
         self.trained = [p for p in parameters if p.requires_grad]
         itemsize = DTYPES[cfg.precision.reduce].itemsize
         self.size = sum(padded(p, shard) * p.dtype.itemsize for p in parameters)
         self.reduced = sum(padded(p, shard) for p in self.trained) * itemsize
-        self.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes(self.trained, shard, cfg)
+        self.gradient, self.accumulates = local_bytes(self.trained, shard, cfg), cfg.optim.grad_accum > 1
         self.gathered, self.waiting = False, len(self.trained)
         self.hooks = [p.register_post_accumulate_grad_hook(self.accumulated) for p in self.trained]
 
@@ -41,6 +48,7 @@ class _Unit:
     def gather(self, *_) -> None:
         if not self.gathered:
             self.gathered = True
+            self.meter.moved["all-gather", self.name] += self.size
             self.meter.hold("gathered weights", self.size)
 
     def reshard(self) -> None:
@@ -64,9 +72,12 @@ class _Unit:
         self.reshard()
         if self.trained:
             self.meter.hold("gradient reduction", self.reduced - self.meter.held["gradient reduction"])
+            self.meter.moved["reduce-scatter", self.name] += self.reduced
             self.meter.hold("gradients", self.gradient)  # the reduced ones, beside those that they are made of
             for parameter in self.trained:
                 parameter.grad = None
+            if self.accumulates:  # into those of the micro-batch before, which are there all the time
+                self.meter.hold("gradients", -self.gradient)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,9 @@ class Step:
 
     flops: int
     recomputed: int
+    traffic: int  # bytes that the operations read and write, each its inputs and its output once
     at_peak: Counter[str]
+    moved: Counter[tuple[str, str]]  # bytes by collective and unit, of the whole buffer
 
 
 def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int, device_type: str) -> Step:
@@ -87,23 +100,23 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int, device_type:
     """
     text, meter, units = text_model(model.base), Meter(), []
 
-    def unit(parameters: list[nn.Parameter], stays: bool, late: bool = False) -> _Unit:
-        units.append(_Unit(parameters, meter, cfg, shard, stays, late))
+    def unit(name: str, parameters: list[nn.Parameter], stays: bool, late: bool = False) -> _Unit:
+        units.append(_Unit(name, parameters, meter, cfg, shard, stays, late))
         return units[-1]
 
     model.train()
     for layer in text.layers:
-        unit(list(layer.parameters()), not cfg.parallel.reshard_after_forward).wrap(layer)
+        unit("layers", list(layer.parameters()), not cfg.parallel.reshard_after_forward).wrap(layer)
     largest = max(layer.size for layer in units)
     late = []
     if (per_layer := getattr(text, "embed_tokens_per_layer", None)) is not None:
-        late.append(unit(list(per_layer.parameters()), False, late=True))
+        late.append(unit("per-layer embeddings", list(per_layer.parameters()), False, late=True))
         late[0].wrap(per_layer)
     taken = {id(p) for layer in (*text.layers, *([per_layer] if per_layer else [])) for p in layer.parameters()}
     taken |= {id(p) for p in whole_parameters(model.base)}
-    root = unit([p for p in model.base.parameters() if id(p) not in taken], True, late=True)
+    root = unit("base root", [p for p in model.base.parameters() if id(p) not in taken], True, late=True)
     late.insert(0, root)
-    drafter = unit(list(model.drafter.parameters()), True)
+    drafter = unit("drafter", list(model.drafter.parameters()), True)
     drafter.hooks.append(model.drafter.pre_projection.register_forward_pre_hook(drafter.gather))
     if model.drafter.masked_embedding is not None:
         ordering = model.drafter.masked_embedding.token_ordering
@@ -132,7 +145,7 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int, device_type:
             hook.remove()
         for parameter in model.parameters():
             parameter.grad = None
-    return Step(meter.flops, meter.recomputed, meter.at_peak)
+    return Step(meter.flops, meter.recomputed, meter.traffic, meter.at_peak, meter.moved)
 
 
 def padded(parameter: nn.Parameter, shard: int) -> int:
