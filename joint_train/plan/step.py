@@ -26,12 +26,12 @@ class _Unit:
         self,
         name: str,
         parameters: list[nn.Parameter],
+        stays: bool,
+        late: bool,
         meter: Meter,
         cfg: DictConfig,
         shard: int,
-        stays: bool,
-        late: bool,
-    ) -> None:
+    ):
         self.name, self.meter, self.stays, self.late = name, meter, stays, late
         self.trained = [p for p in parameters if p.requires_grad]
         itemsize = DTYPES[cfg.precision.reduce].itemsize
@@ -91,17 +91,18 @@ class Step:
     moved: Counter[tuple[str, str]]  # bytes by collective and unit, of the whole buffer
 
 
-def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int, device_type: str) -> Step:
+def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int, device_type: str = "cpu") -> Step:
     """Run a micro-batch on the meta device.
 
     Args:
         model: from :func:`joint_train.weights.loading.meta_pair` with this configuration, in the dtype of compute.
         shard: ranks that a weight is sharded over.
+        device_type: "cuda" plays the products of cuBLAS; "cpu" runs what the CPU runs.
     """
     text, meter, units = text_model(model.base), Meter(), []
 
     def unit(name: str, parameters: list[nn.Parameter], stays: bool, late: bool = False) -> _Unit:
-        units.append(_Unit(name, parameters, meter, cfg, shard, stays, late))
+        units.append(_Unit(name, parameters, stays, late, meter, cfg, shard))
         return units[-1]
 
     model.train()
