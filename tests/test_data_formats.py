@@ -71,6 +71,10 @@ ROWS = {
         {"instruction": "And red?", "input": "", "output": "No.", "history": [["Is it blue?", "Yes."]]},
         {"messages": said(("user", "Is it blue?"), ("assistant", "Yes."), ("user", "And red?"), ("assistant", "No."))},
     ),
+    "Dolly": (
+        {"instruction": "Who?", "context": "It was Ann.", "response": "Ann.", "category": "closed_qa"},
+        {"messages": said(("user", "Who?\nIt was Ann."), ("assistant", "Ann."))},
+    ),
     "question and answer": ({"question": "Q", "answer": "A"}, {"messages": QA}),
     "query and response": ({"query": "Q", "response": "A"}, {"messages": QA}),
     "a list of strings": ({"conversations": ["Q", "A"]}, {"messages": QA}),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from joint_train.data import messages as turns
 from joint_train.errors import DataError
 
+INPUT = ("input", "context")  # context is Dolly's
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 IMAGES = ("images", "image")
@@ -104,7 +105,7 @@ def _alpaca(fields: Fields) -> tuple[list[dict], list[int]]:
         raise DataError("history isn't a list of pairs [instruction, output]")
     said = [text for pair in pairs for text in pair]
     instruction = turns.text_of(fields.need("instruction"), "instruction")
-    more = turns.text_of(fields.get("input") or "", "input")
+    more = turns.text_of(fields.get(*INPUT) or "", "input")
     said += ["\n".join(part for part in (instruction, more) if part.strip()), fields.need("output", "response")]
     return fields.conversation(
         [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(said)], "history"
@@ -132,7 +133,7 @@ RESPONSE = ("response", "completion", "answer")
 TABLE = {
     "messages": Format((("messages",),), messages=_messages),
     "sharegpt": Format((("conversations", "conversation"),), messages=_sharegpt),
-    "alpaca": Format((("instruction",), ("output", "response")), ("input", "history"), _alpaca),
+    "alpaca": Format((("instruction",), ("output", "response")), (*INPUT, "history"), _alpaca),
     "prompt_response": Format((PROMPT, RESPONSE), messages=_prompt_response),
     "text": Format((("text",),)),
 }
