@@ -4,8 +4,9 @@
 
 Every rank reports to the launcher's key-value store, over TCP and apart from any collective; rank 0 compares and gives
 the verdict, and every wait has an end. Checked are, in this order: every rank answers; its device is there and computes
-right; versions are equal; clocks agree; the output folder is one shared folder, writable, with room for a checkpoint;
-all-reduce agrees, first within each node and then over all ranks. The exit code is 0 or 1.
+right; it may open enough files; versions are equal; clocks agree; the output folder is one shared folder, writable,
+with room for a checkpoint; all-reduce agrees, first within each node and then over all ranks; on GPUs no host gathers
+and reduces much slower than the others. The exit code is 0 or 1.
 """
 
 import hashlib
@@ -13,8 +14,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import socket
+import statistics
 import sys
 import threading
 import time
@@ -32,6 +35,10 @@ ANSWER_SECONDS = 120.0
 COLLECTIVE_SECONDS = 120.0
 SHARED_FOLDER_SECONDS = 30.0  # a network file system may show a new file late
 MAX_SKEW_SECONDS = 5.0
+SLOW = 0.7  # of the hosts' median bandwidth: below it a host is at fault
+BANDWIDTH_BYTES = 256 << 20
+MEASURED = torch.cuda.is_available()  # on CPU ranks share the cores, and bandwidth says nothing
+FILES_OF_A_PEER = 4  # sockets: of the default group, the control group, a background save's group, NCCL's bootstrap
 PACKAGES = ("torch", "transformers", "torchdata", "safetensors", "numpy")
 
 
@@ -81,6 +88,40 @@ def all_reduce(group: dist.ProcessGroup | None, value: float) -> float:
     dist.all_reduce(tensor, group=group)
     low, high = float(tensor.min()), float(tensor.max())
     return low if low == high else float("nan")
+
+
+def bandwidth(group: dist.ProcessGroup | None) -> dict[str, float]:
+    """GB/s of a rank, (n-1)/n of the buffer over the time, in all-gather and reduce-scatter over the group."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    ranks = dist.get_world_size(group)
+    whole = torch.zeros(BANDWIDTH_BYTES // 2 // ranks * ranks, dtype=torch.bfloat16, device=device)
+    part = torch.zeros(len(whole) // ranks, dtype=torch.bfloat16, device=device)
+    found = {}
+    for name, run in (
+        ("all-gather", lambda: dist.all_gather_into_tensor(whole, part, group=group)),
+        ("reduce-scatter", lambda: dist.reduce_scatter_tensor(part, whole, group=group)),
+    ):
+        run()  # the first one connects
+        dist.barrier(group)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started, times = time.perf_counter(), 5
+        for _ in range(times):
+            run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken = (time.perf_counter() - started) / times
+        found[name] = (ranks - 1) / ranks * whole.nbytes / taken / 1e9
+    return found
+
+
+def check_files(ranks: int) -> str | None:
+    """Whether this process may open the sockets of so many ranks. The run raises its own limit as far as it may."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    needed = FILES_OF_A_PEER * ranks + 512
+    if most == resource.RLIM_INFINITY or most >= needed:
+        return None
+    return f"{most} files may be open at most (ulimit -Hn), {ranks} ranks need about {needed}: raise it on this host"
 
 
 def checkpoint_bytes(cfg: DictConfig) -> int | None:
@@ -135,12 +176,14 @@ class Preflight:
         self.store = dist.PrefixStore(key, store)
         self.output_dir, self.needed_bytes = output_dir, needed_bytes
         self.answer_seconds, self.collective_seconds = ANSWER_SECONDS, COLLECTIVE_SECONDS
+        self.speeds = ""  # of all ranks together, where they are measured
 
     def run(self) -> list[str]:
         """The problems, the same list on every rank; empty when all is well."""
         probe = f".preflight-{self.rank}"
         self._put("device", check_device(self.local_rank, self.local_world_size))
         self._put("host", self.host)
+        self._put("files", check_files(self.world_size))
         self._put("versions", versions())
         self._put("disk", write_probe(self.output_dir, probe) if self.local_rank == 0 else None)
         # A collective can hang in native code: it runs in a thread that may be left behind.
@@ -159,9 +202,9 @@ class Preflight:
 
     def _verdict(self) -> list[str]:
         """Rank 0's part: compare all answers, and stop at the first kind of problem, which explains the later ones."""
-        for topic in ("device", "host", "versions", "disk"):
+        for topic in ("device", "host", "files", "versions", "disk"):
             answers, problems = self._gather(topic, self.answer_seconds)
-            if topic in ("device", "disk"):
+            if topic in ("device", "files", "disk"):
                 problems += [f"{self._who(rank)}: {text}" for rank, text in answers.items() if text]
             if topic == "versions":
                 problems += self._different(answers)
@@ -184,7 +227,30 @@ class Preflight:
             problems += [f"{self._who(rank)}: {text}" for rank, text in answers.items() if text]
             if problems:
                 return problems
-        return []
+        if not MEASURED:
+            return []
+        answers, problems = self._gather("bandwidth", self.collective_seconds)
+        return problems or self._slow(answers)
+
+    def _slow(self, answers: dict[int, dict[str, dict[str, float]]]) -> list[str]:
+        """Hosts that gather or reduce much slower inside than most do; what all reach together is only said."""
+        problems, together = [], answers[0].get("all", {})
+        self.speeds = ", ".join(f"{name} {speed:.0f} GB/s" for name, speed in together.items())
+        for name in ("all-gather", "reduce-scatter"):
+            hosts: dict[str, list[float]] = {}
+            for rank, found in answers.items():
+                if name in found.get("node", {}):
+                    hosts.setdefault(json.loads(self.store.get(f"host/{rank}")), []).append(found["node"][name])
+            if len(hosts) < 2:
+                continue
+            slowest = {host: min(speeds) for host, speeds in hosts.items()}
+            usual = statistics.median_high(slowest.values())
+            problems += [
+                f"{host}: {name} inside it reaches {speed:.0f} GB/s a GPU, {usual:.0f} on most hosts"
+                for host, speed in slowest.items()
+                if speed < SLOW * usual
+            ]
+        return problems
 
     def _compare(self) -> None:
         """The checks that need the other ranks: clock, shared folder, collectives."""
@@ -212,6 +278,9 @@ class Preflight:
                 total, expected = all_reduce(group, float(self.rank + 1)), float(sum(rank + 1 for rank in ranks))
                 wrong = f"all-reduce over {len(ranks)} ranks gave {total:g} instead of {expected:g}"
                 self._put(topic, None if total == expected else wrong)
+            if MEASURED:
+                topic, groups = "bandwidth", {"node": node, "all": None}
+                self._put(topic, {name: bandwidth(group) for name, group in groups.items()})
             dist.destroy_process_group()
         except Exception as error:
             self._put(topic, f"{type(error).__name__}: {error}")
@@ -275,11 +344,13 @@ def main(overrides: list[str]) -> int:
     needed = checkpoint_bytes(cfg)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=ANSWER_SECONDS)))
     start = time.monotonic()
-    problems = Preflight(store, Path(cfg.output_dir), needed).run()
+    preflight = Preflight(store, Path(cfg.output_dir), needed)
+    problems = preflight.run()
     if rank == 0:
         for problem in problems:
             print(f"preflight: {problem}", file=sys.stderr)
         room = "room for a checkpoint not checked" if needed is None else f"room for {needed / 1e9:.1f} GB"
+        room += f", {preflight.speeds}" if preflight.speeds else ""
         seconds = time.monotonic() - start
         print(f"preflight: {'failed' if problems else f'{world_size} ranks are well, {room}'} ({seconds:.1f} s)")
     return 1 if problems else 0

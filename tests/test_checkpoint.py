@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from checkpoint_run import TIMEOUT, build, config, everything, seed_all, train, train_step
 from pairs import SHAPES, base_config, build_pair, drafter_config
 from ranks import run_ranks
@@ -155,7 +156,7 @@ def test_random_states_of_every_generator(tmp_path):
 
 
 def test_another_number_of_ranks_derives_random_states(tmp_path, caplog):
-    run_ranks(save_sharded, 2, tmp_path, {})
+    run_ranks(save_sharded, 2, tmp_path, {}, "e2b")
     cfg, checkpointer = open_run(tmp_path)
     model, optimizer = build(cfg)
     draws = []
@@ -472,3 +473,68 @@ def test_what_a_person_finds_in_the_folder(tmp_path):
 @pytest.fixture(autouse=True)
 def collect_warnings(caplog):
     caplog.set_level(logging.WARNING)
+
+
+def test_a_plan_is_made_once_and_a_changed_one_is_noticed(tmp_path, monkeypatch):
+    """Planning takes minutes at 512 ranks; a tensor that comes, goes or changes its shape must still be saved."""
+    made = []
+    plan = dcp.DefaultSavePlanner._create_global_plan
+    monkeypatch.setattr(
+        dcp.DefaultSavePlanner,
+        "_create_global_plan",
+        lambda *args: (made.append(args[0]._cached_plans_key), plan(*args))[1],
+    )
+    cfg, checkpointer = open_run(tmp_path)
+    model, optimizer = build(cfg)
+    for step in (1, 2, 3):
+        train_step(model, optimizer)
+        checkpointer.save(step, model, optimizer, {"step": step}, config=cfg)
+    assert len(made) == len(set(made)) == 3  # one for each part
+    for step, frozen in ((4, True), (5, False)):
+        states = {p: optimizer.state.pop(p) for p in list(optimizer.state)[::2]} if frozen else {}
+        saved = everything(model, optimizer)
+        checkpointer.save(step, model, optimizer, {"step": step}, config=cfg)
+        stored = stored_tensors(tmp_path / f"checkpoints/{layout.folder_name(step)}/optimizer")
+        assert {f"optimizer:{name}" for name in stored} == {name for name in saved if name.startswith("optimizer:")}
+        optimizer.state.update(states)
+    checkpointer.close()
+    cfg, checkpointer = open_run(tmp_path)
+    checkpointer.load(checkpointer.find_resume(), model, optimizer, config=cfg)
+    checkpointer.close()
+    same(saved, everything(model, optimizer))
+
+
+def sockets(rank, folder, background):
+    """How many sockets this rank has open besides those of its default group."""
+    import os
+    import stat
+
+    from joint_train.distributed.mesh import init_mesh
+    from joint_train.distributed.preemption import Preemption
+
+    def count():
+        kinds = (
+            os.stat(f"/proc/self/fd/{fd}").st_mode
+            for fd in os.listdir("/proc/self/fd")
+            if os.path.exists(f"/proc/self/fd/{fd}")
+        )
+        return sum(map(stat.S_ISSOCK, kinds))
+
+    torch.distributed.barrier()
+    before = count()
+    cfg = config({"checkpoint.async": background})
+    init_mesh(cfg.parallel)
+    checkpointer = Checkpointer(folder, cfg.checkpoint, timeout_seconds=TIMEOUT)
+    with Preemption(60, TIMEOUT) as preemption:
+        assert not preemption.should_stop()
+        checkpointer.find_resume()
+    found = count() - before
+    checkpointer.close()
+    return found
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
+def test_connections_of_a_rank(tmp_path, background):
+    """One group for control, and one for background saves where there are any: not one for each that asks."""
+    two, four = (max(run_ranks(sockets, ranks, tmp_path / str(ranks), background)) for ranks in (2, 4))
+    assert four - two <= 2 * (2 + background)  # for two more peers; each group has one to each, and a listener in all

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import socket
 import time
 from datetime import timedelta
@@ -40,6 +41,16 @@ def break_space(preflight):
     preflight.shutil = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=2 * 10**9))
 
 
+def break_files(preflight):
+    preflight.resource = SimpleNamespace(
+        getrlimit=lambda _: (64, 256), RLIMIT_NOFILE=resource.RLIMIT_NOFILE, RLIM_INFINITY=resource.RLIM_INFINITY
+    )
+
+
+def break_bandwidth(preflight):
+    preflight.bandwidth = lambda group: {"all-gather": 30.0, "reduce-scatter": 290.0}
+
+
 def break_sum(preflight):
     whole = preflight.all_reduce
     preflight.all_reduce = lambda group, value: whole(group, value) + 1
@@ -63,6 +74,8 @@ CASES = {
     "folder": (break_folder, "rank 1 on bad: doesn't see a file that rank 0 wrote"),
     "space": (break_space, "rank 1 on bad: 2.0 GB are free in"),
     "sum": (break_sum, "rank 1 on bad: all-reduce over 1 ranks gave 3 instead of 2"),
+    "files": (break_files, "rank 1 on bad: 256 files may be open at most (ulimit -Hn), 2 ranks need about 520"),
+    "bandwidth": (break_bandwidth, "bad: all-gather inside it reaches 30 GB/s a GPU, 300 on most hosts"),
     "network": (break_network, "rank 1 on bad: no answer on 'node' within 2 s"),
     "program": (break_program, "rank 1 on node 1 of a[1-2]: no answer on 'device' within 2 s"),
 }
@@ -83,6 +96,9 @@ def rank_main(rank: int, port: int, folder: Path) -> None:
     for name, (break_it, _) in CASES.items():
         importlib.reload(preflight)
         preflight.ANSWER_SECONDS = preflight.COLLECTIVE_SECONDS = 2.0 if name in ("network", "program") else 20.0
+        preflight.MEASURED = name in ("bandwidth", "sound")
+        if name == "bandwidth":
+            preflight.bandwidth = lambda group: {"all-gather": 300.0, "reduce-scatter": 290.0}
         if rank == 1 and break_it:
             break_it(preflight)
         if rank == 0 and name == "program":

@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -70,8 +71,10 @@ class Checkpointer:
         self.cfg = checkpoint_cfg
         self.timeout_seconds = timeout_seconds
         self._ranks = Ranks(timeout_seconds)
-        self._writer_ranks = Ranks(timeout_seconds)  # a background save talks while the training loop does
+        # A background save talks while the training loop does.
+        self._writer_ranks = Ranks(timeout_seconds, own_group=True) if checkpoint_cfg["async"] else self._ranks
         self._staging = state.Staging()
+        self._plans = uuid.uuid4().hex  # this run's plans: another one in this process has others
         self._save: BackgroundSave | None = None
         self._answers: Callable[[], int] | None = None  # of all ranks to the last poll
         self._step: int | None = None  # of the newest checkpoint known to be good
@@ -300,6 +303,7 @@ class Checkpointer:
                     job.tensors[part],
                     job.shards[part],
                     ranks,
+                    f"{part} {self._plans}",
                 )
                 written |= {f"{part}/{name}": value for name, value in files.items()}
             random = ranks.each(f"writing {final}", lambda: (job.step, job.random))

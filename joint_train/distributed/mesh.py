@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 from datetime import timedelta
 
 import torch
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 def init_distributed(timeout_seconds: int) -> torch.device:
     """Join the process group that torchrun announced (or one of a single rank) and choose this rank's device."""
     timeout = timedelta(seconds=timeout_seconds)
+    # Each rank has a few connections to every other: raise the limit of open files as far as this process may.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     cuda = torch.cuda.is_available()
     # torchrun and Slurm's launcher say which of the node's ranks this is.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")

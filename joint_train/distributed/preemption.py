@@ -39,11 +39,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+
+from joint_train.distributed.ranks import control_group
 
 PREEMPTED = 85
 OVERRUN = 86
@@ -72,7 +73,7 @@ class Preemption:
         self._saved = False
         self._at_once = False
         self._called_off = threading.Event()
-        self._group = None
+        self._group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> "Preemption":
         # The interpreter writes each signal's number here from C, at once, whatever the main thread is doing.
@@ -109,10 +110,10 @@ class Preemption:
         return self._signalled
 
     def should_stop(self) -> bool:
-        """Whether any rank was signalled: the same answer on all. Collective, once a step; the first call makes a small
-        gloo group of all ranks."""
-        if self._group is None and dist.is_available() and dist.is_initialized():
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_seconds))
+        """Whether any rank was signalled: the same answer on all. Collective, once a step; the first call may make
+        the control group."""
+        if self._group is None:
+            self._group = control_group(self.timeout_seconds)
         flag = torch.tensor(int(self._signalled))
         if self._group is not None:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)

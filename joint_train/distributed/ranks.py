@@ -12,18 +12,38 @@ from joint_train.errors import CheckpointError
 T = TypeVar("T")
 
 
+_control: dict[tuple[Any, float], dist.ProcessGroup] = {}
+
+
+def control_group(timeout_seconds: float) -> dist.ProcessGroup | None:
+    """The gloo group of all ranks for what the main thread has to agree on; None without a process group.
+
+    One for each time-out, since a group has a connection to every other rank. Collective the first time.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    key = dist.group.WORLD, timeout_seconds
+    if key not in _control:
+        _control[key] = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    return _control[key]
+
+
 class Ranks:
-    """All ranks of the job on a gloo group of its own (one thread at a time), or the only process there is.
+    """All ranks of the job on the control group, or the only process there is.
+
+    With ``own_group`` they have a group of their own, for another thread than the main one.
 
     Every method is collective and raises CheckpointError on every rank if it fails on any, within ``timeout_seconds``.
     """
 
-    def __init__(self, timeout_seconds: float):
+    def __init__(self, timeout_seconds: float, own_group: bool = False):
         self.timeout_seconds = timeout_seconds
         self.group = None
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+            self.group = control_group(timeout_seconds)
+            if own_group:
+                self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def each(self, what: str, function: Callable[[], T]) -> list[T]:
