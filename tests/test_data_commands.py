@@ -6,13 +6,18 @@ import json
 import pytest
 import torch
 from data_helpers import chat, make_config, make_tokenizer, numbered, write_jsonl
+from omegaconf import OmegaConf
 from pairs import build_pair
 from rich.console import Console
 
+from joint_train.config import SourceConfig
 from joint_train.data import DataError, build_loader
 from joint_train.data import __main__ as command
+from joint_train.data.json_files import Record
+from joint_train.data.readers import sources_of
 from joint_train.data.regenerate import answer_batch, prompts, regenerate
 from joint_train.data.show import CUT, TRAINED, UNTRAINED, show
+from joint_train.data.sources import parse
 
 TOKENIZER = make_tokenizer()
 END = TOKENIZER.convert_tokens_to_ids("<turn|>")
@@ -127,6 +132,28 @@ def test_prompts_end_with_the_last_user_message(tmp_path):
         list(prompts(cfg.data.train, cfg.data))
     cfg.data.on_error = "skip"
     assert list(prompts(cfg.data.train, cfg.data)) == [chat("a", "b", "c"), chat("e")]
+
+
+def test_context_stays_context(base, tmp_path, monkeypatch):
+    """What wasn't to be trained in the dataset isn't in what regenerate makes of it, and options stay with the row."""
+    row = {"messages": [*chat("a", "b", "c", "d")["messages"]]}
+    row["messages"][1]["weight"] = row["messages"][3]["weight"] = 0
+    spec = {"path": write_jsonl(tmp_path / "a.jsonl", [row]), "chat_template_kwargs": {"enable_thinking": True}}
+    cfg = make_config(tmp_path, [spec], chat_template_kwargs={"style": "short"})
+    (example,) = prompts(sources_of(cfg.data, "train"), cfg.data)
+    asked = []
+
+    def answer(examples, *args):
+        asked.extend(examples)
+        return [{"role": "assistant", "content": "e"}]
+
+    monkeypatch.setattr("joint_train.data.regenerate.answer_batch", answer)
+    regenerate([example], base, TOKENIZER, tmp_path / "out.jsonl")
+    (made,) = read(tmp_path / "out.jsonl")
+    assert made["chat_template_kwargs"] == {"style": "short", "enable_thinking": True}
+    source = OmegaConf.structured(SourceConfig(path="out.jsonl"))
+    again = parse(Record("out.jsonl", 1, json.dumps(made).encode()), source)
+    assert again["messages"] == chat("a", "b", "c", "e")["messages"] and again["context"] == [1]
 
 
 @pytest.fixture(scope="module")
