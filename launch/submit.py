@@ -147,11 +147,11 @@ def plan_runs(options: Options, overrides: list[str], multirun: bool) -> list[Ru
     runs = []
     for number, run_overrides in enumerate(candidates):
         try:
-            cfg = config.load(run_overrides, world_size)
+            cfg = config.load(run_overrides, world_size, options.ranks)
             directory = Path(cfg.output_dir).resolve() / (str(number) if multirun else "")
             run_overrides = [text for text in run_overrides if not text.startswith("output_dir=")]
             run_overrides.append(f"output_dir={hydra_text(str(directory))}")
-            cfg = config.load(run_overrides, world_size)
+            cfg = config.load(run_overrides, world_size, options.ranks)
         except (config.ConfigError, HydraException, OmegaConfBaseException) as error:
             where = f"run {number} ({' '.join(run_overrides)}): " if multirun else ""
             raise SubmitError(f"{where}{error}") from error

@@ -98,7 +98,16 @@ def test_submission(sbatch, tmp_path, monkeypatch, capsys):
     assert code["packages"]["torch"].startswith("2.13") and "changed" in code
     assert (kept / "code.patch").exists()
     printed = capsys.readouterr().out
+    assert "  mesh    weights are sharded over 8 of 8 ranks\n" in printed
     assert "job 42: 1 x 2 node(s) x 4 rank(s)" in printed and f"tail -F '{kept}/42.log'" in printed
+
+
+def test_submission_says_the_mesh_that_was_chosen(sbatch, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert submit.main(["nodes=17", "gpus_per_node=4", "--", *PAIR, "output_dir=out"]) == 0
+    assert "mesh    weights are sharded over 4 of 68 ranks, 17 replicas (HSDP): parallel" in capsys.readouterr().out
+    assert submit.main(["nodes=67", "gpus_per_node=1", "--", *PAIR, "output_dir=other"]) == 2
+    assert "nothing was submitted: parallel.dp_shard=-1 shards over whole nodes of 1" in capsys.readouterr().err
 
 
 def test_dry_run_submits_and_writes_nothing(sbatch, tmp_path, monkeypatch, capsys):

@@ -52,10 +52,11 @@ def text() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def build(shape: str, towers_frozen: bool):
+def build(shape: str, towers_frozen: bool, compute: str = "float32", dtype: torch.dtype = torch.float32):
     cfg = OmegaConf.structured(Config)
     cfg.freeze.towers = towers_frozen
-    base, drafter = build_pair(shape)
+    cfg.precision.compute = compute
+    base, drafter = build_pair(shape, dtype=dtype)
     model = Gemma4WithDrafter(base, drafter, drafter_num_steps=K).train()
     prepare(model, cfg)
     return model, cfg
@@ -71,8 +72,8 @@ def backward(model, batch) -> torch.Tensor:
     return out.loss.detach()
 
 
-def sharded(rank: int, shape: str, towers_frozen: bool):
-    model, cfg = build(shape, towers_frozen)
+def sharded(rank: int, shape: str, towers_frozen: bool, compute: str = "float32"):
+    model, cfg = build(shape, towers_frozen, compute)
     parallelize(model, init_mesh(cfg.parallel), cfg)
     loss = backward(model, images_and_text() if rank == 0 else text())
     torch.distributed.all_reduce(loss)
@@ -92,6 +93,22 @@ def test_images_on_one_rank_and_text_on_the_other(shape, towers_frozen):
         reference = expected.get(name, torch.zeros_like(gradient))
         assert (gradient - reference).norm() <= 1e-5 * reference.norm().clamp(min=1e-3), name
     assert expected.keys() <= gradients.keys()
+
+
+def test_images_through_frozen_towers_in_bfloat16():
+    """Frozen towers are whole, apart from FSDP2's casts: what they get and give is bfloat16 as in a bfloat16 model.
+
+    Each rank's gradient is rounded to bfloat16 once, by at most 2^-9 of an entry, and so are the one process's two."""
+    model, _ = build("multimodal", True, dtype=torch.bfloat16)
+    images = images_and_text()
+    images["pixel_values"] = images["pixel_values"].bfloat16()  # as FSDP2 casts what the base gets
+    loss = backward(model, images) + backward(model, text())
+    expected = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+    sharded_loss, gradients = run_ranks(sharded, 2, "multimodal", True, "bfloat16")[0]
+    torch.testing.assert_close(sharded_loss, loss, rtol=1e-5, atol=0)
+    assert gradients.keys() == expected.keys()
+    error = sum((gradients[name] - g).square().sum() for name, g in expected.items())
+    assert error.sqrt() <= 2**-7 * sum(g.square().sum() for g in expected.values()).sqrt()
 
 
 @pytest.mark.parametrize("shape", ["multimodal", "31b"])

@@ -158,7 +158,7 @@ def test_fewer_experts_than_ranks():
 
 
 def frozen_towers(rank: int):
-    """The types and dtypes of the towers' weights and of the others, and whether bfloat16 compute runs with images."""
+    """The types and dtypes of the towers' weights, and of the others."""
     cfg = config(precision__compute="bfloat16")
     model, _, _ = sharded("multimodal", cfg)
     towers = {name: p for name, p in model.named_parameters() if "_tower." in name or ".embed_vision." in name}
@@ -272,8 +272,8 @@ def sharded_updates(rank: int, options: dict, shape: str):
 
 @pytest.mark.parametrize(
     "ranks, options, shape",
-    [(2, {}, "e2b"), (4, {"parallel__dp_replicate": 2}, "e2b"), (2, {}, "26b_a4b")],
-    ids=["fsdp", "hsdp", "experts"],
+    [(2, {}, "e2b"), (4, {"parallel__dp_replicate": 2}, "e2b"), (2, {}, "26b_a4b"), (4, {}, "26b_a4b")],
+    ids=["fsdp", "hsdp", "experts on 2", "experts on 4"],
 )
 def test_clipped_updates_sharded_equal_one_process(ranks, options, shape):
     cfg = config(**UPDATE)
@@ -332,6 +332,10 @@ def test_mesh_shape_says_what_does_not_fit():
         (65, 1, (5, 13)),
     ):
         assert mesh_shape(parallel, ranks, node) == (1, replicate, shard, 1, 1)
+    for ranks, node in ((67, 1), (68, 8), (100, 8), (134, 67)):  # no whole nodes
+        with pytest.raises(ConfigError, match=f"nodes of {node}, .* divides {ranks} ranks. Set parallel.dp_shard and"):
+            mesh_shape(parallel, ranks, node)
+    assert mesh_shape(parallel, 256, 128) == (1, 4, 64, 1, 1)  # half of a large node
     assert "over 64 of 512 ranks, 8 replicas (HSDP): parallel.dp_shard=-1 shards" in mesh_sentence(parallel, 512, 8)
     assert mesh_sentence(parallel, 8, 8) == "weights are sharded over 8 of 8 ranks"
     parallel.dp_shard = 512  # what is set is kept

@@ -64,18 +64,19 @@ AT_LEAST = {
 }
 
 
-def validate(cfg: DictConfig, world_size: int | None = None) -> None:
+def validate(cfg: DictConfig, world_size: int | None = None, node: int | None = None) -> None:
     """Refuse what can't work, before a process group is made or a weight is read.
 
     Args:
         cfg: the composed configuration.
         world_size: number of ranks, where it is known; the mesh has to fit it.
+        node: ranks on a node; by default what torchrun says.
 
     Raises:
         ConfigError: naming the key, the reason and what to set instead.
     """
     _check_keys(cfg, Config)
-    mesh_shape(cfg.parallel, world_size)
+    mesh_shape(cfg.parallel, world_size, node)
     if cfg.model.dtype != "bfloat16":
         raise ConfigError(
             f"model.dtype={cfg.model.dtype}: the drafter is released, loaded and exported in bfloat16 only. Set "

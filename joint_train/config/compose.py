@@ -16,15 +16,19 @@ def conf_dir() -> Path:
     return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
 
 
-def load(overrides: Sequence[str] = (), world_size: int | None = None) -> DictConfig:
+def load(overrides: Sequence[str] = (), world_size: int | None = None, node: int | None = None) -> DictConfig:
     """Compose ``conf/config.yaml`` with command-line overrides, and validate the result.
+
+    Args:
+        overrides: as on the command line.
+        world_size, node: as for :func:`validate`.
 
     Raises:
         ConfigError: as :func:`validate`; Hydra's own errors for an unknown key or a wrong type.
     """
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("config", list(overrides))
-    validate(cfg, world_size)
+    validate(cfg, world_size, node)
     return cfg
 
 

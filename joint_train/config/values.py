@@ -91,15 +91,27 @@ def default_shards(ranks: int, node: int) -> int:
     """How many of the ranks hold one copy of the weights between them where ``parallel.dp_shard`` is -1.
 
     All of them, up to :data:`MOST_SHARDS`. Beyond, the shards hardly get smaller while every gather crosses the whole
-    network: the largest number up to that which divides the ranks and is whole nodes (or a whole part of one).
+    network: the largest number up to that which divides the ranks and is whole nodes, or half of one, a third, … where
+    a node has more than that.
 
     Args:
         ranks: of the run.
         node: of them on a node.
+
+    Raises:
+        ConfigError: if there is no such number; a smaller part of a node would hold many times as much on each rank.
     """
     if ranks <= MOST_SHARDS:
         return ranks
-    return max(n for n in range(1, MOST_SHARDS + 1) if ranks % n == 0 and (n % node == 0 or node % n == 0))
+    numbers = range(2, MOST_SHARDS + 1)
+    fit = [n for n in numbers if ranks % n == 0 and (n % node == 0 or (node > MOST_SHARDS and node % n == 0))]
+    if not fit:
+        raise ConfigError(
+            f"parallel.dp_shard=-1 shards over whole nodes of {node}, up to {MOST_SHARDS} ranks, and none of these "
+            f"numbers above 1 divides {ranks} ranks. Set parallel.dp_shard and parallel.dp_replicate so that their "
+            f"product is {ranks}; parallel.dp_shard={ranks} shards over all of them."
+        )
+    return fit[-1]
 
 
 def node_size() -> int:

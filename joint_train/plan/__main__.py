@@ -9,7 +9,8 @@ from rich.table import Table
 
 from joint_train import config
 from joint_train.command import start
-from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, mesh_sizes, savings, with_overrides
+from joint_train.config.values import mesh_sentence
+from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, savings, with_overrides
 
 
 def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> None:
@@ -38,7 +39,7 @@ def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> N
     seconds = plan.seconds(machine)
     step = Table(title="Step", title_justify="left", show_header=False)
     for what, value in {
-        "ranks": f"{plan.ranks}, weights sharded over {mesh_sizes(cfg, machine.gpus)[1]}",
+        "ranks": mesh_sentence(cfg.parallel, plan.ranks, machine.gpus_per_node),
         "tokens of a step": f"{plan.tokens:,} (S = {cfg.data.max_length}, K = {cfg.drafter.num_steps})",
         "FLOPs of a token": f"{plan.flops_per_token:.3e} (recomputation included)",
         "FLOPs of a step": f"{plan.flops * plan.ranks:.3e}",

@@ -168,11 +168,11 @@ def count_parameters(model: Gemma4WithDrafter) -> dict[str, tuple[int, int]]:
     return {part: (every, trained) for part, (every, trained) in parts.items() if every}
 
 
-def mesh_sizes(cfg: DictConfig, gpus: int) -> tuple[int, int]:
+def mesh_sizes(cfg: DictConfig, machine: Machine) -> tuple[int, int]:
     """(ranks, ranks that a weight is sharded over)."""
     replicate, shard = cfg.parallel.dp_replicate, cfg.parallel.dp_shard
-    ranks = replicate * shard if shard > 0 else max(replicate, gpus - gpus % replicate)
-    return ranks, mesh_shape(cfg.parallel, ranks)[2]
+    ranks = replicate * shard if shard > 0 else max(replicate, machine.gpus - machine.gpus % replicate)
+    return ranks, mesh_shape(cfg.parallel, ranks, machine.gpus_per_node)[2]
 
 
 def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> Plan:
@@ -192,7 +192,7 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
     }
     cfg = OmegaConf.merge(cfg, as_planned)
     model = meta_pair(cfg, base_config, drafter_config, compute_dtype(cfg.precision, device_type))
-    ranks, shard = mesh_sizes(cfg, machine.gpus)
+    ranks, shard = mesh_sizes(cfg, machine)
     step = simulate(model, cfg, shard, device_type)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -270,7 +270,7 @@ def savings(cfg: DictConfig, machine: Machine) -> dict[str, int]:
         {"activation_checkpointing.drafter": "full"},
         {"activation_checkpointing.base": "full"},
         {"data.micro_batch_size": 1, "optim.grad_accum": cfg.optim.grad_accum * cfg.data.micro_batch_size},
-        {"parallel.dp_shard": 2 * mesh_sizes(cfg, machine.gpus)[1]},
+        {"parallel.dp_shard": 2 * mesh_sizes(cfg, machine)[1]},
         {"data.max_length": max(256, cfg.data.max_length // 2)},
         {"precision.params": "bfloat16"},
         {"freeze.base": True},
