@@ -320,7 +320,14 @@ class Checkpointer:
         if ranks.rank == 0:
             for note in notes:
                 log.warning(note)
-            log.info("saved %s in %.1f s", final, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            log.info("saved %s in %.1f s", final, seconds)
+            if seconds > self.cfg.grace_seconds:
+                log.warning(
+                    "that is longer than checkpoint.grace_seconds=%g: a save after a signal would be lost. Set "
+                    "checkpoint.grace_seconds=%d, and the launcher's limits above it",
+                    self.cfg.grace_seconds, 1.5 * seconds,
+                )  # fmt: skip
 
     @staticmethod
     def _make_temporary(final: Path) -> Path:

@@ -179,7 +179,10 @@ class EvalConfig:
     generate_every: int = key(
         0, "steps between assisted generations, with a validation; 0: only before and after the run"
     )
-    prompts: int = key(8, "validation prompts in an assisted generation; 0 turns it off")
+    prompts: int | None = key(
+        None,
+        "validation prompts in an assisted generation; 0: none; null: 8, or none where it would outlast the validation",
+    )
     max_new_tokens: int = key(64, "tokens generated for a prompt")
 
 

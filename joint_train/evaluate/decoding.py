@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from joint_train.evaluate.drafting import Drafting, drafts
+from joint_train.evaluate.lockstep import Lockstep, gathered, share_of
 from joint_train.evaluate.prompts import Prompt
 
 
@@ -169,35 +169,30 @@ def accepted_length(
 ) -> dict[str, object]:
     """Tokens per base forward in greedy assisted generation, with models that may be sharded.
 
-    Under a process group every rank calls it with the same prompts, and all decode them in lockstep: each forward is
-    then a collective that all ranks enter, and no rank ever holds a whole model. Rank 0's logits are everybody's, so
-    that ranks can't part ways over a rounding error.
+    Under a process group every rank calls it with the same prompts and decodes its share of them, all in lockstep: each
+    forward of the base is then a collective that all ranks enter, and no rank ever holds a whole model.
 
     Args:
         base, drafter: plain modules or FSDP2 roots (the base's root must stay gathered after its forward).
         num_steps: K, drafts for a verification.
-        progress: is called before each prompt.
+        progress: is called before each forward of the base, on all ranks as often; it may be collective, and raise.
 
     Returns:
         ``tokens_per_forward``; ``accepted_{k}``: share of verifications whose draft k was accepted, with all before it;
         ``examples``: dictionaries of prompt, text and tokens per forward, for a table.
     """
     training = {model: model.training for model in (base, drafter)}
-    hooks = []
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        hooks = [model.register_forward_hook(share_logits) for model in (base, drafter)]
+    mine = {}
     try:
         for model in training:
             model.eval()
-        decoded = []
-        for prompt in prompts:
-            progress()
-            decoded.append(decode(base, drafter, prompt.ids, num_steps, max_new_tokens))
+        with Lockstep(base, drafter, progress):
+            for number, prompt in share_of(prompts):
+                mine[number] = decode(base, drafter, prompt.ids, num_steps, max_new_tokens)
     finally:
-        for hook in hooks:
-            hook.remove()
         for model, mode in training.items():
             model.train(mode)
+    decoded = gathered(mine)
     steps = [step for d in decoded for step in acceptance_steps(d)]
     drafted = [max(1, sum(drafts > k for drafts, _ in steps)) for k in range(num_steps)]
     return {
@@ -212,10 +207,3 @@ def accepted_length(
             for prompt, d in zip(prompts, decoded, strict=True)
         ],
     }
-
-
-def share_logits(module: torch.nn.Module, args: tuple, output):
-    """A forward hook: everybody goes on with rank 0's logits."""
-    output.logits = output.logits.contiguous()
-    dist.broadcast(output.logits, src=0)
-    return output

@@ -73,6 +73,7 @@ class Plan:
     traffic: int  # bytes of a step that a rank's operations read and write in its memory
     communication: dict[str, dict[str, int]]  # collective -> unit -> bytes of a step, of whole buffers
     mesh: tuple[int, int]  # replicas, shards
+    micro_batches: int  # of a step, on a rank
 
     @property
     def peak(self) -> int:
@@ -118,6 +119,26 @@ class Plan:
             if every := sum(of_kind.values()):
                 ends += total[kind] * sum(of_kind.get(unit, 0) for unit in units) / every
         return ends + max(0.0, sum(total.values()) - ends - self.compute_seconds(machine))
+
+    def generation_seconds(self, machine: Machine, forwards: int) -> float:
+        """Time of that many forwards of the base in a generation: each gathers the layers and reads all weights."""
+        gathers = self.communication["all-gather"]
+        moved = sum(gathers.values()) and (gathers.get("layers", 0) / 2 + gathers.get("per-layer embeddings", 0))
+        share = moved / max(1, sum(gathers.values())) / self.micro_batches
+        weights = 2 * sum(every for every, _ in self.parameters.values())
+        return forwards * (
+            share * self.network_seconds(machine)["all-gather"] + weights / machine.hbm_gb_per_second / 1e9
+        )
+
+    def validation_seconds(self, machine: Machine, batches: int) -> float:
+        """Time of a validation's forwards, of a micro-batch each: a third of what a step computes for one."""
+        return (
+            batches
+            * (self.flops - self.recomputed)
+            / 3
+            / self.micro_batches
+            / (machine.tflops * 1e12 * machine.utilisation)
+        )
 
     def seconds(self, machine: Machine) -> float:
         """Time of a step."""
@@ -228,6 +249,7 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         traffic=step.traffic * cfg.optim.grad_accum + 7 * local_bytes(trained, shard, cfg),
         communication=communication,
         mesh=(ranks // shard, shard),
+        micro_batches=cfg.optim.grad_accum,
     )
 
 

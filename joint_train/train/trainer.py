@@ -25,6 +25,7 @@ from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.pair.targets import JointTargets, joint_targets
 from joint_train.plan.planner import Machine, make_plan
+from joint_train.train.advice import generation_prompts, warn_of_grace
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.optim import build_optimizer, lr_factor, update
@@ -81,7 +82,10 @@ class Trainer:
                 )
         self.loader = self.build_train_loader(position)
         self.tracker = Tracker(cfg, self.rank, self.step)
-        self.plan = make_plan(cfg, Machine(gpus=self.ranks), self.device.type)
+        machine = Machine(gpus=self.ranks)
+        self.plan = make_plan(cfg, machine, self.device.type)
+        self.prompts = generation_prompts(cfg, self.plan, machine, self.device.type)
+        warn_of_grace(cfg, self.plan, machine, self.device.type)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -288,7 +292,8 @@ class Trainer:
         random state alone: a validation that is repeated changes nothing.
 
         Args:
-            progress: called before each batch and each prompt; by default it only says that this isn't a hang.
+            progress: called before each batch and each forward of a generation; by default it only says that this
+                isn't a hang.
         """
         cfg, measured = self.cfg, {}
         progress = progress or self.watchdog.beat
@@ -305,8 +310,8 @@ class Trainer:
                     inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
                     add(sums, self.model(**inputs, targets=targets).stats)
             measured |= self.metrics(sums, self.val_loader.source_names, prefix="val/")
-            if generate and cfg.eval.prompts > 0:
-                prompts = validation_prompts(cfg, self.tokenizer, cfg.eval.prompts)
+            if generate and self.prompts > 0:
+                prompts = validation_prompts(cfg, self.tokenizer, self.prompts)
                 accepted = accepted_length(
                     self.model.base, self.model.drafter, self.tokenizer, prompts, cfg.drafter.num_steps,
                     cfg.eval.max_new_tokens, progress,

@@ -1,0 +1,38 @@
+"""What the plan of a run says about its settings, at its start."""
+
+import logging
+
+from omegaconf import DictConfig
+
+from joint_train.plan.planner import Machine, Plan
+
+log = logging.getLogger(__name__)
+
+PROMPTS = 8  # validation prompts in an assisted generation
+
+
+def generation_prompts(cfg: DictConfig, plan: Plan, machine: Machine, device_type: str) -> int:
+    """``eval.prompts``; where it is null 8, or none if generating would take longer than validating."""
+    if cfg.eval.prompts is not None:
+        return cfg.eval.prompts
+    generation = plan.generation_seconds(machine, -(-PROMPTS // plan.ranks) * cfg.eval.max_new_tokens)
+    validation = plan.validation_seconds(machine, cfg.eval.batches)
+    if device_type == "cpu" or generation <= validation:  # the plan knows no CPU's speed
+        return PROMPTS
+    log.info(
+        "no assisted generation in this run's validations: the plan says %.0f s for %d prompts, against %.0f s for the "
+        "validation. eval.prompts=%d turns it on",
+        generation, PROMPTS, validation, PROMPTS,
+    )  # fmt: skip
+    return 0
+
+
+def warn_of_grace(cfg: DictConfig, plan: Plan, machine: Machine, device_type: str) -> None:
+    """Say at the start that a save won't fit into the time that a signal leaves, rather than when it comes."""
+    seconds = plan.checkpoint / machine.disk_gb_per_second / 1e9
+    if device_type != "cpu" and seconds > cfg.checkpoint.grace_seconds:
+        log.warning(
+            "checkpoint.grace_seconds=%d is too short: a checkpoint of %.0f GB takes %.0f s at %g GB/s, and one that "
+            "isn't done in time is lost. Set checkpoint.grace_seconds=%d, and the launcher's limits above it",
+            cfg.checkpoint.grace_seconds, plan.checkpoint / 1e9, seconds, machine.disk_gb_per_second, 1.5 * seconds,
+        )  # fmt: skip
