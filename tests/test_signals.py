@@ -20,7 +20,7 @@ STEPS += ["eval.max_new_tokens=3", "checkpoint.every=3"]
 
 def signal_in(phase: str) -> None:
     """Make this process signal itself, once, in the middle of a phase of the run, which then takes its time."""
-    from joint_train.data import cache
+    from joint_train.data import tokenise
     from joint_train.distributed import preemption
     from joint_train.train import trainer
 
@@ -43,8 +43,7 @@ def signal_in(phase: str) -> None:
     if phase == "loading":
         signalled(trainer, "load_pair", 1, 30)
     elif phase == "tokenising":
-        signalled(cache, "_batches", 1, 0)  # just before its workers start
-        signalled(cache.Tokenise, "__getitem__", 2, 30)
+        signalled(tokenise.Tokenise, "__getitem__", 2, 30)  # num_workers=0: in this process
     elif phase == "first validation":
         signalled(trainer.Trainer, "prepare", 2, 30, of_step(0, False))
     elif phase == "validation":
