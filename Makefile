@@ -19,6 +19,10 @@ train: install
 	test -e $(OUT)/pair/COMPLETE || $(BIN)/python -m joint_train.starter $(OUT)/pair
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m joint_train \
 		+experiment=starter pair=$(OUT)/pair output_dir=$(OUT)/run
+	test -e $(OUT)/code/val.jsonl || $(BIN)/python -m benchmarks.shift $(OUT) data
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m joint_train \
+		+experiment=starter_shift pair=$(OUT)/run/export output_dir=$(OUT)/shifted
+	$(BIN)/python -m benchmarks.shift $(OUT) report
 
 test: install lint
 	$(BIN)/python -m pytest
