@@ -52,6 +52,7 @@ PROMISES = {
     "distributed_setup: pp_size and cp_size must be 1": f"{HERE}::test_distributed_setup",
     "freeze_config: for the base only": f"{HERE}::test_freeze_config_is_the_bases",
     "cache_dir: the hub cache": "test_loading.py",
+    "kwargs: forwarded to both loads": f"{HERE}::test_kwargs_go_to_both_loads",
     # saving
     "save_pretrained: base/ and drafter/, each for from_pretrained alone": f"{HERE}::test_save_and_load",
     "load_pretrained: what save_pretrained wrote": f"{HERE}::test_save_and_load",
@@ -217,8 +218,9 @@ def meshes(rank: int, folders) -> list[str]:
     from torch.distributed.device_mesh import init_device_mesh
 
     said = []
-    for names in (("dp_replicate", "dp_shard", "cp"), ("dp_replicate", "dp_shard", "tp"), ("dp",), ("dp_shard", "pp")):
-        shape = (1,) * (len(names) - 1) + (2,)
+    both = ("dp_replicate", "dp_shard")
+    for names in ((*both, "cp"), (*both, "tp"), ("dp",), ("dp_shard", "pp"), (*both, "ep"), None):
+        shape = (1,) * (len(names or "x") - 1) + (2,)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         try:
             Gemma4WithDrafter.from_pretrained(*folders, device_mesh=mesh)
@@ -228,8 +230,23 @@ def meshes(rank: int, folders) -> list[str]:
 
 
 def test_a_mesh_that_splits_the_pair_is_refused(folders):
-    for cp, tp, unnamed, pp in run_ranks(meshes, 2, folders):
-        assert "cp of size 2" in cp and "tp of size 2" in tp and "pp of size 2" in pp and "dimensions dp;" in unnamed
+    for cp, tp, other, pp, ep, unnamed in run_ranks(meshes, 2, folders):
+        assert "cp of size 2" in cp and "tp of size 2" in tp and "pp of size 2" in pp and "dimensions dp;" in other
+        assert "unknown dimension ep" in ep and "(without names)" in unnamed
+
+
+def test_kwargs_go_to_both_loads(folders, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append((name, options.get("token"), options.get("local_files_only")))
+        return folders[name == "some/drafter"]
+
+    monkeypatch.setattr("joint_train.weights.folders.snapshot_download", snapshot_download)
+    Gemma4WithDrafter.from_pretrained("some/base", "some/drafter", token="secret", local_files_only=True)
+    assert [x for x in asked if x[1]] == [("some/base", "secret", True), ("some/drafter", "secret", True)]
+    with pytest.raises(TypeError, match="doesn't know drafter_steps: .* force_download, local_files_only, token"):
+        Gemma4WithDrafter.from_pretrained(*folders, drafter_steps=2)
 
 
 def test_distributed_setup(folders):

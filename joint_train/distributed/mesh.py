@@ -66,8 +66,8 @@ def check_mesh(mesh: DeviceMesh) -> None:
             )
     if not {"dp_replicate", "dp_shard"} <= set(names):
         raise ConfigError(
-            f"device_mesh has the dimensions {', '.join(names)}; dp_replicate and dp_shard are needed. "
-            "Make it with joint_train.distributed.mesh.init_mesh, or with init_device_mesh(..., mesh_dim_names="
+            f"device_mesh has the dimensions {', '.join(names) or '(without names)'}; dp_replicate and dp_shard are "
+            "needed. Make it with joint_train.distributed.mesh.init_mesh, or with init_device_mesh(..., mesh_dim_names="
             "('dp_replicate', 'dp_shard'))."
         )
     if unknown := [name for name in names if name not in DIMENSIONS and mesh[name].size() != 1]:

@@ -18,7 +18,7 @@ from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, parallelize, prepare, share_streams
 from joint_train.pair.model import JointModel
 from joint_train.weights.export import export_model
-from joint_train.weights.folders import read_configs, resolve
+from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
 from joint_train.weights.loading import build_meta, materialize
 
 
@@ -66,6 +66,7 @@ class Gemma4WithDrafter(JointModel):
         base_grad_scale: float = 1.0,
         prompt_rows: bool | None = None,
         loss: DictConfig | dict | None = None,
+        **kwargs: Any,
     ) -> Gemma4WithDrafter:
         """Load a base and its drafter, sharded over a mesh if there is one.
 
@@ -90,10 +91,18 @@ class Gemma4WithDrafter(JointModel):
             cache_dir, revision, drafter_revision: of the hub.
             use_sdpa_patching: ``None`` or ``False``: nothing is patched here.
             peft_config, moe_mesh, pipeline_config: must be ``None``.
+            kwargs: ``token``, ``local_files_only`` and ``force_download`` of the hub, forwarded to both loads.
 
         Raises:
+            TypeError: for any other keyword, naming it.
             ValueError: for a refused argument, saying why, or a pair that doesn't fit together.
         """
+        if unknown := sorted(kwargs.keys() - HUB_OPTIONS):
+            raise TypeError(
+                f"from_pretrained doesn't know {', '.join(unknown)}: beside its named arguments it forwards "
+                f"{', '.join(sorted(HUB_OPTIONS))} to both loads. The base's text configuration is overridden with "
+                "text_config."
+            )
         refused = {
             "peft_config": (peft_config, "joint training with adapters is out of scope"),
             "pipeline_config": (pipeline_config, "the drafter reads the base's keys and values: no pipeline stages"),
@@ -156,7 +165,7 @@ class Gemma4WithDrafter(JointModel):
         }
         for group, values in given.items():
             OmegaConf.update(cfg, group, {name: value for name, value in values.items() if value is not None})
-        return load_pair(cfg, device_mesh, device_mesh.device_type if device_mesh is not None else "cpu")
+        return load_pair(cfg, device_mesh, device_mesh.device_type if device_mesh is not None else "cpu", kwargs)
 
     def save_pretrained(
         self,
@@ -216,16 +225,21 @@ class Gemma4WithDrafter(JointModel):
             )
 
 
-def load_pair(cfg: DictConfig, mesh: DeviceMesh | None, device: torch.device | str) -> Gemma4WithDrafter:
+def load_pair(
+    cfg: DictConfig, mesh: DeviceMesh | None, device: torch.device | str, hub: dict[str, Any] | None = None
+) -> Gemma4WithDrafter:
     """The pair of a configuration, sharded over `mesh` (whole without one) and filled from its folders.
+
+    Args:
+        hub: those of :data:`HUB_OPTIONS` that are given, for both downloads.
 
     Raises:
         ConfigError: for a pair that can't be found or doesn't fit together.
         WeightsError: for weights that don't fit.
     """
     m = cfg.model
-    base_dir = resolve(m.base, m.revision, m.cache_dir)
-    drafter_dir = resolve(m.drafter, m.drafter_revision, m.cache_dir)
+    base_dir = resolve(m.base, m.revision, m.cache_dir, hub)
+    drafter_dir = resolve(m.drafter, m.drafter_revision, m.cache_dir, hub)
     text_config = OmegaConf.to_container(m.text_config, resolve=True)
     configs = read_configs(base_dir, drafter_dir, text_config=text_config)
     model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params])

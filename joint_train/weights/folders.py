@@ -34,14 +34,24 @@ DRAFTERS = {
 }
 # Text settings that the configuration classes take apart when they are built, so that no attribute shows them.
 TEXT_INPUTS = {"global_head_dim", "num_global_key_value_heads", "rope_theta"}
+# Further options of a download; they are in no run's configuration, which is written to files.
+HUB_OPTIONS = {"token", "local_files_only", "force_download"}
 # What a training run needs of a hub repository: weights in other formats can be as large again.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
-def resolve(path: str | os.PathLike, revision: str | None = None, cache_dir: str | None = None) -> Path:
+def resolve(
+    path: str | os.PathLike,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    hub: dict[str, Any] | None = None,
+) -> Path:
     """The local folder of a model: the folder itself, or a hub repository's snapshot, downloaded if need be.
 
     Under a process group all ranks must call it: the first rank of each node downloads, the others wait for it.
+
+    Args:
+        hub: those of :data:`HUB_OPTIONS` that are given.
 
     Raises:
         ConfigError: for a folder that doesn't exist, or a repository that can't be had; on every rank alike.
@@ -56,7 +66,7 @@ def resolve(path: str | os.PathLike, revision: str | None = None, cache_dir: str
     options = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": HUB_FILES}
     first = not dist.is_initialized() or dist.get_node_local_rank(fallback_rank=0) == 0
     try:
-        together(lambda: snapshot_download(name, **options) if first else None)
+        together(lambda: snapshot_download(name, **options, **(hub or {})) if first else None)
     except Exception as e:
         raise ConfigError(
             f"can't get {name} (revision {revision or 'main'}) from the hub: {e}\nWithout network, give a local folder "
