@@ -137,6 +137,38 @@ def test_a_shape_that_an_override_changes_is_refused(pairs):
         materialize(build_meta(config, torch.float32), pairs / "31b/base", "cpu")
 
 
+def reconfigure(folder: Path, **values):
+    """Set values of the text configuration in a folder's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"].update(values)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_drafter_with_capped_logits_is_refused(e2b):
+    reconfigure(e2b[0], final_logit_softcapping=30.0)  # the base's is trained as it is served
+    read_configs(*e2b)
+    reconfigure(e2b[1], final_logit_softcapping=30.0)
+    with pytest.raises(
+        ConfigError, match=r"model.drafter=.*drafter: .* final_logit_softcapping=30.0, which vLLM and SG"
+    ):
+        read_configs(*e2b)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_quantised_folder_is_refused(e2b, part, inside):
+    method = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    file = e2b[part] / "config.json"
+    config = json.loads(file.read_text())
+    (config["text_config"] if inside else config)["quantization_config"] = method
+    file.write_text(json.dumps(config))
+    with pytest.raises(
+        ConfigError, match=r"quantised weights \(quantization_config .*give the bfloat16 folder"
+    ) as error:
+        read_configs(*e2b)
+    assert str(e2b[part]) in str(error.value)
+
+
 # Names
 
 

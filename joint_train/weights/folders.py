@@ -88,7 +88,8 @@ def read_config(
         text_config: values that replace those of the folder's text configuration.
 
     Raises:
-        ConfigError: if there is none, or `text_config` has a key that Gemma 4's text configuration hasn't.
+        ConfigError: if there is none, its weights are quantised, or `text_config` has a key that Gemma 4's text
+            configuration hasn't.
     """
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision, cache_dir=cache_dir)
@@ -100,6 +101,11 @@ def read_config(
     if kind not in BASES and kind not in DRAFTERS:
         raise ConfigError(
             f"{path} is a {kind} model; a base is one of {', '.join(BASES)}, a drafter one of {', '.join(DRAFTERS)}."
+        )
+    if any(part.get("quantization_config") for part in (raw, raw.get("text_config") or {})):
+        raise ConfigError(
+            f"{path} holds quantised weights (quantization_config in its config.json), which can't be trained: give "
+            "the bfloat16 folder that it was made from, and quantise the export after training."
         )
     config_class = CONFIG_MAPPING[kind]
     config = config_class.from_dict(copy.deepcopy(raw))
@@ -128,7 +134,8 @@ def read_configs(
     """Configurations of a pair, checked to fit together; reads no weight.
 
     Raises:
-        ConfigError: for a model of another family, and for a drafter that was made for another base.
+        ConfigError: for a model of another family, a drafter that was made for another base, and a drafter whose
+            logits serving would cap.
     """
     base_config = read_config(base, revision=revision, cache_dir=cache_dir, text_config=text_config)
     drafter_config = read_config(drafter, revision=drafter_revision, cache_dir=cache_dir)
@@ -139,4 +146,10 @@ def read_configs(
         if config.model_type not in known:
             raise ConfigError(f"{key}={path} is a {config.model_type} model; it must be one of {', '.join(known)}.")
     check_pair(base_config, drafter_config)
+    if (cap := drafter_config.get_text_config().final_logit_softcapping) is not None:
+        raise ConfigError(
+            f"model.drafter={drafter}: its configuration has final_logit_softcapping={cap}, which vLLM and SGLang "
+            "apply to its logits and transformers' drafter and this training don't. Set final_logit_softcapping to null in "
+            "the text_config of its config.json, as in the released drafters."
+        )
     return base_config, drafter_config
