@@ -6,7 +6,7 @@ GPUS   := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 OUT    ?= outputs/starter
 
-.PHONY: install train test test-slow test-slurm docs lint clean
+.PHONY: install train test test-slow test-slurm test-vllm docs lint clean
 
 install: $(VENV)/.installed
 
@@ -33,9 +33,7 @@ test-slow: install
 test-slurm: install
 	tests/slurm/run.sh
 
-docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo made: build/docs/index.html
+.PHONY: install train test test-slow test-slurm test-vllm docs lint clean
 
 lint: install
 	$(BIN)/ruff check .
@@ -43,4 +41,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-vllm build *.egg-info

@@ -1,0 +1,245 @@
+"""Trained pairs served by vLLM on CPU, in fp32: its text is transformers', and each of its steps settles as many tokens
+as ``python -m joint_train.evaluate --serving engine`` says.
+
+`make test-vllm` runs it. All pairs are trained and exported by this project, so it also shows that what was trained is
+what is served: a drafter that saw something else in serving than in training would accept nothing.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import transformers
+from pairs import make_pair
+
+from joint_train import Gemma4WithDrafter
+from joint_train.evaluate.decoding import decode, tokens_per_forward
+from joint_train.evaluate.served import serve_command
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+PYTHON = os.environ.get("VLLM_PYTHON", "")
+HERE = Path(__file__).parent
+K = 4
+# The reduced released shapes. vLLM's attention on CPU takes heads of multiples of 32.
+SHAPES = {
+    "e2b": {},  # ordered embeddings, KV sharing, a configuration with room for towers
+    "text": {"drafter_overrides": {"use_ordered_embeddings": False}},
+    "multimodal": {},
+    "26b_a4b": {},  # a mixture of experts; keys equal values, no KV sharing
+    "31b": {},
+    "12b_unified": {},
+}
+EOS, BOS = 1, 2
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16}
+
+
+# Pairs to serve
+
+
+def chain(count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """``[count, length]`` tokens, each one of four successors of the one before it; some texts end and begin again."""
+    successors = torch.randint(3, 240, (256, 4), generator=torch.Generator().manual_seed(0))
+    successors[::31, 0] = EOS
+    successors[EOS] = BOS
+    rows = [torch.full((count,), BOS)]
+    rows.append(torch.randint(3, 240, (count,), generator=generator))
+    for _ in range(length - 2):
+        choice = torch.multinomial(torch.tensor([0.7, 0.15, 0.1, 0.05]), count, replacement=True, generator=generator)
+        rows.append(successors[rows[-1], choice])
+    return torch.stack(rows, 1)
+
+
+def train(shape: str, folder: Path) -> tuple[Path, Path]:
+    """A pair of a shape, trained until its drafts are sometimes right and sometimes not, and exported."""
+    source = make_pair(folder / "source", shape, head_dim=32, global_head_dim=64, **SHAPES[shape])
+    model = Gemma4WithDrafter.from_pretrained(*source, drafter_num_steps=K, loss={"centroid_weight": 0.3}).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(70):
+        ids = chain(16, 40, generator)
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "export")
+    return folder / "export/base", folder / "export/drafter"
+
+
+def job(*overrides: str) -> None:
+    """The main job on the starter pair, with one CPU rank."""
+    subprocess.run(
+        [sys.executable, "-m", "joint_train", "+experiment=starter", "tracking.wandb=disabled", *overrides],
+        check=True, timeout=600, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """Exports of two stages: a run on the starter pair, and a run that began with the first one's export."""
+    folder = tmp_path_factory.mktemp("starter")
+    subprocess.run([sys.executable, "-m", "joint_train.starter", folder / "pair"], check=True, timeout=300)
+    job(f"pair={folder}/pair", f"output_dir={folder}/one", "max_steps=60")
+    first = folder / "one/export"
+    job(
+        f"pair={folder}/pair", f"output_dir={folder}/two", "max_steps=20",
+        f"model.base={first}/base", f"model.drafter={first}/drafter",
+    )  # fmt: skip
+    return {"starter": (first / "base", first / "drafter"), "second stage": stage_two(folder)}
+
+
+def stage_two(folder: Path) -> tuple[Path, Path]:
+    return folder / "two/export/base", folder / "two/export/drafter"
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory, starter) -> dict[str, tuple[Path, Path]]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("pairs")
+    return starter | {shape: train(shape, folder / shape) for shape in SHAPES}
+
+
+def prompts_of(name: str, base: Path) -> list[list[int]]:
+    """Eight prompts, shorter and longer than the sliding window."""
+    if name in SHAPES:
+        generator = torch.Generator().manual_seed(2)
+        return [chain(1, 4 + 3 * i, generator)[0].tolist() for i in range(8)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    lines = (base.parents[2] / "pair/val.jsonl").read_text().splitlines()[:8]
+    chats = [json.loads(line)["messages"][:1] for line in lines]
+    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
+
+
+# vLLM, in one process for all pairs
+
+
+def options_of(command: str) -> dict:
+    """The options of a `vllm serve` command, as ``vllm.LLM`` takes them."""
+    words = shlex.split(command)
+    assert words[:2] == ["vllm", "serve"]
+    options = dict(zip(words[3::2], words[4::2], strict=True))
+    return {"model": words[2]} | {k.removeprefix("--").replace("-", "_"): json.loads(v) for k, v in options.items()}
+
+
+@pytest.fixture(scope="session")
+def served(pairs, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("vllm")
+    jobs = {
+        name: {
+            "options": options_of(serve_command("vllm", base, drafter, K, None)) | OPTIONS,
+            "prompts": prompts_of(name, base),
+            "max_tokens": 48,
+            "ignore_eos": False,
+        }
+        for name, (base, drafter) in pairs.items()
+    }
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    with open(folder / "log", "w") as log:
+        subprocess.run(
+            [PYTHON, HERE / "engine.py", folder / "jobs.json", folder / "results.json"],
+            env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            stdout=log, stderr=subprocess.STDOUT, timeout=600,
+        )  # fmt: skip
+    assert (folder / "results.json").exists(), (folder / "log").read_text()[-3000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+def load(folder: Path):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("name", ["starter", "second stage", *SHAPES])
+def test_text_and_steps_are_those_of_evaluate(name, pairs, served):
+    found = served[name]
+    assert "error" not in found, found["error"]
+    base, drafter = map(load, pairs[name])
+    prompts = prompts_of(name, pairs[name][0])
+    plain = [decode(base, None, prompt, K, 48).ids for prompt in prompts]
+    as_engine = [decode(base, drafter, prompt, K, 48, engine=True) for prompt in prompts]
+    assert [[t for step in steps for t in step] for steps in found["steps"]] == plain
+
+    settled = [[len(step) for step in steps[1:]] for steps in found["steps"]]  # the first step is the prompt's
+    assert settled == [d.settled for d in as_engine]
+    formula = (found["generation_tokens"] - len(prompts)) / found["spec_decode_num_drafts"]
+    assert formula == pytest.approx(tokens_per_forward(as_engine), abs=1e-12)
+    lengths = {length for steps in settled for length in steps[:-1]}
+    print(f"{name}: {formula:.3f} tokens per base forward in {sum(map(len, settled))} verifications")
+    if name in SHAPES:  # it isn't equal for want of anything to tell apart
+        assert len(lengths) >= 3 and 1.2 < formula < 4.8
+
+
+# A server, measured by the command
+
+
+@pytest.fixture(scope="session")
+def server(starter, tmp_path_factory):
+    """`vllm serve` of the second stage, by the command that `evaluate --engine vllm` prints for it."""
+    pair = list(map(str, starter["second stage"]))
+    log = tmp_path_factory.mktemp("server") / "log"
+    arguments = ["-m", "joint_train.evaluate", *pair, "--engine", "vllm", "--num-steps", str(K), "--dtype", "float32"]
+    printed = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True, timeout=120)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(PYTHON).parent / "vllm"), *shlex.split(printed.stdout)[1:]]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--max-model-len", "512", "--enforce-eager"]
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, env=os.environ | ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 240
+    try:
+        while True:
+            try:
+                if httpx.get(f"{url}/health", timeout=2).is_success:
+                    break
+            except httpx.HTTPError:
+                pass
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_running_server_has_evaluates_acceptance_and_text(server, starter, tmp_path):
+    from joint_train.evaluate.__main__ import main
+
+    shared = ["--prompts", "starter", "--limit", "12", "--max-new-tokens", "48"]
+    pair = list(map(str, starter["second stage"]))
+    options = ["--engine", "vllm", "--url", server, "--concurrency", "1,4,16", "--out", str(tmp_path / "served")]
+    assert main([*options, *shared]) == 0  # the tokenizer is that of the folder that the server names
+    options = ["--num-steps", str(K), "--serving", "engine", "--dtype", "float32", "--out", str(tmp_path / "offline")]
+    assert main([*pair, *options, *shared]) == 0
+    served, offline = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("served", "offline"))
+    one, other = served["speculative"][0], offline["speculative"][0]
+    assert one["num_steps"] == K
+    assert (one["tokens"], one["verifications"]) == (other["tokens"], other["verifications"])
+    assert one["tokens_per_forward"] == pytest.approx(other["tokens_per_forward"])
+    assert [e["text"] for e in served["examples"]] == [e["text"] for e in offline["examples"]]
+    for row in served["concurrency"]:
+        assert row["tokens_per_second"] > 0
+        assert row["tokens_per_forward"] == pytest.approx(one["tokens_per_forward"]["value"], rel=0.1)
+    assert [row["concurrency"] for row in served["concurrency"]] == [1, 4, 16]
+    assert re.search("vllm at .* with K = 4 drafts", (tmp_path / "served/evaluation.html").read_text())
