@@ -103,7 +103,8 @@ def document(out: Path, found: dict[str, dict], rows: list[list[str]], messages:
 
         def draw(axes) -> None:
             for name, of in found.items():
-                axes.plot(range(1, NUM_STEPS + 1), of["accepted"], marker="o", markersize=3, label=name)
+                short = name.partition("(")[2].rstrip(")") or "before"
+                axes.plot(range(1, NUM_STEPS + 1), of["accepted"], marker="o", markersize=3, label=short)
             axes.set_ylim(0, 1)
 
         said = "share of verifications that accept at least so many drafts"
