@@ -149,7 +149,7 @@ def read_configs(
     if (cap := drafter_config.get_text_config().final_logit_softcapping) is not None:
         raise ConfigError(
             f"model.drafter={drafter}: its configuration has final_logit_softcapping={cap}, which vLLM and SGLang "
-            "apply to its logits and transformers' drafter and this training don't. Set final_logit_softcapping to null "
-            "in the text_config of its config.json, as in the released drafters."
+            "apply to its logits, and transformers' drafter and this training don't. Set it to null in the text_config "
+            "of its config.json, as in the released drafters."
         )
     return base_config, drafter_config
