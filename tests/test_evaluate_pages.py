@@ -55,18 +55,6 @@ def results(**changes) -> dict:
     } | changes
 
 
-SAMPLING = [
-    {"way": way, "tokens": 5120, "bases_distribution": abs(z) < 4}
-    | {"tokens_per_forward": near(length, 0.1) if length else None}
-    | {"accepted": [near(length / 5, 0.01)] * 2 if length else None}
-    | {"deviation": {"log_probability": z, "most_likely": z}}
-    for way, z, length in (
-        ("plain", 0.3, None),
-        ("argmax", -0.7, 1.5),
-        ("sampled", 1.2, 2.5),
-        ("transformers", 18.2, 3),
-    )
-]
 CALIBRATION = {
     "num_steps": 8,
     "reliability": {
@@ -88,6 +76,19 @@ CALIBRATION = {
         for t in (0.0, 0.2, 0.4, 0.6, 0.8)
     ],
 }
+SAMPLING = [
+    {"way": way, "tokens": 5120, "bases_distribution": abs(z) < 4}
+    | {"tokens_per_forward": near(length, 0.1) if length else None}
+    | {"accepted": [near(length / 5, 0.01)] * 2 if length else None}
+    | {"reliability": {"bins": CALIBRATION["reliability"]["bins"][5:], "error": 0.0123} if way == "argmax" else None}
+    | {"deviation": {"log_probability": z, "most_likely": z}}
+    for way, z, length in (
+        ("plain", 0.3, None),
+        ("argmax", -0.7, 1.5),
+        ("sampled", 1.2, 2.5),
+        ("transformers", 18.2, 3),
+    )
+]
 DIFFERENCE = {"prompt": 7, "position": 31, "plain": " the", "speculative": " a", "margin": 0.001}
 
 
@@ -177,7 +178,9 @@ def test_every_number_is_in_its_own_place():
     assert [("NOT" in line) for line in said if line.startswith("sampling")] == [False, False, False, True, False]
     assert '"draft_sample_method": "probabilistic"' in said[-1]
     assert "draft_sample_method" in Text(report.page(results(sampling=SAMPLING))).text
-    assert "0.071" in Text(report.page(results())).text
+    pages = [Text(report.page(results(sampling=s))).text for s in (None, SAMPLING)]
+    assert [("greedy. Mean distance of the two: 0.071" in text) for text in pages] == [True, True]
+    assert [("sampling. Mean distance of the two: 0.012" in text) for text in pages] == [False, True]
 
 
 def test_error_bars_reach_from_low_to_high():

@@ -199,8 +199,8 @@ def sampling(
 
     Returns:
         For each way, JSON-able: ``way``; ``tokens``; ``tokens_per_forward`` and ``accepted``, the share of drafts
-        accepted at each position with all before it, with their intervals (None for plain); ``deviation`` and
-        ``bases_distribution``.
+        accepted at each position with all before it, with their intervals (None for plain); ``reliability`` of argmax
+        drafts (None for others); ``deviation`` and ``bases_distribution``.
     """
     ways = {"plain": None, "argmax": "argmax", "sampled": "sampled"} | ({} if engine else {"transformers": "biased"})
     results = []
@@ -225,6 +225,7 @@ def sampling(
                 "tokens": sum(len(d.ids) for d in decoded),
                 "tokens_per_forward": interval([settled, verifications], lambda s, v: s / v, seed) if way else None,
                 "accepted": [p["share"] for p in acceptance(decoded, num_steps, seed)] if way else None,
+                "reliability": reliability(decoded, seed) if way == "argmax" else None,
                 "deviation": deviations,
                 "bases_distribution": max(map(abs, deviations.values())) < SUSPICIOUS,
             }

@@ -69,7 +69,7 @@ def page(results: dict[str, Any]) -> str:
         f"({prompts['name']}). Brackets are 95 % bootstrap intervals over prompts."
     )
     sections = [decoding_section(results), acceptance_section(results), category_section(top), text_section(results)]
-    sections.append(calibration_section(results["calibration"]))
+    sections.append(calibration_section(results["calibration"], results["sampling"]))
     if results["sampling"]:
         sections.append(sampling_section(results["sampling"], options["temperature"]))
     sections += [examples_section(results), setting_section(results)]
@@ -205,14 +205,23 @@ def text_section(results: dict[str, Any]) -> Section:
     return section
 
 
-def calibration_section(calibration: dict[str, Any]) -> Section:
+def calibration_section(calibration: dict[str, Any], sampling: list[dict[str, Any]] | None) -> Section:
     """How far the drafter's confidence is to be trusted, and what stopping at a low one does."""
-    bins = [b for b in calibration["reliability"]["bins"] if b["drafts"]]
-    rows = [
-        [f"{b['from']:.1f} to {b['to']:.1f}", f"{b['confidence']:.2f}", number(b["accepted"]), f"{b['drafts']:,}"]
-        for b in bins
-    ]
-    by_threshold = [
+    measured = {"greedy": calibration["reliability"]}
+    for way in sampling or []:
+        if way["reliability"]:
+            measured["sampling"] = way["reliability"]
+    heads = ["confidence", "mean", "accepted", "drafts"]
+    tables = []
+    for name, reliability in measured.items():
+        rows = [
+            [f"{b['from']:.1f} to {b['to']:.1f}", f"{b['confidence']:.2f}", number(b["accepted"]), f"{b['drafts']:,}"]
+            for b in reliability["bins"]
+            if b["drafts"]
+        ]
+        error = "" if reliability["error"] is None else f" Mean distance of the two: {reliability['error']:.3f}."
+        tables.append(Table(heads, rows, f"Acceptance by confidence, {name}.{error}"))
+    thresholds = [
         [
             f"{t['threshold']:g}" if t["threshold"] else "none",
             *(number(t[key]) for key in ("tokens_per_forward", "drafts_per_forward", "accepted")),
@@ -220,30 +229,28 @@ def calibration_section(calibration: dict[str, Any]) -> Section:
         ]
         for t in calibration["thresholds"]
     ]
-    error = calibration["reliability"]["error"]
+    heads = ["threshold", "tokens per base forward", "drafts per base forward", "of them accepted", "tokens/s"]
+    tables.append(Table(heads, thresholds, "Greedy decoding that drafts no token below a threshold."))
     section = Section(
         f"The drafter's confidence, K = {calibration['num_steps']}",
-        "A draft's confidence is the drafter's largest probability. Counted are drafts with all before them accepted, "
-        "in greedy decoding. Engines can stop drafting below a threshold, as llama.cpp does with --draft-p-min."
-        + ("" if error is None else f" The mean distance of confidence and acceptance is {error:.3f}."),
-        tables=[
-            Table(["confidence", "mean", "accepted", "drafts"], rows),
-            Table(
-                ["threshold", "tokens per base forward", "drafts per base forward", "of them accepted", "tokens/s"],
-                by_threshold,
-            ),
-        ],
+        "A draft's confidence is the drafter's largest probability. Counted are drafts with all before them accepted. "
+        "Sampling accepts the drafter's most likely token with the base's probability of it, which the confidence "
+        "estimates; greedy decoding accepts it wherever it is the base's own, however unsure both are. Engines can "
+        "stop drafting below a threshold, as llama.cpp does with --draft-p-min.",
+        tables=tables,
     )
-    if plots_available() and bins:
+    if plots_available() and tables[0].rows:
 
         def draw(axes) -> None:
-            axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle="--", label="calibrated")
-            errorbars(axes, [(b["confidence"], b["accepted"]) for b in bins], label="measured")
+            axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle="--")
+            for name, reliability in measured.items():
+                points = [(b["confidence"], b["accepted"]) for b in reliability["bins"] if b["drafts"]]
+                errorbars(axes, points, label=name)
             axes.set_xlim(0, 1)
             axes.set_ylim(0, 1)
 
         section.figures = [("Acceptance by confidence", figure(draw, "confidence", "share accepted"))]
-        if len(by_threshold) > 1:
+        if len(thresholds) > 1:
 
             def over_thresholds(axes) -> None:
                 for key, label in (("tokens_per_forward", "tokens"), ("drafts_per_forward", "drafts")):
