@@ -25,11 +25,11 @@ METRICS = {
 }
 
 
-def last_validation(output: Path, pair: Path, options, *overrides: str) -> dict[str, float]:
+def last_validation(output: Path, pair: Path, options, *overrides: str, metrics=METRICS) -> dict[str, float]:
     """The last validation of the run in `output`, made if it isn't there."""
     train(output, pair, f"eval.prompts={options.prompts}", *overrides, timeout=options.timeout)
     run = load_run(output, output.name)
-    return {name: run.series(name)[-1][1] for name in METRICS}
+    return {name: run.series(name)[-1][1] for name in metrics}
 
 
 def main():

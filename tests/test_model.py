@@ -243,7 +243,7 @@ def test_every_trained_parameter_gets_a_gradient(shape, num_steps):
     assert [n for n in missing if not any(t in n for t in towers)] == []
     assert drafter.post_projection.weight.requires_grad == (num_steps > 1)
     if drafter.masked_embedding is not None:
-        assert not drafter.masked_embedding.centroids.weight.requires_grad
+        assert drafter.masked_embedding.centroids.weight.requires_grad
 
 
 def test_centroids_are_those_of_the_ordering_that_was_loaded_last(tmp_path):
@@ -303,10 +303,12 @@ def test_loss_is_the_weighted_sum_of_means_over_targets(prompt_rows):
     from joint_train.config import LossConfig
 
     base, drafter = build_pair("e2b")
-    loss = OmegaConf.merge(OmegaConf.structured(LossConfig), {"drafter": "ce", "round_weights": [1.0, 0.5, 0.25]})
+    changes = {"drafter": "ce", "round_weights": [1.0, 0.5, 0.25], "centroid_weight": 0.0}
+    loss = OmegaConf.merge(OmegaConf.structured(LossConfig), changes)
     model = Gemma4WithDrafter(
         base, drafter, drafter_num_steps=3, drafter_loss_weight=0.7, prompt_rows=prompt_rows, loss=loss
     )
+    assert not drafter.masked_embedding.centroids.weight.requires_grad
     ids = tokens()
     labels = ids.clone()
     labels[:, :7] = -100

@@ -151,7 +151,7 @@ class LossConfig:
         False, "what the distillation losses' gradient of the base as their teacher is multiplied by; true: 1, false: 0"
     )
     round_weights: Any = key(None, "w_k: a list of num_steps numbers, or {decay: b} for b**k; 1 each by default")
-    centroid_weight: float = key(0.0, "routing loss of ordered embeddings; 0 freezes the centroids")
+    centroid_weight: float = key(0.1, "weight of the routing loss of ordered embeddings; 0 freezes the centroids")
     memory_budget_mb: int | None = key(
         None, "logits and their gradients that are alive at once, on a rank; by default 1024 on GPU, 384 on CPU"
     )
