@@ -7,6 +7,7 @@ import xml.etree.ElementTree
 import pytest
 import torch
 from pairs import build_pair
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma4AssistantForCausalLM
 
 from benchmarks import joint, runs
@@ -69,14 +70,15 @@ def made(starter_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("joint")
     shutil.copytree(starter_dir, folder / "seed_0" / "pair")
 
-    def in_this_process(module, *overrides, **_):
-        if module == "joint_train":
-            trainer.run(load([*overrides, "data.num_workers=0"]))
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "run_module", in_this_process)
         assert joint.main([str(folder), *ARGUMENTS]) == 0
     return folder
+
+
+def in_this_process(module: str, *overrides: str, **_) -> None:
+    if module == "joint_train":
+        trainer.run(load([*overrides, "data.num_workers=0"]))
 
 
 def test_two_arms_end_to_end(made):
@@ -99,6 +101,19 @@ def test_nothing_finished_is_run_again_and_settings_stay(made, monkeypatch, caps
     assert "other settings" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="other settings"):
         runs.train(made / "seed_0" / "start", made / "seed_0" / "pair", "seed=1")
+
+
+def test_the_base_that_counts_as_trained_alone_is_it(made, monkeypatch):
+    monkeypatch.setattr(runs, "run_module", in_this_process)
+    run = made / "seed_0" / "runs" / "drafter.base_grad_scale_0_optim.clip_separate_2"
+    settings = json.loads((run / runs.DONE).read_text())
+    runs.train(made / "alone", made / "seed_0" / "pair", *settings, "drafter.loss_weight=0", "optim.clip=joint")
+    alone, trained, before = (
+        load_file(folder / "export" / "base" / "model.safetensors")
+        for folder in (made / "alone", run, made / "seed_0" / "start")
+    )
+    assert all(torch.equal(alone[name], trained[name]) for name in alone)
+    assert not all(torch.equal(before[name], trained[name]) for name in before)
 
 
 @torch.no_grad()
