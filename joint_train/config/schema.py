@@ -49,7 +49,7 @@ class DrafterConfig:
     )
     loss_weight: float = key(1.0, "lambda, the weight of the drafter's loss")
     base_grad_scale: float = key(
-        1.0, "share of the drafter's gradient that the base gets through keys, values, embedding and state; 0 to 1"
+        0.1, "share of the drafter's gradient that the base gets through keys, values, embedding and state; 0 to 1"
     )
     prompt_rows: bool | None = key(
         None, "train the drafter also at rows that no decoding comes to; by default only with pairing=same_token"
@@ -109,7 +109,9 @@ class OptimConfig:
     warmup_steps: int = key(50, "linear warm-up")
     schedule: str = key("cosine", "cosine | linear | constant, after the warm-up")
     min_lr_ratio: float = key(0.1, "last learning rate over the peak")
-    clip: str = key("joint", "joint: clip the norm over both models together | separate: each model's by its own")
+    clip: str = key(
+        "separate", "separate: clip each model's gradient by its own norm | joint: the norm over both together"
+    )
     max_grad_norm: float = key(1.0, "largest gradient norm, of both models or with clip=separate of the base; 0: none")
     drafter_max_grad_norm: float = key(1.0, "with clip=separate: largest gradient norm of the drafter; 0: none")
     grad_accum: int = key(1, "micro-batches in a step")

