@@ -109,9 +109,7 @@ class OptimConfig:
     warmup_steps: int = key(50, "linear warm-up")
     schedule: str = key("cosine", "cosine | linear | constant, after the warm-up")
     min_lr_ratio: float = key(0.1, "last learning rate over the peak")
-    clip: str = key(
-        "separate", "separate: clip each model by its own norm | joint: clip the norm over both together"
-    )
+    clip: str = key("separate", "separate: clip each model by its own norm | joint: clip the norm over both together")
     max_grad_norm: float = key(1.0, "largest gradient norm, of both models or with clip=separate of the base; 0: none")
     drafter_max_grad_norm: float = key(1.0, "with clip=separate: largest gradient norm of the drafter; 0: none")
     grad_accum: int = key(1, "micro-batches in a step")
