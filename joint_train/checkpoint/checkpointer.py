@@ -22,10 +22,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from joint_train.checkpoint import compat, layout, state
 from joint_train.checkpoint.background import BackgroundSave
-from joint_train.checkpoint.contents import check_json, model_config, plain, some, torch_bytes
+from joint_train.checkpoint.contents import check_json, model_config, plain, torch_bytes
+from joint_train.checkpoint.loading import Loading
 from joint_train.checkpoint.lock import RunLock
 from joint_train.checkpoint.reader import Reader, stored_tensors
-from joint_train.checkpoint.search import Search
+from joint_train.checkpoint.search import Search, verify_contents
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import CheckpointError
 
@@ -39,8 +40,8 @@ class Checkpointer:
     """The checkpoints of one run. Every method but :meth:`close` is collective: all ranks call it, in the same order.
 
         checkpointer = Checkpointer(cfg.output_dir, cfg.checkpoint, timeout_seconds=cfg.parallel.timeout_seconds)
-        if path := checkpointer.find_resume(cfg.resume):
-            saved = checkpointer.load(path, model, optimizer, config=cfg)
+        if found := checkpointer.resume(cfg.resume, model, optimizer, config=cfg):
+            path, saved = found
         …                                   # build loader and schedule from ``saved``
         checkpointer.restore_random_state()
         for step in …:
@@ -93,7 +94,12 @@ class Checkpointer:
         Raises CheckpointError if ``output_dir`` has complete checkpoints of which none is usable, or newer ones than
         the path's, or any with ``never``: going on there would mix two histories.
         """
-        return Search(self.folder, self._ranks, self.cfg.checksums, self._warn).find(resume)
+
+        def use(path: Path, manifest: layout.Manifest) -> None:
+            if self.cfg.checksums:
+                verify_contents(path, manifest, list(manifest.files), self._ranks)
+
+        return Search(self.folder, self._ranks, use, self._warn).find(resume)
 
     def load(
         self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, config: DictConfig | dict
@@ -107,72 +113,32 @@ class Checkpointer:
 
         Raises CheckpointError if the models' sizes or vocabulary aren't the checkpoint's, naming the keys.
         """
-        config = plain(config)
-        manifest, files = self._ranks.first(f"reading {path}", lambda: self._read_small(path))
-        changed = compat.differences(files["config.json"], config)
-        for key, (before, now) in changed.items():
-            self._warn(f"the configuration changed since {path.name}: {key} was {before} and is now {now}")
-        tensors = state.pair_tensors(model)
-        # One rank reads the description of all ranks' shards, 160 MB of it at 512 ranks, for everyone.
-        read = self._ranks.first(f"reading {path}", lambda: {p: Reader(path / p).read_metadata() for p in layout.PARTS})
-        readers = {part: Reader(path / part, metadata) for part, metadata in read.items()}
-        stored = {part: metadata.state_dict_metadata for part, metadata in read.items()}
-        self._check_fit(path, model, tensors, stored, files, changed)
-        for part, of_part in tensors.items():
-            self._collective(f"loading {path / part}", state.load_tensors, readers[part], of_part, self._ranks)
-        if optimizer is not None:
-            self._load_optimizer(path, model, optimizer, readers["optimizer"])
-        self._load_random(path, manifest, config)
-        self._step = manifest.step if path.parent.resolve() == self.folder.resolve() else None
-        return files["state.json"]
+        manifest = self._ranks.first(f"reading {path}", lambda: layout.verify(path, contents=False))
+        return self._load(path, manifest, model, optimizer, config, checksums=False)
 
-    def _read_small(self, path: Path) -> tuple[layout.Manifest, dict[str, Any]]:
-        manifest = layout.verify(path, contents=False)
-        names = ("config.json", "state.json", "base/config.json", "drafter/config.json")
-        return manifest, {name: json.loads((path / name).read_bytes()) for name in names}
+    def resume(
+        self, resume: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, config: DictConfig | dict
+    ) -> tuple[Path, dict] | None:
+        """:meth:`find_resume` and :meth:`load` in one, which reads each file once: (the checkpoint, ``state`` of the
+        save), or None to start from nothing.
 
-    def _check_fit(self, path, model, tensors, stored, files, changed) -> None:
-        """The model has to be the checkpoint's: same architecture, same tensors."""
-        problems = []
-        for part in ("base", "drafter"):
-            now = model_config(getattr(model, part))
-            problems += compat.fixed_differences(part, files[f"{part}/config.json"], now)
-        for part in tensors:
-            problems += compat.tensor_differences(part.partition("/")[0], stored[part], tensors[part])
-        if problems:
-            keys = [key for key in changed if key.startswith("model.")] or ["model.base", "model.drafter"]
-            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise CheckpointError(
-                f"{path} was saved from other models than {' and '.join(keys)} give now: "
-                f"{'; '.join(problems[:8])}{more}. Set {', '.join(keys)} as they were, or another output_dir"
-            )
+        Checksums (``checkpoint.checksums``) are compared while loading. Contents of a damaged checkpoint are in the
+        model until an older one replaces them; where there is none, CheckpointError is raised.
+        """
+        states: list[dict] = []
 
-    def _load_optimizer(self, path, model, optimizer, reader) -> None:
-        stored = reader.read_metadata().state_dict_metadata
-        loaded = state.new_optimizer_state(model, optimizer, stored)
-        names = state.parameter_names(model)
-        optimizer.state.clear()
-        optimizer.state.update(loaded)
-        tensors = state.optimizer_tensors(model, optimizer)
-        self._collective(f"loading {path / 'optimizer'}", state.load_tensors, reader, tensors, self._ranks)
-        trained = {names[p] for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-        had = {key.rpartition("/")[0] for key in stored}
-        if fresh := sorted(trained - had):
-            self._warn(f"{path.name} has no optimizer state for {some(fresh)}: they start with new optimizer state")
-        if dropped := sorted(had - trained):
-            self._warn(f"the optimizer state of {some(dropped)} in {path.name} is dropped: they are not trained now")
+        def use(path: Path, manifest: layout.Manifest) -> None:
+            states.append(self._load(path, manifest, model, optimizer, config, self.cfg.checksums))
 
-    def _load_random(self, path, manifest, config) -> None:
-        if manifest.world_size == self._ranks.size:
-            states = self._ranks.all(
-                f"reading {path / 'random.pt'}", lambda: torch.load(path / "random.pt", weights_only=True)
-            )
-            self._random = states[self._ranks.rank]
-        else:
-            self._warn(f"{path.name} is of {manifest.world_size} ranks, now {self._ranks.size}: new random states")
-            state.derive_random_state(config.get("seed", 0), manifest.step, self._ranks.rank)
-            self._random = state.random_state()
+        path = Search(self.folder, self._ranks, use, self._warn).find(resume)
+        return (path, states[-1]) if path else None
+
+    def _load(self, path, manifest, model, optimizer, config, checksums: bool) -> dict:
+        loading = Loading(path, manifest, self._ranks, self._warn)
+        saved, self._random = loading.run(model, optimizer, plain(config), checksums)
         self.restore_random_state()
+        self._step = manifest.step if path.parent.resolve() == self.folder.resolve() else None
+        return saved
 
     def restore_random_state(self) -> None:
         """Set the generators to where the loaded checkpoint left them (:meth:`load` does it once too).

@@ -5,8 +5,11 @@ whatever the file says. Here only the classes that describe tensors are let in. 
 ``weights_only``; anything else that could be stored beside tensors isn't, and is refused.
 """
 
+import io
 import pathlib
 import pickle
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.serialization import _get_layout
 
-from joint_train.checkpoint.layout import inside
+from joint_train.checkpoint.layout import hex_checksum, inside
 from joint_train.errors import CheckpointError
 
 ALLOWED: dict[tuple[str, str], Any] = {
@@ -35,6 +38,10 @@ for name in ("StorageMeta", "_MEM_FORMAT_ENCODING"):
     ALLOWED["torch.distributed.checkpoint.metadata", name] = getattr(described, name)
 
 
+class Unreadable(CheckpointError):
+    """Reading tensors failed on some rank, and so on all of them."""
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
@@ -50,11 +57,40 @@ class Reader(dcp.FileSystemReader):
     Args:
         folder: with a ``.metadata`` and its files.
         metadata: what is in ``.metadata``, if it was read already.
+        checksums: whether to take the checksums of what is read on the way (:meth:`whole_files`).
     """
 
-    def __init__(self, folder: Path, metadata: Metadata | None = None):
+    def __init__(self, folder: Path, metadata: Metadata | None = None, checksums: bool = False):
         super().__init__(folder)
-        self.folder, self._metadata = Path(folder), metadata
+        self.folder, self._metadata, self.checksums = Path(folder), metadata, checksums
+        self._read: dict[str, tuple[int, int]] = {}  # by file: how far it was read from its start, and the CRC-32 of it
+
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        """In the order of the files, so that one that is read whole is read from its start to its end."""
+
+        def place(item: Any) -> tuple[str, int]:
+            stored = self.storage_data[item.storage_index]
+            return stored.relative_path, stored.offset
+
+        return super().read_data(replace(plan, items=sorted(plan.items, key=place)), planner)
+
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        if not self.checksums:
+            return super()._slice_file(file, sinfo)
+        file.seek(sinfo.offset)
+        data = file.read(sinfo.length)
+        end, crc = self._read.get(sinfo.relative_path, (0, 0))
+        if end == sinfo.offset:  # else a gap, or read before
+            self._read[sinfo.relative_path] = end + len(data), zlib.crc32(data, crc)
+        return io.BytesIO(data)
+
+    def whole_files(self, sizes: dict[str, int]) -> dict[str, str]:
+        """Checksums (CRC-32 in hex) of those files that were read from the first byte to the last.
+
+        Args:
+            sizes: in bytes, by the file's path in this folder.
+        """
+        return {name: hex_checksum(crc) for name, (end, crc) in self._read.items() if end == sizes.get(name)}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Raises CheckpointError if it holds anything but tensors, or a file outside the folder."""

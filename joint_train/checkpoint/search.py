@@ -1,10 +1,12 @@
 """Which checkpoint a run resumes from."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 
 from joint_train.checkpoint import layout
-from joint_train.checkpoint.layout import DamagedCheckpoint, IncompleteCheckpoint
+from joint_train.checkpoint.layout import DamagedCheckpoint, IncompleteCheckpoint, Manifest
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import CheckpointError
 
@@ -15,12 +17,13 @@ class Search:
     Args:
         folder: the run's ``checkpoints``.
         ranks: every method is collective over them.
-        checksums: whether contents are compared with their checksums, too.
+        use: called on all ranks for a checkpoint whose manifest and sizes are right, to look at its contents. Where it
+            raises DamagedCheckpoint, which has to be on all ranks, an older one is tried.
         warn: takes what a user should know.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, checksums: bool, warn: Callable[[str], None]):
-        self.folder, self._ranks, self.checksums, self._warn = folder, ranks, checksums, warn
+    def __init__(self, folder: Path, ranks: Ranks, use: Callable[[Path, Manifest], None], warn: Callable[[str], None]):
+        self.folder, self._ranks, self._use, self._warn = folder, ranks, use, warn
 
     def find(self, resume: str) -> Path | None:
         """See :meth:`joint_train.checkpoint.Checkpointer.find_resume`."""
@@ -74,15 +77,23 @@ class Search:
         return None
 
     def _problem(self, path: Path) -> CheckpointError | None:
-        """What is wrong with a checkpoint: rank 0 looks at manifest and sizes, then each rank reads its share."""
+        """What is wrong with a checkpoint: rank 0 looks at manifest and sizes, then all use it."""
         try:
             manifest = self._ranks.first(f"verifying {path}", lambda: layout.verify(path, contents=False))
+            self._use(path, manifest)
         except CheckpointError as error:
             return error
-        if not self.checksums:
-            return None
-        by_size = sorted(manifest.files, key=lambda name: (manifest.files[name][0], name))
-        share = by_size[self._ranks.rank :: self._ranks.size]
-        problems = self._ranks.each(f"verifying {path}", lambda: layout.check_files(path, manifest, share))
-        problems = [problem for of_rank in problems for problem in of_rank]
-        return layout.damaged(path, problems) if problems else None
+        return None
+
+
+def verify_contents(path: Path, manifest: Manifest, names: list[str], ranks: Ranks) -> None:
+    """Compare files with their checksums, each rank its share. Collective.
+
+    Raises:
+        DamagedCheckpoint: naming every wrong file, on all ranks.
+    """
+    by_size = sorted(names, key=lambda name: (manifest.files[name][0], name))
+    share = by_size[ranks.rank :: ranks.size]
+    problems = ranks.each(f"verifying {path}", lambda: layout.check_files(path, manifest, share))
+    if found := [problem for of_rank in problems for problem in of_rank]:
+        raise layout.damaged(path, found)

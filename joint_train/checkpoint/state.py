@@ -7,6 +7,7 @@ checkpoint fits any number of ranks. Tied parameters are stored once, under the 
 import io
 import os
 import random
+import warnings
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,15 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from joint_train.checkpoint.layout import hex_checksum
-from joint_train.checkpoint.reader import Reader
+from joint_train.checkpoint.reader import Reader, Unreadable
 from joint_train.distributed.ranks import Ranks
+from joint_train.distributed.replicas import Replicas
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -138,17 +141,41 @@ def save_tensors(
 
 
 def load_tensors(reader: Reader, tensors: dict[str, Tensor], ranks: Ranks | None = None) -> None:
-    """Read a distributed checkpoint into these tensors, in place, in any sharding. Collective with ``ranks``."""
+    """Read a distributed checkpoint into these tensors, in place, in any sharding. Collective with ``ranks``.
+
+    With HSDP one replica reads, and the others get it from there.
+
+    Raises:
+        Unreadable: on all ranks.
+    """
     if not tensors:
         return
-    group = ranks.group if ranks else None
-    dcp.load(
-        tensors,
-        storage_reader=reader,
-        planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        process_group=group,
-        no_dist=group is None,
-    )
+    replicas = Replicas(tensors.values()) if ranks else None
+
+    def read() -> None:
+        if replicas is not None and not replicas.reads:
+            return
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+                # Each rank plans what it reads by itself; there is nothing to agree on.
+                dcp.load(
+                    tensors,
+                    storage_reader=reader,
+                    planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                    no_dist=True,
+                )
+        except CheckpointException as error:
+            wrapped = "; ".join(str(failure) for failure, _ in error.failures.values())
+            raise Unreadable(f"loading {reader.folder} failed: {wrapped}") from None
+        except Exception as error:
+            raise Unreadable(f"loading {reader.folder} failed: {type(error).__name__}: {error}") from error
+
+    if ranks is None or replicas is None:
+        read()
+        return
+    ranks.all(f"loading {reader.folder}", read)
+    replicas.share(tensors.values())
 
 
 def random_state() -> dict:

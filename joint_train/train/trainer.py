@@ -72,8 +72,8 @@ class Trainer:
         self.checkpointer = Checkpointer(self.output_dir, cfg.checkpoint, timeout_seconds=cfg.parallel.timeout_seconds)
         self.step, self.before, self.measured, position, bad_steps = 0, None, None, None, 0
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
-        if path := self.checkpointer.find_resume(cfg.resume):
-            saved = self.checkpointer.load(path, self.model, self.optimizer, config=cfg)
+        if found := self.checkpointer.resume(cfg.resume, self.model, self.optimizer, config=cfg):
+            path, saved = found
             self.step, self.before, self.measured = saved["step"], numbers(saved["before"]), numbers(saved["measured"])
             position, bad_steps, self.unfinished = saved["data"], saved.get("bad_steps", 0), saved.get("unfinished")
             if self.step >= cfg.max_steps:

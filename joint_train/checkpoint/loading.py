@@ -1,0 +1,131 @@
+"""One checkpoint into live objects, on all ranks together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from joint_train.checkpoint import compat, layout, state
+from joint_train.checkpoint.contents import model_config, some
+from joint_train.checkpoint.reader import Reader, Unreadable
+from joint_train.checkpoint.search import verify_contents
+from joint_train.distributed.ranks import Ranks
+from joint_train.errors import CheckpointError
+
+DOCUMENTS = ("config.json", "state.json", "base/config.json", "drafter/config.json")
+
+
+class Loading:
+    """A load of one checkpoint. Every method is collective.
+
+    Args:
+        path: the checkpoint's folder.
+        manifest: its manifest; sizes are verified.
+        ranks: all that load.
+        warn: takes what a user should know.
+    """
+
+    def __init__(self, path: Path, manifest: layout.Manifest, ranks: Ranks, warn: Callable[[str], None]):
+        self.path, self.manifest, self._ranks, self._warn = path, manifest, ranks, warn
+
+    def run(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any], checksums: bool
+    ) -> tuple[dict, dict]:
+        """Load everything, in place; (the ``state`` of the save, this rank's random state).
+
+        Raises:
+            DamagedCheckpoint: with ``checksums``, on all ranks, naming the files whose contents aren't those that were
+                written; before it returns, but after what was read is in the model.
+            CheckpointError: if the models' sizes or vocabulary aren't the checkpoint's, naming the keys.
+        """
+        path, files = self.path, list(self.manifest.files)
+        tensor_files = [name for name in files if name.endswith(".distcp")]
+        if checksums:  # of the small files before anything is made of them
+            verify_contents(path, self.manifest, [n for n in files if n not in tensor_files], self._ranks)
+        documents = self._ranks.first(
+            f"reading {path}", lambda: {name: json.loads((path / name).read_bytes()) for name in DOCUMENTS}
+        )
+        # One rank reads the description of all ranks' shards, 160 MB of it at 512 ranks, for everyone.
+        read = self._ranks.first(f"reading {path}", lambda: {p: Reader(path / p).read_metadata() for p in layout.PARTS})
+        readers = {part: Reader(path / part, metadata, checksums) for part, metadata in read.items()}
+        changed = compat.differences(documents["config.json"], config)
+        for key, (before, now) in changed.items():
+            self._warn(f"the configuration changed since {path.name}: {key} was {before} and is now {now}")
+        tensors = state.pair_tensors(model)
+        self._check_fit(model, tensors, readers, documents, changed)
+        try:
+            for part, of_part in tensors.items():
+                state.load_tensors(readers[part], of_part, self._ranks)
+            if optimizer is not None:
+                self._load_optimizer(model, optimizer, readers["optimizer"])
+        except Unreadable:
+            if checksums:  # changed bytes explain it better
+                verify_contents(path, self.manifest, tensor_files, self._ranks)
+            raise
+        if checksums:
+            self._compare(readers, tensor_files)
+        return documents["state.json"], self._load_random(config)
+
+    def _compare(self, readers: dict[str, Reader], names: list[str]) -> None:
+        """Checksums taken while loading against the manifest's; files that no rank has read whole are read again."""
+        mine = {}
+        for part, reader in readers.items():
+            sizes = {n.removeprefix(f"{part}/"): self.manifest.files[n][0] for n in names if n.startswith(f"{part}/")}
+            mine |= {f"{part}/{name}": checksum for name, checksum in reader.whole_files(sizes).items()}
+        problems, seen = [], set()
+        for rank, found in enumerate(self._ranks.each(f"verifying {self.path}", lambda: mine)):
+            for name, checksum in found.items():
+                size, written = self.manifest.files[name]
+                seen.add(name)
+                if checksum != written:
+                    problems.append(f"{name} has checksum {checksum} instead of {written} ({size} bytes, rank {rank})")
+        if problems:
+            raise layout.damaged(self.path, sorted(problems))
+        verify_contents(self.path, self.manifest, [name for name in names if name not in seen], self._ranks)
+
+    def _check_fit(self, model, tensors, readers, documents, changed) -> None:
+        """The model has to be the checkpoint's: same architecture, same tensors."""
+        problems = []
+        for part in ("base", "drafter"):
+            now = model_config(getattr(model, part))
+            problems += compat.fixed_differences(part, documents[f"{part}/config.json"], now)
+        for part in tensors:
+            stored = readers[part].read_metadata().state_dict_metadata
+            problems += compat.tensor_differences(part.partition("/")[0], stored, tensors[part])
+        if problems:
+            keys = [key for key in changed if key.startswith("model.")] or ["model.base", "model.drafter"]
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise CheckpointError(
+                f"{self.path} was saved from other models than {' and '.join(keys)} give now: "
+                f"{'; '.join(problems[:8])}{more}. Set {', '.join(keys)} as they were, or another output_dir"
+            )
+
+    def _load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, reader: Reader) -> None:
+        path, stored = self.path, reader.read_metadata().state_dict_metadata
+        loaded = state.new_optimizer_state(model, optimizer, stored)
+        names = state.parameter_names(model)
+        optimizer.state.clear()
+        optimizer.state.update(loaded)
+        state.load_tensors(reader, state.optimizer_tensors(model, optimizer), self._ranks)
+        trained = {names[p] for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        had = {key.rpartition("/")[0] for key in stored}
+        if fresh := sorted(trained - had):
+            self._warn(f"{path.name} has no optimizer state for {some(fresh)}: they start with new optimizer state")
+        if dropped := sorted(had - trained):
+            self._warn(f"the optimizer state of {some(dropped)} in {path.name} is dropped: they are not trained now")
+
+    def _load_random(self, config: dict) -> dict:
+        path, rank = self.path, self._ranks.rank
+        if self.manifest.world_size == self._ranks.size:
+            states = self._ranks.all(
+                f"reading {path / 'random.pt'}", lambda: torch.load(path / "random.pt", weights_only=True)
+            )
+            return states[rank]
+        self._warn(f"{path.name} is of {self.manifest.world_size} ranks, now {self._ranks.size}: new random states")
+        state.derive_random_state(config.get("seed", 0), self.manifest.step, rank)
+        return state.random_state()
