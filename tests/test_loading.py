@@ -81,10 +81,14 @@ def load_sharded(rank, root, shapes, replicate):
 
     torch.manual_seed(0)
     world = dist.get_world_size()
+    reads, read_slice = [], loading._read_slice
+    loading._read_slice = lambda *args: (reads.append(args[1]), read_slice(*args))
     for shape in shapes:
         cfg = pair_config(f"{root}/{shape}", dp_replicate=replicate)
         mesh = init_mesh(cfg.parallel)
+        reads.clear()
         pair = composite.load_pair(cfg, mesh, "cpu")
+        assert bool(reads) == (mesh["dp_replicate"].get_local_rank() == 0)  # the other replicas get it from there
         for part, model in (("base", pair.base), ("drafter", pair.drafter)):
             reference = type(model).from_pretrained(f"{root}/{shape}/{part}", dtype=torch.float32)
             for name, parameter in model.named_parameters():

@@ -73,7 +73,7 @@ class Loading:
 
     def _compare(self, readers: dict[str, Reader], names: list[str]) -> None:
         """Checksums taken while loading against the manifest's; files that no rank has read whole are read again."""
-        mine = {}
+        mine: dict[str, str] = {}
         for part, reader in readers.items():
             sizes = {n.removeprefix(f"{part}/"): self.manifest.files[n][0] for n in names if n.startswith(f"{part}/")}
             mine |= {f"{part}/{name}": checksum for name, checksum in reader.whole_files(sizes).items()}

@@ -3,6 +3,7 @@
 import logging
 import os
 import resource
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -22,7 +23,8 @@ def init_distributed(timeout_seconds: int) -> torch.device:
     timeout = timedelta(seconds=timeout_seconds)
     # Each rank has a few connections to every other: raise the limit of open files as far as this process may.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with suppress(OSError, ValueError):  # a system that has a lower limit for all processes: launch.preflight looks
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     cuda = torch.cuda.is_available()
     # torchrun and Slurm's launcher say which of the node's ranks this is.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")

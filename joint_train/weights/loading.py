@@ -28,6 +28,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.utils.generic import ContextManagers
 
+from joint_train.distributed.ranks import together
+from joint_train.distributed.replicas import Replicas
 from joint_train.errors import WeightsError
 from joint_train.weights.folders import BASES, DRAFTERS, read_config, resolve
 
@@ -71,12 +73,25 @@ def materialize(model: PreTrainedModel, folder: str | os.PathLike, device: torch
     """Fill a model of :func:`build_meta` from a folder's safetensors, on `device`.
 
     A model that is on a device already keeps its tensors, and only their values change. Of a sharded parameter only
-    this rank's slice is read, in pieces of at most 64 MiB; what isn't sharded is read whole by every rank. There is no
+    this rank's slice is read, in pieces of at most 64 MiB; what isn't sharded is read whole by every rank.
+
+    With HSDP one replica reads, and the others get it from there: all ranks together. Otherwise there is no
     communication, so an error on one rank leaves none waiting here.
 
     Raises:
         WeightsError: before anything is allocated.
+        RuntimeError: with HSDP, if another rank failed.
     """
+    replicas = Replicas(model.parameters())
+    if replicas.mesh is None:
+        _fill(model, folder, device)
+    else:
+        together(lambda: _fill(model, folder, device, replicas.reads))
+        replicas.share({id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values())
+
+
+def _fill(model: PreTrainedModel, folder: str | os.PathLike, device: torch.device | str, values: bool = True) -> None:
+    """Check, allocate, and with ``values`` read."""
     stored = stored_tensors(folder)
     names = match(model, stored, folder)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -86,7 +101,7 @@ def materialize(model: PreTrainedModel, folder: str | os.PathLike, device: torch
 
     tensors = model.state_dict(keep_vars=True)
     filled = set()
-    for file in sorted({stored[key].file for key in names}):
+    for file in sorted({stored[key].file for key in names}) if values else ():
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118 - not a dict
                 target = tensors.get(names.get(key))
