@@ -248,7 +248,7 @@ def without_drafter(pair: Path, overrides: tuple[str, ...]) -> float:
 
 def load_base(folder: Path) -> transformers.PreTrainedModel:
     """A base in float32, in eval mode."""
-    return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:

@@ -30,7 +30,7 @@ VIEWS = {"transformers": False, "engine": True}
 @torch.no_grad()
 def decoded(export: Path, prompts_file: Path, options: argparse.Namespace) -> dict[str, list[list[int]]]:
     """For each view, (tokens settled, verifications) of each prompt."""
-    base = transformers.AutoModelForImageTextToText.from_pretrained(export / "base", dtype=torch.float32).eval()
+    base = transformers.AutoModelForCausalLM.from_pretrained(export / "base", dtype=torch.float32).eval()
     drafter = transformers.Gemma4AssistantForCausalLM.from_pretrained(export / "drafter", dtype=torch.float32).eval()
     prompts = load_prompts(str(prompts_file), transformers.AutoTokenizer.from_pretrained(export / "base"))
     counts: dict[str, list[list[int]]] = {view: [] for view in VIEWS}

@@ -169,8 +169,7 @@ def build_pair(tokenizer, seed: int):
     from transformers import (
         Gemma4AssistantConfig,
         Gemma4AssistantForCausalLM,
-        Gemma4Config,
-        Gemma4ForConditionalGeneration,
+        Gemma4ForCausalLM,
         Gemma4TextConfig,
         GenerationConfig,
     )
@@ -188,27 +187,16 @@ def build_pair(tokenizer, seed: int):
         eos_token_id=[ids[TURN_END], ids[EOS]],
         bos_token_id=ids[BOS],
     )
-    base_config = Gemma4Config(
-        text_config=Gemma4TextConfig(
-            **common,
-            hidden_size=128,
-            intermediate_size=384,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-            num_hidden_layers=4,
-            num_kv_shared_layers=2,
-            vocab_size_per_layer_input=VOCAB_SIZE,
-            hidden_size_per_layer_input=16,
-            final_logit_softcapping=30.0,
-        ),
-        vision_config=None,
-        audio_config=None,
-        boi_token_id=ids["<|image>"],
-        image_token_id=ids["<|image|>"],
-        eoi_token_id=ids["<image|>"],
-        boa_token_id=ids["<|audio>"],
-        audio_token_id=ids["<|audio|>"],
-        eoa_token_index=ids["<audio|>"],
-        video_token_id=ids["<|video|>"],
+    base_config = Gemma4TextConfig(
+        **common,
+        hidden_size=128,
+        intermediate_size=384,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+        hidden_size_per_layer_input=16,
+        final_logit_softcapping=30.0,
     )
     drafter_config = Gemma4AssistantConfig(
         text_config=Gemma4TextConfig(
@@ -221,10 +209,11 @@ def build_pair(tokenizer, seed: int):
             vocab_size_per_layer_input=0,
             hidden_size_per_layer_input=0,
         ),
-        backbone_hidden_size=base_config.text_config.hidden_size,
+        backbone_hidden_size=base_config.hidden_size,
     )
     torch.manual_seed(seed)
-    base = Gemma4ForConditionalGeneration(base_config).to(torch.bfloat16)
+    # Without towers: engines build them for Gemma4ForConditionalGeneration, whatever its configuration says.
+    base = Gemma4ForCausalLM(base_config).to(torch.bfloat16)
     drafter = Gemma4AssistantForCausalLM(drafter_config).to(torch.bfloat16)
     for model in (base, drafter):
         scale_weights(model)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Gemma4AssistantForCausalLM, Gemma4ForConditionalGeneration
+from transformers import AutoTokenizer, Gemma4AssistantForCausalLM, Gemma4ForCausalLM
 
 from joint_train import starter
 from joint_train.errors import JointTrainError
@@ -146,10 +146,10 @@ def test_tokenizer_gives_any_text_back(tokenizer):
 
 
 def test_pair_fits_together_and_generates(pair, tokenizer):
-    base = Gemma4ForConditionalGeneration.from_pretrained(pair / "base", dtype=torch.float32)
+    base = Gemma4ForCausalLM.from_pretrained(pair / "base", dtype=torch.float32)
     drafter = Gemma4AssistantForCausalLM.from_pretrained(pair / "drafter", dtype=torch.float32)
-    assert Gemma4ForConditionalGeneration.from_pretrained(pair / "base").dtype == torch.bfloat16
-    text = base.config.text_config
+    assert Gemma4ForCausalLM.from_pretrained(pair / "base").dtype == torch.bfloat16
+    text = base.config
     assert text.num_kv_shared_layers and text.hidden_size_per_layer_input
     assert base.generation_config.eos_token_id[0] == tokenizer.convert_tokens_to_ids(starter.TURN_END)
     assert base.lm_head.weight is base.get_input_embeddings().weight
@@ -161,7 +161,7 @@ def test_pair_fits_together_and_generates(pair, tokenizer):
 
 
 def test_random_weights_start_near_a_uniform_prediction(pair, tokenizer):
-    base = Gemma4ForConditionalGeneration.from_pretrained(pair / "base", dtype=torch.float32)
+    base = Gemma4ForCausalLM.from_pretrained(pair / "base", dtype=torch.float32)
     ids = tokenizer(ast.literal_eval.__doc__, return_tensors="pt")["input_ids"]
     loss = base(input_ids=ids, labels=ids).loss
     assert loss.item() == pytest.approx(torch.tensor(len(tokenizer)).log().item(), abs=1.5)

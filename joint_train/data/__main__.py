@@ -139,7 +139,7 @@ def run_show(cfg: DictConfig, options: argparse.Namespace) -> None:
 def run_regenerate(cfg: DictConfig, options: argparse.Namespace) -> None:
     """``regenerate``, on each rank."""
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM
 
     from joint_train.data.readers import sources_of
     from joint_train.data.regenerate import prompts, regenerate
@@ -153,7 +153,7 @@ def run_regenerate(cfg: DictConfig, options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(cfg)
     examples = list(prompts(sources_of(cfg.data, options.split), cfg.data))
     dtype = compute_dtype(cfg.precision, device.type)
-    model = AutoModelForImageTextToText.from_pretrained(resolve(*_base(cfg)), dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(resolve(*_base(cfg)), dtype=dtype).to(device).eval()
     counts = regenerate(
         examples,
         model,
