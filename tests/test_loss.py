@@ -262,7 +262,8 @@ def test_chunk_boundaries_are_invisible(drafter, monkeypatch):
     assert starts == [0] and total == 12
     for rows in range(1, total + 1):
         torch.testing.assert_close(run(memory_budget_mb=tiny_chunks(rows + 0.1, torch.float64, buffers)), whole)
-        assert starts == [*range(0, total, rows)]
+        equal = -(-total // -(-total // rows))
+        assert starts == [*range(0, total, equal)]
 
 
 @pytest.mark.parametrize("pairing", ["serving", "same_token"])
@@ -626,6 +627,47 @@ def test_memory_is_that_of_a_chunk_and_nothing_waits_for_the_device(drafter):
     assert watch.largest <= budget < positions * vocabulary * 4
     # Operators whose result, or its shape, has to be read back from the device.
     assert not watch.operators & {"_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal"}
+
+
+class Copies(TorchDispatchMode):
+    """Operators that wait while they copy to the device: of a tensor, or of a Python number that is put by index, which
+    on a GPU is made on the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, torch.Tensor)]
+        blocking = function is torch.ops.aten._to_copy.default and not (kwargs or {}).get("non_blocking", False)
+        number = function.overloadpacket.__name__.startswith("index_put") and args[2].dim() == 0
+        if number or (any(not x.is_meta for x in tensors) and (len(tensors) > 1 or blocking)):
+            found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+found: list[str] = []
+
+
+def test_nothing_is_copied_to_the_device_and_waited_for():
+    hidden = torch.randn(1, 50, 2, device="meta").requires_grad_()
+    weight = torch.randn(30, 2, device="meta").requires_grad_()
+    targets = joint_targets(torch.zeros(1, 50, dtype=torch.int64), None, 2, "serving").to("meta")
+    centroids = Centroids(torch.randn(5, 2, device="meta"), torch.zeros(30, dtype=torch.int64, device="meta"), 3)
+    found.clear()
+    with Copies():
+        weights = sum_weights(targets.counts, [1.0, 1.0], 1.0)
+        joint_loss(
+            hidden, weight, [hidden, hidden], weight, targets, weights, config(MIX, teacher_grad=True, temperature=1.5),
+            softcap=30.0, centroids=centroids, groups=torch.zeros(49, dtype=torch.int64, device="meta"), num_groups=2,
+        )[0].backward()  # fmt: skip
+    assert not found
+
+
+def test_chunks_are_equal_and_of_whole_tiles():
+    for most, total, expected in [
+        (170, 2047, 128), (700, 2047, 512), (600, 1300, 512), (12, 100, 12), (12, 25, 9), (0, 7, 1), (300, 0, 1),
+        (300, 5, 128), (5000, 2047, 2048),
+    ]:  # fmt: skip
+        rows = loss_module.chunk_rows(most, total)
+        assert rows == expected <= max(most, 1)
+        assert -(-total // rows) <= -(-total // max(1, most // 128 * 128 or most))
 
 
 def decoded(labels, documents, rounds, offset):

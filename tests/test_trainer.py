@@ -16,6 +16,7 @@ from joint_train.distributed.preemption import Preemption
 from joint_train.metrics import METRICS
 from joint_train.train import trainer
 from joint_train.train.diagnostics import POSITIONS
+from joint_train.train.pace import Since
 
 K, STEPS, ROUND_WEIGHTS, LOSS_WEIGHT, MIX = 2, 2, [1.0, 0.5], 0.7, {"ce": 0.25, "kl": 0.75}
 LR, DRAFTER_LR = 3e-3, 6e-3
@@ -325,3 +326,12 @@ def test_the_documented_metrics_are_those_that_are_logged(run):
     assert {t for t in plain if not any(t in meanings(name) for name in logged)} == {
         "hfu", "mfu", "centroid_hit_{k}", "dense_{metric}"
     }  # fmt: skip
+
+
+def test_pace_is_that_of_the_steps_since_it_was_read():
+    since = Since(torch.device("cpu"))
+    for tokens, waited, seconds in ((10, 0.5, 2.0), (30, 0.0, 4.0)):
+        since.add(torch.tensor(tokens), waited, seconds)
+    assert since.read() == (20, 0.25, 3.0)
+    since.add(torch.tensor(7), 1.0, 2.0)
+    assert since.read() == (7, 1.0, 2.0)

@@ -153,7 +153,9 @@ class LossConfig:
     round_weights: Any = key(None, "w_k: a list of num_steps numbers, or {decay: b} for b**k; 1 each by default")
     centroid_weight: float = key(0.1, "weight of the routing loss of ordered embeddings; 0 freezes the centroids")
     memory_budget_mb: int | None = key(
-        None, "logits and their gradients that are alive at once, on a rank; by default 1024 on GPU, 384 on CPU"
+        None,
+        "logits and their gradients that are alive at once, on a rank; by default 384 on CPU and on GPU an eighth of "
+        "what is free, from 1024 to 4096",
     )
 
 
@@ -192,7 +194,7 @@ class TrackingConfig:
     project: str = key("joint-train", "wandb project")
     name: str | None = key(None, "wandb run name; output_dir's last part by default")
     tensorboard: bool = key(False, "also write TensorBoard files (needs the tensorboard package)")
-    log_every: int = key(1, "steps between logged metrics")
+    log_every: int = key(10, "steps between logged metrics; the host waits for the device only then")
     diagnose_every: int = key(0, "steps between the costly diagnostics (base gradient of the drafter's loss, drift)")
     max_bad_steps: int = key(10, "consecutive steps with a non-finite loss or gradient before the run stops")
 

@@ -29,11 +29,30 @@ from joint_train.pair.walk import decoding_rows
 
 
 def memory_budget_mb(loss_cfg, device_type: str) -> int:
-    """``loss.memory_budget_mb``, by default 1024 on a GPU: every chunk reads the head and its fp32 gradient once, so a
-    chunk of few rows waits for memory; a CPU is slow enough for 384."""
+    """``loss.memory_budget_mb``, by default at least 1024 on a GPU: every chunk reads the head and its fp32 gradient
+    once, so a chunk of few rows waits for memory; a CPU is slow enough for 384."""
     if loss_cfg.memory_budget_mb is not None:
         return loss_cfg.memory_budget_mb
     return 384 if device_type == "cpu" else 1024
+
+
+def free_budget_mb(loss_cfg, device: torch.device) -> int:
+    """The budget on a device: where none is set on a GPU, an eighth of its free memory, from 1024 to 4096 MB."""
+    budget = memory_budget_mb(loss_cfg, device.type)
+    if device.type != "cuda" or loss_cfg.memory_budget_mb is not None:
+        return budget
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(budget, min(free // 8 // 2**20, 4096))
+
+
+def chunk_rows(most: int, total: int) -> int:
+    """Rows of a chunk, at most `most`, so that `total` rows make equal chunks, of a multiple of 128 rows where more
+    than that fit: matrix products work in tiles of 128, and a small last chunk would read the heads as a large one."""
+    unit = 128 if most >= 128 else 1
+    most = max(1, most // unit * unit)
+    chunks = max(1, -(-total // most))
+    return max(1, -(-total // (chunks * unit)) * unit)
 
 
 def joint_loss(
@@ -157,7 +176,8 @@ class _Pass:
         temporary = temporaries(self.mix)
         temporary += 4 if self.mix and self.temperature != 1 else 0
         row_bytes = (self.buffers + temporary) * base.weight.shape[0] * self.dtype.itemsize
-        self.chunk = max(1, int(memory_budget_mb(loss_cfg, self.device.type) * 2**20) // row_bytes)
+        most = int(free_budget_mb(loss_cfg, self.device) * 2**20) // row_bytes
+        self.chunk = chunk_rows(most, len(targets.rows))
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         rounds, total, vocabulary = self.num_steps, len(self.targets.rows), self.base.weight.shape[0]
@@ -236,7 +256,7 @@ class _Pass:
             self._add(1 + k, mask_k, loss=loss, ce=ce, top1=q.argmax == labels)
             self._add_groups("drafter", groups, mask_k, ce)
             into = torch.where(ok, states, self.targets.batch_rows)
-            self.seen[into, k] = True
+            self.seen[:, k].index_fill_(0, into, True)  # by index, True would be copied to the device: a wait
             if self.routing:
                 scores = Distribution.of(self.routing.logits(state))
                 served = routed(q, scores.logits, self.centroids, grad)

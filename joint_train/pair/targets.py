@@ -87,5 +87,6 @@ def sum_weights(counts: Tensor, rounds: Sequence[float], loss_weight: float) -> 
     Returns:
         float32 `[1+K]`, on the device of `counts`.
     """
-    scale = torch.tensor([1.0, *(loss_weight * w for w in rounds)], dtype=torch.float32).to(counts.device)
+    scale = torch.tensor([1.0, *(loss_weight * w for w in rounds)], dtype=torch.float32)
+    scale = scale.to(counts.device, non_blocking=True)
     return torch.where(counts > 0, scale / counts.clamp(min=1), 0.0)

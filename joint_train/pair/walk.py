@@ -21,7 +21,7 @@ def decoding_rows(rows: Tensor, accepted: Tensor) -> Tensor:
     """
     count = accepted.shape[0]
     target = torch.zeros(count + 1, dtype=torch.bool, device=accepted.device)  # the last row ends every walk
-    target[rows] = True
+    target.index_fill_(0, rows, True)  # by index, True would be copied to the device: a wait
     visited = target.clone()
     visited[1:] &= ~target[:-1]
     here = torch.arange(count, device=accepted.device)
@@ -29,6 +29,6 @@ def decoding_rows(rows: Tensor, accepted: Tensor) -> Tensor:
     jump[:-1] = (here + accepted + 1).clamp(max=count)
     jump = torch.where(target[jump], jump, count)
     for _ in range(count.bit_length()):  # after round i every row within 2**i stops is visited; jump is 2**i stops far
-        visited[torch.where(visited, jump, count)] = True
+        visited.index_fill_(0, torch.where(visited, jump, count), True)
         jump = jump[jump]
     return visited[:-1]

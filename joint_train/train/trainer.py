@@ -29,6 +29,7 @@ from joint_train.train.advice import generation_prompts, warn_of_grace
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.optim import build_optimizer, lr_factor, update
+from joint_train.train.pace import Since
 from joint_train.train.tracking import Tracker, plain
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import resolve
@@ -91,6 +92,7 @@ class Trainer:
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
         self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device, bad_steps)
         self.spikes = LossSpikes()
+        self.since = Since(self.device)
 
     def build_train_loader(self, position: dict | None) -> BatchLoader:
         """The training data from a checkpoint's position; from their start where they aren't the checkpoint's."""
@@ -198,7 +200,8 @@ class Trainer:
         self.bad_steps.observe(norms["grad_norm"])
         self.step += 1
 
-        if not due(self.step, cfg.tracking.log_every):
+        if not due(self.step, cfg.tracking.log_every) and self.step < cfg.max_steps:
+            self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
         metrics = self.metrics(sums, self.loader.source_names) | self.bad_steps.read()
         if self.bad_steps.exhausted():
@@ -211,12 +214,13 @@ class Trainer:
             )
         metrics |= {name: norm.item() for name, norm in norms.items()}
         metrics["loss_spike"] = float(self.spikes.observe(metrics["base_loss"]))
-        seconds = time.perf_counter() - started
+        self.since.add(counts[-1], waited, time.perf_counter() - started)
+        tokens, waited, seconds = self.since.read()
         return metrics | {
             "lr": cfg.optim.lr * factor,
             "drafter_lr": cfg.optim.drafter_lr * factor,
-            "tokens_per_second": counts[-1].item() / seconds,
-            "tokens_per_second_per_gpu": counts[-1].item() / seconds / self.ranks,
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_second_per_gpu": tokens / seconds / self.ranks,
             "seconds": seconds,
             "data_wait": waited,
             **utilisation(self.plan.flops / seconds, self.plan.recomputed / seconds, self.device),
