@@ -20,11 +20,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import empty as empty_dtensor
 
 from joint_train.checkpoint.layout import hex_checksum
 from joint_train.checkpoint.reader import Reader, Unreadable
 from joint_train.distributed.ranks import Ranks
 from joint_train.distributed.replicas import Replicas
+from joint_train.errors import CheckpointError
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -72,20 +74,40 @@ def new_optimizer_state(
         entries.setdefault(name, []).append(entry)
     names = parameter_names(model)
     state = {}
+    compact = getattr(optimizer, "entries", None)  # of an optimizer whose state isn't of the weight's dtype
     for group in optimizer.param_groups:
         # AdamW keeps its step counter on the CPU, except where a fused or captured kernel reads it.
         counter_on_device = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
             if not parameter.requires_grad or names[parameter] not in entries:
                 continue
+            found = {
+                entry: stored[f"{names[parameter]}/{entry}"] for entry in entries[names[parameter]] if entry != "step"
+            }
+            if compact:
+                expected = compact(parameter)
+                fits = {entry: (meta.size, meta.properties.dtype) for entry, meta in found.items()} == expected
+            else:
+                fits = found.keys() == {"exp_avg", "exp_avg_sq"}
+            if not fits:
+                raise CheckpointError(
+                    f"the checkpoint's optimizer state of {names[parameter]} ({', '.join(found)}) is another "
+                    "optimizer's: set optim.name (and precision.params) to what the checkpoint was saved with."
+                )
             state[parameter] = {}
             for entry in entries[names[parameter]]:
                 meta = stored[f"{names[parameter]}/{entry}"]
+                dtype = meta.properties.dtype
                 if meta.size == parameter.shape and meta.size != ():
-                    state[parameter][entry] = torch.empty_like(parameter, requires_grad=False)
+                    dtype = dtype if compact else parameter.dtype
+                    state[parameter][entry] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+                elif len(meta.size) == parameter.ndim and isinstance(parameter, DTensor) and meta.size != ():
+                    state[parameter][entry] = empty_dtensor(
+                        meta.size, dtype=dtype, device_mesh=parameter.device_mesh, placements=parameter.placements
+                    )
                 else:
                     device = parameter.device if counter_on_device else "cpu"
-                    state[parameter][entry] = torch.empty(meta.size, dtype=meta.properties.dtype, device=device)
+                    state[parameter][entry] = torch.empty(meta.size, dtype=dtype, device=device)
     return state
 
 

@@ -17,6 +17,7 @@ CHOICES = {
     "data.train_on": ("assistant", "last_assistant", "all"),
     "data.mixture": ("endless", "epoch"),
     "data.on_error": ("raise", "skip"),
+    "optim.name": ("adamw", "adamw_8bit", "adamw_bf16"),
     "optim.clip": ("joint", "separate"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "precision.compute": ("auto", "bfloat16", "float32"),
@@ -109,6 +110,11 @@ def validate(cfg: DictConfig, world_size: int | None = None, node: int | None = 
         raise ConfigError(f"profile.steps={cfg.profile.steps}: the run ends at max_steps={cfg.max_steps}.")
     if cfg.tracking.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("tracking.tensorboard=true needs the tensorboard package: pip install tensorboard")
+    if cfg.optim.name == "adamw_8bit" and find_spec("torchao") is None:
+        raise ConfigError(
+            "optim.name=adamw_8bit needs the torchao package: pip install 'joint-train[low-precision]'. "
+            "optim.name=adamw_bf16 needs none."
+        )
     try:
         parse_drafter_loss(cfg.loss)
         teacher_grad(cfg.loss)

@@ -11,9 +11,11 @@ import copy
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from transformers import PreTrainedConfig
 
 from joint_train.config.values import mesh_shape
+from joint_train.distributed.moments import state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, whole_parameters
 from joint_train.distributed.placement import local_numel
 from joint_train.pair.compatibility import check_pair
@@ -217,7 +219,12 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
     step = simulate(model, cfg, shard, device_type)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    states = 2 * local_bytes(trained, shard, cfg)
+    dtype = DTYPES[cfg.precision.params]
+
+    def bytes_of_states(p: nn.Parameter, numel: int) -> int:
+        return state_bytes(cfg.optim.name, p.shape, numel, dtype)
+
+    states = sum(bytes_of_states(p, local_numel(p.shape, shard)) for p in trained)
     reduce_bytes = DTYPES[cfg.precision.reduce].itemsize
     whole = whole_parameters(model.base)
     sharded = [p for p in parameters if not any(p is other for other in whole)]
@@ -243,10 +250,10 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         recomputed=step.recomputed * cfg.optim.grad_accum,
         tokens=tokens,
         ranks=ranks,
-        checkpoint=itemsize * (sum(p.numel() for p in parameters) + 2 * sum(p.numel() for p in trained)),
+        checkpoint=itemsize * sum(p.numel() for p in parameters) + sum(bytes_of_states(p, p.numel()) for p in trained),
         sources=sources,
-        # AdamW reads weight, gradient and two moments and writes all but the gradient.
-        traffic=step.traffic * cfg.optim.grad_accum + 7 * local_bytes(trained, shard, cfg),
+        # AdamW reads weight, gradient and moments and writes all but the gradient.
+        traffic=step.traffic * cfg.optim.grad_accum + 3 * local_bytes(trained, shard, cfg) + 2 * states,
         communication=communication,
         mesh=(ranks // shard, shard),
         micro_batches=cfg.optim.grad_accum,
@@ -294,6 +301,8 @@ def savings(cfg: DictConfig, machine: Machine) -> dict[str, int]:
         {"data.micro_batch_size": 1, "optim.grad_accum": cfg.optim.grad_accum * cfg.data.micro_batch_size},
         {"parallel.dp_shard": 2 * mesh_sizes(cfg, machine)[1]},
         {"data.max_length": max(256, cfg.data.max_length // 2)},
+        {"optim.name": "adamw_bf16"},
+        {"optim.name": "adamw_8bit"},
         {"precision.params": "bfloat16"},
         {"freeze.base": True},
     ]

@@ -1,4 +1,4 @@
-"""AdamW over both models, and its learning-rate schedule."""
+"""The optimizer over both models, and its learning-rate schedule."""
 
 import math
 from collections.abc import Iterable
@@ -9,24 +9,29 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
+from joint_train.distributed.moments import without_decay
 from joint_train.pair.model import JointModel
+from joint_train.train.compact import CompactAdamW
 
 
-def build_optimizer(model: JointModel, cfg: DictConfig) -> AdamW:
+def build_optimizer(model: JointModel, cfg: DictConfig) -> AdamW | CompactAdamW:
     """Up to four groups: base and drafter, each with and without weight decay.
 
     Norms, biases, scales and embedding tables (with the heads tied to them) have no decay, as is customary.
     """
     groups = []
     for (_, module), lr in zip(model.parts(), (cfg.lr, cfg.drafter_lr), strict=True):
-        embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+        spared = without_decay(module)
         trained = [p for p in module.parameters() if p.requires_grad]
-        decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]
-        rest = [p for p in trained if p.ndim <= 1 or id(p) in embeddings]
+        decayed = [p for p in trained if id(p) not in spared]
+        rest = [p for p in trained if id(p) in spared]
         groups.append({"params": decayed, "lr": lr, "peak_lr": lr, "weight_decay": cfg.weight_decay})
         groups.append({"params": rest, "lr": lr, "peak_lr": lr, "weight_decay": 0.0})
+    groups = [g for g in groups if g["params"]]
+    if cfg.name != "adamw":
+        return CompactAdamW(groups, cfg.name, tuple(cfg.betas), cfg.eps)
     # Fused, because it can skip a step by a flag on the device: see update().
-    return AdamW([g for g in groups if g["params"]], betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
+    return AdamW(groups, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
 
 
 def lr_factor(step: int, cfg: DictConfig, max_steps: int) -> float:
@@ -46,7 +51,7 @@ def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
 
 @torch.no_grad()
 def update(
-    optimizer: AdamW,
+    optimizer: AdamW | CompactAdamW,
     model: JointModel,
     max_grad_norm: float,
     factor: float,

@@ -1,0 +1,45 @@
+"""What each optimizer keeps of a weight: which moments, in which form, in how many bytes."""
+
+from collections.abc import Iterable
+from math import prod
+
+import torch
+from torch import nn
+
+_BLOCK, _SMALLEST_BLOCK, _SMALLEST_WEIGHT = 256, 32, 4096
+
+
+def block_size(shape: Iterable[int]) -> int:
+    """Values of ``adamw_8bit`` that share a scale: neighbours in the last dimension; 0 where moments stay in fp32.
+
+    A block never crosses the last dimension and depends on the whole weight's shape alone, so that any number of ranks
+    has the same blocks. As in bitsandbytes, weights of less than 4096 values aren't quantised.
+    """
+    shape = tuple(shape)
+    if len(shape) < 2 or prod(shape) < _SMALLEST_WEIGHT:
+        return 0
+    block = _BLOCK
+    while shape[-1] % block:
+        block //= 2
+    return block if block >= _SMALLEST_BLOCK else 0
+
+
+def without_decay(module: nn.Module) -> set[int]:
+    """``id`` of each weight that has no decay: norms, biases, scales and embedding tables (and heads tied to them)."""
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    return {id(p) for p in module.parameters() if p.ndim <= 1 or id(p) in tables}
+
+
+def state_bytes(name: str, shape: Iterable[int], numel: int, dtype: torch.dtype) -> int:
+    """Bytes of optimizer state for `numel` values (of a shard, say) of a weight of this whole shape.
+
+    Args:
+        dtype: of the weight.
+    """
+    shape = tuple(shape)
+    if name == "adamw_bf16":
+        return 4 * numel
+    if name == "adamw_8bit":
+        block = block_size(shape)
+        return 2 * (numel + 4 * numel // block) if block else 8 * numel
+    return 2 * numel * dtype.itemsize
