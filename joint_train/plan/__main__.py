@@ -11,6 +11,7 @@ from joint_train import config
 from joint_train.command import start
 from joint_train.config.values import mesh_sentence
 from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, savings, with_overrides
+from joint_train.plan.suggest import suggest
 
 
 def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> None:
@@ -94,12 +95,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nvlink-gb-per-second", type=float, default=machine.nvlink_gb_per_second, help="of a GPU")
     parser.add_argument("--network-gb-per-second", type=float, default=machine.network_gb_per_second, help="of a GPU")
     parser.add_argument("--disk-gb-per-second", type=float, default=machine.disk_gb_per_second, help="of all ranks")
+    parser.add_argument("--suggest", action="store_true", help="print the cheapest settings that fit, best first")
     args = vars(parser.parse_intermixed_args(argv))
-    overrides = args.pop("overrides")
+    overrides, suggesting = args.pop("overrides"), args.pop("suggest")
 
     def run() -> int:
         cfg = config.load(["data.train=[{path: unused}]", *overrides])
         machine = Machine(**args)
+        if suggesting:
+            found = suggest(cfg, machine)
+            for number, one in enumerate(found, 1):
+                size, time = one.plan.peak / GIB, one.plan.seconds(machine)
+                tokens = one.plan.tokens / time
+                print(f"{number}. {size:.2f} GiB, {tokens:,.0f} tokens a second: {one}")
+            if not found:
+                print("Nothing that is known here fits: use more GPUs or a smaller pair.")
+            return 0 if found else 3
         plan = make_plan(cfg, machine)
         report(cfg, machine, plan, Console())
         return 0 if plan.peak <= machine.usable else 3

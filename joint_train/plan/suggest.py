@@ -1,0 +1,95 @@
+"""The cheapest settings that fit: ``python -m joint_train.plan --suggest``.
+
+What only takes time is tried first, together. What changes the training comes on top, in combinations, those that
+change it least first.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+from omegaconf import DictConfig, OmegaConf
+
+from joint_train.pair.loss import memory_budget_mb
+from joint_train.plan.planner import Machine, Plan, make_plan, with_overrides
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Settings that fit, all of them overrides of the configuration, and the plan with them."""
+
+    changes: dict[str, object]
+    plan: Plan
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={str(value).lower()}" for key, value in self.changes.items()) or "as it is"
+
+
+def costs_time(cfg: DictConfig) -> list[dict[str, object]]:
+    """Settings that take less memory and more time, and change no result but by rounding; the dearest first."""
+    rows = cfg.data.micro_batch_size
+    wanted: list[dict[str, object]] = [
+        {"activation_checkpointing.base": "full"},
+        {"parallel.reshard_after_forward": True},
+        {"data.micro_batch_size": 1, "optim.grad_accum": cfg.optim.grad_accum * rows},
+        {"activation_checkpointing.drafter": "full"},
+        {"loss.memory_budget_mb": min(256, memory_budget_mb(cfg.loss, "cuda"))},
+    ]
+    return [one for one in wanted if any(OmegaConf.select(cfg, key) != value for key, value in one.items())]
+
+
+def changes_training(cfg: DictConfig) -> list[list[tuple[int, dict[str, object]]]]:
+    """Groups of alternatives with their costs: a judgement of how much each changes what is learnt.
+
+    Only their order counts: each is above the sum of all before it.
+    """
+    name, length = cfg.optim.name, cfg.data.max_length
+    smaller = {"adamw": ("adamw_bf16", "adamw_8bit"), "adamw_bf16": ("adamw_8bit",)}.get(name, ())
+    shorter = [most for most in (length // 2, length // 4) if most >= 256]
+    groups: list[list[tuple[int, dict[str, object]]]] = [
+        [(cost, {"optim.name": value}) for cost, value in zip((1, 2), smaller, strict=False)],
+        [(cost, {"data.max_length": most}) for cost, most in zip((4, 8), shorter, strict=False)],
+    ]
+    if cfg.precision.params != "bfloat16":
+        groups.append([(16, {"precision.params": "bfloat16"})])
+    if not cfg.freeze.base:
+        groups.append([(32, {"freeze.base": True})])
+    return [[(0, {}), *group] for group in groups]
+
+
+def merged(*changes: dict[str, object]) -> dict[str, object]:
+    return {key: value for change in changes for key, value in change.items()}
+
+
+def suggest(cfg: DictConfig, machine: Machine, most: int = 3) -> list[Suggestion]:
+    """Up to `most` settings that fit, the cheapest first; none contains all the changes of another."""
+
+    def tried(changes: dict[str, object]) -> Suggestion:
+        return Suggestion(changes, make_plan(with_overrides(cfg, changes) if changes else cfg, machine))
+
+    def fits(found: Suggestion) -> bool:
+        return found.plan.peak <= machine.usable
+
+    if fits(now := tried({})):
+        return [now]
+    time = costs_time(cfg)
+    combinations = sorted(
+        ((sum(cost for cost, _ in chosen), merged(*(change for _, change in chosen)))
+         for chosen in product(*changes_training(cfg))),
+        key=lambda one: one[0],
+    )  # fmt: skip
+    found: list[Suggestion] = []
+    kept: list[set] = []
+    for _, change in combinations:
+        if any(other <= set(change.items()) for other in kept):
+            continue
+        if fits(one := tried(merged(*time, change))):
+            needed = list(time)
+            for setting in time:  # what it fits without is left out
+                without = [other for other in needed if other is not setting]
+                if fits(less := tried(merged(*without, change))):
+                    needed, one = without, less
+            found.append(one)
+            kept.append(set(change.items()))
+            if len(found) == most:
+                break
+    return found
