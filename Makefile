@@ -33,7 +33,12 @@ test-slow: install
 test-slurm: install
 	tests/slurm/run.sh
 
-.PHONY: install train test test-slow test-slurm test-vllm docs lint clean
+test-vllm: install
+	tests/vllm/run.sh
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo made: build/docs/index.html
 
 lint: install
 	$(BIN)/ruff check .

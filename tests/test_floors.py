@@ -1,6 +1,7 @@
 """The floors of the package: a module imports only from its own floor or from those below, also inside functions."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -122,3 +123,11 @@ def test_no_file_is_too_long(folder):
 
 def test_every_distance_has_a_name_in_the_configuration():
     assert set(KINDS) == {"ce", "ce_argmax", *DISTANCES}
+
+
+def test_every_target_of_make_does_something():
+    text = (ROOT.parent / "Makefile").read_text()
+    targets = re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split()
+    assert targets and not [t for t in targets if not re.search(rf"^{t}:( \S+$|.*\n\t)", text, re.M)]
+    for line in (ROOT.parent / ".ci/run").read_text().splitlines():
+        assert not line.startswith("make ") or line.split()[1] in targets, line
