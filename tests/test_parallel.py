@@ -14,6 +14,7 @@ from torch.optim import AdamW
 
 from joint_train.config import Config
 from joint_train.config.values import mesh_sentence, mesh_shape
+from joint_train.distributed import parallelize as parallelize_module
 from joint_train.distributed.mesh import data_rank, init_mesh
 from joint_train.distributed.parallelize import parallelize, prepare, reshard, set_last_micro_batch
 from joint_train.errors import ConfigError
@@ -309,6 +310,25 @@ def test_the_drafters_loss_alone_reaches_the_base_under_fsdp2():
 def test_the_drafters_loss_reaches_nothing_of_a_frozen_base_under_fsdp2():
     norms = run_ranks(drafter_gradients, 2, {"freeze__base": True})[0]
     assert norms and all(name.startswith("drafter.") for name in norms)
+
+
+def step_of_a_frozen_base(rank: int, masters: bool):
+    """The dtypes of each model's weights, and the gradients of a step that computes in bfloat16."""
+    if masters:  # as if the base were trained
+        parallelize_module.rounded_parameters = parallelize_module.whole_parameters
+    cfg = config(freeze__base=True, precision__compute="bfloat16")
+    model, _, _ = sharded("e2b", cfg)
+    rows = batch()
+    step(model, rows, all_counts(rows))
+    return [{p.dtype for p in part.parameters()} for part in (model.base, model.drafter)], gradients(model)
+
+
+def test_a_frozen_base_is_kept_in_the_dtype_of_compute_without_a_change_of_gradients():
+    (base, drafter), found = run_ranks(step_of_a_frozen_base, 2, False)[0]
+    (masters, _), expected = run_ranks(step_of_a_frozen_base, 2, True)[0]
+    assert base == {torch.bfloat16} and drafter == masters == {torch.float32}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], g) for name, g in expected.items())
+    assert any(g.any() for g in found.values())
 
 
 def test_mesh_shape_says_what_does_not_fit():

@@ -257,6 +257,14 @@ def test_frozen_base_has_no_gradients_and_no_states(pairs):
     drafter = sum(trained for _, trained in plan.parameters.values())
     assert plan.memory["optimizer states"] == 2 * 4 * drafter
     assert all(trained == 0 for part, (_, trained) in plan.parameters.items() if part.startswith("base"))
+    rounded = make_plan(
+        configure(pairs / "31b", **{"freeze.base": True, "precision.compute": "bfloat16"}), Machine(gpus=1), **CPU
+    )
+    base = sum(size for part, (size, _) in plan.parameters.items() if part.startswith("base"))
+    sharded = base - plan.parameters["base: towers and projections"][0]  # frozen towers are whole, and counted apart
+    weights = "weights (this rank's shard)"
+    assert rounded.memory[weights] == 2 * sharded + 4 * drafter == plan.memory[weights] - 2 * sharded
+    assert rounded.checkpoint == plan.checkpoint - 2 * base
 
 
 # What it says

@@ -54,6 +54,12 @@ def whole_parameters(base: nn.Module) -> list[nn.Parameter]:
     return [p for tower in towers(base) for p in tower.parameters() if not p.requires_grad]
 
 
+def rounded_parameters(base: nn.Module) -> list[nn.Parameter]:
+    """The base's weights that are kept in the dtype of compute: all, where none is trained, else frozen towers'."""
+    parameters = list(base.parameters())
+    return whole_parameters(base) if any(p.requires_grad for p in parameters) else parameters
+
+
 def freeze(model: JointModel, cfg: DictConfig) -> None:
     """Apply the ``freeze`` group to the base (``freeze.base`` is the composite's own argument)."""
     base = model.base
@@ -108,7 +114,7 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
     text = text_model(model.base)
     params, compute = DTYPES[cfg.precision.params], compute_dtype(cfg.precision, mesh.device_type)
     whole = set(whole_parameters(model.base))
-    for parameter in whole:
+    for parameter in rounded_parameters(model.base):
         parameter.data = parameter.data.to(compute)
     options = {
         "mesh": fsdp_mesh(mesh),

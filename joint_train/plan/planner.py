@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from joint_train.config.values import mesh_shape
 from joint_train.distributed.moments import state_bytes
-from joint_train.distributed.parallelize import DTYPES, compute_dtype, whole_parameters
+from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
 from joint_train.distributed.placement import local_numel
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.loss import memory_budget_mb
@@ -227,9 +227,12 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
     states = sum(bytes_of_states(p, local_numel(p.shape, shard)) for p in trained)
     reduce_bytes = DTYPES[cfg.precision.reduce].itemsize
     whole = whole_parameters(model.base)
-    sharded = [p for p in parameters if not any(p is other for other in whole)]
+    rounded = {id(p) for p in rounded_parameters(model.base)}  # sharded, unless they are whole
+    masters = [p for p in parameters if id(p) not in rounded]
+    kept = [p for p in parameters if id(p) in rounded - {id(other) for other in whole}]
     memory = {
-        "weights (this rank's shard)": local_bytes(sharded, shard, cfg),
+        "weights (this rank's shard)": local_bytes(masters, shard, cfg)
+        + sum(local_numel(p.shape, shard) * p.dtype.itemsize for p in kept),
         "frozen towers": sum(p.nbytes for p in whole),
         "optimizer states": states,
         **{name: step.at_peak[name] for name in ("gradients", "gathered weights", "gradient reduction", "activations")},
@@ -250,7 +253,8 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         recomputed=step.recomputed * cfg.optim.grad_accum,
         tokens=tokens,
         ranks=ranks,
-        checkpoint=itemsize * sum(p.numel() for p in parameters) + sum(bytes_of_states(p, p.numel()) for p in trained),
+        checkpoint=sum(p.nbytes if id(p) in rounded else itemsize * p.numel() for p in parameters)
+        + sum(bytes_of_states(p, p.numel()) for p in trained),
         sources=sources,
         # AdamW reads weight, gradient and moments and writes all but the gradient.
         traffic=step.traffic * cfg.optim.grad_accum + 3 * local_bytes(trained, shard, cfg) + 2 * states,
