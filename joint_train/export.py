@@ -31,10 +31,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--drafter", help="source folder of the drafter, if the run's model.drafter isn't there any more"
     )
+    parser.add_argument(
+        "--kv-shared-weights", action="store_true",
+        help="write the unused keys and values of KV-shared layers where the base's folder has none, as the run does "
+        "with model.export.kv_shared_weights=true",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     return start(
         "joint_train.export",
-        lambda: export_run(args.checkpoint, args.out, args.verify, args.max_shard_size, args.base, args.drafter),
+        lambda: export_run(
+            args.checkpoint, args.out, args.verify, args.max_shard_size, args.base, args.drafter, args.kv_shared_weights
+        ),
     )
 
 
@@ -45,6 +52,7 @@ def export_run(
     max_shard_size: str | None = None,
     base: str | None = None,
     drafter: str | None = None,
+    kv_shared_weights: bool = False,
 ) -> int:
     """What the command does. Returns 1 if `check` found a difference, 0 otherwise."""
     cfg = run_config(checkpoint)
@@ -57,9 +65,14 @@ def export_run(
         overrides = OmegaConf.to_container(cfg.model.text_config) if part == "base" else None
         model = build_meta(read_config(source, text_config=overrides), torch.bfloat16)
         size = max_shard_size or cfg.model.export.max_shard_size
-        export_checkpoint(checkpoint / part / "model", model, source, out / part, size, num_assistant_tokens=tokens)
+        # A run of before the key existed has none in its configuration.
+        unused = bool(OmegaConf.select(cfg, "model.export.kv_shared_weights")) or kv_shared_weights
+        export_checkpoint(
+            checkpoint / part / "model", model, source, out / part, size,
+            num_assistant_tokens=tokens, kv_shared_weights=unused,
+        )  # fmt: skip
         print(f"{out / part}: {len(stored_tensors(out / part))} tensors")
-        if check and (problems := verify(out / part, source)):
+        if check and (problems := verify(out / part, source, unused)):
             status = 1
             print(f"{out / part} differs from {source}:", *problems, sep="\n  ", file=sys.stderr)
         elif check:

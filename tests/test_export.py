@@ -166,6 +166,48 @@ def test_names_that_only_the_source_has_stay(e2b, tmp_path):
     assert_same_tensors(tmp_path / "again", e2b[0])
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_unused_keys_and_values_are_written_where_the_source_has_none(pairs, tmp_path, caplog):
+    source = pairs / "e2b/base"
+    text = read_config(source).get_text_config()
+    model = load_model(source, torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    with caplog.at_level("INFO"):
+        export_model(model, source, tmp_path / "without")
+    assert "kv_shared_weights=true writes them" in caplog.text
+    export_model(model, source, tmp_path / "with", kv_shared_weights=True)
+    without, ours = tensors(tmp_path / "without"), tensors(tmp_path / "with")
+    own = text.num_hidden_layers - text.num_kv_shared_layers
+    added = {name: tensor for name, tensor in ours.items() if name not in without}
+    expected = {}
+    for layer in range(own, text.num_hidden_layers):  # each reuses the last own layer of its type
+        reused = max(other for other in range(own) if text.layer_types[other] == text.layer_types[layer])
+        for name in ("k_proj", "v_proj", "k_norm"):
+            key = "model.language_model.layers.{}.self_attn." + name + ".weight"
+            expected[key.format(layer)] = without[key.format(reused)]
+    assert added.keys() == expected.keys() and len(added) == 3 * text.num_kv_shared_layers
+    assert all(torch.equal(added[key], tensor) for key, tensor in expected.items())
+    assert verify(tmp_path / "with", source, kv_shared_weights=True) == []
+    assert len(verify(tmp_path / "with", source)) == len(added)
+    # Such a folder is as good a source as the other, and a checkpoint's export has them, too.
+    again = load_model(tmp_path / "with", torch.bfloat16)
+    assert all(torch.equal(x, again.state_dict()[n]) for n, x in without.items())
+    dcp.save(get_model_state_dict(model), checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    export_checkpoint(tmp_path / "checkpoint", model, source, tmp_path / "from", kv_shared_weights=True)
+    assert_same_tensors(tmp_path / "from", tmp_path / "with")
+
+
+@pytest.mark.parametrize("folder", ["31b/base", "e2b/drafter"])
+def test_models_without_shared_keys_and_values_have_none_to_write(pairs, tmp_path, folder, caplog):
+    with caplog.at_level("INFO"):
+        export_model(load_model(pairs / folder, torch.float32), pairs / folder, tmp_path / "out")
+    assert "kv_shared" not in caplog.text
+    export_model(load_model(pairs / folder, torch.float32), pairs / folder, tmp_path / "same", kv_shared_weights=True)
+    assert_same_tensors(tmp_path / "same", pairs / folder)
+
+
 def test_other_files_go_along(e2b, tmp_path):
     source, blobs = e2b[0], tmp_path / "blobs"
     blobs.mkdir()

@@ -24,6 +24,7 @@ def key(default: Any, help: str) -> Any:
 class ExportConfig:
     at_end: bool = key(True, "write OUTPUT_DIR/export/{base,drafter} when the run ends")
     max_shard_size: str = key("5GB", "largest safetensors file of an export")
+    kv_shared_weights: bool = key(False, "write unused k/v of KV-shared layers where the base's folder has none")
 
 
 @dataclass

@@ -349,8 +349,12 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Both models as Hugging Face folders."""
+        export = self.cfg.model.export
         self.model.save_pretrained(
-            folder, tokenizer=self.tokenizer, max_shard_size=self.cfg.model.export.max_shard_size
+            folder,
+            tokenizer=self.tokenizer,
+            max_shard_size=export.max_shard_size,
+            kv_shared_weights=export.kv_shared_weights,
         )
 
     def close(self) -> None:

@@ -173,6 +173,7 @@ class Gemma4WithDrafter(JointModel):
         checkpointer: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_shard_size: str | int = "5GB",
+        kv_shared_weights: bool = False,
     ) -> None:
         """Write ``base/`` and ``drafter/``, each for ``from_pretrained`` alone, in bfloat16, with the original's names.
 
@@ -180,6 +181,7 @@ class Gemma4WithDrafter(JointModel):
 
         Args:
             tokenizer: saved into both folders where the original folder has none.
+            max_shard_size, kv_shared_weights: see :func:`joint_train.weights.export.export_model`.
 
         Raises:
             ValueError: if neither model was loaded from a folder: there are no files to go with the weights then.
@@ -193,7 +195,7 @@ class Gemma4WithDrafter(JointModel):
                     "and load it from there."
                 )
         folder = Path(save_directory)
-        export_model(self.base, sources[0], folder / "base", max_shard_size)
+        export_model(self.base, sources[0], folder / "base", max_shard_size, kv_shared_weights=kv_shared_weights)
         export_model(
             self.drafter, sources[1], folder / "drafter", max_shard_size,
             num_assistant_tokens=self.drafter_num_steps,

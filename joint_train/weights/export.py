@@ -11,6 +11,7 @@ generation configuration) are copied, so that an engine that loads the one loads
 """
 
 import json
+import logging
 import math
 import os
 import re
@@ -31,8 +32,11 @@ from joint_train.checkpoint.reader import Reader
 from joint_train.distributed.ranks import together
 from joint_train.errors import ConfigError, WeightsError
 from joint_train.weights.folders import read_config, resolve
+from joint_train.weights.kv_shared import absent_copies
 from joint_train.weights.loading import FLOATS, Stored, match, stored_tensors
 from joint_train.weights.writing import Slot, check_written, write_tensors
+
+log = logging.getLogger(__name__)
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SAFETENSORS_NAMES = {
@@ -55,6 +59,7 @@ def export_model(
     max_shard_size: str | int = "5GB",
     dtype: torch.dtype = torch.bfloat16,
     num_assistant_tokens: int | None = None,
+    kv_shared_weights: bool = False,
 ) -> None:
     """Write a model as a Hugging Face folder; under a process group, all ranks must call it, and share `out`'s disk.
 
@@ -65,14 +70,15 @@ def export_model(
         max_shard_size: of a safetensors file, in bytes or as "5GB"; a larger tensor has a file of its own.
         dtype: of floating-point tensors.
         num_assistant_tokens: written to the generation configuration, for a drafter.
+        kv_shared_weights: also write the keys' and values' weights of KV-shared layers where `source` has none, which
+            nothing uses: copies of those that these layers reuse, see :mod:`joint_train.weights.kv_shared`.
 
     Raises:
         WeightsError: if the model's tensors are not those of `source`.
         OSError: if the disk is full, …; on every rank alike.
     """
     source = resolve(source)
-    stored = stored_tensors(source)
-    names = match(model, stored, source)
+    stored, names = _contents(model, source, kv_shared_weights)
     tensors = model.state_dict(keep_vars=True)
 
     def fill(slots: dict[str, Slot]) -> None:
@@ -91,20 +97,20 @@ def export_checkpoint(
     max_shard_size: str | int = "5GB",
     dtype: torch.dtype = torch.bfloat16,
     num_assistant_tokens: int | None = None,
+    kv_shared_weights: bool = False,
 ) -> None:
     """Write a distributed checkpoint of one model as a Hugging Face folder, in one process.
 
     Args:
         checkpoint: folder of the distributed checkpoint, e.g. ``step_00000100/base/model``.
         model: the model on the meta device, for the names of its tensors and their ties.
-        source, out, max_shard_size, dtype, num_assistant_tokens: as for :func:`export_model`.
+        source, out, max_shard_size, dtype, num_assistant_tokens, kv_shared_weights: as for :func:`export_model`.
 
     Raises:
         WeightsError: if the checkpoint lacks a tensor of `source`, or has it in another shape.
     """
     source = Path(source)
-    stored = stored_tensors(source)
-    names = match(model, stored, source)
+    stored, names = _contents(model, source, kv_shared_weights)
     reader = Reader(checkpoint)
     saved = reader.read_metadata().state_dict_metadata
     tensors = model.state_dict(keep_vars=True)
@@ -127,9 +133,11 @@ def export_checkpoint(
     _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill)
 
 
-def verify(out: str | os.PathLike, source: str | os.PathLike) -> list[str]:
+def verify(out: str | os.PathLike, source: str | os.PathLike, kv_shared_weights: bool = False) -> list[str]:
     """What differs between an export and the folder it comes from, in names, shapes, dtypes and other files."""
     ours, theirs = stored_tensors(out), stored_tensors(source)
+    if kv_shared_weights:
+        theirs |= {key: theirs[copied] for key, copied in absent_copies(read_config(source), theirs).items()}
     problems = [f"missing: {key}" for key in sorted(theirs.keys() - ours.keys())]
     problems += [f"not in the source: {key}" for key in sorted(ours.keys() - theirs.keys())]
     for key in sorted(ours.keys() & theirs.keys()):
@@ -139,6 +147,26 @@ def verify(out: str | os.PathLike, source: str | os.PathLike) -> list[str]:
                 problems.append(f"{what} of {key}: {a}, in the source {b}")
     problems += [f"file missing: {file}" for file in sorted(_other_files(source)) if not (Path(out) / file).exists()]
     return problems
+
+
+def _contents(
+    model: PreTrainedModel, source: Path, kv_shared_weights: bool
+) -> tuple[dict[str, Stored], dict[str, str]]:
+    """What the export holds, as the source's entries by key, and the model's name of those that the model has."""
+    stored = stored_tensors(source)
+    names = match(model, stored, source)
+    copies = absent_copies(model.config, stored)
+    if kv_shared_weights:
+        stored = stored | {key: stored[copied] for key, copied in copies.items()}
+        names = names | {key: names[copied] for key, copied in copies.items()}
+    elif copies and not (dist.is_initialized() and dist.get_rank()):
+        log.info(
+            "%s has no keys and values for its KV-shared layers (%d tensors that nothing uses), nor has the export. "
+            "vLLM before September 2026 refuses such a folder; model.export.kv_shared_weights=true writes them.",
+            source,
+            len(copies),
+        )
+    return stored, names
 
 
 def _export(
