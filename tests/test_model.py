@@ -220,6 +220,47 @@ def test_the_drafters_loss_reaches_the_base_by_three_ways(shape, checkpointing):
     assert text_layers(base)[-1].mlp.down_proj.weight.grad.abs().sum() > 0
 
 
+def test_recomputed_rounds_drop_what_the_forward_dropped():
+    base, drafter = build_pair("e2b")
+    drafter.model.config.attention_dropout = 0.5
+    for layer in drafter.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    ids, found = tokens(), []
+    for recompute in (False, True):
+        model = Gemma4WithDrafter(
+            base, drafter, drafter_num_steps=3, drafter_activation_checkpointing=recompute, pairing="serving"
+        ).train()
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append({n: p.grad.clone() for n, p in drafter.named_parameters() if p.grad is not None})
+    assert all(torch.equal(found[0][name], gradient) for name, gradient in found[1].items())
+    torch.manual_seed(1)  # dropout is at work
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert any(not torch.equal(found[0][n], p.grad) for n, p in drafter.named_parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("pairing", FIRST_TOKEN)
+@pytest.mark.parametrize("prompt_rows", [False, True])
+def test_no_loss_reads_a_token_in_a_hole_of_the_mask(pairing, prompt_rows):
+    base, drafter = build_pair("e2b")
+    model = Gemma4WithDrafter(base, drafter, drafter_num_steps=3, pairing=pairing)
+    model.prompt_rows = prompt_rows
+    ids, mask = tokens(), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, 7:9] = 0
+    mask[1, 12] = 0
+    losses = []
+    for seed in (1, 2):
+        other = torch.randint(3, 240, ids.shape, generator=torch.Generator().manual_seed(seed))
+        now = torch.where(mask == 1, ids, other)
+        with torch.no_grad():
+            out = model(input_ids=now, attention_mask=mask, labels=now)  # labels in the holes, too
+        assert out.targets.valid.sum(0).tolist()[-1] > 0
+        losses.append(out.loss)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+
+
 def test_a_frozen_base_gets_no_gradient():
     base, drafter = build_pair("e2b")
     model = Gemma4WithDrafter(base, drafter, drafter_num_steps=3, freeze_base_for_drafter=True).train()

@@ -186,8 +186,8 @@ class JointModel(nn.Module):
 
         Args:
             input_ids: ``[B, S]`` int64.
-            attention_mask: ``[B, S]``, 1 for tokens and 0 for padding on either side; not needed for padding on the
-                right, which causality hides.
+            attention_mask: ``[B, S]``, 1 for tokens and 0 for padding on either side or in between; not needed for
+                padding on the right, which causality hides.
             position_ids: ``[B, S]`` int64; 0, 1, … in every row by default.
             labels: ``[B, S]`` int64, the token itself where it is a target and -100 elsewhere; not shifted.
             document_ids: ``[B, S]`` int64 for rows of several documents, 0 for padding; replaces ``attention_mask``.
@@ -324,7 +324,8 @@ class JointModel(nn.Module):
             return text.norm(x)
 
         if self.drafter_activation_checkpointing and torch.is_grad_enabled():
-            round_of = partial(checkpoint, round_of, use_reentrant=False, preserve_rng_state=False)
+            dropout = text.config.attention_dropout > 0  # the replay has to drop what the forward dropped
+            round_of = partial(checkpoint, round_of, use_reentrant=False, preserve_rng_state=dropout)
         state, rounds = read, []
         for k in range(self.drafter_num_steps):
             rounds.append(round_of(k, state))

@@ -35,7 +35,8 @@ def joint_targets(
     """Find the targets of a batch. Run it where the batch is made (CPU): P then is known without waiting for a device.
 
     Position p of a row is a target if ``labels[p] != -100`` and p-1 is in p's document. Round k predicts it from row
-    ``p - 1 - offset - k`` (offset 1 for pairing "serving", 0 for "same_token"), if that row is in p's document too.
+    ``p - 1 - offset - k`` (offset 1 for pairing "serving", 0 for "same_token"), if that row and all between are in p's
+    document too: its rounds read those tokens.
 
     Decoding starts at the row before an answer's first token, the last of the prompt, and ends with the answer. So it
     comes to a row t and drafts p there only if all of the tokens t+1 … p are supervised; other rounds are left out, and
@@ -43,7 +44,7 @@ def joint_targets(
 
     Args:
         labels: int64 `[B, S]`, not shifted, -100 where nothing is supervised.
-        document_ids: int64 `[B, S]`, 0 padding, else the contiguous documents of a row; None: one document a row.
+        document_ids: int64 `[B, S]`, 0 padding, else the documents of a row; None: one document a row.
         num_steps: K.
         pairing: ``serving`` or ``same_token``.
         prompt_rows: also train at rows that no decoding comes to; by default only with ``same_token``, whose published
@@ -63,7 +64,10 @@ def joint_targets(
         return (documents > 0) & (documents == earlier(documents, back, 0))
 
     base = (labels != -100) & in_document(1)
-    rounds = [base & in_document(1 + offset + k) for k in range(num_steps)]
+    rounds, valid = [], base
+    for k in range(num_steps):  # every position between row and target: a mask may have holes
+        valid = valid & in_document(1 + offset + k)
+        rounds.append(valid)
     reached, answer = [], base
     for k, valid in enumerate(rounds):  # `answer`: all the tokens from that after the row to the target are supervised
         answer = answer & (earlier(labels, offset + k, -100) != -100)
