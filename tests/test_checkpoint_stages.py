@@ -25,6 +25,14 @@ STAGES = [
 ]
 
 
+# A frozen base is in the dtype of compute.
+FROZEN = [
+    (2, {"freeze.base": False, "precision.compute": "bfloat16"}),
+    (1, {"freeze.base": True, "precision.compute": "bfloat16"}),
+    (2, {"freeze.base": False, "precision.compute": "bfloat16"}),
+]
+
+
 # Frozen towers are bfloat16 and whole on every rank, trained ones float32 shards.
 TOWERS = [
     (2, {"freeze.towers": True, "precision.compute": "bfloat16"}),
@@ -59,7 +67,9 @@ def optimizer_state(tensors: dict) -> dict[str, np.ndarray]:
     return {name.removeprefix("optimizer:"): x for name, x in tensors.items() if name.startswith("optimizer:")}
 
 
-@pytest.mark.parametrize(("shape", "stages"), [("e2b", STAGES), ("multimodal", TOWERS)], ids=["parts", "towers"])
+@pytest.mark.parametrize(
+    ("shape", "stages"), [("e2b", STAGES), ("multimodal", TOWERS), ("text", FROZEN)], ids=["parts", "towers", "base"]
+)
 def test_old_optimizer_state_is_kept_new_is_new_and_each_is_said_once(tmp_path, shape, stages):
     before, trained_before, steps, until = None, set(), {}, 0
     for ranks, overrides in stages:
@@ -70,7 +80,9 @@ def test_old_optimizer_state_is_kept_new_is_new_and_each_is_said_once(tmp_path, 
             for name, x in before.items():
                 if not name.startswith("optimizer:"):
                     tower = any(part in name for part in ("_tower.", "embed_vision.", "embed_audio."))
-                    rounded = tower and overrides.get("freeze.towers")  # frozen ones are bfloat16
+                    frozen = overrides.get("freeze.towers") if tower else overrides.get("freeze.base")
+                    # Frozen weights are in the dtype of compute, towers always in bfloat16.
+                    rounded = frozen and (tower or "precision.compute" in overrides) and name.startswith("base")
                     assert np.array_equal(loaded[name], torch.tensor(x).bfloat16().float() if rounded else x), name
             kept = {name: x for name, x in optimizer_state(before).items() if name.rpartition("/")[0] in trained}
             assert state.keys() == kept.keys()
@@ -78,6 +90,8 @@ def test_old_optimizer_state_is_kept_new_is_new_and_each_is_said_once(tmp_path, 
             dropped = {name.rpartition("/")[0] for name in optimizer_state(before)} - trained
             assert sum("is dropped: they are not trained now" in line for line in said) == bool(dropped)
             assert sum("has no optimizer state for" in line for line in said) == bool(trained - trained_before)
+            coarser = dropped and "precision.compute" in overrides  # what was trained in float32 is frozen now
+            assert sum("so they are rounded" in line for line in said) == bool(coarser)
         # AdamW's own count says since when a parameter is trained without a break.
         steps = {name: steps.get(name, 0) * (name in trained_before) + 2 for name in trained}
         counted = {n.removesuffix("/step"): int(x) for n, x in optimizer_state(after).items() if n.endswith("/step")}

@@ -58,6 +58,7 @@ class Loading:
             self._warn(f"the configuration changed since {path.name}: {key} was {before} and is now {now}")
         tensors = state.pair_tensors(model)
         self._check_fit(model, tensors, readers, documents, changed)
+        self._say_rounded(tensors, readers)
         try:
             for part, of_part in tensors.items():
                 state.load_tensors(readers[part], of_part, self._ranks)
@@ -104,6 +105,19 @@ class Loading:
                 f"{self.path} was saved from other models than {' and '.join(keys)} give now: "
                 f"{'; '.join(problems[:8])}{more}. Set {', '.join(keys)} as they were, or another output_dir"
             )
+
+    def _say_rounded(self, tensors: dict[str, dict[str, torch.Tensor]], readers: dict[str, Reader]) -> None:
+        """Weights that are frozen now, and kept in the dtype of compute, may have been trained in a finer one."""
+        for part, of_part in tensors.items():
+            stored = readers[part].read_metadata().state_dict_metadata
+            rounded: dict[str, list[str]] = {}
+            for name, tensor in of_part.items():
+                before = stored[name].properties.dtype
+                if before.is_floating_point and before.itemsize > tensor.dtype.itemsize:
+                    both = " and now ".join(str(dtype).removeprefix("torch.") for dtype in (before, tensor.dtype))
+                    rounded.setdefault(both, []).append(name)
+            for both, names in rounded.items():
+                self._warn(f"weights of the {part.partition('/')[0]} were {both}, so they are rounded: {some(names)}")
 
     def _load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, reader: Reader) -> None:
         path, stored = self.path, reader.read_metadata().state_dict_metadata
