@@ -25,6 +25,8 @@ train: install
 	$(BIN)/python -m benchmarks.shift $(OUT) report
 
 test: install lint
+	# What only some options need, and `make train` doesn't.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,low-precision]' -c constraints.txt
 	$(BIN)/python -m pytest
 
 test-slow: install
