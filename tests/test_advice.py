@@ -3,10 +3,11 @@
 import logging
 
 import pytest
+import torch
 
 from joint_train.config import load
-from joint_train.plan.planner import Machine, make_plan
-from joint_train.train.advice import generation_prompts, warn_of_grace
+from joint_train.plan.planner import Machine, make_plan, meta_pair, read
+from joint_train.train.advice import generation_prompts, warn_of_grace, warn_of_padding
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,8 @@ def plans():
         machine = Machine(gpus=gpus)
         return cfg, make_plan(cfg, machine), machine
 
-    return {"31b": of("gemma4_31b", 8), "e2b": of("gemma4_e2b", 1)}
+    sharded = of("gemma4_26b_a4b", 512, "parallel.dp_shard=512")
+    return {"26b over 512": sharded, "31b": of("gemma4_31b", 8), "e2b": of("gemma4_e2b", 1)}
 
 
 def test_a_generation_that_would_outlast_the_validation_is_off_with_a_sentence(plans, caplog):
@@ -50,3 +52,23 @@ def test_a_grace_period_that_a_save_outlasts_is_named_at_the_start(plans, caplog
     cfg.checkpoint.grace_seconds = 600
     warn_of_grace(cfg, plan, slow, "cuda")
     assert caplog.text == ""
+
+
+def test_shards_that_do_not_divide_the_weights_are_named_at_the_start(plans, caplog):
+    cfg, plan, machine = plans["26b over 512"]
+    base_config, drafter_config, _ = read(cfg)
+    model = meta_pair(cfg, base_config, drafter_config, torch.bfloat16)
+    whole = padded = 0
+    for name, p in model.named_parameters():
+        if "tower" in name or "embed_vision" in name:
+            continue  # frozen: whole on every rank
+        even = any(size % 512 == 0 for size in p.shape)
+        rows = -(-p.shape[0] // 512) * 512
+        keeps = even and (p.shape[0] % 512 == 0 or rows > 1.125 * p.shape[0])
+        whole, padded = whole + p.numel(), padded + (p.numel() if keeps else rows * p[0].numel())
+    assert plan.padding == pytest.approx(padded / whole - 1) and plan.padding > 0.1
+    warn_of_padding(plan)
+    assert "over 512 shards the weights take" in caplog.text and "parallel.dp_replicate=8" in caplog.text
+    caplog.clear()
+    warn_of_padding(plans["31b"][1])
+    assert plans["31b"][1].padding < 0.01 and caplog.text == ""

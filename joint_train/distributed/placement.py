@@ -1,5 +1,6 @@
 """How a weight is cut over the ranks that shard it."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -28,6 +29,11 @@ def local_numel(shape: Sequence[int], shards: int) -> int:
     for d, size in enumerate(shape):
         numel *= -(-size // shards) if d == dim else size
     return numel
+
+
+def padding(shapes: Sequence[Sequence[int]], shards: int) -> float:
+    """What equal shards add to weights of these shapes, as a share of them: it is gathered and reduced as well."""
+    return sum(shards * local_numel(shape, shards) for shape in shapes) / sum(math.prod(shape) for shape in shapes) - 1
 
 
 def placement(shards: int) -> Callable[[nn.Parameter], Shard]:

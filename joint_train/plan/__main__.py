@@ -61,6 +61,8 @@ def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> N
         step.add_row(what, value)
     for table in (parts, memory, step):
         console.print(table)
+    if plan.padding > 0.01:
+        console.print(f"Equal shards add {plan.padding:.0%} to the weights: fewer shards divide them better.")
     for source in plan.sources:
         console.print(f"sizes: {source}", style="dim", highlight=False)
 

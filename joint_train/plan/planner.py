@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from joint_train.config.values import mesh_shape
 from joint_train.distributed.moments import state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
-from joint_train.distributed.placement import local_numel
+from joint_train.distributed.placement import local_numel, padding
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.loss import memory_budget_mb
 from joint_train.plan.step import local_bytes, simulate
@@ -76,6 +76,7 @@ class Plan:
     communication: dict[str, dict[str, int]]  # collective -> unit -> bytes of a step, of whole buffers
     mesh: tuple[int, int]  # replicas, shards
     micro_batches: int  # of a step, on a rank
+    padding: float  # what equal shards add to the sharded weights, as a share of them
 
     @property
     def peak(self) -> int:
@@ -261,6 +262,7 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         communication=communication,
         mesh=(ranks // shard, shard),
         micro_batches=cfg.optim.grad_accum,
+        padding=padding([p.shape for p in parameters if id(p) not in {id(other) for other in whole}], shard),
     )
 
 

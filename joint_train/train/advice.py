@@ -9,6 +9,7 @@ from joint_train.plan.planner import Machine, Plan
 log = logging.getLogger(__name__)
 
 PROMPTS = 8  # validation prompts in an assisted generation
+MOST_PADDING = 0.1  # of the sharded weights
 
 
 def generation_prompts(cfg: DictConfig, plan: Plan, machine: Machine, device_type: str) -> int:
@@ -35,4 +36,15 @@ def warn_of_grace(cfg: DictConfig, plan: Plan, machine: Machine, device_type: st
             "checkpoint.grace_seconds=%d is too short: a checkpoint of %.0f GB takes %.0f s at %g GB/s, and one that "
             "isn't done in time is lost. Set checkpoint.grace_seconds=%d, and the launcher's limits above it",
             cfg.checkpoint.grace_seconds, plan.checkpoint / 1e9, seconds, machine.disk_gb_per_second, 1.5 * seconds,
+        )  # fmt: skip
+
+
+def warn_of_padding(plan: Plan) -> None:
+    """Say that the weights don't divide over so many shards."""
+    if plan.padding > MOST_PADDING:
+        log.warning(
+            "over %d shards the weights take %.0f %% more memory and communication than they have values, because none "
+            "of a weight's dimensions divides evenly. Shard over fewer ranks: parallel.dp_shard=64, "
+            "parallel.dp_replicate=%d",
+            plan.mesh[1], 100 * plan.padding, max(1, plan.ranks // 64),
         )  # fmt: skip
