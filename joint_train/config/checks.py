@@ -20,6 +20,7 @@ CHOICES = {
     "optim.name": ("adamw", "adamw_8bit", "adamw_bf16"),
     "optim.clip": ("joint", "separate"),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "parallel.cpu_offload": ("none", "all"),
     "precision.compute": ("auto", "bfloat16", "float32"),
     "precision.params": ("float32", "bfloat16"),
     "precision.reduce": ("float32", "bfloat16"),
@@ -108,6 +109,11 @@ def validate(cfg: DictConfig, world_size: int | None = None, node: int | None = 
     steps = parse_steps(cfg.profile.steps)
     if steps and steps[-1] > cfg.max_steps:
         raise ConfigError(f"profile.steps={cfg.profile.steps}: the run ends at max_steps={cfg.max_steps}.")
+    if cfg.parallel.cpu_offload == "all" and cfg.eval.prompts:
+        raise ConfigError(
+            "parallel.cpu_offload=all copies every weight to the GPU for each token of an assisted generation: set "
+            "eval.prompts=0 (or null), and evaluate the export with joint_train.evaluate."
+        )
     if cfg.tracking.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("tracking.tensorboard=true needs the tensorboard package: pip install tensorboard")
     if cfg.optim.name == "adamw_8bit" and find_spec("torchao") is None:

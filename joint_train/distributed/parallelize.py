@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
@@ -116,13 +117,16 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
     whole = set(whole_parameters(model.base))
     for parameter in rounded_parameters(model.base):
         parameter.data = parameter.data.to(compute)
-    options = {
+    options: dict = {
         "mesh": fsdp_mesh(mesh),
         "shard_placement_fn": placement(mesh["dp_shard"].size()),
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute if compute != params else None, reduce_dtype=DTYPES[cfg.precision.reduce]
         ),
     }
+    if cfg.parallel.cpu_offload == "all":
+        # Pinned memory is CUDA's: copies from and to it go on beside the computation.
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for layer in text.layers:
         fully_shard(layer, reshard_after_forward=cfg.parallel.reshard_after_forward, **options)
     if (per_layer := getattr(text, "embed_tokens_per_layer", None)) is not None:

@@ -25,7 +25,7 @@ class BaseDrift:
 
     def __init__(self, model: JointModel, inputs: dict, targets: JointTargets) -> None:
         self.model, self.inputs, self.rows = model, inputs, targets.rows[:POSITIONS]
-        self.start = [local(p).detach().to("cpu", torch.bfloat16) for p in model.base.parameters()]
+        self.start = [local(p).detach().to("cpu", torch.bfloat16, copy=True) for p in model.base.parameters()]
         self.log_probs = self._log_probs()
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -44,9 +45,23 @@ def lr_factor(step: int, cfg: DictConfig, max_steps: int) -> float:
 
 
 def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
-    """L2 norm of all gradients together, over all ranks: a scalar on the device; 0, on the CPU, if there is none."""
-    norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    """L2 norm of all gradients together, over all ranks: a scalar; 0, on the CPU, if there is none.
+
+    It is on the device of the mesh also where the gradients are in CPU memory (``parallel.cpu_offload=all``), so that
+    it is reduced on the network of all other collectives.
+    """
+    gradients = [g for g in gradients if g is not None]
+    sharded = [g for g in gradients if isinstance(g, DTensor)]
+    norm = nn.utils.get_total_norm([g.to_local() if isinstance(g, DTensor) else g for g in gradients])
+    if not sharded:
+        return norm
+    assert len(sharded) == len(gradients), "whole gradients beside sharded ones would count once for each rank"
+    mesh, placements = sharded[0].device_mesh, sharded[0].placements
+    square = norm.to(mesh.device_type).square()
+    for dimension, placement in enumerate(placements):
+        if placement.is_shard():
+            dist.all_reduce(square, group=mesh.get_group(dimension))
+    return square.sqrt()
 
 
 @torch.no_grad()
@@ -71,8 +86,8 @@ def update(
         The norms before clipping, scalars on the device: ``grad_norm`` and that of each model.
     """
     norms = {f"grad_norm_{name}": total_norm(p.grad for p in part.parameters()) for name, part in model.parts()}
-    device = next(model.parameters()).device
-    norm = torch.stack([norm.to(device, non_blocking=True) for norm in norms.values()]).norm()
+    device = next(p.device for group in optimizer.param_groups for p in group["params"])  # of the update
+    norm = torch.stack([norm.to(device, non_blocking=device.type != "cpu") for norm in norms.values()]).norm()
     finite = norm.isfinite()
     if drafter_max_grad_norm is None:
         clipped = [(model, max_grad_norm, norm)]

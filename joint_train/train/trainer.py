@@ -198,7 +198,7 @@ class Trainer:
         factor = lr_factor(self.step, cfg.optim, cfg.max_steps)
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
         norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter)
-        self.bad_steps.observe(norms["grad_norm"])
+        self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
         if not due(self.step, cfg.tracking.log_every) and self.step < cfg.max_steps:

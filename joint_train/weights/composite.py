@@ -248,8 +248,9 @@ def load_pair(
     model.sources = (base_dir, drafter_dir)
     if mesh is not None:
         parallelize(model, mesh, cfg)
-    materialize(model.base, base_dir, device)
-    materialize(model.drafter, drafter_dir, device)
+    shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
+    materialize(model.base, base_dir, device, shard_device)
+    materialize(model.drafter, drafter_dir, device, shard_device)
     if mesh is not None:
         share_streams(model)
     if cfg.drafter.share_embedding_with_base:

@@ -69,7 +69,12 @@ def build_meta(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation
 
 
 @torch.no_grad()
-def materialize(model: PreTrainedModel, folder: str | os.PathLike, device: torch.device | str) -> None:
+def materialize(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    device: torch.device | str,
+    shard_device: torch.device | str | None = None,
+) -> None:
     """Fill a model of :func:`build_meta` from a folder's safetensors, on `device`.
 
     A model that is on a device already keeps its tensors, and only their values change. Of a sharded parameter only
@@ -78,24 +83,35 @@ def materialize(model: PreTrainedModel, folder: str | os.PathLike, device: torch
     With HSDP one replica reads, and the others get it from there: all ranks together. Otherwise there is no
     communication, so an error on one rank leaves none waiting here.
 
+    Args:
+        shard_device: of sharded parameters, where it is another: the CPU with ``parallel.cpu_offload=all``.
+
     Raises:
         WeightsError: before anything is allocated.
         RuntimeError: with HSDP, if another rank failed.
     """
     replicas = Replicas(model.parameters())
     if replicas.mesh is None:
-        _fill(model, folder, device)
+        _fill(model, folder, device, shard_device)
     else:
-        together(lambda: _fill(model, folder, device, replicas.reads))
+        together(lambda: _fill(model, folder, device, shard_device, replicas.reads))
         replicas.share({id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values())
 
 
-def _fill(model: PreTrainedModel, folder: str | os.PathLike, device: torch.device | str, values: bool = True) -> None:
+def _fill(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    device: torch.device | str,
+    shard_device: torch.device | str | None,
+    values: bool = True,
+) -> None:
     """Check, allocate, and with ``values`` read."""
     stored = stored_tensors(folder)
     names = match(model, stored, folder)
     if any(parameter.is_meta for parameter in model.parameters()):
-        model.to_empty(device=device)
+        model.to_empty(device=shard_device or device)
+        if shard_device is not None:
+            _move_whole_tensors(model, device)
         model.tie_weights(recompute_mapping=False)  # to_empty gave each of them a tensor of its own
         _fill_computed_buffers(model)
 
@@ -110,6 +126,17 @@ def _fill(model: PreTrainedModel, folder: str | os.PathLike, device: torch.devic
                     filled.add(id(target))
     if (Path(folder) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _move_whole_tensors(model: PreTrainedModel, device: torch.device | str) -> None:
+    """Move buffers, and parameters that aren't sharded, to where the model computes."""
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def load_model(
