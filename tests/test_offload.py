@@ -6,15 +6,20 @@ import torch
 from checkpoint_run import TIMEOUT, config, everything
 from pairs import make_pair
 from ranks import run_ranks
+from test_plan import configure
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from joint_train.checkpoint import Checkpointer
 from joint_train.config import validate
 from joint_train.distributed.mesh import init_mesh
+from joint_train.distributed.parallelize import text_model
+from joint_train.distributed.placement import local_numel
 from joint_train.errors import ConfigError
+from joint_train.plan.planner import Machine, make_plan, with_overrides
 from joint_train.train.optim import build_optimizer, total_norm, update
-from joint_train.weights.composite import load_pair
+from joint_train.weights.composite import load_pair, meta_pair
+from joint_train.weights.folders import read_configs
 from joint_train.weights.loading import materialize
 
 BASE = {"data.train": [{"path": "unused"}]}
@@ -108,3 +113,30 @@ def test_generation_is_refused():
         validate(config({**BASE, "parallel.cpu_offload": "all", "eval.prompts": 4}))
     with pytest.raises(ConfigError, match="choose one of none"):
         validate(config({**BASE, "parallel.cpu_offload": "most"}))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_plan_counts_host_memory_and_transfers(pair, accumulate):
+    settings = {"data.max_length": 48, "loss.memory_budget_mb": 16, "optim.grad_accum": accumulate}
+    machine = Machine(gpus=2, pcie_gb_per_second=25.0)
+    cfg = configure(pair, **settings)
+    plain, moved = (
+        make_plan(with_overrides(cfg, {"parallel.cpu_offload": mode}), machine, "cpu") for mode in ("none", "all")
+    )
+    model = meta_pair(cfg, *read_configs(cfg.model.base, cfg.model.drafter), torch.float32)
+    local = {p: local_numel(p.shape, 2) * 4 for p in model.parameters()}
+    everything = sum(local.values())
+    trained = sum(size for p, size in local.items() if p.requires_grad)
+    assert plain.host == 0 and set(plain.transfers.values()) == {0} and plain.transfer_seconds(machine) == 0
+    assert moved.host == everything + 3 * trained  # weights; gradients and two moments
+    # In a micro-batch, layers are gathered forward and backward, everything else once; gradients go back once.
+    layers = sum(local[p] for layer in text_model(model.base).layers for p in layer.parameters())
+    assert moved.transfers == {"to device": accumulate * (everything + layers), "to host": accumulate * trained}
+    seconds = accumulate * (everything + layers + trained) / 25e9
+    assert moved.transfer_seconds(machine) == pytest.approx(seconds)
+    hidden = plain.compute_seconds(machine)
+    total = sum(moved.network_seconds(machine).values()) + seconds
+    assert moved.exposed_seconds(machine) >= total - hidden - 1e-12
+    for part in ("weights (this rank's shard)", "optimizer states"):
+        assert plain.memory[part] > 0 and moved.memory[part] == 0
+    assert moved.memory["gradients"] < 0.7 * trained <= plain.peak - moved.peak

@@ -52,6 +52,17 @@ def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> N
             for kind, taken in plan.network_seconds(machine).items()
             if plan.communication[kind]
         },
+        **(
+            {
+                "to and from the host": f"{plan.transfer_seconds(machine):.2f} s for "
+                f"{sum(plan.transfers.values()) / GIB:,.1f} GiB at {machine.pcie_gb_per_second:g} GB/s; the update on "
+                "the CPU, not counted here, comes on top",
+                "host memory": f"{plan.host / GIB:,.1f} GiB of a rank, "
+                f"{plan.host * min(plan.ranks, machine.gpus_per_node) / GIB:,.1f} of a node",
+            }
+            if plan.host
+            else {}
+        ),
         "exposed": f"{plan.exposed_seconds(machine):.2f} s of the communication that no computation hides",
         "time of a step": f"{seconds:.2f} s, bound by {plan.bound(machine)}",
         "tokens a second": f"{plan.tokens / seconds:,.0f}",
@@ -96,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus-per-node", type=int, default=machine.gpus_per_node)
     parser.add_argument("--nvlink-gb-per-second", type=float, default=machine.nvlink_gb_per_second, help="of a GPU")
     parser.add_argument("--network-gb-per-second", type=float, default=machine.network_gb_per_second, help="of a GPU")
+    parser.add_argument("--pcie-gb-per-second", type=float, default=machine.pcie_gb_per_second, help="of a GPU")
     parser.add_argument("--disk-gb-per-second", type=float, default=machine.disk_gb_per_second, help="of all ranks")
     parser.add_argument("--suggest", action="store_true", help="print the cheapest settings that fit, best first")
     args = vars(parser.parse_intermixed_args(argv))

@@ -52,6 +52,7 @@ class Machine:
     gpus_per_node: int = 8
     nvlink_gb_per_second: float = 350.0  # of a GPU to those of its node, as collectives reach it
     network_gb_per_second: float = 45.0  # of a GPU to other nodes: 400 Gbit/s
+    pcie_gb_per_second: float = 50.0  # of a GPU to its host's memory, each way: PCIe 5.0 x16
     disk_gb_per_second: float = 5.0  # all ranks together
 
     @property
@@ -77,6 +78,8 @@ class Plan:
     mesh: tuple[int, int]  # replicas, shards
     micro_batches: int  # of a step, on a rank
     padding: float  # what equal shards add to the sharded weights, as a share of them
+    host: int  # bytes of a rank in its host's memory: what parallel.cpu_offload moves there
+    transfers: dict[str, int]  # bytes of a step between a rank's GPU and its host: "to device", "to host"
 
     @property
     def peak(self) -> int:
@@ -109,6 +112,10 @@ class Plan:
             for kind, (n, link, times) in each.items()
         }
 
+    def transfer_seconds(self, machine: Machine) -> float:
+        """Time of the copies between GPU and host, one way after the other."""
+        return sum(self.transfers.values()) / machine.pcie_gb_per_second / 1e9
+
     def exposed_seconds(self, machine: Machine) -> float:
         """Communication that no computation hides: what is gathered before the first layer and reduced after the last,
         and what is left of the rest when the computation is done."""
@@ -121,7 +128,8 @@ class Plan:
             of_kind = self.communication[kind]
             if every := sum(of_kind.values()):
                 ends += total[kind] * sum(of_kind.get(unit, 0) for unit in units) / every
-        return ends + max(0.0, sum(total.values()) - ends - self.compute_seconds(machine))
+        whole = sum(total.values()) + self.transfer_seconds(machine)
+        return ends + max(0.0, whole - ends - self.compute_seconds(machine))
 
     def generation_seconds(self, machine: Machine, forwards: int) -> float:
         """Time of that many forwards of the base in a generation: each gathers the layers and reads all weights."""
@@ -153,6 +161,7 @@ class Plan:
             "compute": self.compute_seconds(machine),
             "memory": self.memory_seconds(machine),
             "network": sum(self.network_seconds(machine).values()),
+            "PCIe": self.transfer_seconds(machine),
         }
         return max(seconds, key=seconds.get)
 
@@ -231,16 +240,22 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
     rounded = {id(p) for p in rounded_parameters(model.base)}  # sharded, unless they are whole
     masters = [p for p in parameters if id(p) not in rounded]
     kept = [p for p in parameters if id(p) in rounded - {id(other) for other in whole}]
+    offloaded = cfg.parallel.cpu_offload == "all"
+    shards = local_bytes(masters, shard, cfg) + sum(local_numel(p.shape, shard) * p.dtype.itemsize for p in kept)
+    gradients = local_bytes(trained, shard, cfg)
     memory = {
-        "weights (this rank's shard)": local_bytes(masters, shard, cfg)
-        + sum(local_numel(p.shape, shard) * p.dtype.itemsize for p in kept),
+        "weights (this rank's shard)": 0 if offloaded else shards,
         "frozen towers": sum(p.nbytes for p in whole),
-        "optimizer states": states,
+        "optimizer states": 0 if offloaded else states,
         **{name: step.at_peak[name] for name in ("gradients", "gathered weights", "gradient reduction", "activations")},
     }
     communication: dict[str, dict[str, int]] = {"all-gather": {}, "reduce-scatter": {}, "all-reduce": {}}
+    transfers = {"to device": 0, "to host": 0}
     for (kind, unit), size in step.moved.items():
-        communication[kind][unit] = size * cfg.optim.grad_accum
+        if kind in transfers:
+            transfers[kind] += size * cfg.optim.grad_accum
+        else:
+            communication[kind][unit] = size * cfg.optim.grad_accum
     if ranks > shard:  # once a step, of the sharded gradients
         communication["all-reduce"]["gradients"] = sum(local_numel(p.shape, shard) for p in trained) * reduce_bytes
     if shard == 1:
@@ -257,12 +272,14 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         checkpoint=sum(p.nbytes if id(p) in rounded else itemsize * p.numel() for p in parameters)
         + sum(bytes_of_states(p, p.numel()) for p in trained),
         sources=sources,
-        # AdamW reads weight, gradient and moments and writes all but the gradient.
-        traffic=step.traffic * cfg.optim.grad_accum + 3 * local_bytes(trained, shard, cfg) + 2 * states,
+        # AdamW reads weight, gradient and moments and writes all but the gradient; on the host, if they are there.
+        traffic=step.traffic * cfg.optim.grad_accum + (0 if offloaded else 3 * gradients + 2 * states),
         communication=communication,
         mesh=(ranks // shard, shard),
         micro_batches=cfg.optim.grad_accum,
         padding=padding([p.shape for p in parameters if id(p) not in {id(other) for other in whole}], shard),
+        host=shards + states + gradients if offloaded else 0,
+        transfers=transfers,
     )
 
 
@@ -311,6 +328,7 @@ def savings(cfg: DictConfig, machine: Machine) -> dict[str, int]:
         {"optim.name": "adamw_8bit"},
         {"precision.params": "bfloat16"},
         {"freeze.base": True},
+        *([] if cfg.eval.prompts else [{"parallel.cpu_offload": "all"}]),
     ]
     peaks = {}
     for change in changes:

@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from joint_train.distributed.parallelize import DTYPES, text_model, whole_parameters
+from joint_train.distributed.parallelize import DTYPES, rounded_parameters, text_model, whole_parameters
 from joint_train.distributed.placement import local_numel
 from joint_train.pair.targets import joint_targets
 from joint_train.plan.meter import Meter, in_backward, stand_ins
@@ -20,6 +20,8 @@ class _Unit:
     Args:
         stays: the weights stay gathered after a forward.
         late: the gradients wait for the end of the backward, since nothing that the unit reads has a gradient.
+        copied: bytes of this rank's shard, which with ``parallel.cpu_offload=all`` each gather copies to the device
+            first, and of which each reduction copies the gradients back; None without.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class _Unit:
         meter: Meter,
         cfg: DictConfig,
         shard: int,
+        copied: int | None,
     ):
         self.name, self.meter, self.stays, self.late = name, meter, stays, late
         self.trained = [p for p in parameters if p.requires_grad]
@@ -38,6 +41,7 @@ class _Unit:
         self.size = sum(padded(p, shard) * p.dtype.itemsize for p in parameters)
         self.reduced = sum(padded(p, shard) for p in self.trained) * itemsize
         self.gradient, self.accumulates = local_bytes(self.trained, shard, cfg), cfg.optim.grad_accum > 1
+        self.copied = copied
         self.gathered, self.waiting = False, len(self.trained)
         self.hooks = [p.register_post_accumulate_grad_hook(self.accumulated) for p in self.trained]
 
@@ -48,8 +52,13 @@ class _Unit:
     def gather(self, *_) -> None:
         if not self.gathered:
             self.gathered = True
+            if self.copied is not None:
+                self.meter.moved["to device", self.name] += self.copied
+                self.meter.hold("gathered weights", self.copied)
             self.meter.moved["all-gather", self.name] += self.size
             self.meter.hold("gathered weights", self.size)
+            if self.copied is not None:
+                self.meter.hold("gathered weights", -self.copied)
 
     def reshard(self) -> None:
         if self.gathered:
@@ -76,7 +85,10 @@ class _Unit:
             self.meter.hold("gradients", self.gradient)  # the reduced ones, beside those that they are made of
             for parameter in self.trained:
                 parameter.grad = None
-            if self.accumulates:  # into those of the micro-batch before, which are there all the time
+            if self.copied is not None:
+                self.meter.moved["to host", self.name] += self.gradient
+            # To the host, or into those of the micro-batch before, which are there all the time.
+            if self.copied is not None or self.accumulates:
                 self.meter.hold("gradients", -self.gradient)
 
 
@@ -100,9 +112,13 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int, device_type:
         device_type: "cuda" plays the products of cuBLAS; "cpu" runs what the CPU runs.
     """
     text, meter, units = text_model(model.base), Meter(), []
+    offloaded = cfg.parallel.cpu_offload == "all"
+    sizes = {id(p): DTYPES[cfg.precision.params].itemsize for p in model.parameters()}
+    sizes |= {id(p): p.dtype.itemsize for p in rounded_parameters(model.base)}
 
     def unit(name: str, parameters: list[nn.Parameter], stays: bool, late: bool = False) -> _Unit:
-        units.append(_Unit(name, parameters, stays, late, meter, cfg, shard))
+        copied = sum(local_numel(p.shape, shard) * sizes[id(p)] for p in parameters) if offloaded else None
+        units.append(_Unit(name, parameters, stays, late, meter, cfg, shard, copied))
         return units[-1]
 
     model.train()
@@ -131,7 +147,7 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int, device_type:
         with meter, stand_ins(meter, device_type):
             for tensor in (*model.parameters(), *model.buffers()):
                 meter.ignore(tensor)
-            if cfg.optim.grad_accum > 1:
+            if cfg.optim.grad_accum > 1 and not offloaded:
                 meter.hold("gradients", local_bytes([p for p in model.parameters() if p.requires_grad], shard, cfg))
             root.gather()
             meter.hold("gathered weights", largest)  # the next layer's, on their way while one is computed

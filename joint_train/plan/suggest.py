@@ -53,6 +53,9 @@ def changes_training(cfg: DictConfig) -> list[list[tuple[int, dict[str, object]]
         groups.append([(16, {"precision.params": "bfloat16"})])
     if not cfg.freeze.base:
         groups.append([(32, {"freeze.base": True})])
+    if cfg.parallel.cpu_offload == "none" and not cfg.eval.prompts:
+        # It changes nothing in what is learnt, but a step waits for PCIe and for an update on the CPU.
+        groups.append([(64, {"parallel.cpu_offload": "all"})])
     return [[(0, {}), *group] for group in groups]
 
 

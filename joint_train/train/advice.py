@@ -17,8 +17,10 @@ def generation_prompts(cfg: DictConfig, plan: Plan, machine: Machine, device_typ
     if cfg.eval.prompts is not None:
         return cfg.eval.prompts
     if cfg.parallel.cpu_offload == "all":
-        log.info("no assisted generation in this run's validations: parallel.cpu_offload=all would copy every weight "
-                 "to the GPU for each token")
+        log.info(
+            "no assisted generation in this run's validations: parallel.cpu_offload=all would copy every weight "
+            "to the GPU for each token"
+        )
         return 0
     generation = plan.generation_seconds(machine, -(-PROMPTS // plan.ranks) * cfg.eval.max_new_tokens)
     validation = plan.validation_seconds(machine, cfg.eval.batches)
