@@ -26,7 +26,7 @@ train: install
 
 test: install lint
 	# What only some options need, and `make train` doesn't.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,low-precision]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,low-precision,lora]' -c constraints.txt
 	$(BIN)/python -m pytest
 
 test-slow: install

@@ -45,7 +45,8 @@ PROMISES = {
     "torch_dtype must be bfloat16": f"{HERE}::test_torch_dtype",
     "attn_implementation, text_config: forwarded": f"{HERE}::test_loading_options_reach_the_models",
     "use_liger_kernel: forwarded, or the package is missing": f"{HERE}::test_liger_without_its_package_is_an_error",
-    "peft_config, pipeline_config, moe_mesh: refused with the reason": f"{HERE}::test_refused_arguments",
+    "pipeline_config, moe_mesh: refused with the reason": f"{HERE}::test_refused_arguments",
+    "peft_config: adapters on the base": "test_lora.py::test_the_api_takes_pefts_own_configuration",
     "use_sdpa_patching: False as NeMo's recipes set it": f"{HERE}::test_nothing_is_patched",
     "device_mesh: pp, cp and tp of size 1": f"{HERE}::test_a_mesh_that_splits_the_pair_is_refused",
     "device_mesh, distributed_config: both models sharded on one mesh": f"{HERE}::test_from_pretrained_on_a_mesh",
@@ -202,7 +203,7 @@ def test_liger_without_its_package_is_an_error(folders):
         Gemma4WithDrafter.from_pretrained(*folders, use_liger_kernel=True)
 
 
-@pytest.mark.parametrize("name", ["peft_config", "pipeline_config", "moe_mesh"])
+@pytest.mark.parametrize("name", ["pipeline_config", "moe_mesh"])
 def test_refused_arguments(folders, name):
     with pytest.raises(ValueError, match=f"{name} must be None: ."):
         Gemma4WithDrafter.from_pretrained(*folders, **{name: object()})

@@ -160,7 +160,7 @@ REFUSALS = [
     ("drafter.num_steps=0", "drafter.num_steps=0: must be at least 1"),
     ("optim.lrr=1", "optim.lrr"),
     ("optim.lr=fast", "optim.lr"),
-    ("+peft.r=8", "peft"),
+    ("+peft.r=8", "adapters are the group lora"),
     ("loss.drafter=mse", "loss.drafter"),
     ("loss.round_weights=[1,2]", "loss.round_weights"),
     ("profile.steps=ten", "profile.steps=ten"),

@@ -32,6 +32,8 @@ AT_LEAST = {
     "drafter.num_steps": 1,
     "drafter.loss_weight": 0,
     "drafter.base_grad_scale": 0,
+    "lora.r": 0,
+    "lora.dropout": 0,
     "data.max_length": 2,
     "data.micro_batch_size": 1,
     "data.num_workers": 0,
@@ -121,6 +123,7 @@ def validate(cfg: DictConfig, world_size: int | None = None, node: int | None = 
             "optim.name=adamw_8bit needs the torchao package: pip install 'joint-train[low-precision]'. "
             "optim.name=adamw_bf16 needs none."
         )
+    _check_lora(cfg)
     try:
         parse_drafter_loss(cfg.loss)
         teacher_grad(cfg.loss)
@@ -129,12 +132,37 @@ def validate(cfg: DictConfig, world_size: int | None = None, node: int | None = 
         raise ConfigError(str(error)) from None
 
 
+def _check_lora(cfg: DictConfig) -> None:
+    """Adapters need their package, and a base that isn't trained in another way."""
+    lora = cfg.lora
+    if lora.r == 0:
+        return
+    if find_spec("peft") is None:
+        raise ConfigError(f"lora.r={lora.r} needs the peft package: pip install 'joint-train[lora]'")
+    if cfg.freeze.base:
+        raise ConfigError(
+            f"lora.r={lora.r} trains adapters on the base, and freeze.base=true trains nothing of it: set "
+            "freeze.base=false (its weights are frozen under adapters anyway), or lora.r=0."
+        )
+    if not cfg.freeze.towers:
+        raise ConfigError(
+            f"lora.r={lora.r} freezes the base, its towers included, and freeze.towers=false would train them: set "
+            "freeze.towers=true, or lora.r=0."
+        )
+    if not lora.alpha > 0:
+        raise ConfigError(f"lora.alpha={lora.alpha}: must be above 0.")
+    if not lora.dropout < 1:
+        raise ConfigError(f"lora.dropout={lora.dropout}: must be below 1.")
+    if not lora.target_modules:
+        raise ConfigError("lora.target_modules is empty: name linear layers of the decoder, e.g. [q_proj, v_proj].")
+
+
 def _check_keys(cfg: DictConfig, schema: type, prefix: str = "") -> None:
     """Hydra lets ``+key=value`` add a key that nothing reads."""
     fields = {field.name: field.type for field in dataclasses.fields(schema)}
     for name in cfg:
         if name not in fields:
-            reason = ": joint training with adapters is out of scope" if name == "peft" else ""
+            reason = ": adapters are the group lora" if name == "peft" else ""
             raise ConfigError(f"{prefix}{name} is not a key{reason}. Known here: {', '.join(fields)}.")
         if dataclasses.is_dataclass(fields[name]):
             _check_keys(cfg[name], fields[name], f"{prefix}{name}.")

@@ -68,6 +68,18 @@ class FreezeConfig:
 
 
 @dataclass
+class LoraConfig:
+    r: int = key(0, "rank of the base's adapters, which are trained in its place; 0: no adapters")
+    alpha: float = key(32, "the adapters' product is multiplied by alpha / r")
+    dropout: float = key(0.0, "share of the adapters' inputs that is dropped in training")
+    target_modules: list[str] = key(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "linear layers of the base's decoder layers that get an adapter, by the end of their names",
+    )
+    rank_stabilized: bool = key(False, "multiply by alpha / sqrt(r) instead")
+
+
+@dataclass
 class SourceConfig:
     path: str = key(MISSING, "JSON(L), Parquet, CSV or text file, glob, or a Hugging Face dataset id or folder")
     name: str | None = key(None, "name in the metrics; the file's stem by default")
@@ -214,6 +226,7 @@ class Config:
     model: ModelConfig = key(ModelConfig, "the pair")
     drafter: DrafterConfig = key(DrafterConfig, "the joint forward")
     freeze: FreezeConfig = key(FreezeConfig, "what is not trained")
+    lora: LoraConfig = key(LoraConfig, "adapters on the base, which is frozen then; needs the peft package")
     data: DataConfig = key(DataConfig, "sources, rows and batches")
     optim: OptimConfig = key(OptimConfig, "AdamW and its schedule")
     parallel: ParallelConfig = key(ParallelConfig, "the device mesh")

@@ -22,7 +22,6 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
     share_comm_ctx,
 )
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
 from joint_train.distributed.mesh import fsdp_mesh
@@ -56,9 +55,8 @@ def whole_parameters(base: nn.Module) -> list[nn.Parameter]:
 
 
 def rounded_parameters(base: nn.Module) -> list[nn.Parameter]:
-    """The base's weights that are kept in the dtype of compute: all, where none is trained, else frozen towers'."""
-    parameters = list(base.parameters())
-    return whole_parameters(base) if any(p.requires_grad for p in parameters) else parameters
+    """The base's weights that are kept in the dtype of compute: those that aren't trained."""
+    return [p for p in base.parameters() if not p.requires_grad]
 
 
 def freeze(model: JointModel, cfg: DictConfig) -> None:
@@ -85,6 +83,8 @@ def prepare(model: JointModel, cfg: DictConfig) -> None:
     if cfg.model.use_liger_kernel:
         if not is_liger_kernel_available():
             raise ConfigError("model.use_liger_kernel=true needs the liger-kernel package: pip install liger-kernel")
+        from transformers.integrations.liger import apply_liger_kernel  # it imports every integration that is installed
+
         kernels = {"rms_norm": True, "geglu": True}
         others = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
         for layers in (text, model.drafter.model):

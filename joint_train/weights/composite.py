@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from joint_train import checkpoint
 from joint_train.config import Config
+from joint_train.distributed.lora import initialise, inject, peft_config_of
 from joint_train.distributed.mesh import check_mesh
-from joint_train.distributed.parallelize import DTYPES, parallelize, prepare, share_streams
+from joint_train.distributed.parallelize import DTYPES, parallelize, prepare, share_streams, text_model
 from joint_train.pair.model import JointModel
 from joint_train.weights.export import export_model
 from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
@@ -90,7 +91,9 @@ class Gemma4WithDrafter(JointModel):
             freeze_config: the ``freeze`` configuration group, for the base; the drafter is trained whole.
             cache_dir, revision, drafter_revision: of the hub.
             use_sdpa_patching: ``None`` or ``False``: nothing is patched here.
-            peft_config, moe_mesh, pipeline_config: must be ``None``.
+            peft_config: a ``LoraConfig`` of the peft library: the base is frozen, and adapters on linear layers of its
+                decoder are trained; with ``target_modules=None`` on those of the ``lora`` configuration group.
+            moe_mesh, pipeline_config: must be ``None``.
             kwargs: ``token``, ``local_files_only`` and ``force_download`` of the hub, forwarded to both loads.
 
         Raises:
@@ -104,7 +107,6 @@ class Gemma4WithDrafter(JointModel):
                 "text_config."
             )
         refused = {
-            "peft_config": (peft_config, "joint training with adapters is out of scope"),
             "pipeline_config": (pipeline_config, "the drafter reads the base's keys and values: no pipeline stages"),
             "moe_mesh": (moe_mesh, "experts are sharded over device_mesh like all other weights"),
         }
@@ -129,6 +131,8 @@ class Gemma4WithDrafter(JointModel):
             device_mesh = device_mesh or getattr(context, "device_mesh", None)
         if device_mesh is not None:
             check_mesh(device_mesh)
+        if peft_config is not None and freeze_base_for_drafter:
+            raise ValueError("peft_config trains adapters on the base, and freeze_base_for_drafter=True nothing of it.")
         base_path = base_path or pretrained_model_name_or_path
         if base_path is None or drafter_path is None:
             raise ValueError("from_pretrained needs base_path (or pretrained_model_name_or_path) and drafter_path.")
@@ -165,7 +169,9 @@ class Gemma4WithDrafter(JointModel):
         }
         for group, values in given.items():
             OmegaConf.update(cfg, group, {name: value for name, value in values.items() if value is not None})
-        return load_pair(cfg, device_mesh, device_mesh.device_type if device_mesh is not None else "cpu", kwargs)
+        return load_pair(
+            cfg, device_mesh, device_mesh.device_type if device_mesh is not None else "cpu", kwargs, peft_config
+        )
 
     def save_pretrained(
         self,
@@ -228,12 +234,17 @@ class Gemma4WithDrafter(JointModel):
 
 
 def load_pair(
-    cfg: DictConfig, mesh: DeviceMesh | None, device: torch.device | str, hub: dict[str, Any] | None = None
+    cfg: DictConfig,
+    mesh: DeviceMesh | None,
+    device: torch.device | str,
+    hub: dict[str, Any] | None = None,
+    peft_config: Any = None,
 ) -> Gemma4WithDrafter:
     """The pair of a configuration, sharded over `mesh` (whole without one) and filled from its folders.
 
     Args:
         hub: those of :data:`HUB_OPTIONS` that are given, for both downloads.
+        peft_config: adapters of the base, instead of those of the ``lora`` group.
 
     Raises:
         ConfigError: for a pair that can't be found or doesn't fit together.
@@ -244,13 +255,14 @@ def load_pair(
     drafter_dir = resolve(m.drafter, m.drafter_revision, m.cache_dir, hub)
     text_config = OmegaConf.to_container(m.text_config, resolve=True)
     configs = read_configs(base_dir, drafter_dir, text_config=text_config)
-    model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params])
+    model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params], peft_config)
     model.sources = (base_dir, drafter_dir)
     if mesh is not None:
         parallelize(model, mesh, cfg)
     shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
     materialize(model.base, base_dir, device, shard_device)
     materialize(model.drafter, drafter_dir, device, shard_device)
+    initialise(model.base, cfg.seed)
     if mesh is not None:
         share_streams(model)
     if cfg.drafter.share_embedding_with_base:
@@ -259,11 +271,21 @@ def load_pair(
 
 
 def meta_pair(
-    cfg: DictConfig, base_config: PreTrainedConfig, drafter_config: PreTrainedConfig, dtype: torch.dtype
+    cfg: DictConfig,
+    base_config: PreTrainedConfig,
+    drafter_config: PreTrainedConfig,
+    dtype: torch.dtype,
+    peft_config: Any = None,
 ) -> Gemma4WithDrafter:
-    """The pair of a configuration on the meta device: what is frozen, recomputed and compiled is decided."""
+    """The pair of a configuration on the meta device: what is frozen, recomputed and compiled is decided, and the
+    adapters are there."""
+    base = build_meta(base_config, dtype, cfg.model.attn_implementation)
+    if peft_config is None and cfg.lora.r:
+        peft_config = peft_config_of(cfg.lora)
+    if peft_config is not None:
+        inject(base, peft_config, text_model(base))
     model = Gemma4WithDrafter(
-        build_meta(base_config, dtype, cfg.model.attn_implementation),
+        base,
         build_meta(drafter_config, dtype, cfg.model.attn_implementation),
         drafter_loss_weight=cfg.drafter.loss_weight,
         drafter_num_steps=cfg.drafter.num_steps,

@@ -28,6 +28,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.utils.generic import ContextManagers
 
+from joint_train.distributed.lora import folder_tensors
 from joint_train.distributed.ranks import together
 from joint_train.distributed.replicas import Replicas
 from joint_train.errors import WeightsError
@@ -115,7 +116,7 @@ def _fill(
         model.tie_weights(recompute_mapping=False)  # to_empty gave each of them a tensor of its own
         _fill_computed_buffers(model)
 
-    tensors = model.state_dict(keep_vars=True)
+    tensors = folder_tensors(model)
     filled = set()
     for file in sorted({stored[key].file for key in names}) if values else ():
         with safe_open(file, framework="pt") as weights:
@@ -188,7 +189,7 @@ def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.Pa
     Raises:
         WeightsError: listing what is missing, unexpected, misshaped or of the wrong kind.
     """
-    tensors = model.state_dict(keep_vars=True)
+    tensors = folder_tensors(model)
     conversions = get_model_conversion_mapping(model)
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     renamings = [c for c in conversions if not isinstance(c, WeightConverter)]

@@ -1,0 +1,131 @@
+"""LoRA on the base (Hu et al., arXiv 2106.09685), by the peft library: where the adapters are, and their first values.
+
+    y = W x + (alpha / r) B A x        W [out, in] is frozen, A [r, in] and B [out, r] are trained
+
+peft replaces a linear layer ``q_proj`` by a module that holds it as ``q_proj.base_layer``, beside
+``q_proj.lora_A.default`` and ``q_proj.lora_B.default``. The base stays the class that it is; only these names change.
+"""
+
+import copy
+import math
+import re
+import warnings
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from joint_train.config import Config
+from joint_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    import peft
+
+ADAPTER = re.compile(r"\.lora_[AB]\.default\.")
+# Suffixes such as q_proj fit layers of the towers as well.
+TOWERS = r".*\b(vision_tower|audio_tower|embed_vision|embed_audio)\b.*"
+# What of a peft.LoraConfig is more than the formula above, or other weights' business.
+REFUSED = (
+    "use_dora", "use_bdlora", "use_qalora", "lora_bias", "modules_to_save", "target_parameters", "layer_replication",
+    "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config",
+    "kasa_config", "megatron_config", "fan_in_fan_out",
+)  # fmt: skip
+
+
+def peft_config_of(cfg: DictConfig) -> "peft.LoraConfig":
+    """The ``lora`` group in peft's terms."""
+    import peft
+
+    return peft.LoraConfig(
+        r=cfg.r,
+        lora_alpha=cfg.alpha,
+        lora_dropout=cfg.dropout,
+        target_modules=list(cfg.target_modules),
+        use_rslora=cfg.rank_stabilized,
+        task_type="CAUSAL_LM",
+    )
+
+
+def inject(base: nn.Module, config: "peft.LoraConfig", text: nn.Module) -> None:
+    """Put adapters on the linear layers that `config` names, in place, and freeze everything else. Works on the meta
+    device; :func:`initialise` gives the adapters their values.
+
+    Args:
+        text: the base's language model, whose decoder layers may get adapters.
+
+    Raises:
+        ConfigError: for a kind of adapter that isn't supported, and for names of no linear layer of the decoder.
+    """
+    import peft
+
+    if not isinstance(config, peft.LoraConfig):
+        raise ConfigError(f"peft_config is a {type(config).__name__}: give a peft.LoraConfig.")
+    config = copy.deepcopy(config)
+    wrong = [f"{name}={getattr(config, name)!r}" for name in REFUSED if getattr(config, name, None)]
+    wrong += [f"bias={config.bias!r}"] * (config.bias != "none")
+    wrong += [f"init_lora_weights={config.init_lora_weights!r}"] * (config.init_lora_weights is not True)
+    if wrong:
+        raise ConfigError(
+            f"peft_config has {', '.join(wrong)}: only plain LoRA on linear layers is supported, with A random and B 0 "
+            "at the start."
+        )
+    if config.target_modules is None:
+        config.target_modules = set(OmegaConf.structured(Config).lora.target_modules)
+    if config.exclude_modules is None:
+        config.exclude_modules = TOWERS
+    linear = {id(m): name for layer in text.layers for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    names = ", ".join(sorted({name.rpartition(".")[2] for name in linear.values()}))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You have passed exclude_modules")  # of a base without towers
+            peft.inject_adapter_in_model(config, base, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules: {error} The decoder's linear layers are {names}.") from error
+    wrong = [name for name, module in adapted(base).items() if id(module.base_layer) not in linear]
+    if wrong:
+        raise ConfigError(
+            f"lora.target_modules also names {', '.join(wrong[:3])}, which is no linear layer of the decoder. Those "
+            f"are {names}. Embedding and head can't have an adapter: the losses and the drafter read the table itself."
+        )
+    for module in adapted(base).values():
+        for part in (module.lora_A, module.lora_B):
+            part.to(dtype=module.base_layer.weight.dtype)  # those on the meta device are made in torch's default dtype
+
+
+def adapted(base: nn.Module) -> dict[str, Any]:
+    """peft's modules in the place of linear layers, by name; none without adapters."""
+    return {name: module for name, module in base.named_modules() if hasattr(module, "lora_A")}
+
+
+def adapters(base: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' weights, by name."""
+    return {name: p for name, p in base.named_parameters() if ADAPTER.search(name)}
+
+
+def folder_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by the names that they have without adapters, and without the adapters'."""
+    tensors = model.state_dict(keep_vars=True)
+    return {name.replace(".base_layer.", "."): t for name, t in tensors.items() if not ADAPTER.search(name)}
+
+
+@torch.no_grad()
+def initialise(base: nn.Module, seed: int) -> None:
+    """Give the adapters the values that peft starts with: B is 0, so that the base is what it was, and A is uniform
+    within 1 / sqrt(in).
+
+    The values depend on the seed and the name of a weight alone: they are the same on any mesh, without communication.
+    """
+    for name, parameter in adapters(base).items():
+        whole = torch.zeros(parameter.shape)
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            whole = distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
+            parameter.to_local().copy_(whole)
+        else:
+            parameter.copy_(whole)
