@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from joint_train.command import start
 from joint_train.errors import ConfigError
+from joint_train.weights.adapter import export_adapter, fill_from_checkpoint
 from joint_train.weights.export import export_checkpoint, verify
 from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.loading import build_meta, stored_tensors
@@ -64,6 +65,9 @@ def export_run(
         source = resolve(path, revision, cfg.model.cache_dir)
         overrides = OmegaConf.to_container(cfg.model.text_config) if part == "base" else None
         model = build_meta(read_config(source, text_config=overrides), torch.bfloat16)
+        if part == "base" and OmegaConf.select(cfg, "lora.r"):  # a run of before the group existed has none
+            fill_from_checkpoint(model, cfg, checkpoint, source)
+            export_adapter(model, out / "adapter")
         size = max_shard_size or cfg.model.export.max_shard_size
         # A run of before the key existed has none in its configuration.
         unused = bool(OmegaConf.select(cfg, "model.export.kv_shared_weights")) or kv_shared_weights

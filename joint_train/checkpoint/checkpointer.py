@@ -179,6 +179,8 @@ class Checkpointer:
             "base/config.json": model_config(model.base),
             "drafter/config.json": model_config(model.drafter),
         }
+        if (frozen := getattr(model, "frozen_base", None)) is not None:
+            documents[compat.FROZEN_BASE] = frozen
         job = _Job(
             step=step,
             tensors=tensors,
@@ -372,13 +374,21 @@ class _Job:
     random: dict
 
 
-def load_model(path: str | Path, module: nn.Module, part: str, ranks: Ranks | None = None) -> None:
+def load_model(
+    path: str | Path, module: nn.Module, part: str, ranks: Ranks | None = None, frozen: dict[str, str] | None = None
+) -> None:
     """The weights of ``part`` (``base`` or ``drafter``) of a checkpoint into a module, in place; on one process,
     or with ``ranks`` on all of them. Tied parameters are stored once: tie the module's before.
 
+    Args:
+        frozen: of a base with adapters, the ``frozen_base`` of its pair: a checkpoint's adapters belong to its base.
+
     Raises CheckpointError if the module's tensors aren't the checkpoint's.
     """
-    folder = layout.locate(Path(path)) / part / "model"
+    checkpoint = layout.locate(Path(path))
+    folder, document = checkpoint / part / "model", checkpoint / compat.FROZEN_BASE
+    if frozen is not None and document.exists():
+        compat.check_frozen_base(checkpoint, json.loads(document.read_bytes()), frozen)
     tensors = state.named_tensors(module)
     if problems := compat.tensor_differences(part, stored_tensors(folder), tensors):
         raise CheckpointError(f"{folder} doesn't fit: {'; '.join(problems[:8])}")

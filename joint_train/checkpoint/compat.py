@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from joint_train.errors import CheckpointError
 
 # Keys of a model's Hugging Face configuration that its weights are bound to, even where shapes happen to agree.
 FIXED = frozenset(
@@ -16,6 +19,7 @@ FIXED = frozenset(
     backbone_hidden_size use_ordered_embeddings num_centroids
     """.split()
 )
+FROZEN_BASE = "base/frozen.json"  # of a checkpoint whose base/model holds adapters alone
 # These describe where a run is, not what it is.
 _IGNORED = frozenset({"resume", "output_dir"})
 
@@ -50,6 +54,20 @@ def tensor_differences(part: str, stored: dict[str, TensorStorageMetadata], tens
         if name in stored and stored[name].size != tensor.shape
     ]
     return problems
+
+
+def check_frozen_base(checkpoint: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """Adapters belong to the base that they were trained on.
+
+    Raises:
+        CheckpointError: if the weights in the two folders differ.
+    """
+    if before["hash"] != now["hash"]:
+        raise CheckpointError(
+            f"{checkpoint} holds adapters that were trained on the base in {before['folder']}, and the weights in "
+            f"{now['folder']} are others. Set model.base (for an export --base) to the folder or revision that it was, "
+            "or train in another output_dir"
+        )
 
 
 def _flat(value: Any, prefix: str = ""):

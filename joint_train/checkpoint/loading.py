@@ -48,7 +48,8 @@ class Loading:
         if checksums:  # of the small files before anything is made of them
             verify_contents(path, self.manifest, [n for n in files if n not in tensor_files], self._ranks)
         documents = self._ranks.first(
-            f"reading {path}", lambda: {name: json.loads((path / name).read_bytes()) for name in DOCUMENTS}
+            f"reading {path}",
+            lambda: {n: json.loads((path / n).read_bytes()) for n in (*DOCUMENTS, compat.FROZEN_BASE) if n in files},
         )
         # One rank reads the description of all ranks' shards, 160 MB of it at 512 ranks, for everyone.
         read = self._ranks.first(f"reading {path}", lambda: {p: Reader(path / p).read_metadata() for p in layout.PARTS})
@@ -99,12 +100,15 @@ class Loading:
             stored = readers[part].read_metadata().state_dict_metadata
             problems += compat.tensor_differences(part.partition("/")[0], stored, tensors[part])
         if problems:
-            keys = [key for key in changed if key.startswith("model.")] or ["model.base", "model.drafter"]
+            keys = [key for key in changed if key.startswith(("model.", "lora."))] or ["model.base", "model.drafter"]
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise CheckpointError(
                 f"{self.path} was saved from other models than {' and '.join(keys)} give now: "
                 f"{'; '.join(problems[:8])}{more}. Set {', '.join(keys)} as they were, or another output_dir"
             )
+        frozen = getattr(model, "frozen_base", None)
+        if frozen is not None and compat.FROZEN_BASE in documents:
+            compat.check_frozen_base(self.path, documents[compat.FROZEN_BASE], frozen)
 
     def _say_rounded(self, tensors: dict[str, dict[str, torch.Tensor]], readers: dict[str, Reader]) -> None:
         """Weights that are frozen now, and kept in the dtype of compute, may have been trained in a finer one."""

@@ -24,15 +24,21 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from joint_train.checkpoint.layout import hex_checksum
 from joint_train.checkpoint.reader import Reader, Unreadable
+from joint_train.distributed.lora import ADAPTER
 from joint_train.distributed.ranks import Ranks
 from joint_train.distributed.replicas import Replicas
 from joint_train.errors import CheckpointError
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters (the very objects that the optimizer holds) and persistent buffers; tied ones once."""
-    seen, tensors = set(), {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    """Parameters (the very objects that the optimizer holds) and persistent buffers; tied ones once.
+
+    Of a model with adapters these alone: the rest is frozen, and on disk in the folder that it came from.
+    """
+    seen, tensors, state = set(), {}, module.state_dict(keep_vars=True)
+    if any(map(ADAPTER.search, state)):
+        state = {name: tensor for name, tensor in state.items() if ADAPTER.search(name)}
+    for name, tensor in state.items():
         if isinstance(tensor, Tensor) and id(tensor) not in seen:
             seen.add(id(tensor))
             tensors[name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")] = tensor

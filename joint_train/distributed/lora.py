@@ -1,4 +1,5 @@
-"""LoRA on the base (Hu et al., arXiv 2106.09685), by the peft library: where the adapters are, and their first values.
+"""LoRA on the base (Hu et al., arXiv 2106.09685), by the peft library: where the adapters are, their first values, and
+the weights that they amount to.
 
     y = W x + (alpha / r) B A x        W [out, in] is frozen, A [r, in] and B [out, r] are trained
 
@@ -11,12 +12,14 @@ import math
 import re
 import warnings
 import zlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from joint_train.config import Config
 from joint_train.errors import ConfigError
@@ -73,14 +76,17 @@ def inject(base: nn.Module, config: "peft.LoraConfig", text: nn.Module) -> None:
             "at the start."
         )
     if config.target_modules is None:
-        config.target_modules = set(OmegaConf.structured(Config).lora.target_modules)
-    if config.exclude_modules is None:
+        config.target_modules = list(OmegaConf.structured(Config).lora.target_modules)
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)
+    if config.exclude_modules is None and any(re.fullmatch(TOWERS, name) for name, _ in base.named_modules()):
         config.exclude_modules = TOWERS
     linear = {id(m): name for layer in text.layers for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
     names = ", ".join(sorted({name.rpartition(".")[2] for name in linear.values()}))
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="You have passed exclude_modules")  # of a base without towers
+            # Towers that have no such layers; and tied weights, which are refused below.
+            warnings.filterwarnings("ignore", message="You have passed exclude_modules|Model has `tie_word_embeddings")
             peft.inject_adapter_in_model(config, base, low_cpu_mem_usage=True)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {error} The decoder's linear layers are {names}.") from error
@@ -123,9 +129,71 @@ def initialise(base: nn.Module, seed: int) -> None:
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-        if isinstance(parameter, DTensor):
-            mesh, placements = parameter.device_mesh, parameter.placements
-            whole = distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
-            parameter.to_local().copy_(whole)
-        else:
-            parameter.copy_(whole)
+        assign(parameter, whole)
+
+
+@torch.no_grad()
+def assign(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Set a weight, or this rank's shard of it, to a value that every rank has whole."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shard = distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
+        parameter.to_local().copy_(shard)
+    else:
+        parameter.copy_(whole)
+
+
+@torch.no_grad()
+def gathered(parameter: Tensor) -> Tensor:
+    """A whole weight, on the device of the mesh. Collective where it is sharded."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach()
+    mesh = parameter.device_mesh
+    local = parameter.to_local().to(mesh.device_type)  # it may be in CPU memory (parallel.cpu_offload=all)
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(
+        local, mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+    ).full_tensor()  # fmt: skip
+
+
+@torch.no_grad()
+def merged(module: Any, weight: Tensor | None = None) -> Tensor:
+    """W + (alpha / r) B A of an adapted layer, in float32, sharded like W. Collective where the adapters are sharded.
+
+    Args:
+        module: of :func:`adapted`.
+        weight: the whole W, where the layer's own isn't there.
+    """
+    weight = module.base_layer.weight.detach() if weight is None else weight
+    a, b = (gathered(part["default"].weight).float() for part in (module.lora_A, module.lora_B))
+    scale = module.scaling["default"]
+    if not isinstance(weight, DTensor):
+        return weight.float() + scale * (b @ a).to(weight.device)
+    mesh, placements = weight.device_mesh, weight.placements
+    shape, (row, column) = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+    delta = b[row : row + shape[0]] @ a[:, column : column + shape[1]]
+    local = weight.to_local()
+    local = local.float() + scale * delta.to(local.device)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
+
+
+class Merged(Mapping[str, Tensor]):
+    """A model's tensors with what the adapters add to them, each made when it is asked for: all ranks in one order.
+
+    Args:
+        names: the names that the tensors have without adapters, by the keys of this mapping.
+    """
+
+    def __init__(self, model: nn.Module, names: Mapping[str, str]):
+        self.names, self.tensors = names, folder_tensors(model)
+        self.modules = {f"{name}.weight": module for name, module in adapted(model).items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        name = self.names[key]
+        return merged(self.modules[name]) if name in self.modules else self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

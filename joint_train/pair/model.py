@@ -91,6 +91,7 @@ class JointModel(nn.Module):
     """
 
     supports_gradient_checkpointing = True
+    frozen_base: dict[str, str] | None = None  # with adapters: what their checkpoints name their base by
 
     def __init__(
         self,

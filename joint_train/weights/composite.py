@@ -14,13 +14,15 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from joint_train import checkpoint
 from joint_train.config import Config
-from joint_train.distributed.lora import initialise, inject, peft_config_of
+from joint_train.distributed.lora import adapted, initialise, inject, peft_config_of
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, parallelize, prepare, share_streams, text_model
+from joint_train.distributed.ranks import Ranks
 from joint_train.pair.model import JointModel
+from joint_train.weights.adapter import export_adapter, load_adapter
 from joint_train.weights.export import export_model
 from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
-from joint_train.weights.loading import build_meta, materialize
+from joint_train.weights.loading import build_meta, frozen_base, materialize
 
 
 class Gemma4WithDrafter(JointModel):
@@ -183,6 +185,9 @@ class Gemma4WithDrafter(JointModel):
     ) -> None:
         """Write ``base/`` and ``drafter/``, each for ``from_pretrained`` alone, in bfloat16, with the original's names.
 
+        With adapters on the base, ``base/`` has them merged into its weights, and ``adapter/`` has them alone, for
+        peft's ``PeftModel.from_pretrained``.
+
         Under a process group all ranks call it; no rank gathers a model. ``checkpointer`` isn't needed and ignored.
 
         Args:
@@ -206,6 +211,8 @@ class Gemma4WithDrafter(JointModel):
             self.drafter, sources[1], folder / "drafter", max_shard_size,
             num_assistant_tokens=self.drafter_num_steps,
         )  # fmt: skip
+        if adapted(self.base):
+            export_adapter(self.base, folder / "adapter")
         if tokenizer is not None and not (dist.is_initialized() and dist.get_rank()):
             for part in ("base", "drafter"):
                 if not (folder / part / "tokenizer_config.json").exists():
@@ -214,17 +221,25 @@ class Gemma4WithDrafter(JointModel):
     def load_pretrained(self, load_directory: str | os.PathLike, checkpointer: Any = None, **kwargs: Any) -> None:
         """Read weights into this pair, from what :meth:`save_pretrained` wrote or from a run's checkpoint.
 
+        With adapters on the base, these are read from either, and the base's other weights stay as they are.
+
         ``checkpointer`` and ``kwargs`` are reserved and ignored.
 
         Raises:
             FileNotFoundError: if the folder has neither layout.
+            WeightsError: if its weights don't fit.
         """
         folder = Path(load_directory)
         if all((folder / part / "model").is_dir() for part in ("base", "drafter")):
-            checkpoint.load_model(folder, self.base, "base")
+            checkpoint.load_model(folder, self.base, "base", frozen=self.frozen_base)
             checkpoint.load_model(folder, self.drafter, "drafter")
         elif all((folder / part / "config.json").is_file() for part in ("base", "drafter")):
-            for part, model in (("base", self.base), ("drafter", self.drafter)):
+            lora = bool(adapted(self.base))
+            if lora:
+                if not (folder / "adapter").is_dir():
+                    raise FileNotFoundError(f"{folder} has no adapter/, and this pair's base has adapters to fill.")
+                load_adapter(self.base, folder / "adapter")
+            for part, model in self.parts()[lora:]:
                 materialize(model, folder / part, next(model.parameters()).device)
         else:
             raise FileNotFoundError(
@@ -262,7 +277,10 @@ def load_pair(
     shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
     materialize(model.base, base_dir, device, shard_device)
     materialize(model.drafter, drafter_dir, device, shard_device)
-    initialise(model.base, cfg.seed)
+    if adapted(model.base):
+        initialise(model.base, cfg.seed)
+        ranks = Ranks(cfg.parallel.timeout_seconds)
+        model.frozen_base = ranks.first(f"reading {base_dir}", lambda: frozen_base(base_dir))
     if mesh is not None:
         share_streams(model)
     if cfg.drafter.share_embedding_with_base:
@@ -284,6 +302,8 @@ def meta_pair(
         peft_config = peft_config_of(cfg.lora)
     if peft_config is not None:
         inject(base, peft_config, text_model(base))
+        injected = base.peft_config["default"]
+        injected.base_model_name_or_path, injected.revision = cfg.model.base, cfg.model.revision
     model = Gemma4WithDrafter(
         base,
         build_meta(drafter_config, dtype, cfg.model.attn_implementation),

@@ -29,12 +29,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from joint_train.checkpoint.reader import Reader
+from joint_train.distributed.lora import Merged, adapted, merged
 from joint_train.distributed.ranks import together
 from joint_train.errors import ConfigError, WeightsError
 from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.kv_shared import absent_copies
 from joint_train.weights.loading import FLOATS, Stored, match, stored_tensors
-from joint_train.weights.writing import Slot, check_written, write_tensors
+from joint_train.weights.writing import Slot, Written, check_written, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ def export_model(
 ) -> None:
     """Write a model as a Hugging Face folder; under a process group, all ranks must call it, and share `out`'s disk.
 
+    Adapters are added to the weights that they belong to, in float32, before these are rounded to `dtype`.
+
     The folder is written beside `out` and renamed when it is complete: an older export in `out` stays whole until then.
 
     Args:
@@ -79,11 +82,11 @@ def export_model(
     """
     source = resolve(source)
     stored, names = _contents(model, source, kv_shared_weights)
-    tensors = model.state_dict(keep_vars=True)
+    tensors = Merged(model, names)
 
     def fill(slots: dict[str, Slot]) -> None:
-        written = []
-        together(lambda: written.extend(write_tensors({key: tensors[name] for key, name in names.items()}, slots)))
+        written: list[Written] = []
+        together(lambda: written.extend(write_tensors(tensors, slots)))
         check_written(written)
 
     _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill)
@@ -103,7 +106,8 @@ def export_checkpoint(
 
     Args:
         checkpoint: folder of the distributed checkpoint, e.g. ``step_00000100/base/model``.
-        model: the model on the meta device, for the names of its tensors and their ties.
+        model: the model on the meta device, for the names of its tensors and their ties. If it has adapters, they are
+            on the CPU and filled, and the other weights are those of `source`.
         source, out, max_shard_size, dtype, num_assistant_tokens, kv_shared_weights: as for :func:`export_model`.
 
     Raises:
@@ -111,6 +115,17 @@ def export_checkpoint(
     """
     source = Path(source)
     stored, names = _contents(model, source, kv_shared_weights)
+    if modules := {f"{name}.weight": module for name, module in adapted(model).items()}:
+
+        def fill_merged(slots: dict[str, Slot]) -> None:
+            for key, name in names.items():
+                with safe_open(stored[key].file, framework="pt") as weights:
+                    weight = weights.get_tensor(stored_key.get(key, key))
+                _mapped(slots[key]).copy_(merged(modules[name], weight) if name in modules else weight)
+
+        stored_key = absent_copies(model.config, stored_tensors(source))
+        _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill_merged)
+        return
     reader = Reader(checkpoint)
     saved = reader.read_metadata().state_dict_metadata
     tensors = model.state_dict(keep_vars=True)
@@ -201,8 +216,8 @@ def _export(
         _write_configs(model, source, partial, dtype, num_assistant_tokens)
         for file in partial.rglob("*"):
             if file.is_file():
-                _sync(file)
-        _put_in_place(partial, out)
+                sync_file(file)
+        put_in_place(partial, out)
 
     first = not dist.is_initialized() or dist.get_rank() == 0
     together(lambda: begin() if first else None)
@@ -343,12 +358,12 @@ def _write_configs(
         file.write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def _sync(file: Path) -> None:
+def sync_file(file: Path) -> None:
     with open(file, "rb") as handle:
         os.fsync(handle.fileno())
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
+def put_in_place(partial: Path, out: Path) -> None:
     """Rename a complete folder to its name; an older one is moved away before and removed after."""
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)

@@ -10,6 +10,7 @@ safetensors file in the folder whatever the index says, and knows nothing of tra
 """
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -179,6 +180,25 @@ def stored_tensors(folder: str | os.PathLike) -> dict[str, Stored]:
         except Exception as e:
             raise WeightsError(f"can't read {folder / file}: {e}") from e
     return stored
+
+
+def frozen_base(folder: str | os.PathLike) -> dict[str, str]:
+    """A folder and what tells its weights from others: a checkpoint of adapters names them so.
+
+    The hash is over the headers (names, shapes, dtypes) and the first row of every tensor, since fine-tuned models have
+    the headers of what they were made from. How the tensors are spread over files doesn't count.
+    """
+    digest = hashlib.sha256()
+    for key, entry in sorted(stored_tensors(folder).items()):
+        digest.update(f"{key} {entry.shape} {entry.dtype}".encode())
+        with safe_open(entry.file, framework="pt") as weights:
+            row = (
+                weights.get_tensor(key)
+                if len(entry.shape) < 2
+                else weights.get_slice(key)[(slice(0, 1),) * (len(entry.shape) - 1)]
+            )
+        digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {"folder": os.fspath(folder), "hash": digest.hexdigest()}
 
 
 def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.PathLike) -> dict[str, str]:

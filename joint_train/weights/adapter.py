@@ -1,0 +1,97 @@
+"""The base's adapters as a folder of their own, for peft's ``PeftModel.from_pretrained(base, folder)``.
+
+peft's own ``save_pretrained`` and loading know nothing of shards.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from joint_train.checkpoint import load_model
+from joint_train.distributed.lora import adapted, adapters, assign, gathered, inject, peft_config_of
+from joint_train.distributed.parallelize import DTYPES, text_model
+from joint_train.distributed.ranks import together
+from joint_train.errors import WeightsError
+from joint_train.weights.export import put_in_place, sync_file
+from joint_train.weights.loading import frozen_base
+
+FILE = "adapter_model.safetensors"
+
+
+def key_of(name: str) -> str:
+    """The key of an adapter's weight in peft's file."""
+    return f"base_model.model.{name.replace('.default.', '.')}"
+
+
+def export_adapter(base: nn.Module, out: str | os.PathLike) -> None:
+    """Write the adapters of a base, in the dtype that they are trained in. Collective.
+
+    The folder is written beside `out` and renamed when it is complete. Rank 0 holds all adapters for that.
+
+    Raises:
+        OSError: if the disk is full, …; on every rank alike.
+    """
+    out, first = Path(out), not dist.is_initialized() or dist.get_rank() == 0
+    partial = out.with_name(f".{out.name}.partial")
+    tensors = {}
+    for name, parameter in adapters(base).items():
+        whole = gathered(parameter)
+        if first:
+            tensors[key_of(name)] = whole.cpu().contiguous()
+
+    def write() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / FILE, metadata={"format": "pt"})
+        config = base.peft_config["default"]
+        config.inference_mode = True  # as peft writes it: who loads it doesn't train it
+        try:
+            config.save_pretrained(str(partial))
+        finally:
+            config.inference_mode = False
+        for file in partial.iterdir():
+            sync_file(file)
+        put_in_place(partial, out)
+
+    together(lambda: write() if first else None)
+
+
+@torch.no_grad()
+def load_adapter(base: nn.Module, folder: str | os.PathLike) -> None:
+    """Read into a base's adapters what :func:`export_adapter` wrote. Every rank reads the file.
+
+    Raises:
+        WeightsError: if the folder has other adapters than the base.
+    """
+    found, wanted = load_file(Path(folder) / FILE), adapters(base)
+    shapes = {key_of(name): parameter.shape for name, parameter in wanted.items()}
+    if {key: tensor.shape for key, tensor in found.items()} != shapes:
+        wrong = sorted(found.keys() ^ shapes.keys()) or sorted(k for k in found if found[k].shape != shapes[k])
+        raise WeightsError(f"{folder} has other adapters than this base: {len(wrong)} differ, such as {wrong[0]}.")
+    for name, parameter in wanted.items():
+        assign(parameter, found[key_of(name)])
+
+
+def fill_from_checkpoint(base: PreTrainedModel, cfg: DictConfig, checkpoint: Path, source: Path) -> None:
+    """Give a base on the meta device the adapters of a run's checkpoint, filled, on the CPU.
+
+    Args:
+        cfg: the run's configuration.
+        source: the folder that the base's other weights are to come from.
+
+    Raises:
+        CheckpointError: if they are others than those that the adapters were trained on.
+    """
+    inject(base, peft_config_of(cfg.lora), text_model(base))
+    base.peft_config["default"].base_model_name_or_path = cfg.model.base
+    for module in adapted(base).values():
+        for part in (module.lora_A, module.lora_B):
+            part.to(dtype=DTYPES[cfg.precision.params]).to_empty(device="cpu")
+    load_model(checkpoint, base, "base", frozen=frozen_base(source))
