@@ -1,7 +1,8 @@
 """Freezing, activation checkpointing, compilation and FSDP2 of the pair.
 
-Units of the base: each decoder layer; the per-layer embedding table; the root with the rest (the embedding and the head
-tied to it, the final norm, trained towers). Units of the drafter: one, the whole of it.
+Units of the base: each decoder layer; the root with the rest (the embedding and the head tied to it, the final norm,
+trained towers). Units of the drafter: one, the whole of it. The per-layer embedding table is none: ranks exchange its
+rows (:mod:`joint_train.distributed.rows`).
 
 - The root's weights stay gathered from the forward to the end of the backward, since the loss reads the head.
 - The drafter runs K rounds: as a unit of its own, a layer would be gathered and reduced K times each way.
@@ -12,7 +13,7 @@ tied to it, the final norm, trained towers). Units of the drafter: one, the whol
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -26,9 +27,11 @@ from transformers.utils import is_liger_kernel_available
 
 from joint_train.distributed.mesh import fsdp_mesh
 from joint_train.distributed.placement import placement
+from joint_train.distributed.rows import Lookup, RowShardedEmbedding, shard_rows
 from joint_train.errors import ConfigError
 from joint_train.pair.model import JointModel
 
+LOOKUP = "per_layer_lookup"  # the pair's input that look_up makes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -47,6 +50,16 @@ def towers(base: nn.Module) -> list[nn.Module]:
     """The base's vision and audio towers and their projections, as far as it has them."""
     names = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
     return [tower for name in names if (tower := getattr(base.model, name, None)) is not None]
+
+
+def per_layer_table(base: nn.Module) -> nn.Embedding | None:
+    """The base's per-layer embeddings, ``[V, layers * D]``, if it has them."""
+    return getattr(text_model(base), "embed_tokens_per_layer", None)
+
+
+def exchanges_rows(base: nn.Module, cfg: DictConfig) -> bool:
+    """Whether the per-layer embeddings are row-sharded. In CPU memory they aren't: there is no exchange from there."""
+    return per_layer_table(base) is not None and cfg.parallel.cpu_offload != "all"
 
 
 def whole_parameters(base: nn.Module) -> list[nn.Parameter]:
@@ -68,8 +81,8 @@ def freeze(model: JointModel, cfg: DictConfig) -> None:
     if cfg.embeddings:
         base.get_input_embeddings().requires_grad_(False)
         base.lm_head.requires_grad_(False)
-        if (per_layer := getattr(text_model(base), "embed_tokens_per_layer", None)) is not None:
-            per_layer.requires_grad_(False)
+        if (table := per_layer_table(base)) is not None:
+            table.requires_grad_(False)
 
 
 def prepare(model: JointModel, cfg: DictConfig) -> None:
@@ -129,12 +142,17 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for layer in text.layers:
         fully_shard(layer, reshard_after_forward=cfg.parallel.reshard_after_forward, **options)
-    if (per_layer := getattr(text, "embed_tokens_per_layer", None)) is not None:
-        fully_shard(per_layer, reshard_after_forward=True, **options)
-        per_layer.set_unshard_in_backward(False)  # the gradient of a look-up doesn't need the table
+    table = per_layer_table(model.base)
+    if exchanges_rows(model.base, cfg):
+        shard_rows(table, options["mesh"], compute, cfg.parallel.timeout_seconds)
+        model.register_forward_pre_hook(_hand_over_lookup, with_kwargs=True)
+    elif table is not None:
+        fully_shard(table, reshard_after_forward=True, **options)
+        table.set_unshard_in_backward(False)  # the gradient of a look-up doesn't need the table
+    ignored = whole | {table.weight} if exchanges_rows(model.base, cfg) else whole
     for root in (model.base, model.drafter):
         name = type(root).__name__
-        fully_shard(root, reshard_after_forward=False, ignored_params=whole, **options)
+        fully_shard(root, reshard_after_forward=False, ignored_params=ignored, **options)
         type(root).__name__ = name  # transformers' generation knows an assistant by the name of its class
         register_fsdp_forward_method(root, "within")
     for module in model.modules():
@@ -158,10 +176,27 @@ def share_streams(model: JointModel) -> None:
     share_comm_ctx(roots)
 
 
+def look_up(model: JointModel, ids: Tensor, device: torch.device) -> dict[str, Lookup]:
+    """What a forward of ids ``[B, S]`` on the CPU needs besides, if anything, as inputs of the pair.
+
+    Without it a forward waits for the device to know its ids. All ranks together.
+    """
+    table = per_layer_table(model.base)
+    return {LOOKUP: table.look_up(ids).to(device)} if isinstance(table, RowShardedEmbedding) else {}
+
+
+def _hand_over_lookup(model: JointModel, args: tuple, inputs: dict) -> tuple[tuple, dict]:
+    """A forward's pre-hook: the table gets what :func:`look_up` found, or nothing."""
+    per_layer_table(model.base).lookup = inputs.pop(LOOKUP, None)
+    return args, inputs
+
+
 def set_last_micro_batch(model: JointModel, last: bool) -> None:
     """With HSDP, let only a step's last micro-batch reduce over the replicas."""
     for root in (model.base, model.drafter):
         root.set_requires_all_reduce(last)
+    if isinstance(table := per_layer_table(model.base), RowShardedEmbedding):
+        table.all_reduces = last
 
 
 def reshard(model: JointModel) -> None:

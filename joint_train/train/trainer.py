@@ -246,6 +246,7 @@ class Trainer:
             inputs["groups"] = batch["source"].flatten()[targets.rows + 1]
         inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
         inputs["num_groups"] = len(sources)
+        inputs |= parallelize.look_up(self.model, batch["input_ids"], self.device)
         counts = torch.cat([targets.counts, (documents > 0).sum()[None]])
         return inputs, targets.to(self.device, non_blocking=True), counts
 

@@ -1,0 +1,176 @@
+"""An embedding table of which every rank holds some rows, and asks the others for those that it reads.
+
+As a unit of FSDP2 a table is gathered whole for each look-up, and its gradient reduced whole: of E4B's per-layer
+embeddings 5.25 and 10.5 GiB in each micro-batch, for some 40 MiB that are read. Here the ranks of ``dp_shard`` exchange
+ids and rows (all-to-all), and the gradient goes back the same way, to be added to the shard of who holds the row.
+
+Which rows a micro-batch reads is found on the CPU (:meth:`RowShardedEmbedding.look_up`), where its ids still are: the
+exchange needs the numbers of rows on the host, and so nothing waits for the device. A forward that wasn't told finds it
+out itself.
+"""
+
+import dataclasses
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextScaledWordEmbedding
+
+
+@dataclasses.dataclass
+class Lookup:
+    """Who reads which rows in a micro-batch.
+
+    Attributes:
+        ids: ``[U]`` int64, ascending: those that this rank reads, and the padding's. Rows are asked for once.
+        padding: where in `ids` the padding's is, whose row is never trained; -1 in a table without one.
+        asked: how many of `ids` each rank of the shard group holds.
+        wanted: ``[M]`` int64, rows of this rank's shard that others read, in the order of those who do.
+        answered: how many of `wanted` each rank reads.
+    """
+
+    ids: Tensor
+    padding: int
+    asked: list[int]
+    wanted: Tensor
+    answered: list[int]
+
+    def to(self, device: torch.device) -> "Lookup":
+        """The same with its tensors on a device; nothing waits for it."""
+        ids, wanted = (x.to(device, non_blocking=True) for x in (self.ids, self.wanted))
+        return dataclasses.replace(self, ids=ids, wanted=wanted)
+
+
+class RowShardedEmbedding(Gemma4TextScaledWordEmbedding):
+    """Made of a table by :func:`shard_rows`; its weight is a ``DTensor`` of the mesh, as FSDP2's are."""
+
+    compute_dtype: torch.dtype
+    cpu_group: dist.ProcessGroup  # the shard group's, for what is on the CPU
+    lookup: Lookup | None = None  # of the next forward
+    all_reduces = True  # with HSDP: the next backward is the last that adds to this gradient
+    partial: Tensor | None = None  # with HSDP: the shard's gradient, of this replica's ranks only
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        mesh = self.weight.device_mesh
+        return mesh.get_group(mesh.ndim - 1)
+
+    def look_up(self, ids: Tensor) -> Lookup:
+        """What a forward of these ids exchanges; tensors on the CPU. All ranks of the shard group together.
+
+        Args:
+            ids: int64, of any shape.
+
+        Raises:
+            ValueError: for an id that the table doesn't have.
+        """
+        size, rank = self.group.size(), self.group.rank()
+        rows = -(-self.num_embeddings // size)
+        pad = [] if self.padding_idx is None else [self.padding_idx]
+        ids = torch.cat([ids.detach().flatten().cpu(), torch.tensor(pad, dtype=torch.long)]).unique()
+        if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < self.num_embeddings:
+            raise ValueError(f"ids from {ids[0]} to {ids[-1]} in a table of {self.num_embeddings} rows.")
+        padding = int(torch.searchsorted(ids, pad[0])) if pad else -1
+        asked = torch.bincount(ids // rows, minlength=size)
+        if size == 1:
+            return Lookup(ids, padding, asked.tolist(), ids, asked.tolist())
+        answered = torch.empty_like(asked)
+        dist.all_to_all_single(answered, asked, group=self.cpu_group)
+        wanted = ids.new_empty(int(answered.sum()))
+        dist.all_to_all_single(wanted, ids, answered.tolist(), asked.tolist(), group=self.cpu_group)
+        return Lookup(ids, padding, asked.tolist(), wanted - rank * rows, answered.tolist())
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """``[B, S, D]`` of ids ``[B, S]``, in the dtype of compute."""
+        lookup, self.lookup = self.lookup, None
+        if lookup is None:
+            lookup = self.look_up(input_ids).to(input_ids.device)
+        rows = _Rows.apply(self.weight, self, lookup)
+        index = torch.searchsorted(lookup.ids, input_ids).clamp(max=len(lookup.ids) - 1)
+        out = nn.functional.embedding(index, rows, lookup.padding if lookup.padding >= 0 else None)
+        # An id that wasn't asked for would read another's row: NaN, so that the loss says that something is wrong.
+        scale = self.embed_scale.to(out.dtype).where(lookup.ids[index] == input_ids, float("nan"))
+        return out * scale[..., None]
+
+    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send the ranks of the shard group so many rows ``[_, D]`` each; what they send."""
+        if len(sent) == 1:
+            return rows
+        out = rows.new_empty(sum(received), rows.shape[1])
+        dist.all_to_all_single(out, rows.contiguous(), received, sent, group=self.group)
+        return out
+
+    def add_gradient(self, rows: Tensor, wanted: Tensor) -> None:
+        """Add gradients ``[M, D]`` to the rows ``wanted`` of this rank's shard."""
+        weight, mesh = self.weight, self.weight.device_mesh
+        total = self.partial
+        if total is None:
+            direct = mesh.ndim == 1 and weight.grad is not None
+            total = weight.grad.to_local() if direct else torch.zeros_like(weight.to_local())
+        total.index_put_((wanted,), rows.to(total.dtype), accumulate=True)
+        if mesh.ndim > 1:
+            self.partial = None if self.all_reduces else total
+            if not self.all_reduces:
+                return
+            dist.all_reduce(total, group=mesh.get_group(0))
+        if weight.grad is None:
+            weight.grad = _dtensor(total, weight)
+        elif mesh.ndim > 1:
+            weight.grad.to_local().add_(total)
+
+
+class _Rows(torch.autograd.Function):
+    """The rows ``[U, D]`` that a look-up asks for; the backward adds to the table's gradient where the rows are."""
+
+    @staticmethod
+    def forward(ctx, weight: DTensor, table: RowShardedEmbedding, lookup: Lookup) -> Tensor:
+        ctx.table, ctx.lookup = table, lookup
+        rows = weight.to_local()[lookup.wanted].to(table.compute_dtype)
+        return table.exchange(rows, lookup.answered, lookup.asked)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, ...]:
+        table, lookup = ctx.table, ctx.lookup
+        if table.weight.requires_grad:
+            table.add_gradient(table.exchange(grad, lookup.asked, lookup.answered), lookup.wanted)
+        return None, None, None
+
+
+def shard_rows(table: nn.Embedding, mesh: DeviceMesh, compute_dtype: torch.dtype, timeout_seconds: int) -> None:
+    """Make a :class:`RowShardedEmbedding` of a table in place; works on the meta device.
+
+    Args:
+        table: a ``Gemma4TextScaledWordEmbedding``.
+        mesh: as ``fully_shard`` takes it: its last dimension shards, and the first of two replicates.
+        compute_dtype: of the rows that are exchanged, and so of what a forward returns.
+        timeout_seconds: longest wait for the other ranks' ids.
+    """
+    weight = table.weight
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+    local = weight.detach()[offset[0] : offset[0] + shape[0]].clone()
+    table.__class__ = RowShardedEmbedding
+    table.weight = nn.Parameter(
+        DTensor.from_local(local, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()),
+        requires_grad=weight.requires_grad,
+    )
+    table.compute_dtype = compute_dtype
+    table.cpu_group = _cpu_group(mesh, timeout_seconds)
+
+
+def _cpu_group(mesh: DeviceMesh, timeout_seconds: int) -> dist.ProcessGroup:
+    """The ranks of the mesh's last dimension, on gloo; a mesh on GPUs may have groups of NCCL alone."""
+    if mesh.device_type == "cpu":
+        return mesh.get_group(mesh.ndim - 1)
+    groups = mesh.mesh.reshape(-1, mesh.mesh.shape[-1]).tolist()
+    return dist.new_subgroups_by_enumeration(groups, timedelta(seconds=timeout_seconds), backend="gloo")[0]
+
+
+def _dtensor(local: Tensor, like: DTensor) -> DTensor:
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
