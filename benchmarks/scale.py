@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from joint_train import config
 from joint_train.config import DIMENSIONS, mesh_shape
 from joint_train.distributed import parallelize
+from joint_train.distributed.rows import even_lookup
 from joint_train.pair import heads
 from joint_train.pair.targets import joint_targets
 from joint_train.plan import meter
@@ -140,7 +141,11 @@ def played(memory: Memory, traffic: Traffic) -> Iterator[None]:
     def reduce(tensor, op=None, group=None, async_op=False):
         traffic.log("all-reduce", tensor)
 
+    def exchange(output, input, received=None, sent=None, group=None, async_op=False):
+        traffic.log("all-to-all", input)
+
     patches = [
+        mock.patch.object(dist, "all_to_all_single", exchange),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
         mock.patch.object(nn.functional, "scaled_dot_product_attention", attention),
         mock.patch.object(heads, "_matmul", plain_matmul),
@@ -194,15 +199,18 @@ def measure(cfg: DictConfig, ranks: int) -> dict[str, float]:
                 optimizer.zero_grad()
                 for i in range(cfg.optim.grad_accum):
                     parallelize.set_last_micro_batch(model, i == cfg.optim.grad_accum - 1)
+                    if parallelize.exchanges_rows(model.base, cfg):
+                        inputs[parallelize.LOOKUP] = even_lookup(ids.numel() + 1, shape[2], "cpu")
                     out = model(**inputs, targets=targets, weights=weights)
                     out.loss.backward()
                     del out
                 update(optimizer, model, cfg.optim.max_grad_norm, 1.0)
-    sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
+    table = parallelize.per_layer_table(model.base) if parallelize.exchanges_rows(model.base, cfg) else None
+    gathered = [p for p in model.parameters() if isinstance(p, DTensor) and (table is None or p is not table.weight)]
     compute, reduce = 2, parallelize.DTYPES[cfg.precision.reduce].itemsize
     least = {
-        "all-gather": 2 * compute * sum(p.numel() for p in sharded) * cfg.optim.grad_accum,
-        "reduce-scatter": reduce * sum(p.numel() for p in sharded if p.requires_grad) * cfg.optim.grad_accum,
+        "all-gather": 2 * compute * sum(p.numel() for p in gathered) * cfg.optim.grad_accum,
+        "reduce-scatter": reduce * sum(p.numel() for p in gathered if p.requires_grad) * cfg.optim.grad_accum,
     }
     plan = make_plan(cfg, Machine(gpus=ranks))
     return {
@@ -210,7 +218,7 @@ def measure(cfg: DictConfig, ranks: int) -> dict[str, float]:
         "mesh": f"{shape[1]} x {shape[2]}",
         "peak": memory.peak,
         "planned": plan.peak,
-        **{kind: traffic.total(kind) for kind in ("all-gather", "reduce-scatter", "all-reduce")},
+        **{kind: traffic.total(kind) for kind in ("all-gather", "reduce-scatter", "all-to-all", "all-reduce")},
         **{f"least {kind}": size for kind, size in least.items()},
         "units": {f"{kind} {unit}": size for (kind, unit), size in sorted(traffic.bytes.items())},
         "planned communication": plan.communication,

@@ -45,6 +45,13 @@ class Lookup:
         return dataclasses.replace(self, ids=ids, wanted=wanted)
 
 
+def even_lookup(count: int, ranks: int, device: torch.device | str) -> Lookup:
+    """What is exchanged when `count` ids are all different and spread evenly over the ranks; for plans."""
+    each = [count // ranks + (i < count % ranks) for i in range(ranks)]
+    ids = torch.empty(count, dtype=torch.long, device=device)
+    return Lookup(ids, 0, each, torch.empty_like(ids), each)
+
+
 class RowShardedEmbedding(Gemma4TextScaledWordEmbedding):
     """Made of a table by :func:`shard_rows`; its weight is a ``DTensor`` of the mesh, as FSDP2's are."""
 
@@ -96,6 +103,10 @@ class RowShardedEmbedding(Gemma4TextScaledWordEmbedding):
         scale = self.embed_scale.to(out.dtype).where(lookup.ids[index] == input_ids, float("nan"))
         return out * scale[..., None]
 
+    def read(self, wanted: Tensor) -> Tensor:
+        """Rows ``[M, D]`` of this rank's shard, in the dtype of compute."""
+        return self.weight.to_local()[wanted].to(self.compute_dtype)
+
     def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Send the ranks of the shard group so many rows ``[_, D]`` each; what they send."""
         if len(sent) == 1:
@@ -129,8 +140,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: DTensor, table: RowShardedEmbedding, lookup: Lookup) -> Tensor:
         ctx.table, ctx.lookup = table, lookup
-        rows = weight.to_local()[lookup.wanted].to(table.compute_dtype)
-        return table.exchange(rows, lookup.answered, lookup.asked)
+        return table.exchange(table.read(lookup.wanted), lookup.answered, lookup.asked)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, ...]:

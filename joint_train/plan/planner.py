@@ -99,13 +99,13 @@ class Plan:
 
     def network_seconds(self, machine: Machine) -> dict[str, float]:
         """Time of each collective's bytes, as rings take it: (n-1)/n of the buffer through a GPU's link, an all-reduce
-        twice. Inside a node they go over NVLink."""
+        twice. Inside a node they go over NVLink. An all-to-all is taken to be spread evenly over the ranks."""
         replicas, shards = self.mesh
         inside = shards <= machine.gpus_per_node
         shard_link = machine.nvlink_gb_per_second if inside else machine.network_gb_per_second
         inside = replicas * shards <= machine.gpus_per_node
         replica_link = machine.nvlink_gb_per_second if inside else machine.network_gb_per_second
-        each = {"all-gather": (shards, shard_link, 1), "reduce-scatter": (shards, shard_link, 1)}
+        each = {kind: (shards, shard_link, 1) for kind in ("all-gather", "reduce-scatter", "all-to-all")}
         each["all-reduce"] = (replicas, replica_link, 2)
         return {
             kind: times * (n - 1) / n * sum(self.communication[kind].values()) / link / 1e9
@@ -124,6 +124,7 @@ class Plan:
         for kind, units in (
             ("all-gather", ("base root", "drafter", "per-layer embeddings")),
             ("reduce-scatter", ("base root", "per-layer embeddings")),
+            ("all-to-all", ("per-layer embeddings",)),
         ):
             of_kind = self.communication[kind]
             if every := sum(of_kind.values()):
@@ -249,7 +250,8 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         "optimizer states": 0 if offloaded else states,
         **{name: step.at_peak[name] for name in ("gradients", "gathered weights", "gradient reduction", "activations")},
     }
-    communication: dict[str, dict[str, int]] = {"all-gather": {}, "reduce-scatter": {}, "all-reduce": {}}
+    kinds = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce")
+    communication: dict[str, dict[str, int]] = {kind: {} for kind in kinds}
     transfers = {"to device": 0, "to host": 0}
     for (kind, unit), size in step.moved.items():
         if kind in transfers:
@@ -259,7 +261,7 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
     if ranks > shard:  # once a step, of the sharded gradients
         communication["all-reduce"]["gradients"] = sum(local_numel(p.shape, shard) for p in trained) * reduce_bytes
     if shard == 1:
-        communication |= {"all-gather": {}, "reduce-scatter": {}}
+        communication |= {"all-gather": {}, "reduce-scatter": {}, "all-to-all": {}}
     tokens = cfg.data.max_length * cfg.data.micro_batch_size * cfg.optim.grad_accum * ranks
     itemsize = DTYPES[cfg.precision.params].itemsize
     return Plan(

@@ -7,11 +7,21 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from joint_train.distributed.parallelize import DTYPES, rounded_parameters, text_model, whole_parameters
+from joint_train.distributed.parallelize import (
+    DTYPES,
+    exchanges_rows,
+    per_layer_table,
+    rounded_parameters,
+    text_model,
+    whole_parameters,
+)
 from joint_train.distributed.placement import local_numel
+from joint_train.distributed.rows import RowShardedEmbedding, even_lookup
 from joint_train.pair.targets import joint_targets
 from joint_train.plan.meter import Meter, in_backward, stand_ins
 from joint_train.weights.composite import Gemma4WithDrafter
+
+PER_LAYER = "per-layer embeddings"
 
 
 class _Unit:
@@ -92,6 +102,25 @@ class _Unit:
                 self.meter.hold("gradients", -self.gradient)
 
 
+class _PlannedRows(RowShardedEmbedding):
+    """The per-layer table whose rows are exchanged: the same forward, without other ranks."""
+
+    meter: Meter
+    params_dtype: torch.dtype
+    gradient: int  # bytes of the shard's gradient, where it isn't there from an earlier micro-batch
+
+    def read(self, wanted: Tensor) -> Tensor:
+        return self.weight.new_empty(len(wanted), self.weight.shape[1], dtype=self.params_dtype).to(self.compute_dtype)
+
+    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        self.meter.moved["all-to-all", PER_LAYER] += rows.nbytes
+        return rows.new_empty(sum(received), rows.shape[1])
+
+    def add_gradient(self, rows: Tensor, wanted: Tensor) -> None:
+        self.meter.hold("gradients", self.gradient)
+        rows.to(self.params_dtype)
+
+
 @dataclass(frozen=True)
 class Step:
     """One micro-batch on a rank: FLOPs, and what lives when most does, besides the shard and the optimizer's states."""
@@ -126,10 +155,17 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int, device_type:
         unit("layers", list(layer.parameters()), not cfg.parallel.reshard_after_forward).wrap(layer)
     largest = max(layer.size for layer in units)
     late = []
-    if (per_layer := getattr(text, "embed_tokens_per_layer", None)) is not None:
-        late.append(unit("per-layer embeddings", list(per_layer.parameters()), False, late=True))
-        late[0].wrap(per_layer)
-    taken = {id(p) for layer in (*text.layers, *([per_layer] if per_layer else [])) for p in layer.parameters()}
+    table = per_layer_table(model.base)
+    if exchanges_rows(model.base, cfg):
+        table.__class__ = _PlannedRows
+        table.meter, table.compute_dtype, table.params_dtype = meter, table.weight.dtype, DTYPES[cfg.precision.params]
+        table.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes([table.weight], shard, cfg)
+        # Each token another one, and one for the padding: the most that there can be.
+        table.lookup = even_lookup(cfg.data.micro_batch_size * cfg.data.max_length + 1, shard, "meta")
+    elif table is not None:
+        late.append(unit(PER_LAYER, list(table.parameters()), False, late=True))
+        late[0].wrap(table)
+    taken = {id(p) for layer in (*text.layers, *([table] if table is not None else [])) for p in layer.parameters()}
     taken |= {id(p) for p in whole_parameters(model.base)}
     root = unit("base root", [p for p in model.base.parameters() if id(p) not in taken], True, late=True)
     late.insert(0, root)
