@@ -11,6 +11,7 @@ out itself.
 
 import dataclasses
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -53,8 +54,9 @@ def even_lookup(count: int, ranks: int, device: torch.device | str) -> Lookup:
 
 
 class RowShardedEmbedding(Gemma4TextScaledWordEmbedding):
-    """Made of a table by :func:`shard_rows`; its weight is a ``DTensor`` of the mesh, as FSDP2's are."""
+    """Made of a table by :func:`shard_rows`; its weight is a shard on the mesh that FSDP2's are on."""
 
+    weight: Any  # a DTensor
     compute_dtype: torch.dtype
     cpu_group: dist.ProcessGroup  # the shard group's, for what is on the CPU
     lookup: Lookup | None = None  # of the next forward
@@ -164,6 +166,7 @@ def shard_rows(table: nn.Embedding, mesh: DeviceMesh, compute_dtype: torch.dtype
     shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
     local = weight.detach()[offset[0] : offset[0] + shape[0]].clone()
     table.__class__ = RowShardedEmbedding
+    table = cast(RowShardedEmbedding, table)
     table.weight = nn.Parameter(
         DTensor.from_local(local, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()),
         requires_grad=weight.requires_grad,

@@ -159,7 +159,7 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int, device_type:
     if exchanges_rows(model.base, cfg):
         table.__class__ = _PlannedRows
         table.meter, table.compute_dtype, table.params_dtype = meter, table.weight.dtype, DTYPES[cfg.precision.params]
-        table.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes([table.weight], shard, cfg)
+        table.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes(list(table.parameters()), shard, cfg)
         # Each token another one, and one for the padding: the most that there can be.
         table.lookup = even_lookup(cfg.data.micro_batch_size * cfg.data.max_length + 1, shard, "meta")
     elif table is not None:
