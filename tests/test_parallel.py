@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from pairs import build_pair
 from ranks import run_ranks
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
@@ -16,7 +17,14 @@ from joint_train.config import Config
 from joint_train.config.values import mesh_sentence, mesh_shape
 from joint_train.distributed import parallelize as parallelize_module
 from joint_train.distributed.mesh import data_rank, init_mesh
-from joint_train.distributed.parallelize import parallelize, prepare, reshard, set_last_micro_batch
+from joint_train.distributed.parallelize import (
+    parallelize,
+    prepare,
+    reshard,
+    set_last_micro_batch,
+    share_streams,
+    text_model,
+)
 from joint_train.errors import ConfigError
 from joint_train.pair.targets import joint_targets
 from joint_train.train.optim import build_optimizer, update
@@ -243,6 +251,33 @@ def parameters_after_a_forward(rank: int):
 def test_a_forward_without_a_backward_leaves_nothing_gathered():
     gathered, after = run_ranks(parameters_after_a_forward, 1)[0]
     assert not all(gathered) and all(after)
+
+
+def order_of_a_step(rank: int):
+    """What happens in a step: gathers of FSDP2's units, and forwards of the base's last layer and of the drafter."""
+    cfg = config(activation_checkpointing__base="full", activation_checkpointing__drafter="none")
+    model, _, _ = sharded("e2b", cfg)
+    share_streams(model)
+    last, happened = text_model(model.base).layers[-1], []
+    gathered = {id(module._get_fsdp_state()._fsdp_param_group): name for name, module in
+                (("last", last), ("drafter", model.drafter))}  # fmt: skip
+    unshard = FSDPParamGroup.unshard
+
+    def logged(group, *args):
+        if id(group) in gathered and group._all_gather_result is None and group.is_sharded:
+            happened.append(f"gather {gathered[id(group)]}")
+        return unshard(group, *args)
+
+    FSDPParamGroup.unshard = logged
+    last.mlp.register_forward_pre_hook(lambda *_: happened.append("last"))
+    model.drafter.pre_projection.register_forward_pre_hook(lambda *_: happened.append("drafter"))
+    step(model, batch(), all_counts(batch()))
+    return happened
+
+
+def test_the_drafter_is_gathered_while_the_bases_last_layer_computes():
+    happened = run_ranks(order_of_a_step, 2)[0]
+    assert happened == ["gather last", "gather drafter", "last", *["drafter"] * K, "gather last", "last"]
 
 
 UPDATE = {"optim__eps": 0.01, "optim__lr": 0.01, "optim__drafter_lr": 0.02, "optim__max_grad_norm": 0.5}

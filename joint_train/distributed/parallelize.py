@@ -165,7 +165,8 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
 
 
 def share_streams(model: JointModel) -> None:
-    """Let both roots gather and reduce on the same streams; after the weights are there, before the first forward.
+    """Let both roots gather and reduce on the same streams, the drafter's weights while the base's last layer computes;
+    after the weights are there, before the first forward.
 
     Each root has a communication context of its own otherwise, and keeps the last buffer that it reduced until the end
     of the backward: the whole drafter in fp32, for as long as the base's layers go backward.
@@ -174,6 +175,7 @@ def share_streams(model: JointModel) -> None:
     for root in roots:
         root._get_fsdp_state()._lazy_init()  # a context that is shared earlier would be made anew (torch 2.13)
     share_comm_ctx(roots)
+    text_model(model.base).layers[-1].set_modules_to_forward_prefetch([model.drafter])
 
 
 def look_up(model: JointModel, ids: Tensor, device: torch.device) -> dict[str, Lookup]:
