@@ -36,6 +36,7 @@ from joint_train import config
 from joint_train.config import DIMENSIONS, mesh_shape
 from joint_train.distributed import parallelize
 from joint_train.distributed.rows import even_lookup
+from joint_train.pair import attention as attention_module
 from joint_train.pair import heads
 from joint_train.pair.targets import joint_targets
 from joint_train.plan import meter
@@ -132,6 +133,9 @@ def played(memory: Memory, traffic: Traffic) -> Iterator[None]:
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
         return meter._Attention.apply(query, key, value, attn_mask, mock.Mock(count=lambda *_, **__: None))
 
+    def flex(query, key, value, mask, scaling, window):
+        return attention(query, key, value)
+
     def gather(output, input, group=None, async_op=False):
         traffic.log("all-gather", output)
 
@@ -148,6 +152,7 @@ def played(memory: Memory, traffic: Traffic) -> Iterator[None]:
         mock.patch.object(dist, "all_to_all_single", exchange),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
         mock.patch.object(nn.functional, "scaled_dot_product_attention", attention),
+        mock.patch.object(attention_module, "flex", flex),
         mock.patch.object(heads, "_matmul", plain_matmul),
         mock.patch.object(heads, "_add_matmul", lambda total, a, b, beta: None),
         mock.patch.object(dist, "all_gather_single", gather),
@@ -169,7 +174,7 @@ def measure(cfg: DictConfig, ranks: int) -> dict[str, float]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     shape = mesh_shape(cfg.parallel, ranks, 8)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS)
-    model = meta_pair(cfg, *read(cfg)[:2], parallelize.DTYPES[cfg.precision.params])
+    model = meta_pair(cfg, *read(cfg)[:2], parallelize.DTYPES[cfg.precision.params], "cuda")
     ids = torch.ones(cfg.data.micro_batch_size, cfg.data.max_length, dtype=torch.long)
     real = joint_targets(ids, None, model.drafter_num_steps, model.pairing)
     fake, memory, traffic = FakeTensorMode(allow_non_fake_inputs=True), Memory(), Traffic()

@@ -10,7 +10,7 @@ from joint_train.config.values import mesh_shape, parse_drafter_loss, parse_step
 from joint_train.errors import ConfigError
 
 CHOICES = {
-    "model.attn_implementation": ("sdpa", "flex_attention", "eager"),
+    "model.attn_implementation": ("auto", "by_layer_type", "sdpa", "flex_attention", "eager"),
     "drafter.pairing": ("serving", "same_token"),
     "drafter.rope_position": ("last_kv", "next_token"),
     "data.overlong": ("truncate", "split", "drop"),

@@ -35,7 +35,9 @@ class ModelConfig:
     revision: str | None = key(None, "hub revision of the base")
     drafter_revision: str | None = key(None, "hub revision of the drafter")
     cache_dir: str | None = key(None, "hub cache folder")
-    attn_implementation: str = key("sdpa", "sdpa | flex_attention | eager")
+    attn_implementation: str = key(
+        "auto", "auto: by_layer_type on GPU, sdpa on CPU | by_layer_type | sdpa | flex_attention | eager"
+    )
     text_config: dict[str, Any] = key({}, "overrides of the base's text configuration")
     use_liger_kernel: bool = key(False, "liger's RMSNorm and MLP kernels (GPU only, needs the liger-kernel package)")
     export: ExportConfig = key(ExportConfig, "Hugging Face folders")

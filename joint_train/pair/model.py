@@ -119,6 +119,8 @@ class JointModel(nn.Module):
             raise ValueError(f"rope_position={rope_position!r}: choose last_kv or next_token.")
         if not 0 <= base_grad_scale <= 1:
             raise ValueError(f"base_grad_scale={base_grad_scale}: give a number from 0 to 1.")
+        # cuDNN's backward gives NaN on Hopper from micro-batches of 2 on (NeMo AutoModel, issues 2208 and 3232).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.base = base
         self.drafter = drafter
         self.drafter_loss_weight = float(drafter_loss_weight)

@@ -19,6 +19,9 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from joint_train.pair.attention import BY_LAYER_TYPE, flex_takes, head_dim
+from joint_train.pair.blocks import block_mask
+
 Masks = dict[str, Tensor | BlockMask | None]
 
 
@@ -58,6 +61,13 @@ def attention_masks(
         if document_ids is not None:
             rule = and_masks(rule, packed_sequence_mask_function(document_ids))
         plain = document_ids is None and (window is None or blocks is None)
+        if config._attn_implementation == BY_LAYER_TYPE:
+            if plain and (window is None or window >= length):
+                masks[layer_type] = None
+                continue
+            if flex_takes(head_dim(config, layer_type), dtype, device.type):
+                masks[layer_type] = block_mask(rule, length, device, window, document_ids, blocks)
+                continue
         masks[layer_type] = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
             batch_size=1 if plain else batch,
             q_length=length,

@@ -42,6 +42,7 @@ def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> N
     for what, value in {
         "ranks": mesh_sentence(cfg.parallel, plan.ranks, machine.gpus_per_node),
         "tokens of a step": f"{plan.tokens:,} (S = {cfg.data.max_length}, K = {cfg.drafter.num_steps})",
+        "attention": plan.attention,
         "FLOPs of a token": f"{plan.flops_per_token:.3e} (recomputation included)",
         "FLOPs of a step": f"{plan.flops * plan.ranks:.3e}",
         "compute": f"{plan.compute_seconds(machine):.2f} s at {machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s",

@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
+from joint_train.pair import attention as attention_module
 from joint_train.pair import heads
+from joint_train.pair.blocks import visible
 
 
 class Meter(TorchDispatchMode):
@@ -108,12 +110,12 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, bias, meter):
+    def forward(ctx, query, key, value, bias, meter, keys=None):
         out = torch.empty_like(query[..., :1]).expand(*query.shape[:-1], value.shape[-1]).contiguous()
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, bias, out, rows)
         ctx.meter = meter
-        ctx.product = 2 * query.shape[:-1].numel() * key.shape[-2] * query.shape[-1]
+        ctx.product = int(2 * query.shape[:-1].numel() * (keys or key.shape[-2]) * query.shape[-1])
         meter.count(2 * ctx.product, again=in_backward())
         return out
 
@@ -122,7 +124,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, *_ = ctx.saved_tensors
         ctx.meter.count(4 * ctx.product)
         ctx.meter.count(ctx.product, again=True)
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None, None
 
 
 def _experts(self: Gemma4TextExperts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -150,7 +152,12 @@ def stand_ins(meter: Meter, device_type: str = "cpu") -> Iterator[None]:
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # every kernel makes an additive mask of it
         return _Attention.apply(query, key, value, attn_mask, meter)
 
-    played = [(nn.functional, "scaled_dot_product_attention", attention), (Gemma4TextExperts, "forward", _experts)]
+    def flex(query, key, value, mask, scaling, window):
+        keys = visible(key.shape[-2], window)  # of one document a row: more of them are less work
+        return _Attention.apply(query, key, value, None, meter, keys)
+
+    played = [(attention_module, "flex", flex)]
+    played += [(nn.functional, "scaled_dot_product_attention", attention), (Gemma4TextExperts, "forward", _experts)]
     if device_type == "cuda":
         played += [(heads, "_matmul", product), (heads, "_add_matmul", add_product)]
     kept = [getattr(owner, name) for owner, name, _ in played]

@@ -18,6 +18,7 @@ from joint_train.config.values import mesh_shape
 from joint_train.distributed.moments import state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
 from joint_train.distributed.placement import local_numel, padding
+from joint_train.pair.attention import kernels
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.loss import memory_budget_mb
 from joint_train.plan.step import local_bytes, simulate
@@ -80,6 +81,7 @@ class Plan:
     padding: float  # what equal shards add to the sharded weights, as a share of them
     host: int  # bytes of a rank in its host's memory: what parallel.cpu_offload moves there
     transfers: dict[str, int]  # bytes of a step between a rank's GPU and its host: "to device", "to host"
+    attention: str  # what computes it
 
     @property
     def peak(self) -> int:
@@ -225,7 +227,8 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         "loss": {"memory_budget_mb": memory_budget_mb(cfg.loss, device_type)},
     }
     cfg = OmegaConf.merge(cfg, as_planned)
-    model = meta_pair(cfg, base_config, drafter_config, compute_dtype(cfg.precision, device_type))
+    compute = compute_dtype(cfg.precision, device_type)
+    model = meta_pair(cfg, base_config, drafter_config, compute, device_type)
     ranks, shard = mesh_sizes(cfg, machine)
     step = simulate(model, cfg, shard, device_type)
     parameters = list(model.parameters())
@@ -282,6 +285,7 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         padding=padding([p.shape for p in parameters if id(p) not in {id(other) for other in whole}], shard),
         host=shards + states + gradients if offloaded else 0,
         transfers=transfers,
+        attention=kernels(model.base.config.get_text_config(), compute, "meta"),
     )
 
 

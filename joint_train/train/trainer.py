@@ -23,6 +23,7 @@ from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
 from joint_train.distributed.preemption import Preemption
 from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
+from joint_train.pair.attention import check_backward
 from joint_train.pair.targets import JointTargets, joint_targets
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.advice import generation_prompts, warn_of_grace, warn_of_padding
@@ -57,6 +58,7 @@ class Trainer:
         self.memory_at_start = peak_memory(self.device)
         torch.manual_seed(cfg.seed + self.rank)
 
+        check_backward(cfg.model.attn_implementation, self.device.type)
         self.model = load_pair(cfg, self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from joint_train import checkpoint
 from joint_train.config import Config
 from joint_train.distributed.lora import adapted, initialise, inject, peft_config_of
 from joint_train.distributed.mesh import check_mesh
-from joint_train.distributed.parallelize import DTYPES, parallelize, prepare, share_streams, text_model
+from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
 from joint_train.distributed.ranks import Ranks
+from joint_train.pair.attention import implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights.adapter import export_adapter, load_adapter
 from joint_train.weights.export import export_model
 from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
 from joint_train.weights.loading import build_meta, frozen_base, materialize
+
+log = logging.getLogger(__name__)
 
 
 class Gemma4WithDrafter(JointModel):
@@ -82,7 +86,7 @@ class Gemma4WithDrafter(JointModel):
                 base_grad_scale, prompt_rows, loss: as for the class.
             torch_dtype: dtype of the weights in memory; ``torch.bfloat16``, the drafter's only one. By default they are
                 float32 masters of the bfloat16 weights on disk, as in a run.
-            attn_implementation: of both models' text layers: sdpa, flex_attention or eager.
+            attn_implementation: of both models' text layers: auto, by_layer_type, sdpa, flex_attention or eager.
             use_liger_kernel: liger's kernels in both models.
             text_config: overrides of the base's text configuration.
             device_mesh: from :func:`joint_train.distributed.mesh.init_mesh`, shared by both; ``None``: whole, on the
@@ -270,7 +274,10 @@ def load_pair(
     drafter_dir = resolve(m.drafter, m.drafter_revision, m.cache_dir, hub)
     text_config = OmegaConf.to_container(m.text_config, resolve=True)
     configs = read_configs(base_dir, drafter_dir, text_config=text_config)
-    model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params], peft_config)
+    device = torch.device(device)
+    model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params], device.type, peft_config)
+    text = model.base.config.get_text_config()
+    log.info("attention: %s", kernels(text, compute_dtype(cfg.precision, device.type), device.type))
     model.sources = (base_dir, drafter_dir)
     if mesh is not None:
         parallelize(model, mesh, cfg)
@@ -293,11 +300,17 @@ def meta_pair(
     base_config: PreTrainedConfig,
     drafter_config: PreTrainedConfig,
     dtype: torch.dtype,
+    device_type: str = "cpu",
     peft_config: Any = None,
 ) -> Gemma4WithDrafter:
     """The pair of a configuration on the meta device: what is frozen, recomputed and compiled is decided, and the
-    adapters are there."""
-    base = build_meta(base_config, dtype, cfg.model.attn_implementation)
+    adapters are there.
+
+    Args:
+        device_type: that it is for, which ``model.attn_implementation=auto`` depends on.
+    """
+    attention = implementation(cfg.model.attn_implementation, device_type)
+    base = build_meta(base_config, dtype, attention)
     if peft_config is None and cfg.lora.r:
         peft_config = peft_config_of(cfg.lora)
     if peft_config is not None:
@@ -306,7 +319,7 @@ def meta_pair(
         injected.base_model_name_or_path, injected.revision = cfg.model.base, cfg.model.revision
     model = Gemma4WithDrafter(
         base,
-        build_meta(drafter_config, dtype, cfg.model.attn_implementation),
+        build_meta(drafter_config, dtype, attention),
         drafter_loss_weight=cfg.drafter.loss_weight,
         drafter_num_steps=cfg.drafter.num_steps,
         freeze_base_for_drafter=cfg.freeze.base,
