@@ -108,6 +108,7 @@ def test_released_pairs_fit_together():
         ("31b", {"freeze.base": True}),
         ("31b", {"loss.drafter": "ce", "data.micro_batch_size": 2}),
         ("multimodal", {"freeze.embeddings": True, "loss.centroid_weight": 0.1}),
+        ("multimodal", {"lora.r": 4, "activation_checkpointing.base": "full"}),
     ],
 )
 def test_flops_are_those_of_a_real_step(pairs, shape, settings):
@@ -206,6 +207,31 @@ def test_peak_is_that_of_real_steps(tmp_path, shape, ranks, checkpointing, lengt
     plan = make_plan(cfg, Machine(gpus=ranks), **CPU)
     print(f"{shape}: planned {plan.peak / 2**20:.0f} MiB, measured {[round(p / 2**20) for p in peaks]}")
     assert plan.peak == pytest.approx(max(peaks), rel=0.15)
+
+
+def test_peak_of_adapters_is_that_of_real_steps(tmp_path):
+    sizes = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 2048}
+    make_pair(tmp_path, "31b", num_attention_heads=8, head_dim=32, global_head_dim=64, **sizes)
+    settings = {"data.max_length": 768, "loss.memory_budget_mb": 64, "activation_checkpointing.base": "full"}
+    cfg, full = (configure(tmp_path, **settings, **more) for more in ({"lora.r": 8}, {}))
+    peaks = run_ranks(measured_peak, 2, OmegaConf.to_container(cfg))
+    plan = make_plan(cfg, Machine(gpus=2), **CPU)
+    print(f"planned {plan.peak / 2**20:.0f} MiB, measured {[round(p / 2**20) for p in peaks]}")
+    assert plan.peak == pytest.approx(max(peaks), rel=0.15)
+    assert plan.peak < 0.9 * make_plan(full, Machine(gpus=2), **CPU).peak
+
+
+def test_adapters_are_all_that_a_checkpoint_has_of_the_base(pairs):
+    cfg = configure(pairs / "31b", **{"lora.r": 4})
+    plan, pair = make_plan(cfg, Machine(gpus=1), **CPU), load_pair(cfg, None, "cpu")
+    trained = {name: p for name, p in pair.named_parameters() if p.requires_grad}
+    base = sum(p.numel() for name, p in trained.items() if name.startswith("base."))
+    assert plan.parameters["base: adapters"] == (base, base) and base > 0
+    assert plan.parameters["base: layers"][1] == plan.parameters["base: embedding and head"][1] == 0
+    assert plan.memory["optimizer states"] == 8 * sum(p.numel() for p in trained.values())
+    assert plan.checkpoint == 4 * (
+        3 * base + sum(p.numel() * (1 + 2 * p.requires_grad) for p in pair.drafter.parameters())
+    )
 
 
 def test_parts_of_the_memory(pairs):

@@ -157,6 +157,22 @@ def gathered(parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def added(module: Any) -> Tensor:
+    """(alpha / r) B A of an adapted layer, in float32: what is added to this rank's shard of W.
+
+    Collective where the adapters are sharded.
+    """
+    weight = module.base_layer.weight
+    a, b = (gathered(part["default"].weight).float() for part in (module.lora_A, module.lora_B))
+    if isinstance(weight, DTensor):
+        shape, (row, column) = compute_local_shape_and_global_offset(
+            weight.shape, weight.device_mesh, weight.placements
+        )
+        a, b = a[:, column : column + shape[1]], b[row : row + shape[0]]
+    return module.scaling["default"] * (b @ a)
+
+
+@torch.no_grad()
 def merged(module: Any, weight: Tensor | None = None) -> Tensor:
     """W + (alpha / r) B A of an adapted layer, in float32, sharded like W. Collective where the adapters are sharded.
 
@@ -165,15 +181,11 @@ def merged(module: Any, weight: Tensor | None = None) -> Tensor:
         weight: the whole W, where the layer's own isn't there.
     """
     weight = module.base_layer.weight.detach() if weight is None else weight
-    a, b = (gathered(part["default"].weight).float() for part in (module.lora_A, module.lora_B))
-    scale = module.scaling["default"]
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    local = local.float() + added(module).to(local.device)
     if not isinstance(weight, DTensor):
-        return weight.float() + scale * (b @ a).to(weight.device)
+        return local
     mesh, placements = weight.device_mesh, weight.placements
-    shape, (row, column) = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
-    delta = b[row : row + shape[0]] @ a[:, column : column + shape[1]]
-    local = weight.to_local()
-    local = local.float() + scale * delta.to(local.device)
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
 
 

@@ -9,11 +9,13 @@ The weights of a released pair needn't be there: its sizes are in :mod:`joint_tr
 
 import copy
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedConfig
 
+from joint_train.checkpoint.state import pair_tensors
 from joint_train.config.values import mesh_shape
 from joint_train.distributed.moments import state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
@@ -28,6 +30,7 @@ from joint_train.weights.folders import read_config
 
 GIB = 2**30
 PARTS = (
+    ("base: adapters", "base.", (".lora_A.", ".lora_B.")),
     ("base: embedding and head", "base.", ("embed_tokens.", "lm_head.")),
     ("base: per-layer embeddings", "base.", ("embed_tokens_per_layer.", "per_layer_model_", "per_layer_projection_")),
     ("base: experts", "base.", (".experts.", ".router.")),
@@ -267,6 +270,7 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         communication |= {"all-gather": {}, "reduce-scatter": {}, "all-to-all": {}}
     tokens = cfg.data.max_length * cfg.data.micro_batch_size * cfg.optim.grad_accum * ranks
     itemsize = DTYPES[cfg.precision.params].itemsize
+    saved = [p for tensors in pair_tensors(model).values() for p in tensors.values() if isinstance(p, nn.Parameter)]
     return Plan(
         parameters=count_parameters(model),
         memory=memory,
@@ -274,7 +278,7 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         recomputed=step.recomputed * cfg.optim.grad_accum,
         tokens=tokens,
         ranks=ranks,
-        checkpoint=sum(p.nbytes if id(p) in rounded else itemsize * p.numel() for p in parameters)
+        checkpoint=sum(p.nbytes if id(p) in rounded else itemsize * p.numel() for p in saved)
         + sum(bytes_of_states(p, p.numel()) for p in trained),
         sources=sources,
         # AdamW reads weight, gradient and moments and writes all but the gradient; on the host, if they are there.
@@ -319,6 +323,11 @@ def with_overrides(cfg: DictConfig, changes: dict) -> DictConfig:
     return changed
 
 
+def can_adapt(cfg: DictConfig) -> bool:
+    """Whether adapters in the place of a trained base are a choice that is left."""
+    return not cfg.lora.r and not cfg.freeze.base and cfg.freeze.towers and find_spec("peft") is not None
+
+
 def savings(cfg: DictConfig, machine: Machine) -> dict[str, int]:
     """Settings that take less memory, those that cost the least time first, and the peak with each alone."""
     smaller_loss = min(256, memory_budget_mb(cfg.loss, "cuda"))
@@ -333,7 +342,8 @@ def savings(cfg: DictConfig, machine: Machine) -> dict[str, int]:
         {"optim.name": "adamw_bf16"},
         {"optim.name": "adamw_8bit"},
         {"precision.params": "bfloat16"},
-        {"freeze.base": True},
+        *([{"lora.r": 16}] if can_adapt(cfg) else []),
+        *([{"freeze.base": True}] if not cfg.lora.r else []),
         *([] if cfg.eval.prompts else [{"parallel.cpu_offload": "all"}]),
     ]
     peaks = {}

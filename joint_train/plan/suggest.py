@@ -10,7 +10,7 @@ from itertools import product
 from omegaconf import DictConfig, OmegaConf
 
 from joint_train.pair.loss import memory_budget_mb
-from joint_train.plan.planner import Machine, Plan, make_plan, with_overrides
+from joint_train.plan.planner import Machine, Plan, can_adapt, make_plan, with_overrides
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,14 @@ def changes_training(cfg: DictConfig) -> list[list[tuple[int, dict[str, object]]
     ]
     if cfg.precision.params != "bfloat16":
         groups.append([(16, {"precision.params": "bfloat16"})])
-    if not cfg.freeze.base:
-        groups.append([(32, {"freeze.base": True})])
+    # With adapters the base learns less than in full; frozen it learns nothing.
+    instead = [(32, {"lora.r": 16})] if can_adapt(cfg) else []
+    if not cfg.freeze.base and not cfg.lora.r:
+        instead.append((64, {"freeze.base": True}))
+    groups.append(instead)
     if cfg.parallel.cpu_offload == "none" and not cfg.eval.prompts:
         # It changes nothing in what is learnt, but a step waits for PCIe and for an update on the CPU.
-        groups.append([(64, {"parallel.cpu_offload": "all"})])
+        groups.append([(128, {"parallel.cpu_offload": "all"})])
     return [[(0, {}), *group] for group in groups]
 
 

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from joint_train.distributed.lora import ADAPTER, adapted, added
 from joint_train.pair.model import JointModel
 from joint_train.pair.targets import JointTargets
 from joint_train.train.optim import total_norm
@@ -15,8 +16,9 @@ POSITIONS = 64  # targets whose distribution at the start is kept: 64 MiB at V =
 class BaseDrift:
     """How far the base has moved from where it started.
 
-    Made right after the pair is loaded from its folders, before a checkpoint is. Keeps the starting weights of this
-    rank's shards in CPU memory, as bfloat16 (what they are on disk), and the log-probabilities of a few targets.
+    Made right after the pair is loaded from its folders, before a checkpoint is. Keeps the starting weights that are
+    trained, this rank's shards of them, in CPU memory, as bfloat16 (what they are on disk), and the log-probabilities
+    of a few targets. Adapters add nothing at the start: what they add later is the way that the base has moved.
 
     Args:
         model: the pair, in its starting state.
@@ -25,7 +27,13 @@ class BaseDrift:
 
     def __init__(self, model: JointModel, inputs: dict, targets: JointTargets) -> None:
         self.model, self.inputs, self.rows = model, inputs, targets.rows[:POSITIONS]
-        self.start = [local(p).detach().to("cpu", torch.bfloat16, copy=True) for p in model.base.parameters()]
+        counted = [  # what is whole on every rank counts once
+            p
+            for name, p in model.base.named_parameters()
+            if not ADAPTER.search(name) and (isinstance(p, DTensor) or not dist.get_rank())
+        ]
+        self.size = sum(local(p).detach().bfloat16().float().square().sum().double().cpu() for p in counted)
+        self.start = {p: local(p).detach().to("cpu", torch.bfloat16, copy=True) for p in counted if p.requires_grad}
         self.log_probs = self._log_probs()
 
     @torch.no_grad()
@@ -42,12 +50,11 @@ class BaseDrift:
     def measure(self) -> dict[str, float]:
         """``base_drift``, ``|W - W_start| / |W_start|`` over all weights, and ``base_drift_kl``, KL(start || now)."""
         sums = torch.zeros(4, dtype=torch.float64)
-        for parameter, start in zip(self.model.base.parameters(), self.start, strict=True):
-            if dist.get_rank() and not isinstance(parameter, DTensor):
-                continue  # whole on every rank
-            now, start = local(parameter).float().cpu(), start.float()
-            sums[0] += (now - start).square().sum()
-            sums[1] += start.square().sum()
+        for parameter, start in self.start.items():
+            sums[0] += (local(parameter).detach().float().cpu() - start.float()).square().sum()
+        for module in adapted(self.model.base).values():
+            sums[0] += added(module).square().sum().cpu()
+        sums[1] = self.size
         log_probs = self._log_probs()
         sums[2] = (self.log_probs.exp() * (self.log_probs - log_probs)).sum()
         sums[3] = len(self.rows)
