@@ -6,7 +6,7 @@ GPUS   := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 OUT    ?= outputs/starter
 
-.PHONY: install train test test-slow test-slurm test-vllm docs lint clean
+.PHONY: install train test test-slow test-slurm test-vllm test-gpu docs lint clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,10 @@ test-slurm: install
 
 test-vllm: install
 	tests/vllm/run.sh
+
+# Installs nothing: `make test-gpu BIN=/folder/of/a/python/with/torch` takes another Python than this project's.
+test-gpu:
+	PYTHON=$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/gpu/run.sh
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

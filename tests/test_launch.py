@@ -192,7 +192,7 @@ def test_shell_scripts_are_clean(tmp_path, capsys):
     scripts = [
         *ROOT.glob("launch/*.sh"),
         *ROOT.glob("docker/*.sh"),
-        *ROOT.glob("tests/slurm/*.sh"),
+        *ROOT.glob("tests/*/run.sh"),
         tmp_path / "job.sh",
     ]
     command = [shellcheck, "--external-sources", *scripts]

@@ -33,19 +33,20 @@ from joint_train.weights.composite import Gemma4WithDrafter
 ROWS, LENGTH, K = 8, 20, 3
 
 
-def batch(silent: Sequence[int] = ()) -> dict[str, Tensor]:
+def batch(silent: Sequence[int] = (), length: int = LENGTH) -> dict[str, Tensor]:
     """Rows with very different numbers of targets, one of them and the silent ones with none, some of two documents."""
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 240, (ROWS, LENGTH), generator=generator)
+    ids = torch.randint(3, 240, (ROWS, length), generator=generator)
     labels, documents = ids.clone(), torch.ones_like(ids)
     for row in range(ROWS):
         labels[row, : 2 * row] = -100
     labels[[5, *silent]] = -100
-    documents[1::2, 12:] = 2
+    second = 3 * length // 5
+    documents[1::2, second:] = 2
     documents[2, -4:] = 0
     labels[documents == 0] = -100
-    positions = torch.arange(LENGTH).repeat(ROWS, 1)
-    positions[1::2, 12:] = torch.arange(LENGTH - 12)
+    positions = torch.arange(length).repeat(ROWS, 1)
+    positions[1::2, second:] = torch.arange(length - second)
     return {"input_ids": ids, "labels": labels, "document_ids": documents, "position_ids": positions}
 
 

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The tests of what only a GPU shows, on one of them: one command, no network, nothing installed. Arguments go to pytest.
+# PYTHON is the Python to use; JOINT_TRAIN_GPU_SUITE_DEVICE=cpu runs the same tests on CPU, at small sizes.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export JOINT_TRAIN_GPU_SUITE_DEVICE=${JOINT_TRAIN_GPU_SUITE_DEVICE:-cuda}
+export PYTHON=${PYTHON:-.venv/bin/python} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export HF_HUB_OFFLINE=1 WANDB_MODE=disabled
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 # products that are the same each time, which a resumed run is compared by
+seconds=480
+if [[ $JOINT_TRAIN_GPU_SUITE_DEVICE == cpu ]]; then
+    export CUDA_VISIBLE_DEVICES=""
+    seconds=1800
+else
+    unset OMP_NUM_THREADS # the references are computed on the CPU
+fi
+command -v "$PYTHON" >/dev/null || {
+    echo "the GPU suite needs a Python: there is none at $PYTHON. Set PYTHON, or BIN for make test-gpu." >&2
+    exit 2
+}
+"$PYTHON" tests/gpu/requirements.py
+exec timeout --kill-after=30 $seconds "$PYTHON" -m pytest -m gpu tests/gpu -o timeout=400 "$@"
