@@ -20,7 +20,7 @@ from transformers.masking_utils import (
 )
 
 from joint_train.pair.attention import BY_LAYER_TYPE, flex_takes, head_dim
-from joint_train.pair.blocks import block_mask
+from joint_train.pair.blocks import BLOCK, block_mask
 
 Masks = dict[str, Tensor | BlockMask | None]
 
@@ -65,7 +65,8 @@ def attention_masks(
             if plain and (window is None or window >= length):
                 masks[layer_type] = None
                 continue
-            if flex_takes(head_dim(config, layer_type), dtype, device.type):
+            # In rows of one block there is nothing to leave out, and FlexAttention has another kernel, for decoding.
+            if length > BLOCK and flex_takes(head_dim(config, layer_type), dtype, device.type):
                 masks[layer_type] = block_mask(rule, length, device, window, document_ids, blocks)
                 continue
         masks[layer_type] = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
