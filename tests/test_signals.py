@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -137,16 +138,20 @@ def test_before_anything_is_trained_a_run_ends_at_once(starter_dir, tmp_path, ph
 
 @pytest.mark.parametrize(("phase", "step"), [("validation", 2), ("generation", 4)])
 def test_a_validation_is_interrupted_saved_and_repeated(starter_dir, tmp_path, whole, phase, step):
-    overrides = settings(starter_dir, tmp_path / "run", *STEPS)
+    mirror = tmp_path / "mirror"
+    overrides = settings(starter_dir, tmp_path / "run", *STEPS, f"checkpoint.mirror=file://{mirror}")
     codes, said = run(tmp_path, overrides, ranks=2, phase=phase)
     assert codes == [PREEMPTED, PREEMPTED], said
     assert step not in records(tmp_path / "run")  # the step's record waits for its validation
     newest = max((tmp_path / "run" / "checkpoints").glob("step_*"))
     assert newest.name == f"step_{step:08d}"
     assert json.loads((newest / "state.json").read_text())["unfinished"]["generate"] == (phase == "generation")
+    layout.verify(mirror / "checkpoints" / newest.name)  # uploaded within the grace, too
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as on a fresh machine: the mirror has them
     codes, said = run(tmp_path, overrides, ranks=2)
     assert codes == [0, 0], said
     same_run(tmp_path / "run", whole)
+    assert (mirror / "export" / "COMPLETE").exists() and "are missing there" not in said
 
 
 def test_a_background_save_is_finished_and_so_is_that_of_the_last_step(starter_dir, tmp_path, whole):

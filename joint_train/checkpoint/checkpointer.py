@@ -24,6 +24,7 @@ from joint_train.checkpoint.background import BackgroundSave
 from joint_train.checkpoint.contents import check_json, model_config, plain, torch_bytes
 from joint_train.checkpoint.loading import Loading
 from joint_train.checkpoint.lock import RunLock
+from joint_train.checkpoint.mirror import Mirror, bring
 from joint_train.checkpoint.reader import Reader, stored_tensors
 from joint_train.checkpoint.search import Search, verify_contents
 from joint_train.distributed.ranks import Ranks
@@ -80,6 +81,7 @@ class Checkpointer:
         self._step: int | None = None  # of the newest checkpoint known to be good
         self._random: dict | None = None
         self._lock: RunLock | None = None
+        self._mirror: Mirror | None = None  # on rank 0
         for note in self._ranks.first("opening output_dir", lambda: self._open(lock_wait_seconds)):
             self._warn(note)
 
@@ -87,8 +89,9 @@ class Checkpointer:
         """The checkpoint to resume from, the same on every rank, verified by all of them; None starts from nothing.
 
         ``auto``: the newest of ``output_dir`` that verifies; those passed over are named in a warning. ``never``: None.
-        A path: that checkpoint; but a run that has checkpoints of its own already goes on from them, so that the same
-        command can be used again after a preemption.
+        A path or URL: that checkpoint; but a run that has checkpoints of its own already goes on from them, so that the
+        same command can be used again after a preemption. Those of ``checkpoint.mirror`` are its own: if the newest one
+        there is newer than those here, rank 0 fetches it first, while the others wait up to ``timeout_seconds``.
 
         Raises CheckpointError if ``output_dir`` has complete checkpoints of which none is usable, or newer ones than
         the path's, or any with ``never``: going on there would mix two histories.
@@ -98,7 +101,7 @@ class Checkpointer:
             if self.cfg.checksums:
                 verify_contents(path, manifest, list(manifest.files), self._ranks)
 
-        return Search(self.folder, self._ranks, use, self._warn).find(resume)
+        return self._find(resume, use)
 
     def load(
         self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, config: DictConfig | dict
@@ -129,8 +132,19 @@ class Checkpointer:
         def use(path: Path, manifest: layout.Manifest) -> None:
             states.append(self._load(path, manifest, model, optimizer, config, self.cfg.checksums))
 
-        path = Search(self.folder, self._ranks, use, self._warn).find(resume)
+        path = self._find(resume, use)
         return (path, states[-1]) if path else None
+
+    def _find(self, resume: str, use: Callable[[Path, layout.Manifest], None]) -> Path | None:
+        if self.cfg.mirror or "://" in resume:
+            what = "fetching a checkpoint (parallel.timeout_seconds bounds the wait for it)"
+            resume, notes = self._ranks.first(what, lambda: bring(resume, self.folder, self._mirror))
+            for note in notes:
+                self._warn(note)
+        path = Search(self.folder, self._ranks, use, self._warn).find(resume)
+        if self._mirror and path and path.parent.resolve() == self.folder.resolve():
+            self._mirror.submit_all(self.folder, layout.step_of(path))
+        return path
 
     def _load(self, path, manifest, model, optimizer, config, checksums: bool) -> dict:
         loading = Loading(path, manifest, self._ranks, self._warn)
@@ -235,8 +249,17 @@ class Checkpointer:
             raise CheckpointError(f"saving step {save.step} failed on another rank, which says why")
         self._step = save.step
 
-    def close(self) -> None:
-        """Wait for a background save and free the run's lock. Not collective: also right on a rank that fails alone."""
+    def upload(self, folder: Path) -> None:
+        """Copy a complete export to ``checkpoint.mirror``, if there is one, in the background. Not collective."""
+        if self._mirror is not None:
+            self._mirror.submit(folder)
+
+    def close(self, upload_seconds: float | None = None) -> None:
+        """Wait for a background save and for uploads, these up to ``upload_seconds`` (by default
+        ``checkpoint.upload_wait_seconds``), and free the run's lock.
+
+        Not collective: also right on a rank that fails alone.
+        """
         save, self._save = self._save, None
         try:
             if save is not None:
@@ -244,6 +267,10 @@ class Checkpointer:
                 if save.status(late=True) == BackgroundSave.FAILED:
                     save.reraise()
         finally:
+            if self._mirror is not None:
+                self._mirror.finish(self.cfg.upload_wait_seconds if upload_seconds is None else upload_seconds)
+                for note in self._thin(self._step) if self._step is not None else []:
+                    log.warning(note)
             if self._lock is not None:
                 self._lock.release()
 
@@ -253,7 +280,11 @@ class Checkpointer:
         except OSError as error:
             raise CheckpointError(f"output_dir can't be written: {error}") from None
         self._lock = RunLock(self.folder.parent, lock_wait_seconds)
-        return layout.recover(self.folder)
+        notes = layout.recover(self.folder)
+        if self.cfg.mirror:
+            self._mirror = Mirror(self.cfg)
+            notes += self._mirror.open(self.folder)
+        return notes
 
     def _write(self, job: _Job, ranks: Ranks) -> None:
         """Write everything, agree that it is on disk, then let it appear. Runs in the background with ``async``."""
@@ -339,12 +370,20 @@ class Checkpointer:
         if cfg.keep_best and cfg.keep_best.removeprefix("-") not in job.metrics:
             known = ", ".join(sorted(job.metrics)) or "none"
             notes.append(f"checkpoint.keep_best={cfg.keep_best} is not a metric of {final.name} (those are: {known})")
+        if self._mirror is not None:
+            self._mirror.submit(final)
+        return notes + self._thin(job.step)
+
+    def _thin(self, step: int) -> list[str]:
+        """Remove what retention gives up and isn't being uploaded."""
+        cfg = self.cfg
         try:
-            for folder in layout.prunable(self.folder, cfg.keep_last, cfg.keep_every, cfg.keep_best, job.step):
-                layout.remove(folder)
+            for folder in layout.prunable(self.folder, cfg.keep_last, cfg.keep_every, cfg.keep_best, step):
+                if self._mirror is None or self._mirror.let_go(folder):
+                    layout.remove(folder)
         except OSError as error:
-            notes.append(f"old checkpoints could not be removed: {error}")
-        return notes
+            return [f"old checkpoints could not be removed: {error}"]
+        return []
 
     def _collective(self, what: str, function, *args):
         """Run one of torch's collective functions, its errors in our words."""

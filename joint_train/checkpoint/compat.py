@@ -21,7 +21,7 @@ FIXED = frozenset(
 )
 FROZEN_BASE = "base/frozen.json"  # of a checkpoint whose base/model holds adapters alone
 # These describe where a run is, not what it is.
-_IGNORED = frozenset({"resume", "output_dir"})
+_IGNORED = frozenset({"resume", "output_dir", "checkpoint.mirror"})
 
 
 def config_hash(config: dict) -> str:

@@ -99,6 +99,15 @@ def read_manifest(folder: Path) -> Manifest:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise IncompleteCheckpoint(f"{folder} is incomplete: it has no {MANIFEST}, its save never finished") from None
+    return parse_manifest(raw, folder)
+
+
+def parse_manifest(raw: bytes, folder: Path | str) -> Manifest:
+    """The contents of the ``COMPLETE`` of a folder (a path, or a URL), which is named in errors.
+
+    Raises DamagedCheckpoint or NewerLayout.
+    """
+    path = f"{folder}/{MANIFEST}"
     try:
         body = json.loads(raw)
         layout, checksum = body["layout"], body.pop("checksum")
@@ -154,7 +163,7 @@ def verify(folder: Path, contents: bool = True) -> Manifest:
     return manifest
 
 
-def damaged(folder: Path, problems: list[str]) -> DamagedCheckpoint:
+def damaged(folder: Path | str, problems: list[str]) -> DamagedCheckpoint:
     shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
     return DamagedCheckpoint(f"{folder} is damaged: {shown}")
 
@@ -229,6 +238,13 @@ def prunable(
     Only those up to ``newest_step`` count (by default: all): what is newer was found damaged, so it may not push a
     good one out. Incomplete and damaged folders neither count nor are listed.
     """
+    found = complete(checkpoints, newest_step)
+    keep = retained([(m.step, m.metrics) for _, m in found], keep_last, keep_every, keep_best)
+    return [folder for folder, manifest in found if manifest.step not in keep]
+
+
+def complete(checkpoints: Path, newest_step: int | None = None) -> list[tuple[Path, Manifest]]:
+    """The checkpoints up to a step (by default: all) whose manifest and sizes are right, oldest first."""
     found = {}
     for folder in list_steps(checkpoints):
         try:
@@ -236,9 +252,8 @@ def prunable(
         except CheckpointError:
             continue
         if newest_step is None or manifest.step <= newest_step:
-            found[manifest.step] = (folder, manifest.metrics)
-    keep = retained([(step, metrics) for step, (_, metrics) in found.items()], keep_last, keep_every, keep_best)
-    return [found[step][0] for step in sorted(found) if step not in keep]
+            found[manifest.step] = (folder, manifest)
+    return [found[step] for step in sorted(found)]
 
 
 def recover(checkpoints: Path) -> list[str]:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from omegaconf import DictConfig, OmegaConf
 
 from joint_train.config.schema import Config
+from joint_train.config.uploads import check_uploads
 from joint_train.config.values import mesh_shape, parse_drafter_loss, parse_steps, round_weights, teacher_grad
 from joint_train.errors import ConfigError
 
@@ -56,6 +57,7 @@ AT_LEAST = {
     "checkpoint.keep_last": 0,
     "checkpoint.keep_every": 0,
     "checkpoint.grace_seconds": 1,
+    "checkpoint.upload_wait_seconds": 0,
     "eval.every": 0,
     "eval.batches": 1,
     "eval.generate_every": 0,
@@ -124,6 +126,7 @@ def validate(cfg: DictConfig, world_size: int | None = None, node: int | None = 
             "optim.name=adamw_bf16 needs none."
         )
     _check_lora(cfg)
+    check_uploads(cfg)
     try:
         parse_drafter_loss(cfg.loss)
         teacher_grad(cfg.loss)

@@ -24,6 +24,8 @@ def key(default: Any, help: str) -> Any:
 class ExportConfig:
     at_end: bool = key(True, "write OUTPUT_DIR/export/{base,drafter} when the run ends")
     max_shard_size: str = key("5GB", "largest safetensors file of an export")
+    push_to_hub: str | None = key(None, "also push the export at the end to the repositories ID-base and ID-drafter")
+    private: bool = key(True, "repositories that push_to_hub makes are private")
     kv_shared_weights: bool = key(False, "write unused k/v of KV-shared layers where the base's folder has none")
 
 
@@ -185,6 +187,10 @@ class CheckpointConfig:
     keep_best: str | None = key(None, "also keep the one with the lowest (or, with a leading '-', highest) metric")
     grace_seconds: int = key(120, "time for the save after SIGTERM or SIGUSR1")
     checksums: bool = key(True, "re-read checksums when choosing the checkpoint to resume from")
+    mirror: str | None = key(
+        None, "also keep complete checkpoints and exports there, and resume from there, e.g. s3://bucket/run (fsspec)"
+    )
+    upload_wait_seconds: int = key(900, "longest wait for uploads at the end of a run; less after a signal")
     # `async` is a Python keyword and the documented name of the key: it can only be declared this way.
     __annotations__["async"] = bool
     vars()["async"] = key(False, "train on while a checkpoint is written")
@@ -243,7 +249,10 @@ class Config:
     seed: int = key(0, "data order and random state")
     max_steps: int = key(1000, "optimizer steps")
     output_dir: str = key("outputs", "folder of the run: configuration, metrics, checkpoints, export")
-    resume: str = key("auto", "auto: newest complete checkpoint of output_dir | never | a checkpoint folder")
+    resume: str = key(
+        "auto",
+        "auto: newest complete checkpoint of output_dir and checkpoint.mirror | never | a checkpoint folder or URL",
+    )
 
 
 ConfigStore.instance().store(name="schema", node=Config)

@@ -37,6 +37,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -72,6 +73,7 @@ class Preemption:
         self._signalled = False
         self._saved = False
         self._at_once = False
+        self._until: float | None = None
         self._called_off = threading.Event()
         self._group: dist.ProcessGroup | None = None
 
@@ -104,6 +106,10 @@ class Preemption:
             yield
         finally:
             self._at_once = False
+
+    def seconds_left(self) -> float | None:
+        """What is left of the countdown; None without a signal."""
+        return None if self._until is None else max(self._until - time.monotonic(), 0.0)
 
     def local_flag(self) -> bool:
         """Whether this rank was signalled: to be combined with something that is reduced anyway."""
@@ -150,6 +156,7 @@ class Preemption:
         os._exit(PREEMPTED)
 
     def _count_down(self) -> None:
+        self._until = time.monotonic() + self.grace_seconds
         print(f"signalled to stop: saving within {self.grace_seconds:g} s", file=sys.stderr, flush=True)
         if self._called_off.wait(self.grace_seconds):
             return

@@ -34,6 +34,7 @@ from joint_train.train.pace import Since
 from joint_train.train.tracking import Tracker, plain
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import resolve
+from joint_train.weights.hub import Push
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Trainer:
         # After the pair, so that one that can't be loaded leaves no output_dir behind.
         self.checkpointer = Checkpointer(self.output_dir, cfg.checkpoint, timeout_seconds=cfg.parallel.timeout_seconds)
         self.step, self.before, self.measured, position, bad_steps = 0, None, None, None, 0
+        self.push: Push | None = None
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
         if found := self.checkpointer.resume(cfg.resume, self.model, self.optimizer, config=cfg):
             path, saved = found
@@ -144,6 +146,7 @@ class Trainer:
                     self.preemption.exit()
         if cfg.model.export.at_end:
             self.export(self.output_dir / "export")
+            self.publish(self.output_dir / "export")
         self.tracker.finish(self.before, self.measured)
         planned, peak = self.plan.peak / 2**30, (peak_memory(self.device) - self.memory_at_start) / 2**30
         of_what = "" if self.device.type == "cuda" else " (growth of the process, libraries' own buffers included)"
@@ -361,9 +364,20 @@ class Trainer:
             kv_shared_weights=export.kv_shared_weights,
         )
 
+    def publish(self, folder: Path) -> None:
+        """Begin to upload an export to where the configuration says."""
+        self.checkpointer.upload(folder)
+        export = self.cfg.model.export
+        if export.push_to_hub and dist.get_rank() == 0:
+            self.push = Push(folder, export.push_to_hub, export.private)
+
     def close(self) -> None:
-        """Finish what is still being written."""
-        self.checkpointer.close()
+        """Finish what is still being written, and uploads: after a signal within most of what is left of the grace."""
+        left, wait = self.preemption.seconds_left(), float(self.cfg.checkpoint.upload_wait_seconds)
+        until = time.monotonic() + (wait if left is None else min(0.8 * left, wait))
+        self.checkpointer.close(until - time.monotonic())
+        if self.push is not None:
+            self.push.finish(max(until - time.monotonic(), 0.0))
         self.tracker.close()
         dist.barrier()
         dist.destroy_process_group()

@@ -1,0 +1,192 @@
+"""A run's folder in object storage, by fsspec: complete checkpoints and exports, and nothing that only looks so.
+
+A folder there has the name it has in ``output_dir``: ``URL/checkpoints/step_00000100``, ``URL/export``. Its manifest
+``COMPLETE`` is removed first where one is replaced, and written last, when every other object has the manifest's size:
+nothing without it counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from fsspec.core import url_to_fs
+from omegaconf import DictConfig
+
+from joint_train.checkpoint import layout
+from joint_train.checkpoint.layout import IncompleteCheckpoint, Manifest
+from joint_train.errors import CheckpointError
+
+ATTEMPTS = 3
+PAUSE_SECONDS = 2.0  # after the first failure, and twice as long after each further one
+
+T = TypeVar("T")
+
+
+class Store:
+    """The folder of one run in object storage.
+
+    Errors of the storage, after :data:`ATTEMPTS` of each operation, are a CheckpointError that names the URL.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        local = self.url.startswith(("file:", "local:")) or "://" not in self.url
+        self._fs, root = url_to_fs(self.url, **({"auto_mkdir": True} if local else {}))
+        self._root = root.rstrip("/")
+
+    def claim(self) -> None:
+        """Write ``mirror.json``, which says whose mirror this is: that storage can be written to is known at once."""
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
+        self._try("writing mirror.json", lambda: self._fs.pipe_file(self._path("mirror.json"), to_json(owner)))
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, newest first; of these only names and markers were looked at."""
+        return sorted((step for step, complete in self._folders().items() if complete), reverse=True)
+
+    def manifest(self, step: int) -> Manifest:
+        return layout.parse_manifest(self._marker(checkpoint_name(step)), f"{self.url}/{checkpoint_name(step)}")
+
+    def upload(self, folder: Path, name: str, files: dict[str, list], marker: bytes) -> None:
+        """Copy a complete folder to ``name``; one that is there already, with the same manifest, is left alone.
+
+        Args:
+            files: a path below the folder to its [size in bytes, CRC-32 in hex], by which each is checked before it
+                is sent. On the way the storage's own protocol checks it; the sizes are compared when all are there.
+            marker: the contents of ``COMPLETE``.
+
+        Raises:
+            DamagedCheckpoint: if a local file isn't what was written.
+            CheckpointError: if the storage fails, or has an object of another size.
+        """
+        if self._marker(name, none=True) == marker:
+            return
+        self._remove_marker(name)
+        manifest = Manifest(0, 0, "", "", {}, files=files)
+        for file in files:
+            if problems := layout.check_files(folder, manifest, [file]):
+                raise layout.damaged(folder, problems)
+            source, target = str(folder / file), self._path(name, file)
+            self._try(f"uploading {name}/{file}", lambda s=source, t=target: self._fs.put_file(s, t))
+        found = self._try(f"listing {name}", lambda: self._sizes(name))
+        if wrong := [file for file, (size, _) in files.items() if found.get(file) != size]:
+            raise CheckpointError(f"{self.url}/{name}/{wrong[0]} has {found.get(wrong[0])} bytes after its upload")
+        for extra in found.keys() - files.keys():  # of what was there before: weights that a loader might prefer
+            path = self._path(name, extra)
+            self._try(f"replacing {name}", lambda p=path: self._fs.rm_file(p))
+        self._try(f"completing {name}", lambda: self._fs.pipe_file(self._path(name, layout.MANIFEST), marker))
+
+    def fetch(self, step: int, checkpoints: Path) -> Path:
+        """Copy a checkpoint into a folder of checkpoints, which has it when every byte was compared.
+
+        Raises:
+            DamagedCheckpoint, IncompleteCheckpoint: if what is stored isn't what was saved.
+        """
+        marker, final = self._marker(checkpoint_name(step)), checkpoints / layout.folder_name(step)
+        manifest = layout.parse_manifest(marker, f"{self.url}/{checkpoint_name(step)}")
+        temporary = layout.temporary(final)
+        temporary.mkdir(parents=True)
+        try:
+            for file in manifest.files:
+                source, target = self._path(checkpoint_name(step), file), temporary / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    self._try(f"fetching {file}", lambda s=source, t=str(target): self._fs.get_file(s, t), True)
+                except FileNotFoundError:
+                    pass  # the check names it
+                else:
+                    _fsync(target)
+            if problems := layout.check_files(temporary, manifest, list(manifest.files)):
+                raise layout.damaged(f"{self.url}/{checkpoint_name(step)}", problems)
+            for inner in {(temporary / file).parent for file in manifest.files}:
+                layout.fsync_folder(inner)
+            layout.write_file(temporary / layout.MANIFEST, marker)
+            layout.publish(temporary, final)
+        except BaseException:
+            layout.remove(temporary)
+            raise
+        return final
+
+    def thin(self, newest: int, cfg: DictConfig) -> None:
+        """Remove what retention gives up: of the checkpoints up to ``newest``, which is complete, and of the parts of
+        older ones whose upload never finished."""
+        if cfg.keep_last == 0:
+            return
+        folders = {step: complete for step, complete in self._folders().items() if step <= newest}
+        kept = [(step, self.manifest(step).metrics) for step, complete in folders.items() if complete]
+        keep = layout.retained(kept, cfg.keep_last, cfg.keep_every, cfg.keep_best)
+        for step in sorted(folders.keys() - keep):
+            self._remove_marker(checkpoint_name(step))
+            self._try(
+                f"removing {checkpoint_name(step)}",
+                lambda s=step: self._fs.rm(self._path(checkpoint_name(s)), recursive=True),
+            )
+
+    def _folders(self) -> dict[int, bool]:
+        """Whether the folder of a step has its marker."""
+
+        def find() -> dict[int, bool]:
+            self._fs.invalidate_cache()
+            try:
+                names = self._fs.ls(self._path("checkpoints"), detail=False)
+            except FileNotFoundError:
+                return {}
+            steps = {layout.step_of(Path(PurePosixPath(name).name)) for name in names} - {None}
+            return {step: self._fs.exists(self._path(checkpoint_name(step), layout.MANIFEST)) for step in steps}
+
+        return self._try("listing checkpoints", find)
+
+    def _sizes(self, name: str) -> dict[str, int]:
+        self._fs.invalidate_cache()
+        found = self._fs.find(self._path(name), detail=True)
+        return {path[len(self._path(name)) + 1 :]: entry["size"] for path, entry in found.items()}
+
+    def _marker(self, name: str, none: bool = False) -> bytes | None:
+        path = self._path(name, layout.MANIFEST)
+        try:
+            return self._try(f"reading {name}/{layout.MANIFEST}", lambda: self._fs.cat_file(path), True)
+        except FileNotFoundError:
+            if none:
+                return None
+            raise IncompleteCheckpoint(f"{self.url}/{name} is incomplete: it has no {layout.MANIFEST}") from None
+
+    def _remove_marker(self, name: str) -> None:
+        path = self._path(name, layout.MANIFEST)
+        if self._try(f"looking at {name}", lambda: self._fs.exists(path)):
+            self._try(f"replacing {name}", lambda: self._fs.rm_file(path))
+
+    def _path(self, *parts: str) -> str:
+        return "/".join((self._root, *parts))
+
+    def _try(self, what: str, action: Callable[[], T], absent: bool = False) -> T:
+        """Do it, a few times if need be. With ``absent`` a FileNotFoundError is an answer, which is raised as it is."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return action()
+            except Exception as error:
+                gone = isinstance(error, FileNotFoundError)
+                if gone and absent:
+                    raise
+                if gone or attempt == ATTEMPTS:
+                    reason = f"{type(error).__name__}: {error}"
+                    raise CheckpointError(f"{what} in {self.url} failed, attempt {attempt}: {reason}") from error
+                time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
+        raise AssertionError
+
+
+def checkpoint_name(step: int) -> str:
+    return f"checkpoints/{layout.folder_name(step)}"
+
+
+def to_json(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode()
+
+
+def _fsync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
