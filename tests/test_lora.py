@@ -1,6 +1,7 @@
 """LoRA on the base: against low-rank terms beside plain layers, on two ranks and in one process."""
 
 import math
+from unittest import mock
 
 import peft
 import pytest
@@ -8,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from pairs import build_pair, make_pair
 from ranks import run_ranks
+from test_compile import compile_with_eager_kernels
 from test_parallel import K, all_counts, batch, config, full, step, updates
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -69,7 +71,9 @@ def plain_pair(shape: str, cfg) -> Gemma4WithDrafter:
     model = Gemma4WithDrafter(
         base, drafter, drafter_num_steps=K, base_grad_scale=cfg.drafter.base_grad_scale, loss=cfg.loss
     )
-    cfg = OmegaConf.merge(cfg, {"activation_checkpointing": {"base": "none", "drafter": "none"}})
+    cfg = OmegaConf.merge(
+        cfg, {"activation_checkpointing": {"base": "none", "drafter": "none"}, "parallel": {"compile": False}}
+    )
     prepare(model, cfg)
     return model.train()
 
@@ -96,8 +100,8 @@ def sharded_updates(rank: int, folders, shape: str, options: dict):
     """Gradients of a step, norms and weights of two updates, and what the base is made of."""
     cfg = lora_config(folders, **options)
     mesh = init_mesh(cfg.parallel)
-    model = load_pair(cfg, mesh, "cpu").train()
-    start = {name: full(p.detach()).clone() for name, p in adapters(model.base).items()}
+    with mock.patch.object(nn.Module, "compile", compile_with_eager_kernels):
+        model = load_pair(cfg, mesh, "cpu").train()
     set_values(model, shape)
     index, size = data_rank(mesh)
     rows = {name: x.chunk(size)[index] for name, x in batch().items()}
@@ -108,11 +112,13 @@ def sharded_updates(rank: int, folders, shape: str, options: dict):
     states = sum(map(bool, optimizer.state.values()))
     trained = sum(p.requires_grad for p in model.parameters())
     assert states == trained == len(optimizer.state)
-    return grads, norms, {plain_name(n): p for n, p in weights.items()}, kinds, start
+    graphs = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
+    return grads, norms, {plain_name(n): p for n, p in weights.items()}, kinds, graphs
 
 
 @pytest.mark.parametrize("shape, ranks, options", [
     ("e2b", 2, {}), ("26b_a4b", 2, {"drafter__base_grad_scale": 1.0}), ("text", 4, {"parallel__dp_replicate": 2}),
+    ("31b", 2, {"parallel__compile": True}), ("text", 2, {"parallel__cpu_offload": "all"}),
 ])  # fmt: skip
 def test_sharded_equals_low_rank_terms_beside_plain_layers(tmp_path, shape, ranks, options):
     folders = make_pair(tmp_path, shape)
@@ -123,8 +129,9 @@ def test_sharded_equals_low_rank_terms_beside_plain_layers(tmp_path, shape, rank
     before = {plain_name(n): p.detach().clone() for n, p in reference.named_parameters()}
     expected_norms, after, _ = updates(reference, cfg, batch())
     after = {plain_name(n): p for n, p in after.items()}
-    grads, norms, weights, kinds, _ = run_ranks(sharded_updates, ranks, folders, shape, options)[0]
+    grads, norms, weights, kinds, graphs = run_ranks(sharded_updates, ranks, folders, shape, options)[0]
     assert kinds == {(True, True, torch.float32), (False, False, torch.float32)}
+    assert bool(graphs) == cfg.parallel.compile
     assert grads.keys() == expected.keys() > values(shape).keys()
     for name, gradient in grads.items():
         error = (gradient - expected[name]).norm() / expected[name].norm()
