@@ -74,7 +74,8 @@ def reference_step(base, drafter, options):
     # With ordered embeddings only the routed tokens' logits train: the centroids have no gradient of their own.
 
     def causal_masks(embeds, attention_mask, shared_kv):
-        t, j = torch.arange(embeds.shape[1])[:, None], torch.arange(embeds.shape[1])
+        j = torch.arange(embeds.shape[1], device=embeds.device)
+        t = j[:, None]
         window = drafter.config.get_text_config().sliding_window
         full = j <= t
         return {"full_attention": full[None, None], "sliding_attention": (full & (t - j < window))[None, None]}
@@ -86,17 +87,18 @@ def reference_step(base, drafter, options):
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def divergence(student, teacher, tokens):
+        student, teacher = student.float(), teacher.float()
         if options.loss == "ce":
             return F.cross_entropy(student, tokens)
         return F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
 
     def step(ids, labels):
         out = base(input_ids=ids, output_hidden_states=True, return_shared_kv_states=True)
-        positions = torch.arange(ids.shape[1])[None]
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
         targets = (labels != -100)[0].nonzero()[:, 0]
         loss = 0.0
         if not options.freeze_base:  # as transformers' own loss does: the whole shifted logits, with ignored labels
-            loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         teacher, embedding, state = out.logits.detach(), base.get_input_embeddings(), out.hidden_states[-1]
         for k in range(options.rounds):
             tokens = F.pad(ids[:, 1 + k :], (0, 1 + k))
