@@ -1,6 +1,10 @@
 # `make train` and `make test` work on a machine with Python 3.11+ and make: everything else is installed here.
 PYTHON ?= python3
-VENV   ?= .venv
+# `make test TORCH=2.11` runs the suite on another release of torch, in an environment of its own.
+TORCH  ?=
+VENV   ?= .venv$(if $(TORCH),-torch-$(TORCH))
+PIP    := install --quiet --disable-pip-version-check
+PINNED := $(if $(TORCH),"torch==$(TORCH).*" -c $(VENV)/constraints.txt,-c constraints.txt)
 BIN    := $(VENV)/bin
 GPUS   := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
@@ -12,7 +16,8 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
+	grep -v '^torch==' constraints.txt >$(VENV)/constraints.txt
+	$(BIN)/python -m pip $(PIP) -e '.[test]' $(PINNED)
 	touch $@
 
 train: install
@@ -26,7 +31,7 @@ train: install
 
 test: install lint
 	# What only some options need, and `make train` doesn't.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,low-precision,lora]' -c constraints.txt
+	$(BIN)/python -m pip $(PIP) -e '.[test,low-precision,lora]' $(PINNED)
 	$(BIN)/python -m pytest
 
 test-slow: install
@@ -52,4 +57,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .venv-vllm build *.egg-info
+	rm -rf .venv .venv-vllm .venv-torch-* build *.egg-info

@@ -161,7 +161,13 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # not a sum of products by 1, which gloo can't do
     # Ranks with and without images in a step must reduce the same gradients.
-    model.base.set_reduce_scatter_unused_params(True)
+    if hasattr(model.base, "set_reduce_scatter_unused_params"):
+        model.base.set_reduce_scatter_unused_params(True)
+    elif any(p.requires_grad for tower in towers(model.base) for p in tower.parameters()):
+        raise ConfigError(
+            f"freeze.towers=false needs torch 2.13 or newer, and this is {torch.__version__}: before, FSDP2 can't reduce "
+            "the gradients of a tower that saw an image on some ranks only. Set freeze.towers=true, or update torch."
+        )
 
 
 def share_streams(model: JointModel) -> None:
