@@ -14,7 +14,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 PYTHON=${PYTHON:-python3}
 
 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$RANKS_PER_NODE" -m launch.preflight "$@"
+# In the environment, not as an option: torchrun before 2.13 has neither, and kills after 30 seconds.
+export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-${SHUTDOWN_TIMEOUT:-150}}
 # exec: a signal to this script is a signal to torchrun, which waits for the save before it kills the workers.
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$RANKS_PER_NODE" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout="${SHUTDOWN_TIMEOUT:-150}" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     -m joint_train "$@"

@@ -9,7 +9,7 @@ How a run is stopped so that its save is not cut off:
    that a warning between two attempts isn't lost either, and passes it to ``srun``, which passes it to this process on
    every node. A preemption, ``scancel`` and ``scontrol requeue`` send SIGTERM to this process themselves.
 2. ``torchrun``'s agent runs in this process. It hands SIGTERM to its workers by itself, SIGUSR1 because of
-   ``--signals-to-handle``; then it waits ``--shutdown-timeout`` seconds (30 by default: too short for a checkpoint)
+   ``--signals-to-handle``; then it waits ``PET_SHUTDOWN_TIMEOUT`` seconds (30 by default: too short for a checkpoint)
    before it kills them, and starts no worker again.
 3. The workers save together and exit with 85, or with 86 when the time didn't suffice
    (joint_train/distributed/preemption.py). An agent that never had the signal sees that code.

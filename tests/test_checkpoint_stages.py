@@ -9,6 +9,7 @@ from checkpoint_run import TIMEOUT, build, config, everything, full, seed_all, t
 from pairs import build_pair
 from ranks import run_ranks
 from test_multimodal import images_and_text, text
+from versions import trains_towers
 
 from joint_train.checkpoint import Checkpointer
 from joint_train.distributed import parallelize
@@ -68,7 +69,9 @@ def optimizer_state(tensors: dict) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("shape", "stages"), [("e2b", STAGES), ("multimodal", TOWERS), ("text", FROZEN)], ids=["parts", "towers", "base"]
+    ("shape", "stages"),
+    [("e2b", STAGES), pytest.param("multimodal", TOWERS, marks=trains_towers), ("text", FROZEN)],
+    ids=["parts", "towers", "base"],
 )
 def test_old_optimizer_state_is_kept_new_is_new_and_each_is_said_once(tmp_path, shape, stages):
     before, trained_before, steps, until = None, set(), {}, 0
@@ -142,6 +145,7 @@ def multimodal_run(rank, ranks, folder, first: int, last: int):
     return {name: full(p) for name, p in model.named_parameters()}
 
 
+@trains_towers
 def test_images_on_one_rank_in_the_second_micro_batch_then_text_only_then_other_ranks(tmp_path):
     expected = multimodal_run(0, 0, None, 0, 3)
     run_ranks(multimodal_run, 2, 2, tmp_path, 0, 2)

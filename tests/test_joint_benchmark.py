@@ -129,7 +129,7 @@ def test_the_walk_over_finished_texts_is_what_decoding_does(made):
     for prompt, text, settled in zip(prompts, texts, found, strict=True):
         decoded = decode(base, drafter, prompt, 3, 24, engine=True)
         assert (decoded.ids, decoded.settled) == (text, settled)
-    assert {1, 4} <= {n for settled in found for n in settled}  # drafts are accepted, and drafts are not
+    assert 1 <= min(map(min, found)) < max(map(max, found)) == 4  # drafts are accepted, and drafts are not
 
 
 def test_flops_without_a_drafter(starter_dir):

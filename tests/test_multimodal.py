@@ -5,10 +5,13 @@ import torch
 from omegaconf import OmegaConf
 from pairs import MM_TOKENS, build_pair
 from ranks import run_ranks
+from torch.distributed.fsdp import FSDPModule
+from versions import trains_towers
 
 from joint_train.config import Config
 from joint_train.distributed.mesh import init_mesh
 from joint_train.distributed.parallelize import parallelize, prepare
+from joint_train.errors import ConfigError
 from joint_train.pair.targets import joint_targets
 from joint_train.pair.visibility import attention_masks
 from joint_train.weights.composite import Gemma4WithDrafter
@@ -80,7 +83,7 @@ def sharded(rank: int, shape: str, towers_frozen: bool, compute: str = "float32"
     return loss, {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("towers_frozen", [True, False])
+@pytest.mark.parametrize("towers_frozen", [True, pytest.param(False, marks=trains_towers)])
 @pytest.mark.parametrize("shape", ["multimodal", "31b"])
 def test_images_on_one_rank_and_text_on_the_other(shape, towers_frozen):
     model, _ = build(shape, towers_frozen)
@@ -139,3 +142,24 @@ def test_an_image_sees_itself_both_ways_on_sliding_layers_only():
     inside = (blocks[0][:, None] == blocks[0][None]) & (blocks[0] >= 0)
     expected = ((j <= t) | inside) & (t - j < config.sliding_window)
     assert torch.equal(masks["sliding_attention"][0, 0], expected)
+
+
+def refusal(rank: int) -> list[str]:
+    """What sharding says to trained towers where FSDP2 is that of torch before 2.13."""
+    if hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        del FSDPModule.set_reduce_scatter_unused_params
+    said = []
+    for frozen in (True, False):
+        model, cfg = build("multimodal", frozen)
+        try:
+            parallelize(model, init_mesh(cfg.parallel), cfg)
+        except ConfigError as error:
+            said.append(str(error))
+        else:
+            said.append("")
+    return said
+
+
+def test_trained_towers_are_refused_by_name_before_torch_2_13():
+    ((frozen, trained),) = run_ranks(refusal, 1)
+    assert frozen == "" and "freeze.towers=false needs torch 2.13" in trained

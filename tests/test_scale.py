@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = {
@@ -14,6 +15,11 @@ UNITS = {
     "Gemma4ForConditionalGeneration": "base root",
     "Gemma4AssistantForCausalLM": "drafter",
 }
+
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(dist, "all_gather_single"), reason="the collectives of torch 2.13 are played"
+)
 
 
 def measured(model: str, ranks: int, length: int, *overrides: str) -> dict:

@@ -229,7 +229,7 @@ def test_a_steps_metrics_are_means_over_all_targets_of_all_ranks(job, replicas, 
     assert len(batches) == 4
     found = tally(model, batches)
     assert_close(record, expected_losses(found))
-    assert_close(record, gradient_norms(model, found, base_too=True), rel=1e-3)
+    assert_close(record, gradient_norms(model, found, base_too=True), rel=1e-5)
     tokens = sum(int((batch["document_ids"] > 0).sum()) for batch in batches)
     assert record["tokens_per_second"] * record["seconds"] == pytest.approx(tokens)
     assert record["tokens_per_second_per_gpu"] * record["seconds"] == pytest.approx(tokens / 2)
@@ -267,7 +267,7 @@ def test_what_the_drafters_loss_does_to_the_base_and_how_far_it_has_moved(run, s
     model, record = run.at(step), run.records[step]
     found = tally(model, batches, first=POSITIONS)
     norms = gradient_norms(model, found, base_too=False)
-    assert record["grad_norm_base_from_drafter"] == pytest.approx(norms["grad_norm_base"], rel=1e-3)
+    assert record["grad_norm_base_from_drafter"] == pytest.approx(norms["grad_norm_base"], rel=1e-5)
     before, now = (
         torch.cat([w.flatten().double() for name, w in run.weights[at].items() if name.startswith("base.")])
         for at in (0, step)

@@ -165,7 +165,7 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
         model.base.set_reduce_scatter_unused_params(True)
     elif any(p.requires_grad for tower in towers(model.base) for p in tower.parameters()):
         raise ConfigError(
-            f"freeze.towers=false needs torch 2.13 or newer, and this is {torch.__version__}: before, FSDP2 can't reduce "
+            f"freeze.towers=false needs torch 2.13, and this is {torch.__version__}: before, FSDP2 can't reduce "
             "the gradients of a tower that saw an image on some ranks only. Set freeze.towers=true, or update torch."
         )
 

@@ -25,7 +25,7 @@ What a launcher has to know:
   ``PET_SIGNALS_TO_HANDLE``). Slurm's ``--signal=USR1@…`` reaches the tasks of a step, that is torchrun.
 - After passing a signal on, torchrun waits ``--shutdown-timeout`` (``PET_SHUTDOWN_TIMEOUT`` or
   ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, default 30) seconds, then sends SIGKILL: set it above ``grace_seconds``, and leave
-  Slurm's own notice and ``KillWait`` above that.
+  Slurm's own notice and ``KillWait`` above that. Before torch 2.13 it is always 30.
 - torchrun never returns a worker's exit code. It exits with 1: after ``SignalException`` if it got the signal itself,
   after ``ChildFailedError`` (whose ``failures[rank].exitcode`` is 85) if a worker did. A launcher that needs the
   difference calls ``torch.distributed.launcher.api.elastic_launch`` and catches the two, or starts the ranks itself.

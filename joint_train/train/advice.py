@@ -2,7 +2,10 @@
 
 import logging
 
+import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
+from torch.torch_version import TorchVersion
 
 from joint_train.plan.planner import Machine, Plan
 
@@ -42,6 +45,20 @@ def warn_of_grace(cfg: DictConfig, plan: Plan, machine: Machine, device_type: st
             "checkpoint.grace_seconds=%d is too short: a checkpoint of %.0f GB takes %.0f s at %g GB/s, and one that "
             "isn't done in time is lost. Set checkpoint.grace_seconds=%d, and the launcher's limits above it",
             cfg.checkpoint.grace_seconds, plan.checkpoint / 1e9, seconds, machine.disk_gb_per_second, 1.5 * seconds,
+        )  # fmt: skip
+
+
+def warn_of_torchrun(cfg: DictConfig) -> None:
+    """Say where torchrun kills a run before ``checkpoint.grace_seconds`` are over: before torch 2.13."""
+    if (
+        dist.is_torchelastic_launched()
+        and torch.__version__ < TorchVersion("2.13")
+        and cfg.checkpoint.grace_seconds > 30
+    ):
+        log.warning(
+            "torchrun of torch %s kills a run 30 s after a signal: a save on preemption has that long, and not "
+            "checkpoint.grace_seconds=%d. torch 2.13 can wait for it.",
+            torch.__version__, cfg.checkpoint.grace_seconds,
         )  # fmt: skip
 
 

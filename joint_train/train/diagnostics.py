@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from joint_train.distributed.lora import ADAPTER, adapted, added
+from joint_train.distributed.parallelize import reshard
 from joint_train.pair.model import JointModel
 from joint_train.pair.targets import JointTargets
 from joint_train.train.optim import total_norm
@@ -44,6 +45,7 @@ class BaseDrift:
         hidden = self.model(**self.inputs, return_logits=False).hidden_states[-1].flatten(0, 1)[self.rows]
         logits = self.model.base.within(self.model.base_logits, hidden)
         self.model.train(training)
+        reshard(self.model)  # what stays gathered would hide the shards and their gradients, also from `zero_grad`
         return logits.float().log_softmax(-1)
 
     @torch.no_grad()
@@ -67,13 +69,14 @@ class BaseDrift:
 def base_gradient_from_drafter(model: JointModel, inputs: dict, targets: JointTargets, counts: Tensor) -> float:
     """Norm of the base's gradient from the drafter's loss alone, on one micro-batch of every rank.
 
-    Leaves no gradient behind; to be called between steps.
+    To be called between steps: it takes the place of the gradients of the last one, and leaves none behind.
 
     Args:
         counts: ``[1 + K]`` targets of that micro-batch on all ranks.
     """
     weights = model.loss_weights(counts)
     weights[0] = 0
+    model.zero_grad()
     model(**inputs, targets=targets, weights=weights).loss.backward()
     norm = total_norm(p.grad for p in model.base.parameters()).item()
     model.zero_grad()

@@ -26,7 +26,7 @@ from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.pair.attention import check_backward
 from joint_train.pair.targets import JointTargets, joint_targets
 from joint_train.plan.planner import Machine, make_plan
-from joint_train.train.advice import generation_prompts, warn_of_grace, warn_of_padding
+from joint_train.train.advice import generation_prompts, warn_of_grace, warn_of_padding, warn_of_torchrun
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.optim import build_optimizer, lr_factor, update
@@ -92,6 +92,7 @@ class Trainer:
         self.prompts = generation_prompts(cfg, self.plan, machine, self.device.type)
         warn_of_grace(cfg, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
+        warn_of_torchrun(cfg)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
