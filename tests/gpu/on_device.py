@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from joint_train.distributed.mesh import init_distributed, init_mesh
+from joint_train.pair.model import Gemma4JointOutput
 from joint_train.pair.targets import joint_targets
 from joint_train.weights.composite import Gemma4WithDrafter, load_pair
 
@@ -61,9 +62,8 @@ class Step:
     gradients: dict[str, Tensor]
 
 
-def step_of(model: Gemma4WithDrafter, device: torch.device, length: int = 20, packed: bool = True) -> Step:
-    """Forward and backward of a micro-batch, as the trainer makes them; rows of several documents or of one each."""
-    rows = test_parallel.batch(length=length)
+def forward_backward(model: Gemma4WithDrafter, device: torch.device, rows: dict, packed: bool) -> Gemma4JointOutput:
+    """Of a micro-batch, as the trainer makes them; rows of several documents or of one each."""
     names = ["input_ids", "position_ids", "document_ids"] if packed else ["input_ids"]
     inputs = {name: rows[name].to(device) for name in names}
     targets = joint_targets(
@@ -74,6 +74,12 @@ def step_of(model: Gemma4WithDrafter, device: torch.device, length: int = 20, pa
     out = model(**inputs, targets=targets.to(device), weights=weights)
     out.loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    return out
+
+
+def step_of(model: Gemma4WithDrafter, device: torch.device, length: int = 20, packed: bool = True) -> Step:
+    """What a step on eight rows makes."""
+    out = forward_backward(model, device, test_parallel.batch(length=length), packed)
     return Step(
         out.loss.detach().float().cpu(),
         {name: x.float().cpu() for name, x in out.stats.items()},
