@@ -22,7 +22,8 @@ B, S, V, HB, HD, K = 2, 9, 24, 6, 4, 3
 
 
 def config(drafter="kl", **changes):
-    defaults = dict(temperature=1.0, teacher_grad=False, round_weights=None, centroid_weight=0.0, memory_budget_mb=512)
+    defaults = dict(temperature=1.0, teacher_grad=False, round_weights=None, centroid_weight=0.0, memory_budget_mb=512,
+                    compile=False)  # fmt: skip
     return SimpleNamespace(drafter=drafter, **(defaults | changes))
 
 

@@ -35,14 +35,14 @@ def token_centroids(token_ordering: Tensor, num_centroids: int) -> Tensor:
     return centroids
 
 
-def routed(q: Distribution, scores: Tensor, centroids: Centroids, out: Tensor) -> Distribution:
+def routed(q: Distribution, scores: Tensor, centroids: Centroids, out: Tensor | None) -> Distribution:
     """What engines draft from: q over the tokens of the `top_k` best centroids alone, as transformers' and vLLM's
     masked embedders have it.
 
     Args:
         q: over the whole vocabulary, n rows of it.
         scores: `[n, C]`, the logits of the centroids.
-        out: `[n, V]`, overwritten: it holds the probabilities. q's tensors stay as they are.
+        out: `[n, V]`, overwritten: it holds the probabilities; None: a new tensor does. q's tensors stay as they are.
 
     Returns:
         A distribution whose `logits` are those of q, for candidates and others alike, and whose `logsumexp` is that of
@@ -50,7 +50,7 @@ def routed(q: Distribution, scores: Tensor, centroids: Centroids, out: Tensor) -
     """
     best = scores.topk(centroids.top_k).indices
     penalty = torch.full_like(scores, -torch.inf).scatter_(1, best, 0.0)
-    torch.index_select(penalty, 1, centroids.token_centroid, out=out).add_(q.logits)
+    out = torch.index_select(penalty, 1, centroids.token_centroid, out=out).add_(q.logits)
     largest, argmax = out.max(-1)
     total = out.sub_(largest[:, None]).exp_().sum(-1)
     return Distribution(q.logits, out.div_(total[:, None]), argmax, largest + total.log())

@@ -1,14 +1,28 @@
 """softmax(logits) of a chunk of rows, and what is computed from one or two of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
+def lazy(method: Callable) -> property:
+    """``functools.cached_property`` in a form that ``torch.compile`` can trace (that of Python 3.11 takes a lock)."""
+    name = f"_{method.__name__}"
+
+    def get(self):
+        if not hasattr(self, name):
+            setattr(self, name, method(self))
+        return getattr(self, name)
+
+    return property(get)
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """sum_v a·b of each row, `[n]`, without a tensor for the products."""
+    if torch.compiler.is_compiling():
+        return (a * b).sum(-1)  # in one kernel with what makes a and b; a library's product would need both of them
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
 
 
@@ -36,7 +50,7 @@ class Distribution:
     def at(self, temperature: float) -> "Distribution":
         return self if temperature == 1 else self.of(self.logits / temperature)
 
-    @cached_property
+    @lazy
     def negative_entropy(self) -> Tensor:
         return dot(self.probs, self.logits) - self.logsumexp
 
@@ -44,11 +58,15 @@ class Distribution:
         return self.logsumexp - pick(self.logits, tokens)
 
 
-def overlap(p: Distribution, q: Distribution, scratch: Tensor) -> Tensor:
+def overlap(p: Distribution, q: Distribution, scratch: Tensor | None) -> Tensor:
     """alpha = sum_v min(p, q), `[n]`."""
     return torch.minimum(p.probs, q.probs, out=scratch).sum(-1)
 
 
 def add_label_gradient(grad: Tensor, q: Distribution, tokens: Tensor, scale: Tensor) -> None:
     """grad += scale · the gradient of -log q(token) with respect to q's logits; `scale` is `[n]`."""
+    if torch.compiler.is_compiling():
+        is_token = tokens[:, None] == torch.arange(grad.shape[1], device=grad.device)
+        grad.addcmul_(q.probs - is_token.to(grad.dtype), scale[:, None])
+        return
     grad.addcmul_(q.probs, scale[:, None]).scatter_add_(1, tokens[:, None], -scale[:, None])

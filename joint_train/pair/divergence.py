@@ -32,13 +32,12 @@ A new kind is one entry of :data:`DISTANCES` (and its name in :data:`joint_train
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from joint_train.pair.distribution import Distribution, dot
+from joint_train.pair.distribution import Distribution, dot, lazy
 
 LK_ETA = 3.0  # as published implementations of arXiv 2602.23881 have it
 SMALLEST_ALPHA = 1e-20  # below it nla's 1/alpha would overflow against its own numerator
@@ -61,24 +60,24 @@ class Pair:
     def __init__(self, p: Distribution, q: Distribution, alpha: Tensor):
         self.p, self.q, self.alpha = p, q, alpha
 
-    @cached_property
+    @lazy
     def kl(self) -> Tensor:
         return _kl(self.p, self.q)
 
-    @cached_property
+    @lazy
     def reverse_kl(self) -> Tensor:
         return _kl(self.q, self.p)
 
-    @cached_property
+    @lazy
     def positive_alpha(self) -> Tensor:
         return self.alpha.clamp(min=SMALLEST_ALPHA)
 
-    @cached_property
+    @lazy
     def share(self) -> Tensor:
         """lk_hybrid's weight of KL."""
         return torch.exp(-LK_ETA * self.alpha)
 
-    @cached_property
+    @lazy
     def js(self) -> Tensor:
         """Leaves log m in ``log_mean``, for the gradient."""
         log_p, log_q = (d.logits - d.logsumexp[:, None] for d in (self.p, self.q))
@@ -131,16 +130,22 @@ class Divergence:
             for term, coefficient in DISTANCES[kind].coefficients(self.pair).items():
                 self.terms[term] = self.terms.get(term, 0.0) + weight * coefficient
 
-    def teacher_gradient(self, scale: Tensor, out: Tensor) -> Tensor:
-        """`scale` `[n]` times the gradient with respect to p's logits, `[n, V]`."""
+    def teacher_gradient(self, scale: Tensor, out: Tensor | None) -> Tensor:
+        """`scale` `[n]` times the gradient with respect to p's logits, `[n, V]`, in `out` or a new tensor."""
         return self._gradient(self.pair.p, self.pair.q, "reverse_kl", "kl", scale, out)
 
-    def student_gradient(self, scale: Tensor, out: Tensor) -> Tensor:
-        """`scale` `[n]` times the gradient with respect to q's logits, `[n, V]`."""
+    def student_gradient(self, scale: Tensor, out: Tensor | None) -> Tensor:
+        """`scale` `[n]` times the gradient with respect to q's logits, `[n, V]`, in `out` or a new tensor."""
         return self._gradient(self.pair.q, self.pair.p, "kl", "reverse_kl", scale, out)
 
     def _gradient(
-        self, own: Distribution, other: Distribution, cross_term: str, ratio_term: str, scale: Tensor, out: Tensor
+        self,
+        own: Distribution,
+        other: Distribution,
+        cross_term: str,
+        ratio_term: str,
+        scale: Tensor,
+        out: Tensor | None,
     ) -> Tensor:
         def column(term):  # [n, 1], or None if the mix has no such term
             return (scale * self.terms[term])[:, None] if term in self.terms else None
@@ -149,9 +154,9 @@ class Divergence:
         if ratio is js is overlap is None:
             return torch.sub(own.probs, other.probs, out=out).mul_(cross)
         if overlap is None:
-            out.zero_()
+            out = torch.zeros_like(own.probs) if out is None else out.zero_()
         else:
-            torch.mul(own.probs < other.probs, -overlap, out=out)
+            out = torch.mul(own.probs < other.probs, -overlap, out=out)
         if ratio is not None:
             out.add_((own.logits - other.logits).mul_(ratio))
         if js is not None:

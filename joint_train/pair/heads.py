@@ -37,15 +37,12 @@ class Head:
     def needs_backward(self, index: int) -> bool:
         return self.total is not None or self.states.grads[index] is not None
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Softcapped logits `[n, V]` of `hidden` `[n, H]`."""
-        logits = _matmul(hidden, self.weight.t(), out)
-        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+    def product(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits `[n, V]` of `hidden` `[n, H]`, before a softcap."""
+        return _matmul(hidden, self.weight.t(), out)
 
-    def backward(self, grad: Tensor, logits: Tensor, hidden: Tensor, index: int, rows: Tensor, scratch=None) -> None:
-        """Take `grad` `[n, V]` of `logits` (overwritten) to the weight and to `rows` of state `index`, the `hidden`."""
-        if self.softcap is not None:
-            grad.addcmul_(grad, torch.div(logits, self.softcap, out=scratch).square_(), value=-1)
+    def backward(self, grad: Tensor, hidden: Tensor, index: int, rows: Tensor) -> None:
+        """Take `grad` `[n, V]` of the product to the weight and to `rows` of state `index`, the `hidden`."""
         grad = grad.to(self.weight.dtype)
         if self.total is not None:
             _add_matmul(self.total, grad.t(), hidden, beta=int(self.written))
@@ -58,6 +55,16 @@ class Head:
         if self.total is None:
             return None
         return self.total.to(self.weight.dtype) if self.written else torch.zeros_like(self.weight)
+
+
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    """c·tanh(logits/c), in place."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def before_softcap(grad: Tensor, logits: Tensor, cap: float | None, scratch: Tensor | None = None) -> Tensor:
+    """The gradient by what was softcapped of that by the softcapped `logits`, in place."""
+    return grad if cap is None else grad.addcmul_(grad, torch.div(logits, cap, out=scratch).square_(), value=-1)
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

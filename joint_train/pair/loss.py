@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from joint_train.config import parse_drafter_loss, teacher_grad
-from joint_train.pair.centroids import Centroids, routed
-from joint_train.pair.distribution import Distribution, add_label_gradient, overlap, pick
-from joint_train.pair.divergence import Divergence, temporaries
+from joint_train.pair.centroids import Centroids
+from joint_train.pair.distribution import Distribution, add_label_gradient, pick
+from joint_train.pair.divergence import temporaries
 from joint_train.pair.heads import Head, States
 from joint_train.pair.targets import JointTargets
+from joint_train.pair.terms import LOSSES, MEASURES, Buffered, Compiled, Mix, Part
 from joint_train.pair.tied import TiedGradient
 from joint_train.pair.walk import decoding_rows
 
@@ -165,16 +166,16 @@ class _Pass:
         self.targets, self.groups, self.num_groups = targets, groups, num_groups
         self.num_steps, self.dtype, self.device = len(drafter.states.hidden), base.dtype, base.weight.device
         self.weights = weights.to(self.dtype)
-        self.mix = parse_drafter_loss(loss_cfg)
-        self.data_weight, self.argmax_weight = self.mix.pop("ce", 0.0), self.mix.pop("ce_argmax", 0.0)
-        self.temperature = float(loss_cfg.temperature)
-        self.centroid_weight = float(loss_cfg.centroid_weight)
+        mix = parse_drafter_loss(loss_cfg)
+        data_weight, argmax_weight = mix.pop("ce", 0.0), mix.pop("ce_argmax", 0.0)
         # The argmax has no derivative: only a distance between the distributions can train the teacher.
-        self.teacher_grad = teacher_grad(loss_cfg) if base.needs_backward(0) and self.mix else 0.0
+        of_teacher = teacher_grad(loss_cfg) if base.needs_backward(0) and mix else 0.0
+        self.mix = Mix(mix, data_weight, argmax_weight, float(loss_cfg.temperature), of_teacher)
+        self.centroid_weight, self.compile = float(loss_cfg.centroid_weight), bool(loss_cfg.compile)
 
-        self.buffers = 5 + (self.teacher_grad > 0)
-        temporary = temporaries(self.mix)
-        temporary += 4 if self.mix and self.temperature != 1 else 0
+        self.buffers = 5 + (of_teacher > 0)
+        temporary = temporaries(mix)
+        temporary += 4 if mix and self.mix.temperature != 1 else 0
         row_bytes = (self.buffers + temporary) * base.weight.shape[0] * self.dtype.itemsize
         most = int(free_budget_mb(loss_cfg, self.device) * 2**20) // row_bytes
         self.chunk = chunk_rows(most, len(targets.rows))
@@ -185,12 +186,11 @@ class _Pass:
         def zeros(*shape, dtype=self.dtype):
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        sizes = {"loss": 1 + rounds, "ce": 1 + rounds, "top1": 1 + rounds}
         heads = ("", "dense_") if self.routing else ("",)  # of the drafter: what is served, and all the tokens
-        for name in ("agree", "acceptance_argmax", "acceptance_sampled"):
-            sizes |= {head + name: rounds for head in heads}
-        if self.routing:
-            sizes |= {"centroid_ce": rounds, "centroid_hit": rounds}
+        # Of the base (the losses alone) and of each round.
+        self.names = [*LOSSES, *(head + name for head in heads for name in MEASURES)]
+        self.sums = zeros(1 + rounds, len(self.names))
+        sizes = {"centroid_ce": rounds, "centroid_hit": rounds} if self.routing else {}
         if self.groups is not None:
             sums = ("group_base_ce", "group_drafter_ce", "group_base_count", "group_drafter_count")
             sizes |= dict.fromkeys(sums, self.num_groups)
@@ -200,12 +200,16 @@ class _Pass:
         self.seen = zeros(*by_row, dtype=torch.bool)
         self.agreed = {head: zeros(*by_row, dtype=torch.bool) for head in heads}
 
-        shape = (self.buffers, min(self.chunk, total), vocabulary)
-        buffers = torch.empty(shape, dtype=self.dtype, device=self.device)
+        caps = self.base.softcap, self.drafter.softcap
+        shape = (2 if self.compile else self.buffers, min(self.chunk, total), vocabulary)
+        settings = self.mix, self.centroids, caps, torch.empty(shape, dtype=self.dtype, device=self.device)
+        dtypes = self.base.weight.dtype, self.drafter.weight.dtype
+        terms = Compiled(*settings, dtypes) if self.compile else Buffered(*settings)
         for start in range(0, total, self.chunk):
-            stop = min(start + self.chunk, total)
-            self._chunk(slice(start, stop), buffers[:, : stop - start])
+            self._chunk(slice(start, min(start + self.chunk, total)), terms)
 
+        losses, measures = self.sums[:, : len(LOSSES)], self.sums[1:, len(LOSSES) :]
+        self.stats |= dict(zip(self.names, [*losses.unbind(1), *measures.unbind(1)], strict=True))
         full = self.seen[:-1].all(-1)
         loss = (self.weights * self.stats["loss"]).sum()
         if self.routing:
@@ -218,90 +222,59 @@ class _Pass:
             self.stats |= {f"{head}walk_accepted": (accepted * walked).sum(), f"{head}walk_rows": walked.sum()}
         return loss, self.stats
 
-    def _chunk(self, part: slice, buffers: Tensor) -> None:
+    def _chunk(self, part: slice, terms: Buffered | Compiled) -> None:
         rows, labels, valid = self.targets.rows[part], self.targets.labels[part], self.targets.valid[part]
         groups = None if self.groups is None else self.groups[part]
         mask = valid.to(self.dtype)
         scales = mask * self.weights
-        base_logits, base_probs, logits, probs, grad = buffers[:5]
-        base_grad = buffers[5] if self.teacher_grad else grad
+        base_buffer, buffer = terms.product_buffers(len(rows))
 
         hidden = self.base.states.gather(0, rows, valid[:, 0])
-        p = Distribution.of(self.base.logits(hidden, base_logits), base_probs)
-        ce = p.cross_entropy(labels)
-        self._add(0, mask[:, 0], loss=ce, ce=ce, top1=p.argmax == labels)
-        self._add_groups("base", groups, mask[:, 0], ce)
-        if self.base.needs_backward(0):
-            add_label_gradient(base_grad.zero_(), p, labels, scales[:, 0])
-            if not self.teacher_grad:
-                self.base.backward(base_grad, base_logits, hidden, 0, rows, scratch=logits)
+        trained = self.base.needs_backward(0)
+        product = self.base.product(hidden, base_buffer)
+        base = terms.base(product, labels, mask[:, 0], scales[:, 0] if trained else None)
+        self._add(0, mask[:, 0], base, groups)
+        teaches = self.mix.teacher_grad > 0
+        if trained and not teaches:
+            self.base.backward(terms.base_gradient(base.grad), hidden, 0, rows)
 
-        teacher = p.at(self.temperature) if self.mix else p
         for k in range(self.num_steps):
             states, ok = (rows - self.targets.offset - k).clamp(min=0), valid[:, 1 + k]
-            mask_k, scale = mask[:, 1 + k], scales[:, 1 + k]
             state = self.drafter.states.gather(k, states, ok)
-            q = Distribution.of(self.drafter.logits(state, logits), probs)
-            ce, alpha = q.cross_entropy(labels), overlap(p, q, grad)
-            loss = self.data_weight * ce + self.argmax_weight * q.cross_entropy(p.argmax)
-            if self.mix:
-                student = q.at(self.temperature)
-                alpha_t = alpha if student is q else overlap(teacher, student, grad)
-                distance = Divergence(self.mix, teacher, student, alpha_t)
-                loss = loss + distance.value
-                if self.teacher_grad:
-                    share = self.teacher_grad * scale / self.temperature
-                    base_grad.add_(distance.teacher_gradient(share, grad))
-
-            self._add(1 + k, mask_k, loss=loss, ce=ce, top1=q.argmax == labels)
-            self._add_groups("drafter", groups, mask_k, ce)
+            scores = self.routing.product(state) if self.routing else None
+            product = self.drafter.product(state, buffer)
+            # The teacher's gradient is scaled like the student's, also where no student is trained.
+            scale = scales[:, 1 + k] if teaches or self.drafter.needs_backward(k) else None
+            found = terms.round(product, labels, mask[:, 1 + k], scale, scores, base.grad if teaches else None)
+            self._add(1 + k, mask[:, 1 + k], found, groups)
             into = torch.where(ok, states, self.targets.batch_rows)
             self.seen[:, k].index_fill_(0, into, True)  # by index, True would be copied to the device: a wait
-            if self.routing:
-                scores = Distribution.of(self.routing.logits(state))
-                served = routed(q, scores.logits, self.centroids, grad)
-                # `overlap` may write into a tensor that it reads: it works token by token.
-                self._measure(k, into, mask_k, p, served, overlap(p, served, grad))
-                self._measure(k, into, mask_k, p, q, alpha, "dense_")
-            else:
-                self._measure(k, into, mask_k, p, q, alpha)
-
+            for agreed, agree in zip(self.agreed.values(), found.agree, strict=True):
+                agreed[into, k] = agree
             if self.drafter.needs_backward(k):
-                if self.mix:
-                    distance.student_gradient(scale / self.temperature, grad)
-                else:
-                    grad.zero_()
-                for weight, tokens in ((self.data_weight, labels), (self.argmax_weight, p.argmax)):
-                    if weight:
-                        add_label_gradient(grad, q, tokens, weight * scale)
-                self.drafter.backward(grad, logits, state, k, states, scratch=probs)
+                self.drafter.backward(found.grad, state, k, states)
             if self.routing:
-                self._route(k, states, state, scores, self.centroids.token_centroid[labels], mask_k, scale)
+                centroid = self.centroids.token_centroid[labels]
+                self._route(k, states, state, Distribution.of(scores), centroid, mask[:, 1 + k], scales[:, 1 + k])
 
-        if self.teacher_grad:
-            self.base.backward(base_grad, base_logits, hidden, 0, rows, scratch=logits)
-
-    def _measure(self, k, into: Tensor, mask: Tensor, p: Distribution, q: Distribution, alpha: Tensor, head="") -> None:
-        """How round k's drafts from q fare; `into` is the drafter's row of each, `alpha` sum_v min(p, q)."""
-        agree = self.agreed[head][into, k] = q.argmax == p.argmax
-        values = {"agree": agree, "acceptance_argmax": pick(p.probs, q.argmax), "acceptance_sampled": alpha}
-        self._add(k, mask, **{head + name: value for name, value in values.items()})
+        if teaches:
+            self.base.backward(terms.base_gradient(base.grad), hidden, 0, rows)
 
     def _route(self, k, states: Tensor, state: Tensor, q: Distribution, centroid: Tensor, mask, scale: Tensor) -> None:
         """The routing loss of round k: cross-entropy of q, over the centroids, with the token's `centroid`."""
         ce, rank = q.cross_entropy(centroid), (q.logits > pick(q.logits, centroid)[:, None]).sum(-1)
-        self._add(k, mask, centroid_ce=ce, centroid_hit=rank < self.centroids.top_k)
+        hit = rank < self.centroids.top_k
+        for name, value in (("centroid_ce", ce), ("centroid_hit", hit)):
+            self.stats[name][k] += (value * mask).sum()
         if self.centroid_weight and self.routing.needs_backward(k):
             grad = torch.zeros_like(q.probs)
             add_label_gradient(grad, q, centroid, self.centroid_weight * scale)
-            self.routing.backward(grad, q.logits, state, k, states)
+            self.routing.backward(grad, state, k, states)
 
-    def _add(self, index: int, mask: Tensor, **values: Tensor) -> None:
-        """Add to entry `index` of each named sum the values `[n]` of the rows in `mask`."""
-        for name, value in values.items():
-            self.stats[name][index] += (value * mask).sum()
-
-    def _add_groups(self, model: str, groups: Tensor | None, mask: Tensor, ce: Tensor) -> None:
+    def _add(self, index: int, mask: Tensor, part: Part, groups: Tensor | None) -> None:
+        """Add what the base (0) or a round (1 + k) gives, of the rows in `mask`."""
+        self.sums[index, : len(part.sums)] += part.sums
         if groups is not None:
-            self.stats[f"group_{model}_ce"].index_add_(0, groups, ce * mask)
+            model = "drafter" if index else "base"
+            self.stats[f"group_{model}_ce"].index_add_(0, groups, part.ce * mask)
             self.stats[f"group_{model}_count"].index_add_(0, groups, mask)
