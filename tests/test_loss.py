@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from pairs import build_pair
+from torch._inductor.scheduler import Scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,6 +18,7 @@ from joint_train.pair.centroids import Centroids, routed, token_centroids
 from joint_train.pair.distribution import Distribution
 from joint_train.pair.loss import joint_loss
 from joint_train.pair.targets import joint_targets, sum_weights
+from joint_train.pair.terms import Compiled, Mix
 
 B, S, V, HB, HD, K = 2, 9, 24, 6, 4, 3
 
@@ -659,6 +661,76 @@ def test_nothing_is_copied_to_the_device_and_waited_for():
             softcap=30.0, centroids=centroids, groups=torch.zeros(49, dtype=torch.int64, device="meta"), num_groups=2,
         )[0].backward()  # fmt: skip
     assert not found
+
+
+def both_ways(drafter, dtype, **changes):
+    """Losses, sums and gradients without and with loss.compile; several chunks, the last of them smaller."""
+    results = []
+    for compiled in (False, True):
+        case = Case(dtype)
+        centroids = Centroids(case.centroid_weight, token_centroids(case.ordering, 6), top_k=2)
+        cfg = config(drafter, memory_budget_mb=tiny_chunks(12, torch.float32, 8), compile=compiled,
+                     centroid_weight=0.3, **changes)  # fmt: skip
+        loss, stats = case.ours(cfg, softcap=5.0, centroids=centroids)
+        results.append((loss, stats, case.gradients(loss, [("centroids", case.centroid_weight)])))
+    return results
+
+
+def assert_same_both_ways(drafter, dtype=torch.float32, **changes):
+    (loss, stats, gradients), compiled = both_ways(drafter, dtype, **changes)
+    for ours, other in zip((loss, stats), compiled, strict=False):
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
+    # In half precision a gradient is rounded once either way, of numbers that may differ in their last digit.
+    rounding = {} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-9}
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled[2][name], gradient, **({"rtol": 1e-5, "atol": 1e-6} | rounding))
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+def test_compiled_terms_equal_the_plain_ones():
+    mix = dict.fromkeys(KINDS, 0.2)
+    assert_same_both_ways(mix, teacher_grad=True, temperature=1.5)
+
+
+@pytest.mark.slow
+def test_compiled_terms_in_half_precision():
+    assert_same_both_ways("lk_hybrid", torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher_grad", [False, True])
+@pytest.mark.parametrize("drafter", KINDS)
+def test_compiled_terms_of_every_kind(drafter, teacher_grad):
+    torch._dynamo.reset()
+    assert_same_both_ways(drafter, teacher_grad=teacher_grad)
+
+
+@pytest.mark.parametrize("drafter", ["kl", "lk_hybrid", pytest.param("js", marks=pytest.mark.slow)])
+def test_a_compiled_round_reads_both_logits_and_writes_the_gradient(drafter, monkeypatch):
+    """Kernels and bytes of a round of 64 rows, as a GPU's kernels are fused (for a CPU exponentials are kept)."""
+    kernels, codegen = [], Scheduler.codegen
+    monkeypatch.setattr(torch._inductor.ir, "is_cpu", lambda _: False)
+    monkeypatch.setattr(
+        Scheduler,
+        "codegen",
+        lambda self: (kernels.extend(n.get_read_write_buffers_sizes() for n in self.nodes), codegen(self))[1],
+    )
+    torch._dynamo.reset()
+    rows, vocabulary = 64, 4096
+    numbers = torch.ones(rows)
+    labels = torch.randint(vocabulary, (rows,))
+    terms = Compiled(
+        Mix({drafter: 1.0}, 0.0, 0.0, 1.0, 0.0), None, (30.0, None), torch.randn(2, rows, vocabulary),
+        (torch.bfloat16, torch.bfloat16),
+    )  # fmt: skip
+    base, product = terms.product_buffers(rows)
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        terms.base(base, labels, numbers, numbers)
+        kernels.clear()
+        terms.round(product, labels, numbers, numbers, None, None)
+    least = rows * vocabulary * (4 + 4 + 2)
+    assert least <= sum(kernels) <= 1.3 * least
+    assert len(kernels) <= 5
 
 
 def test_chunks_are_equal_and_of_whole_tiles():

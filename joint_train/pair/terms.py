@@ -178,6 +178,7 @@ class Compiled:
         return self.product, other
 
     def base(self, product: Tensor, labels: Tensor, mask: Tensor, scale: Tensor | None) -> Part:
+        _any_number_of_rows(product, labels, mask, scale)
         dtype = None if self.mix.teacher_grad else self.dtypes[0]
         sums, ce, grad, *self.p = compiled(_base)(product, labels, mask, scale, self.caps[0], dtype)
         return Part(sums, ce, [], grad)
@@ -197,6 +198,7 @@ class Compiled:
         base_grad: Tensor | None,
     ) -> Part:
         p, q = (self.product, *self.p), (product, labels, mask, scale, scores)
+        _any_number_of_rows(*p, *q, base_grad)
         return Part(*compiled(_round)(self.mix, *p, *q, self.centroids, base_grad, self.caps, self.dtypes[1]))
 
 
@@ -204,6 +206,13 @@ class Compiled:
 def compiled(function: Callable) -> Callable:
     """One compiled function for all runs: its kernels are made for a configuration and kept."""
     return torch.compile(function, fullgraph=True)
+
+
+def _any_number_of_rows(*tensors: Tensor | None) -> None:
+    """The last chunk has fewer rows than the others, and each step other numbers: one kernel is for all of them."""
+    for tensor in tensors:
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def _capped(product: Tensor, cap: float | None) -> Tensor:

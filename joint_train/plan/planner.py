@@ -227,7 +227,7 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
     as_planned = {
         "parallel": {"compile": False},
         "model": {"use_liger_kernel": False},
-        "loss": {"memory_budget_mb": memory_budget_mb(cfg.loss, device_type)},
+        "loss": {"memory_budget_mb": memory_budget_mb(cfg.loss, device_type), "compile": False},
     }
     cfg = OmegaConf.merge(cfg, as_planned)
     compute = compute_dtype(cfg.precision, device_type)
