@@ -71,11 +71,10 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(whole, starter_dir, tmp_
         assert found.keys() == expected.keys()
         if not CUDA:
             assert found == expected, f"step {step}"
-        elif step == SAVED + 1:  # a forward has no atomics: weights, moments and data are those of the run
-            assert {name: found[name] for name in first} == {name: expected[name] for name in first}
-        else:
-            for name in first:
-                assert found[name] == pytest.approx(expected[name], rel=1e-2), f"{name} in step {step}"
+        for name in first:
+            # A forward is the same but for the order of sums; what backwards with atomics change grows in steps.
+            tolerance = 1e-5 if step == SAVED + 1 else 1e-2
+            assert found[name] == pytest.approx(expected[name], rel=tolerance), f"{name} in step {step}"
     for part in ("base", "drafter"):
         runs = (output_dir, tmp_path / "resumed")
         ours, theirs = (load_file(run / "export" / part / "model.safetensors") for run in runs)

@@ -15,7 +15,7 @@ from joint_train.config import KINDS
 from joint_train.config.checks import CHOICES
 from joint_train.config.schema import LossConfig
 from joint_train.distributed.parallelize import DTYPES
-from joint_train.pair.attention import FLEX, flex_takes, implementation
+from joint_train.pair.attention import BY_LAYER_TYPE, FLEX, flex_takes, implementation
 from joint_train.pair.centroids import Centroids, token_centroids
 
 pytestmark = pytest.mark.gpu
@@ -54,15 +54,24 @@ def near_in_bfloat16(found: Step, on_cpu, size: str, packed: bool = True) -> Non
 
 @pytest.mark.parametrize("shape", ["e2b", "26b_a4b", "31b", "12b_unified"])
 def test_sharded_equals_unsharded(folder, shape):
-    cfg = configure(folder, shape)
+    cfg = configure(folder, shape, model__attn_implementation="sdpa")
     assert_equal(step(cfg, DEVICE), step(cfg, DEVICE, sharded=False), FLOAT32)
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "one document"])
+def rows_of(attention: str) -> list[tuple[str, bool]]:
+    """Packed rows, and for what computes them in another way also rows of one document."""
+    other = implementation(attention, DEVICE.type) in ("sdpa", BY_LAYER_TYPE)
+    return [(attention, True), *([(attention, False)] if other else [])]
+
+
 @pytest.mark.parametrize("size", LENGTHS)
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-@pytest.mark.parametrize("attention", ATTENTION.values())
-def test_every_attention_is_the_references(folder, on_cpu, attention, compute, size, packed):
+@pytest.mark.parametrize(
+    "attention, packed",
+    [row for attention in ATTENTION.values() for row in rows_of(attention)],
+    ids=lambda x: x if isinstance(x, str) else "packed" if x else "one document",
+)
+def test_every_attention_is_the_references(folder, on_cpu, attention, packed, compute, size):
     if not CUDA and attention in FLEX:
         pytest.skip(f"{attention}: FlexAttention has no backward on CPU")
     cfg = configure(folder, size=size, precision__compute=compute, model__attn_implementation=attention)
