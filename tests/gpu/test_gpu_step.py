@@ -1,7 +1,6 @@
 """A joint step on the device: sharded as unsharded, in fp32 as the CPU's and in bfloat16 near it, with every choice of
 attention, loss, kernels and compilation."""
 
-import dataclasses
 import functools
 from importlib.util import find_spec
 
@@ -13,7 +12,6 @@ from test_loss import config as loss_config
 
 from joint_train.config import KINDS
 from joint_train.config.checks import CHOICES
-from joint_train.config.schema import LossConfig
 from joint_train.distributed.parallelize import DTYPES
 from joint_train.pair.attention import BY_LAYER_TYPE, FLEX, flex_takes, implementation
 from joint_train.pair.centroids import Centroids, token_centroids
@@ -107,16 +105,6 @@ def test_ligers_kernels_are_the_references(folder, on_cpu, compute):
         assert_equal(found, on_cpu("small"), FLOAT32)
 
 
-def implementations() -> list[dict]:
-    """Values of the ``loss`` keys that choose how it is computed and not what it is, as far as there are any."""
-    found = [{}]
-    for key in ("compile", "implementation", "kernel"):
-        if key in {field.name for field in dataclasses.fields(LossConfig)}:
-            choices = CHOICES.get(f"loss.{key}", (True, False))
-            found = [one | {key: choice} for one in found for choice in choices]
-    return found
-
-
 def moved(case: Case, device: torch.device) -> Case:
     """The same case with its tensors on a device, as leaves."""
     other = Case(case.base_hidden.dtype)
@@ -127,18 +115,26 @@ def moved(case: Case, device: torch.device) -> Case:
     return other
 
 
-@pytest.mark.parametrize("implementation", implementations(), ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("drafter", [*KINDS, MIX], ids=[*KINDS, "mix"])
-def test_every_loss_is_the_materialised_one(drafter, dtype, implementation):
+def losses() -> list:
+    """Each kind and all of them together; compiled in bfloat16, and in fp32 only all of them together."""
+    return [
+        pytest.param(drafter, dtype, compiled, id=f"{name}-{str(dtype)[6:]}{'-compiled' * compiled}")
+        for compiled in (False, True)
+        for name, drafter in {**{kind: kind for kind in KINDS}, "mix": MIX}.items()
+        for dtype in (torch.float32, torch.bfloat16)
+        if not compiled or name == "mix" or dtype == torch.bfloat16
+    ]
+
+
+@pytest.mark.parametrize("drafter, dtype, compiled", losses())
+def test_every_loss_is_the_materialised_one(drafter, dtype, compiled):
     """Values and gradients, of whole logits in fp32 on the CPU. Those of bfloat16 inputs are the same but for the last
     rounding, of the gradient of the logits and of the result: 2^-8 of what adds up in it."""
+    torch.compiler.reset()  # each kind has graphs of its own, and a function may have only so many
     case, extra = Case(dtype), "centroid_weight"
     ordered = Centroids(case.centroid_weight, token_centroids(case.ordering, 6), top_k=2)
-    cfg = loss_config(drafter, temperature=1.7, teacher_grad=0.3, centroid_weight=0.3)
+    cfg = loss_config(drafter, temperature=1.7, teacher_grad=0.3, centroid_weight=0.3, compile=compiled)
     cfg.memory_budget_mb = tiny_chunks(4)
-    for name, value in implementation.items():
-        setattr(cfg, name, value)
     options = {"softcap": 2.0, "drafter_softcap": 3.0}
     expected, expected_sums = reference(case, cfg, centroids=ordered, **options)
     gradients = case.gradients(expected, [(extra, case.centroid_weight)])
