@@ -17,6 +17,7 @@ from joint_train.distributed.parallelize import text_model
 from joint_train.distributed.placement import local_numel
 from joint_train.errors import ConfigError
 from joint_train.plan.planner import Machine, make_plan, with_overrides
+from joint_train.train.compact import CompactAdamW
 from joint_train.train.optim import build_optimizer, total_norm, update
 from joint_train.weights.composite import load_pair, meta_pair
 from joint_train.weights.folders import read_configs
@@ -42,7 +43,7 @@ def run(rank, pair, save_to, first, then):
     for overrides, start in ((first, 0), (then, 2)):
         cfg = config({"model.base": f"{pair}/base", "model.drafter": f"{pair}/drafter", **overrides})
         model = load_pair(cfg, init_mesh(cfg.parallel), torch.device("cpu")).train()
-        optimizer = build_optimizer(model, cfg.optim)
+        optimizer = build_optimizer(model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
         checkpointer = Checkpointer(save_to, cfg.checkpoint, timeout_seconds=TIMEOUT)
         if start:
             assert checkpointer.resume("auto", model, optimizer, config=cfg)[1] == {"step": 2}
@@ -67,7 +68,7 @@ def run(rank, pair, save_to, first, then):
     return results
 
 
-@pytest.mark.parametrize("mode", ["all"])
+@pytest.mark.parametrize("mode", ["optimizer", "all"])
 def test_the_same_training_as_without(pair, tmp_path, mode):
     other = {"parallel.cpu_offload": mode}
     ((plain, norms, offloaded), (resumed, *_)) = run_ranks(run, 2, pair, tmp_path / "a", {}, other)[0]
@@ -107,6 +108,41 @@ def test_shards_are_on_the_cpu_and_buffers_on_the_device(pair):
     assert run_ranks(devices, 2, pair) == [({"cpu"}, {"meta"}, True)] * 2
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "adamw_8bit"])
+def test_states_of_weights_on_a_device_are_on_the_cpu(name):
+    """The meta device stands for a GPU: its weights get states on the CPU, in the shapes of others."""
+    weight = torch.zeros(64, 256, device="meta")
+    there, here = (
+        CompactAdamW([{"params": [p], "lr": 1.0, "weight_decay": 0.0}], name, (0.9, 0.95), 1e-8, on_host)
+        for p, on_host in ((torch.zeros(64, 256), False), (weight, True))
+    )
+    for entry in there.entries(weight).values():
+        state = here.zeros(weight, *entry)
+        assert state.device.type == "cpu" and (state.shape, state.dtype) == entry and not state.any()
+    assert here.entries(weight) == there.entries(weight)
+
+
+def low_precision_steps(rank, pair, name, mode):
+    """Everything after two steps."""
+    cfg = config({"model.base": f"{pair}/base", "model.drafter": f"{pair}/drafter", "optim.name": name})
+    model = load_pair(cfg, init_mesh(cfg.parallel), torch.device("cpu")).train()
+    optimizer = build_optimizer(model, cfg.optim, mode == "optimizer")
+    for step in range(2):
+        ids = torch.randint(3, 240, (2, 12), generator=torch.Generator().manual_seed(step))
+        model(ids, labels=ids).loss.backward()
+        update(optimizer, model, 1.0, 1.0)
+        optimizer.zero_grad()
+    return everything(model, optimizer)
+
+
+@pytest.mark.parametrize("name", ["adamw_bf16", "adamw_8bit"])
+def test_low_precision_states_may_be_on_the_cpu_too(pair, name):
+    plain, moved = (run_ranks(low_precision_steps, 1, pair, name, mode)[0] for mode in ("none", "optimizer"))
+    assert plain.keys() == moved.keys()
+    for key, value in plain.items():
+        np.testing.assert_array_equal(value, moved[key], key)
+
+
 def test_generation_is_refused():
     validate(config({**BASE, "parallel.cpu_offload": "all", "eval.prompts": 0}))
     with pytest.raises(ConfigError, match="eval.prompts=0"):
@@ -139,4 +175,8 @@ def test_the_plan_counts_host_memory_and_transfers(pair, accumulate):
     assert moved.exposed_seconds(machine) >= total - hidden - 1e-12
     for part in ("weights (this rank's shard)", "optimizer states"):
         assert plain.memory[part] > 0 and moved.memory[part] == 0
+    states = make_plan(with_overrides(cfg, {"parallel.cpu_offload": "optimizer"}), machine, "cpu")
+    assert plain.peak - states.peak == plain.memory["optimizer states"] == states.host == 2 * trained
+    assert states.transfers == {"to device": 2 * trained, "to host": 2 * trained}  # once a step
+    assert states.exposed_seconds(machine) == pytest.approx(plain.exposed_seconds(machine) + 4 * trained / 25e9)
     assert moved.memory["gradients"] < 0.7 * trained <= plain.peak - moved.peak

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import empty as empty_dtensor
 
 from joint_train.checkpoint.layout import hex_checksum
 from joint_train.checkpoint.reader import Reader, Unreadable
@@ -63,6 +62,8 @@ def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Tensors of the optimizer's state as ``<parameter>/<entry>``; a parameter that never had a gradient has none."""
     names = parameter_names(model)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # states in CPU memory may still be on their way from the last update
     return {
         f"{names[parameter]}/{entry}": value
         for parameter, state in optimizer.state.items()
@@ -80,7 +81,8 @@ def new_optimizer_state(
         entries.setdefault(name, []).append(entry)
     names = parameter_names(model)
     state = {}
-    compact = getattr(optimizer, "entries", None)  # of an optimizer whose state isn't of the weight's dtype
+    compact = getattr(optimizer, "entries", None)  # of an optimizer that makes its own state
+    low_precision = compact and optimizer.name != "adamw"
     for group in optimizer.param_groups:
         # AdamW keeps its step counter on the CPU, except where a fused or captured kernel reads it.
         counter_on_device = group.get("fused") or group.get("capturable")
@@ -90,7 +92,7 @@ def new_optimizer_state(
             found = {
                 entry: stored[f"{names[parameter]}/{entry}"] for entry in entries[names[parameter]] if entry != "step"
             }
-            if compact:
+            if low_precision:
                 expected = compact(parameter)
                 fits = {entry: (meta.size, meta.properties.dtype) for entry, meta in found.items()} == expected
             else:
@@ -103,14 +105,11 @@ def new_optimizer_state(
             state[parameter] = {}
             for entry in entries[names[parameter]]:
                 meta = stored[f"{names[parameter]}/{entry}"]
-                dtype = meta.properties.dtype
-                if meta.size == parameter.shape and meta.size != ():
-                    dtype = dtype if compact else parameter.dtype
-                    state[parameter][entry] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-                elif len(meta.size) == parameter.ndim and isinstance(parameter, DTensor) and meta.size != ():
-                    state[parameter][entry] = empty_dtensor(
-                        meta.size, dtype=dtype, device_mesh=parameter.device_mesh, placements=parameter.placements
-                    )
+                dtype = meta.properties.dtype if low_precision or entry == "step" else parameter.dtype
+                if compact and entry != "step":
+                    state[parameter][entry] = optimizer.zeros(parameter, meta.size, dtype)
+                elif entry != "step":
+                    state[parameter][entry] = torch.empty_like(parameter, requires_grad=False)
                 else:
                     device = parameter.device if counter_on_device else "cpu"
                     state[parameter][entry] = torch.empty(meta.size, dtype=dtype, device=device)

@@ -21,7 +21,7 @@ CHOICES = {
     "optim.name": ("adamw", "adamw_8bit", "adamw_bf16"),
     "optim.clip": ("joint", "separate"),
     "optim.schedule": ("cosine", "linear", "constant"),
-    "parallel.cpu_offload": ("none", "all"),
+    "parallel.cpu_offload": ("none", "optimizer", "all"),
     "precision.compute": ("auto", "bfloat16", "float32"),
     "precision.params": ("float32", "bfloat16"),
     "precision.reduce": ("float32", "bfloat16"),

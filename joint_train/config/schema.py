@@ -142,7 +142,8 @@ class ParallelConfig:
     tp: int = key(1, "tensor parallel size; only 1")
     reshard_after_forward: bool = key(True, "free a base layer's gathered weights after its forward")
     cpu_offload: str = key(
-        "none", "none | all: weights, gradients and optimizer states in CPU memory, and the update on the CPU"
+        "none",
+        "none | optimizer: its states in CPU memory | all: weights and gradients too, and the update there",
     )
     compile: bool = key(False, "torch.compile each decoder layer of both models")
     timeout_seconds: int = key(1800, "longest wait for a collective")

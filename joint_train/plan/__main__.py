@@ -56,8 +56,8 @@ def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> N
         **(
             {
                 "to and from the host": f"{plan.transfer_seconds(machine):.2f} s for "
-                f"{sum(plan.transfers.values()) / GIB:,.1f} GiB at {machine.pcie_gb_per_second:g} GB/s; the update on "
-                "the CPU, not counted here, comes on top",
+                f"{sum(plan.transfers.values()) / GIB:,.1f} GiB at {machine.pcie_gb_per_second:g} GB/s"
+                + ("" if plan.transfers_at_end else "; the update on the CPU, not counted here, comes on top"),
                 "host memory": f"{plan.host / GIB:,.1f} GiB of a rank, "
                 f"{plan.host * min(plan.ranks, machine.gpus_per_node) / GIB:,.1f} of a node",
             }

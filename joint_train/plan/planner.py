@@ -83,6 +83,7 @@ class Plan:
     micro_batches: int  # of a step, on a rank
     padding: float  # what equal shards add to the sharded weights, as a share of them
     host: int  # bytes of a rank in its host's memory: what parallel.cpu_offload moves there
+    transfers_at_end: bool  # not beside forward and backward, but in the update
     transfers: dict[str, int]  # bytes of a step between a rank's GPU and its host: "to device", "to host"
     attention: str  # what computes it
 
@@ -134,7 +135,10 @@ class Plan:
             of_kind = self.communication[kind]
             if every := sum(of_kind.values()):
                 ends += total[kind] * sum(of_kind.get(unit, 0) for unit in units) / every
-        whole = sum(total.values()) + self.transfer_seconds(machine)
+        transfers = self.transfer_seconds(machine)
+        if self.transfers_at_end:
+            ends += transfers
+        whole = sum(total.values()) + transfers
         return ends + max(0.0, whole - ends - self.compute_seconds(machine))
 
     def generation_seconds(self, machine: Machine, forwards: int) -> float:
@@ -253,7 +257,7 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
     memory = {
         "weights (this rank's shard)": 0 if offloaded else shards,
         "frozen towers": sum(p.nbytes for p in whole),
-        "optimizer states": 0 if offloaded else states,
+        "optimizer states": states if cfg.parallel.cpu_offload == "none" else 0,
         **{name: step.at_peak[name] for name in ("gradients", "gathered weights", "gradient reduction", "activations")},
     }
     kinds = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce")
@@ -268,6 +272,8 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         communication["all-reduce"]["gradients"] = sum(local_numel(p.shape, shard) for p in trained) * reduce_bytes
     if shard == 1:
         communication |= {"all-gather": {}, "reduce-scatter": {}, "all-to-all": {}}
+    if cfg.parallel.cpu_offload == "optimizer":  # to the update and back
+        transfers = {"to device": states, "to host": states}
     tokens = cfg.data.max_length * cfg.data.micro_batch_size * cfg.optim.grad_accum * ranks
     itemsize = DTYPES[cfg.precision.params].itemsize
     saved = [p for tensors in pair_tensors(model).values() for p in tensors.values() if isinstance(p, nn.Parameter)]
@@ -287,8 +293,9 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
         mesh=(ranks // shard, shard),
         micro_batches=cfg.optim.grad_accum,
         padding=padding([p.shape for p in parameters if id(p) not in {id(other) for other in whole}], shard),
-        host=shards + states + gradients if offloaded else 0,
+        host={"none": 0, "optimizer": states, "all": shards + states + gradients}[cfg.parallel.cpu_offload],
         transfers=transfers,
+        transfers_at_end=cfg.parallel.cpu_offload == "optimizer",
         attention=kernels(model.base.config.get_text_config(), compute, "meta"),
     )
 
@@ -344,6 +351,7 @@ def savings(cfg: DictConfig, machine: Machine) -> dict[str, int]:
         {"precision.params": "bfloat16"},
         *([{"lora.r": 16}] if can_adapt(cfg) else []),
         *([{"freeze.base": True}] if not cfg.lora.r else []),
+        {"parallel.cpu_offload": "optimizer"},
         *([] if cfg.eval.prompts else [{"parallel.cpu_offload": "all"}]),
     ]
     peaks = {}

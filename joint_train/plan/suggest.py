@@ -56,9 +56,10 @@ def changes_training(cfg: DictConfig) -> list[list[tuple[int, dict[str, object]]
     if not cfg.freeze.base and not cfg.lora.r:
         instead.append((64, {"freeze.base": True}))
     groups.append(instead)
-    if cfg.parallel.cpu_offload == "none" and not cfg.eval.prompts:
-        # It changes nothing in what is learnt, but a step waits for PCIe and for an update on the CPU.
-        groups.append([(128, {"parallel.cpu_offload": "all"})])
+    if cfg.parallel.cpu_offload == "none":
+        # It changes nothing in what is learnt, but a step waits for PCIe and, with all, for an update on the CPU.
+        everything = [] if cfg.eval.prompts else [(128, {"parallel.cpu_offload": "all"})]
+        groups.append([(96, {"parallel.cpu_offload": "optimizer"}), *everything])
     return [[(0, {}), *group] for group in groups]
 
 

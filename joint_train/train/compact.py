@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits or in bfloat16, which leaves out a step by a flag on the device.
+"""AdamW with moments in 8 bits, in bfloat16 or in the host's memory, which leaves out a step by a flag on the device.
 
 The arithmetic is torch's fused kernel in fp32, and the 8-bit format torchao's (dynamic, block-wise:
 https://arxiv.org/abs/2110.02861). torchao's own ``AdamW8bit`` isn't used: its blocks follow a rank's shard, so that
@@ -8,7 +8,7 @@ other ranks have others, and it can't leave out a step unless the host waits for
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import empty as empty_dtensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
@@ -20,20 +20,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def zeros(parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Zeros of another last dimension or dtype, sharded like the parameter."""
-    if not isinstance(parameter, DTensor):
-        return torch.zeros(shape, dtype=dtype, device=parameter.device)
-    found = empty_dtensor(shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=parameter.placements)
-    found.to_local().zero_()
-    return found
-
-
 class CompactAdamW(Optimizer):
-    """AdamW of which the moments are kept in less than fp32.
+    """AdamW of which the moments are kept in less than fp32, or in the host's memory.
 
     Args:
-        name: ``adamw_8bit`` or ``adamw_bf16``.
+        name: ``adamw``, ``adamw_8bit`` or ``adamw_bf16``.
+        on_host: keep the moments in the CPU's memory (pinned, if the weights are on a GPU). Those of one weight at a
+            time are copied to the weight's device for its update, and back.
 
     ``found_inf``, a scalar on the device, leaves out the next step where it isn't 0: nothing changes, not a bit.
 
@@ -41,8 +34,8 @@ class CompactAdamW(Optimizer):
         ConfigError: for a weight whose shards cut a block in two.
     """
 
-    def __init__(self, groups, name: str, betas: tuple[float, float], eps: float):
-        self.name = name
+    def __init__(self, groups, name: str, betas: tuple[float, float], eps: float, on_host: bool = False):
+        self.name, self.on_host = name, on_host
         self.found_inf: Tensor | None = None
         self.grad_scale = None
         # As with torch's fused AdamW the counter of steps is on the parameter's device.
@@ -62,8 +55,9 @@ class CompactAdamW(Optimizer):
     def entries(self, parameter: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of each tensor of state but ``step``."""
         shape = parameter.shape
-        if self.name == "adamw_bf16":
-            return {name: (shape, torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")}
+        if self.name != "adamw_8bit":
+            dtype = torch.bfloat16 if self.name == "adamw_bf16" else parameter.dtype
+            return {name: (shape, dtype) for name in ("exp_avg", "exp_avg_sq")}
         block = block_size(shape)
         if not block:
             return {name: (shape, torch.float32) for name in ("exp_avg", "exp_avg_sq")}
@@ -73,6 +67,19 @@ class CompactAdamW(Optimizer):
             for name in ("exp_avg", "exp_avg_sq")
             for part, of_part in (("codes", (shape, torch.uint8)), ("scale", (scales, torch.float32)))
         }
+
+    def zeros(self, parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor of state, sharded like the parameter, where this optimizer keeps it."""
+        device = torch.device("cpu") if self.on_host else parameter.device
+        options = {"dtype": dtype, "device": device, "pin_memory": self.on_host and parameter.is_cuda}
+        if not isinstance(parameter, DTensor):
+            return torch.zeros(shape, **options)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        own, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            torch.zeros(own, **options), mesh, placements, run_check=False, shape=shape, stride=stride
+        )
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
@@ -85,13 +92,13 @@ class CompactAdamW(Optimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            state |= {name: zeros(parameter, *entry) for name, entry in self.entries(parameter).items()}
+            state |= {name: self.zeros(parameter, *entry) for name, entry in self.entries(parameter).items()}
         weight, gradient = local(parameter), local(parameter.grad)
         if weight.numel() == 0:  # a rank without a part of it: the step counts nevertheless
             state["step"] += 1 if self.found_inf is None else (self.found_inf == 0)
             return
         master = weight.float()
-        moments = [self._read(state, name) for name in ("exp_avg", "exp_avg_sq")]
+        moments = [self._read(state, name, weight.device) for name in ("exp_avg", "exp_avg_sq")]
         beta1, beta2 = group["betas"]
         adamw(
             [master], [gradient.float()], [moments[0]], [moments[1]], [], [state["step"]],
@@ -103,23 +110,24 @@ class CompactAdamW(Optimizer):
         for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
             self._write(state, name, moment)
 
-    def _read(self, state: dict[str, Tensor], name: str) -> Tensor:
+    def _read(self, state: dict[str, Tensor], name: str, device: torch.device) -> Tensor:
         if name in state:
-            return local(state[name]).float()  # fp32: the very tensor
+            return local(state[name]).to(device, non_blocking=True).float()  # fp32, and there already: the very tensor
         from torchao.optim.quant_utils import dequant_with_qmap
 
-        codes, scale = local(state[f"{name}_codes"]), local(state[f"{name}_scale"])
-        return dequant_with_qmap(codes, self.maps[name].to(codes.device), scale.flatten())
+        codes, scale = (local(state[f"{name}_{part}"]).to(device, non_blocking=True) for part in ("codes", "scale"))
+        return dequant_with_qmap(codes, self.maps[name].to(device), scale.flatten())
 
     def _write(self, state: dict[str, Tensor], name: str, moment: Tensor) -> None:
         if name in state:
             kept = local(state[name])
-            if kept.dtype != moment.dtype:
-                kept.copy_(moment)
+            if kept.dtype != moment.dtype or kept.device != moment.device:
+                kept.copy_(moment.to(kept.dtype), non_blocking=True)
             return
         from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor
 
-        codes, scale = local(state[f"{name}_codes"]), local(state[f"{name}_scale"])
+        parts = local(state[f"{name}_codes"]), local(state[f"{name}_scale"])
+        codes, scale = (part.to(moment.device, non_blocking=True) for part in parts)
         scaled, new_scale = scale_tensor(moment, moment.numel() // scale.numel())
         new_codes = quantize_8bit_with_qmap(scaled, self.maps[name].to(codes.device))
         new_scale = new_scale.view(scale.shape)
@@ -127,8 +135,8 @@ class CompactAdamW(Optimizer):
             # What is read and quantised again isn't always what it was: the map has a 1 and no -1.
             skipped = self.found_inf != 0
             new_codes, new_scale = torch.where(skipped, codes, new_codes), torch.where(skipped, scale, new_scale)
-        codes.copy_(new_codes)
-        scale.copy_(new_scale)
+        for old, new in zip(parts, (new_codes, new_scale), strict=True):
+            old.copy_(new, non_blocking=True)
 
 
 def _maps() -> dict[str, Tensor]:

@@ -15,8 +15,12 @@ from joint_train.pair.model import JointModel
 from joint_train.train.compact import CompactAdamW
 
 
-def build_optimizer(model: JointModel, cfg: DictConfig) -> AdamW | CompactAdamW:
+def build_optimizer(model: JointModel, cfg: DictConfig, on_host: bool = False) -> AdamW | CompactAdamW:
     """Up to four groups: base and drafter, each with and without weight decay.
+
+    Args:
+        cfg: the ``optim`` group.
+        on_host: keep the states in CPU memory though the weights aren't there: ``parallel.cpu_offload=optimizer``.
 
     Norms, biases, scales and embedding tables (with the heads tied to them) have no decay, as is customary.
     """
@@ -29,8 +33,8 @@ def build_optimizer(model: JointModel, cfg: DictConfig) -> AdamW | CompactAdamW:
         groups.append({"params": decayed, "lr": lr, "peak_lr": lr, "weight_decay": cfg.weight_decay})
         groups.append({"params": rest, "lr": lr, "peak_lr": lr, "weight_decay": 0.0})
     groups = [g for g in groups if g["params"]]
-    if cfg.name != "adamw":
-        return CompactAdamW(groups, cfg.name, tuple(cfg.betas), cfg.eps)
+    if cfg.name != "adamw" or on_host:
+        return CompactAdamW(groups, cfg.name, tuple(cfg.betas), cfg.eps, on_host)
     # Fused, because it can skip a step by a flag on the device: see update().
     return AdamW(groups, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
 

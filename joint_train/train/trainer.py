@@ -61,7 +61,7 @@ class Trainer:
 
         check_backward(cfg.model.attn_implementation, self.device.type)
         self.model = load_pair(cfg, self.mesh, self.device).train()
-        self.optimizer = build_optimizer(self.model, cfg.optim)
+        self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
 
         self.val_loader = self.drift = None
