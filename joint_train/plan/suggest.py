@@ -38,7 +38,8 @@ def costs_time(cfg: DictConfig) -> list[dict[str, object]]:
 
 
 def changes_training(cfg: DictConfig) -> list[list[tuple[int, dict[str, object]]]]:
-    """Groups of alternatives with their costs: a judgement of how much each changes what is learnt.
+    """Groups of alternatives with their costs, those that take less memory last: a judgement of how much each changes
+    what is learnt.
 
     Only their order counts: each is above the sum of all before it.
     """
@@ -78,10 +79,13 @@ def suggest(cfg: DictConfig, machine: Machine, most: int = 3) -> list[Suggestion
 
     if fits(now := tried({})):
         return [now]
-    time = costs_time(cfg)
+    time, groups = costs_time(cfg), changes_training(cfg)
+    # The last of each group takes least memory: where all of them together don't fit, nothing does.
+    if not fits(tried(merged(*time, *(group[-1][1] for group in groups)))):
+        return []
     combinations = sorted(
         ((sum(cost for cost, _ in chosen), merged(*(change for _, change in chosen)))
-         for chosen in product(*changes_training(cfg))),
+         for chosen in product(*groups)),
         key=lambda one: one[0],
     )  # fmt: skip
     found: list[Suggestion] = []
