@@ -59,8 +59,9 @@ def changes_training(cfg: DictConfig) -> list[list[tuple[int, dict[str, object]]
     groups.append(instead)
     if cfg.parallel.cpu_offload == "none":
         # It changes nothing in what is learnt, but a step waits for PCIe and, with all, for an update on the CPU.
-        everything = [] if cfg.eval.prompts else [(128, {"parallel.cpu_offload": "all"})]
-        groups.append([(96, {"parallel.cpu_offload": "optimizer"}), *everything])
+        groups.append([(96, {"parallel.cpu_offload": "optimizer"})])
+        if not cfg.eval.prompts:
+            groups[-1].append((128, {"parallel.cpu_offload": "all"}))
     return [[(0, {}), *group] for group in groups]
 
 
