@@ -34,7 +34,8 @@ def run_ranks(function, world_size: int, *args, timeout: float = 240.0) -> list:
         ends, processes = [], []
         for rank in range(world_size):
             ours, theirs = CONTEXT.Pipe(duplex=False)
-            process = CONTEXT.Process(target=_main, args=(function, rank, world_size, f"{folder}/store", theirs, args))
+            arguments = function, rank, world_size, f"{folder}/store", theirs, dict(os.environ), args
+            process = CONTEXT.Process(target=_main, args=arguments)
             process.start()
             theirs.close()
             ends.append(ours)
@@ -61,8 +62,9 @@ def run_ranks(function, world_size: int, *args, timeout: float = 240.0) -> list:
         return results
 
 
-def _main(function, rank, world_size, store, pipe, args):
+def _main(function, rank, world_size, store, pipe, environment, args):
     torch.set_num_threads(1)
+    os.environ.update(environment)  # the server that forks may be older than what a test has set
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)

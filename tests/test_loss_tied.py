@@ -12,7 +12,8 @@ from joint_train.pair.targets import joint_targets
 from joint_train.pair.tied import TiedGradient
 
 V, H, S = 11, 3, 40
-CONFIG = SimpleNamespace(drafter="kl", temperature=1.0, teacher_grad=True, centroid_weight=0.0, memory_budget_mb=1)
+CONFIG = SimpleNamespace(drafter="kl", temperature=1.0, teacher_grad=True, centroid_weight=0.0, memory_budget_mb=1,
+                         compile=False)  # fmt: skip
 
 
 def gradients(tied, dtype=torch.float32, frozen=False):
