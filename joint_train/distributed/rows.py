@@ -42,7 +42,9 @@ class Lookup:
 
     def to(self, device: torch.device) -> "Lookup":
         """The same with its tensors on a device; nothing waits for it."""
-        ids, wanted = (x.to(device, non_blocking=True) for x in (self.ids, self.wanted))
+        pin = device.type == "cuda"  # from other memory a copy waits for the device
+        tensors = (x.pin_memory() if pin else x for x in (self.ids, self.wanted))
+        ids, wanted = (x.to(device, non_blocking=True) for x in tensors)
         return dataclasses.replace(self, ids=ids, wanted=wanted)
 
 
