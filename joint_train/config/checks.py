@@ -18,7 +18,7 @@ CHOICES = {
     "data.train_on": ("assistant", "last_assistant", "all"),
     "data.mixture": ("endless", "epoch"),
     "data.on_error": ("raise", "skip"),
-    "optim.name": ("adamw", "adamw_8bit", "adamw_bf16"),
+    "optim.name": ("adamw", "adamw_8bit", "adamw_bf16", "muon"),
     "optim.clip": ("joint", "separate"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "parallel.cpu_offload": ("none", "optimizer", "all"),
@@ -120,6 +120,11 @@ def validate(cfg: DictConfig, world_size: int | None = None, node: int | None = 
         )
     if cfg.tracking.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("tracking.tensorboard=true needs the tensorboard package: pip install tensorboard")
+    if cfg.optim.name == "muon" and cfg.parallel.cpu_offload != "none":
+        raise ConfigError(
+            "optim.name=muon multiplies whole matrices in its update, on the GPU: set parallel.cpu_offload=none, or "
+            "another optim.name."
+        )
     if cfg.optim.name == "adamw_8bit" and find_spec("torchao") is None:
         raise ConfigError(
             "optim.name=adamw_8bit needs the torchao package: pip install 'joint-train[low-precision]'. "

@@ -118,7 +118,9 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = key("adamw", "adamw | adamw_8bit (moments in 8 bits, by torchao) | adamw_bf16 (moments in bfloat16)")
+    name: str = key(
+        "adamw", "adamw | adamw_8bit (moments in 8 bits, by torchao) | adamw_bf16 (moments in bfloat16) | muon"
+    )
     lr: float = key(1e-5, "peak learning rate of the base")
     drafter_lr: float = key(1e-4, "peak learning rate of the drafter")
     weight_decay: float = key(0.01, "of matrices; norms, biases and embeddings have none")

@@ -30,13 +30,27 @@ def without_decay(module: nn.Module) -> set[int]:
     return {id(p) for p in module.parameters() if p.ndim <= 1 or id(p) in tables}
 
 
+def moved_by_muon(module: nn.Module) -> list[nn.Parameter]:
+    """The trained weights that ``optim.name=muon`` moves by Muon: matrices of linear layers.
+
+    Not tables and heads, not the routing of ordered embeddings, which is a head as well, and not experts, which are
+    three-dimensional.
+    """
+    spared = without_decay(module)
+    named = module.named_parameters()
+    return [p for n, p in named if p.requires_grad and p.ndim == 2 and id(p) not in spared and "centroids" not in n]
+
+
 def state_bytes(name: str, shape: Iterable[int], numel: int, dtype: torch.dtype) -> int:
     """Bytes of optimizer state for `numel` values (of a shard, say) of a weight of this whole shape.
 
     Args:
+        name: of the optimizer, or ``momentum`` for a weight that Muon moves.
         dtype: of the weight.
     """
     shape = tuple(shape)
+    if name == "momentum":
+        return numel * dtype.itemsize
     if name == "adamw_bf16":
         return 4 * numel
     if name == "adamw_8bit":

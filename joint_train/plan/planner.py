@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from joint_train.checkpoint.state import pair_tensors
 from joint_train.config.values import mesh_shape
-from joint_train.distributed.moments import state_bytes
+from joint_train.distributed.moments import moved_by_muon, state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
 from joint_train.distributed.placement import local_numel, padding
 from joint_train.pair.attention import kernels
@@ -242,8 +242,12 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
     trained = [p for p in parameters if p.requires_grad]
     dtype = DTYPES[cfg.precision.params]
 
+    parts = [module for _, module in model.parts()] if cfg.optim.name == "muon" else []
+    by_muon = {id(p) for module in parts for p in moved_by_muon(module)}
+
     def bytes_of_states(p: nn.Parameter, numel: int) -> int:
-        return state_bytes(cfg.optim.name, p.shape, numel, dtype)
+        name = "momentum" if id(p) in by_muon else cfg.optim.name
+        return state_bytes(name, p.shape, numel, dtype)
 
     states = sum(bytes_of_states(p, local_numel(p.shape, shard)) for p in trained)
     reduce_bytes = DTYPES[cfg.precision.reduce].itemsize

@@ -89,10 +89,7 @@ class CompactAdamW(Optimizer):
                     self._update(parameter, group)
 
     def _update(self, parameter: Tensor, group: dict) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state |= {name: self.zeros(parameter, *entry) for name, entry in self.entries(parameter).items()}
+        state = self._state(parameter)
         weight, gradient = local(parameter), local(parameter.grad)
         if weight.numel() == 0:  # a rank without a part of it: the step counts nevertheless
             state["step"] += 1 if self.found_inf is None else (self.found_inf == 0)
@@ -109,6 +106,13 @@ class CompactAdamW(Optimizer):
             weight.copy_(master)
         for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
             self._write(state, name, moment)
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state |= {name: self.zeros(parameter, *entry) for name, entry in self.entries(parameter).items()}
+        return state
 
     def _read(self, state: dict[str, Tensor], name: str, device: torch.device) -> Tensor:
         if name in state:

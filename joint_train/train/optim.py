@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from joint_train.distributed.moments import without_decay
+from joint_train.distributed.moments import moved_by_muon, without_decay
 from joint_train.pair.model import JointModel
 from joint_train.train.compact import CompactAdamW
+from joint_train.train.muon import Muon
 
 
 def build_optimizer(model: JointModel, cfg: DictConfig, on_host: bool = False) -> AdamW | CompactAdamW:
@@ -33,6 +34,9 @@ def build_optimizer(model: JointModel, cfg: DictConfig, on_host: bool = False) -
         groups.append({"params": decayed, "lr": lr, "peak_lr": lr, "weight_decay": cfg.weight_decay})
         groups.append({"params": rest, "lr": lr, "peak_lr": lr, "weight_decay": 0.0})
     groups = [g for g in groups if g["params"]]
+    if cfg.name == "muon":
+        matrices = [p for _, module in model.parts() for p in moved_by_muon(module)]
+        return Muon(groups, matrices, tuple(cfg.betas), cfg.eps)
     if cfg.name != "adamw" or on_host:
         return CompactAdamW(groups, cfg.name, tuple(cfg.betas), cfg.eps, on_host)
     # Fused, because it can skip a step by a flag on the device: see update().
