@@ -31,8 +31,6 @@ train: install
 
 # The linters read the code as it is with the pinned torch.
 test: install $(if $(TORCH),,lint)
-	# What only some options need, and `make train` doesn't.
-	$(BIN)/python -m pip $(PIP) -e '.[test,low-precision,lora]' $(PINNED)
 	$(BIN)/python -m pytest
 
 test-slow: install

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from joint_train.config import Config
+from joint_train.distributed.placement import local, part_of, sharded_like
 from joint_train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -135,12 +136,7 @@ def initialise(base: nn.Module, seed: int) -> None:
 @torch.no_grad()
 def assign(parameter: nn.Parameter, whole: Tensor) -> None:
     """Set a weight, or this rank's shard of it, to a value that every rank has whole."""
-    if isinstance(parameter, DTensor):
-        mesh, placements = parameter.device_mesh, parameter.placements
-        shard = distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
-        parameter.to_local().copy_(shard)
-    else:
-        parameter.copy_(whole)
+    local(parameter).copy_(part_of(whole, parameter))
 
 
 @torch.no_grad()
@@ -148,12 +144,8 @@ def gathered(parameter: Tensor) -> Tensor:
     """A whole weight, on the device of the mesh. Collective where it is sharded."""
     if not isinstance(parameter, DTensor):
         return parameter.detach()
-    mesh = parameter.device_mesh
-    local = parameter.to_local().to(mesh.device_type)  # it may be in CPU memory (parallel.cpu_offload=all)
-    shape, stride = parameter.shape, parameter.stride()
-    return DTensor.from_local(
-        local, mesh, parameter.placements, run_check=False, shape=shape, stride=stride
-    ).full_tensor()  # fmt: skip
+    # It may be in CPU memory (parallel.cpu_offload=all).
+    return sharded_like(parameter.to_local().to(parameter.device_mesh.device_type), parameter).full_tensor()
 
 
 @torch.no_grad()
@@ -181,12 +173,9 @@ def merged(module: Any, weight: Tensor | None = None) -> Tensor:
         weight: the whole W, where the layer's own isn't there.
     """
     weight = module.base_layer.weight.detach() if weight is None else weight
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    local = local.float() + added(module).to(local.device)
-    if not isinstance(weight, DTensor):
-        return local
-    mesh, placements = weight.device_mesh, weight.placements
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
+    shard = local(weight)
+    shard = shard.float() + added(module).to(shard.device)
+    return sharded_like(shard, weight) if isinstance(weight, DTensor) else shard
 
 
 class Merged(Mapping[str, Tensor]):

@@ -142,14 +142,14 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for layer in text.layers:
         fully_shard(layer, reshard_after_forward=cfg.parallel.reshard_after_forward, **options)
-    table = per_layer_table(model.base)
+    table, ignored = per_layer_table(model.base), whole
     if exchanges_rows(model.base, cfg):
         shard_rows(table, options["mesh"], compute, cfg.parallel.timeout_seconds)
+        ignored = whole | {table.weight}
         model.register_forward_pre_hook(_hand_over_lookup, with_kwargs=True)
     elif table is not None:
         fully_shard(table, reshard_after_forward=True, **options)
         table.set_unshard_in_backward(False)  # the gradient of a look-up doesn't need the table
-    ignored = whole | {table.weight} if exchanges_rows(model.base, cfg) else whole
     for root in (model.base, model.drafter):
         name = type(root).__name__
         fully_shard(root, reshard_after_forward=False, ignored_params=ignored, **options)

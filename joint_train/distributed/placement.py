@@ -1,10 +1,11 @@
-"""How a weight is cut over the ranks that shard it."""
+"""How a weight is cut over the ranks that shard it, and what a rank has of it."""
 
 import math
 from collections.abc import Callable, Sequence
 
-from torch import nn
-from torch.distributed.tensor import Shard
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 WASTE = 1 / 8  # of a weight, that padding may add before another dimension is cut
 
@@ -39,3 +40,23 @@ def padding(shapes: Sequence[Sequence[int]], shards: int) -> float:
 def placement(shards: int) -> Callable[[nn.Parameter], Shard]:
     """``shard_placement_fn`` of ``fully_shard``, see :func:`shard_dim`."""
     return lambda parameter: Shard(shard_dim(parameter.shape, shards))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard; the tensor itself where it isn't sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part, a view, of a tensor that every rank has whole, cut as `like` is; all of it if that is whole."""
+    if not isinstance(like, DTensor):
+        return whole
+    shape, start = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return whole[tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))]
+
+
+def sharded_like(shard: Tensor, like: DTensor) -> DTensor:
+    """A shard as a tensor of the shape, mesh and placements of `like`. No communication."""
+    return DTensor.from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

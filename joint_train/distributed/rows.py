@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextScaledWordEmbedding
 
+from joint_train.distributed.placement import sharded_like
+
 
 @dataclasses.dataclass
 class Lookup:
@@ -133,7 +135,7 @@ class RowShardedEmbedding(Gemma4TextScaledWordEmbedding):
                 return
             dist.all_reduce(total, group=mesh.get_group(0))
         if weight.grad is None:
-            weight.grad = _dtensor(total, weight)
+            weight.grad = sharded_like(total, weight)
         elif mesh.ndim > 1:
             weight.grad.to_local().add_(total)
 
@@ -183,9 +185,3 @@ def _cpu_group(mesh: DeviceMesh, timeout_seconds: int) -> dist.ProcessGroup:
         return mesh.get_group(mesh.ndim - 1)
     groups = mesh.mesh.reshape(-1, mesh.mesh.shape[-1]).tolist()
     return dist.new_subgroups_by_enumeration(groups, timedelta(seconds=timeout_seconds), backend="gloo")[0]
-
-
-def _dtensor(local: Tensor, like: DTensor) -> DTensor:
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )

@@ -13,11 +13,8 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from joint_train.distributed.moments import block_size
+from joint_train.distributed.placement import local
 from joint_train.errors import ConfigError
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class CompactAdamW(Optimizer):

@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from joint_train.distributed.lora import ADAPTER, adapted, added
 from joint_train.distributed.parallelize import reshard
+from joint_train.distributed.placement import local
 from joint_train.pair.model import JointModel
 from joint_train.pair.targets import JointTargets
 from joint_train.train.optim import total_norm
@@ -81,8 +82,3 @@ def base_gradient_from_drafter(model: JointModel, inputs: dict, targets: JointTa
     norm = total_norm(p.grad for p in model.base.parameters()).item()
     model.zero_grad()
     return norm
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _adjust_lr
 from torch.optim._muon import _zeropower_via_newtonschulz as orthogonalised
 
-from joint_train.train.compact import CompactAdamW, local
+from joint_train.distributed.placement import local, part_of
+from joint_train.train.compact import CompactAdamW
 
 MOMENTUM = 0.95
 
@@ -78,12 +78,7 @@ class Muon(CompactAdamW):
 
     def _move(self, parameter: Tensor, group: dict, change: Tensor) -> None:
         """Add a whole change ``[rows, columns]`` to this rank's shard."""
-        if isinstance(parameter, DTensor):
-            shape, start = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            change = change[tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))]
-        weight = local(parameter)
+        weight, change = local(parameter), part_of(change, parameter)
         moved = weight * (1 - group["lr"] * group["weight_decay"])
         moved -= _adjust_lr(group["lr"], "match_rms_adamw", parameter.shape) * change.to(weight.dtype)
         self._keep(weight, moved)
