@@ -15,7 +15,6 @@ import pytest
 from data_helpers import chat, make_config, make_tokenizer, numbered, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from joint_train.config import SourceConfig
 from joint_train.data import DataError, build_loader, cache, tokenise
@@ -28,7 +27,7 @@ TOKENIZER = make_tokenizer()
 
 
 def source(**options):
-    return OmegaConf.structured(SourceConfig(**{"path": "x.jsonl", **options}))
+    return SourceConfig(**{"path": "x.jsonl", **options})
 
 
 def parsed(data, **options):

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from joint_train import command, files
-from joint_train.config import Config
+from joint_train.config import load
 from joint_train.train import tracking
 from joint_train.train.tracking import ConsoleLines, JsonLines, Tracker
 
@@ -23,8 +23,7 @@ STEP = {"base_loss": 5.25, "drafter_loss": 6.5, "tokens_per_second": 12345.6, "b
 
 def config(tmp_path, *overrides: str):
     defaults = ["tracking.wandb=disabled", "model.base=b", "model.drafter=d", f"output_dir={tmp_path / 'run'}"]
-    cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.from_dotlist([*defaults, *overrides]))
-    return cfg
+    return load([*defaults, "data.train=[{path: unused}]", *overrides])
 
 
 def records(tmp_path) -> list[dict]:
@@ -220,13 +219,10 @@ def test_wandb_is_online_only_with_a_key(monkeypatch, tmp_path, wandb):
 def test_wandb_isnt_imported_where_it_is_off(tmp_path):
     code = f"""
 import sys
-from omegaconf import OmegaConf
-from joint_train.config import Config
+from joint_train.config import load
 from joint_train.train.tracking import Tracker
-cfg = OmegaConf.structured(Config)
-OmegaConf.update(cfg, "output_dir", {str(tmp_path / "run")!r})
-cfg.model.base = cfg.model.drafter = "x"
-cfg.tracking.wandb = "disabled"
+pair = ["model.base=x", "model.drafter=x", "data.train=[{{path: x}}]"]
+cfg = load([*pair, "output_dir={tmp_path / "run"}", "tracking.wandb=disabled"])
 tracker = Tracker(cfg, 0)
 tracker.log(1, {{"base_loss": 1.0}})
 tracker.close()
