@@ -169,7 +169,8 @@ def test_a_position_of_other_data_is_refused(tmp_path, tokenizer, change):
     elif change == "weight":
         cfg.data.train[0].weight = 2.0
     else:
-        cfg.data[change] = {"train_on": "all", "packing": False, "max_length": 128, "shuffle": False}[change]
+        others = {"train_on": "all", "packing": False, "max_length": 128, "shuffle": False}
+        setattr(cfg.data, change, others[change])
     with pytest.raises(DataError, match="belongs to other data"):
         build_loader(cfg, tokenizer, "train", 0, 1, position=position)
 

@@ -376,7 +376,7 @@ def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, monkeypatch, change)
     else:
         options = {"enable_thinking": True}
         values = {"format": "messages", "limit": 2, "columns": {"messages": "chat"}, "chat_template_kwargs": options}
-        spec[change] = values[change]
+        setattr(spec, change, values[change])
     after = cache.cache_key(spec, data, tokenizer)
     assert after != before
     path.rename(tmp_path / "moved.jsonl")

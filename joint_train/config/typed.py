@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -19,27 +19,29 @@ log = logging.getLogger(__name__)
 Group = TypeVar("Group")
 
 
-def typed(composed: DictConfig) -> Config:
+def typed(composed: DictConfig, may_miss: Collection[str] = ("model.base", "model.drafter")) -> Config:
     """The dataclasses of a composed configuration, with interpolations resolved.
 
-    ``model.base`` and ``model.drafter`` are empty where they aren't set: some commands need neither.
+    Args:
+        may_miss: keys that are empty where they aren't set; some commands need no pair.
 
     Raises:
         ConfigError: for a key that nothing reads, one that has to be set and isn't, and an interpolation that can't be
             resolved.
     """
     composed = copy.deepcopy(composed)
-    _check_keys(composed, Config)
     OmegaConf.set_struct(composed, False)
     try:
+        _check_keys(composed, Config)
         for old, new in RENAMED.items():
             group, _, name = old.rpartition(".")
-            if (value := OmegaConf.select(composed, group).pop(name, None)) is not None:
-                log.warning("%s is called %s now, and is taken as that", old, new)
+            OmegaConf.set_struct(parent := OmegaConf.select(composed, group), False)
+            if (value := parent.pop(name, None)) is not None:
+                log.warning("%s is the earlier name of %s and still works; set %s instead.", old, new, new)
                 OmegaConf.update(composed, new, value)
         as_composed = _plain(composed)
         for name in OmegaConf.missing_keys(composed):
-            if name not in ("model.base", "model.drafter"):
+            if name not in may_miss:
                 raise ConfigError(f"{name} is not set, and has to be.")
             OmegaConf.update(composed, name, "")
         cfg = OmegaConf.to_object(composed)
@@ -102,9 +104,12 @@ def renamed(saved: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def resolved(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved configuration with its interpolations resolved here, except for those that can't be, which stay."""
-    config = OmegaConf.create(saved)
+def resolved(saved: dict[str, Any], left_out: list[str] | None = None) -> dict[str, Any]:
+    """A saved configuration with its interpolations resolved here.
+
+    Args:
+        left_out: takes the keys of those that can't be, which are left out then; without it they stay as they are.
+    """
 
     def resolve(node: Any) -> Any:
         if not OmegaConf.is_config(node):
@@ -114,10 +119,13 @@ def resolved(saved: dict[str, Any]) -> dict[str, Any]:
             try:
                 whole[key] = resolve(node[key])
             except OmegaConfBaseException:
-                whole[key] = OmegaConf.to_container(node)[key]
+                if left_out is None:
+                    whole[key] = OmegaConf.to_container(node)[key]
+                else:
+                    left_out.append(node._get_full_key(key))
         return whole if isinstance(node, DictConfig) else list(whole.values())
 
-    return resolve(config)
+    return resolve(OmegaConf.create(saved))
 
 
 def read(file: Path) -> Config:
@@ -127,14 +135,16 @@ def read(file: Path) -> Config:
         ConfigError: for values that no configuration has.
         OSError: if the file can't be read.
     """
-    saved = read_written(file)
-    known = schema()
-    config = resolved(saved)
-    unknown = _drop_unknown(config, Config)
-    if unknown:
+    saved, unresolved = read_written(file), list[str]()
+    config = resolved(saved, unresolved)
+    if unresolved:
+        log.warning("%s: %s can't be resolved here and counts as not set", file, ", ".join(unresolved))
+    if unknown := _drop_unknown(config, Config):
         log.warning("%s has keys that this version doesn't know, and which are ignored: %s", file, ", ".join(unknown))
     try:
-        cfg = typed(OmegaConf.merge(known, config))
+        composed = OmegaConf.merge(schema(), config)
+        assert isinstance(composed, DictConfig)
+        cfg = typed(composed, OmegaConf.missing_keys(composed))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{file}: {error.full_key}: {str(error).splitlines()[0]}") from error
     cfg.composed = saved
