@@ -255,9 +255,9 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        self.composed: dict[str, Any] = {}
-        """The same configuration as it was composed, with interpolations such as ``${oc.env:HF_TOKEN}`` unresolved:
-        what is written to disk. Not a key; empty in a configuration that Python made."""
+        self.interpolations: dict[tuple[str | int, ...], tuple[str, Any]] = {}
+        """Where the configuration was composed with interpolations such as ``${oc.env:HF_TOKEN}``: their text, which is
+        what is written to disk, and the value that it stands for. Not a key."""
 
 
 RENAMED = {"checkpoint.async": "checkpoint.background"}

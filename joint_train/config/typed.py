@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -39,7 +39,7 @@ def typed(composed: DictConfig, may_miss: Collection[str] = ("model.base", "mode
             if (value := parent.pop(name, None)) is not None:
                 log.warning("%s is the earlier name of %s and still works; set %s instead.", old, new, new)
                 OmegaConf.update(composed, new, value)
-        as_composed = _plain(composed)
+        text = OmegaConf.to_container(composed)
         for name in OmegaConf.missing_keys(composed):
             if name not in may_miss:
                 raise ConfigError(f"{name} is not set, and has to be.")
@@ -48,7 +48,7 @@ def typed(composed: DictConfig, may_miss: Collection[str] = ("model.base", "mode
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(cfg, Config)
-    cfg.composed = as_composed
+    cfg.interpolations = dict(_interpolations(text, dataclasses.asdict(cfg)))
     return cfg
 
 
@@ -69,9 +69,27 @@ def _check_keys(composed: DictConfig, of: type, prefix: str = "") -> None:
 
 def written(cfg: Config | Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as it is written to disk, of plain types: interpolations as they were composed, unresolved."""
-    if isinstance(cfg, Config):
-        return copy.deepcopy(cfg.composed) or dataclasses.asdict(cfg)
-    return copy.deepcopy(dict(cfg))
+    if not isinstance(cfg, Config):
+        return copy.deepcopy(dict(cfg))
+    whole = dataclasses.asdict(cfg)
+    for (*path, last), (text, value) in cfg.interpolations.items():
+        try:
+            parent: Any = reduce(lambda node, key: node[key], path, whole)
+            if parent[last] == value:  # not set to something else since
+                parent[last] = text
+        except (LookupError, TypeError):
+            continue
+    return whole
+
+
+def _interpolations(text: Any, values: Any, path: tuple = ()) -> Iterator[tuple[tuple, tuple[str, Any]]]:
+    """The places where `text`, unresolved, is an interpolation for what is in `values`."""
+    if isinstance(text, str):
+        if "${" in text:
+            yield path, (text, values)
+    elif isinstance(text, (dict, list)):
+        for key, item in text.items() if isinstance(text, dict) else enumerate(text):
+            yield from _interpolations(item, values[key], (*path, key))
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -147,7 +165,6 @@ def read(file: Path) -> Config:
         cfg = typed(composed, OmegaConf.missing_keys(composed))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{file}: {error.full_key}: {str(error).splitlines()[0]}") from error
-    cfg.composed = saved
     return cfg
 
 
@@ -188,7 +205,6 @@ def select(cfg: Config, key: str) -> Any:
 def with_overrides(cfg: Config, changes: Mapping[str, Any]) -> Config:
     """A copy of a configuration with other values for some dotted keys."""
     copied = copy.deepcopy(cfg)
-    copied.composed = {}  # no longer what was composed
     for key, value in changes.items():
         select(copied, key)  # AttributeError for a key that isn't one
         group, _, name = key.rpartition(".")

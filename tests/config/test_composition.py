@@ -154,6 +154,9 @@ def test_overrides_of_a_typed_configuration():
     changed = with_overrides(cfg, {"optim.lr": 0.5, "seed": 7})
     assert (changed.optim.lr, changed.seed, cfg.optim.lr, cfg.seed) == (0.5, 7, Config().optim.lr, 0)
     assert written(changed)["optim"]["lr"] == 0.5
+    cfg = compose({"tracking.name": "${model.base}", "tracking.project": "${model.base}"})
+    cfg.tracking.name = "mine"
+    assert written(cfg)["tracking"]["name"] == "mine" and written(cfg)["tracking"]["project"] == "${model.base}"
     with pytest.raises(AttributeError, match="lrr"):
         with_overrides(cfg, {"optim.lrr": 1})
 
@@ -164,7 +167,7 @@ def test_overrides_of_a_typed_configuration():
 @pytest.mark.parametrize("plus", ["", "+", "++"])
 def test_the_earlier_name_of_a_key_is_taken_and_reported_once(run_job, capfd, plus):
     cfg = run_job(f"{plus}checkpoint.async=true")
-    assert cfg.checkpoint.background is True and "async" not in cfg.composed["checkpoint"]
+    assert cfg.checkpoint.background is True and "async" not in written(cfg)["checkpoint"]
     assert capfd.readouterr().err.count("set checkpoint.background instead") == 1
     assert run_job("checkpoint.background=true").checkpoint.background is True
     assert "checkpoint.background instead" not in capfd.readouterr().err
@@ -260,5 +263,5 @@ def test_a_resume_compares_what_interpolations_stand_for(secret, tmp_path, monke
 
 def with_output(cfg: Config, folder) -> Config:
     """The same composition, written to another folder."""
-    cfg.output_dir = cfg.composed["output_dir"] = str(folder)
+    cfg.output_dir = str(folder)
     return cfg
