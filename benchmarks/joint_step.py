@@ -13,7 +13,7 @@ both must have: the last ratio of memory leaves them out. Ours recomputes the ba
 a run does by default; the reference does with --reference-recompute. On CPU one thread computes and time is its CPU
 time, which other processes disturb little. A run that would need more memory than is free is stopped and says so.
 
-The README has a table. What grows with S is what tests/test_joint_memory.py bounds.
+The README has a table. What grows with S is what tests/pair/test_joint_memory.py bounds.
 """
 
 import argparse
