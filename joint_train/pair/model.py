@@ -28,6 +28,7 @@ from joint_train.errors import ConfigError
 from joint_train.pair.centroids import Centroids, token_centroids
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.loss import joint_loss
+from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets, sum_weights
 from joint_train.pair.tied import TiedGradient
 from joint_train.pair.visibility import Masks, attention_masks
@@ -47,7 +48,7 @@ class Gemma4JointOutput:
         hidden_states: the base's hidden states, of which ``[-1]`` is the final one after the norm, ``[B, S, H_b]``;
             the others only with ``output_hidden_states=True``.
         loss: scalar, ``L_base + lambda * sum_k w_k * L_k``, when labels are given.
-        stats: detached sums behind the loss and its metrics, see :func:`joint_train.pair.loss.joint_loss`.
+        stats: the sums behind the loss and its metrics, detached, when labels are given.
         targets: what the sums were taken over; ``targets.counts`` are their denominators.
     """
 
@@ -56,7 +57,7 @@ class Gemma4JointOutput:
     drafter_loss_weight: float = 1.0
     hidden_states: tuple[Tensor, ...] | None = None
     loss: Tensor | None = None
-    stats: dict[str, Tensor] = field(default_factory=dict)
+    stats: JointStats | None = None
     targets: JointTargets | None = None
 
 

@@ -189,7 +189,7 @@ def flex_on_cpu(monkeypatch):
 def step(pair: Gemma4WithDrafter, ids: torch.Tensor, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     out = pair.train()(ids, labels=ids, **inputs)
     out.loss.backward()
-    losses = torch.stack([out.loss.detach(), *(out.stats[name].sum() for name in sorted(out.stats))])
+    losses = torch.stack([out.loss.detach(), *(x.sum() for _, x in sorted(out.stats.named().items()))])
     return losses, {name: p.grad for name, p in pair.named_parameters() if p.grad is not None}
 
 
