@@ -30,6 +30,7 @@ from joint_train.distributed.placement import placement
 from joint_train.distributed.rows import Lookup, RowShardedEmbedding, shard_rows
 from joint_train.errors import ConfigError
 from joint_train.pair.model import JointModel
+from joint_train.torch_private import allow_graphs, initialise_fsdp
 
 LOOKUP = "per_layer_lookup"  # the pair's input that look_up makes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -110,7 +111,7 @@ def prepare(model: JointModel, cfg: DictConfig) -> None:
         layers = (*text.layers, *model.drafter.model.layers)
         # All layers run one function, and a layer's number and kind are constants in it: each may need a graph, with
         # and without a gradient. Past the limit a layer would run uncompiled, in the forward but not in its replay.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(layers))
+        allow_graphs(4 * len(layers))
         for layer in layers:
             # Static shapes: after a second length dynamo would compile for any, and then the forward and the replay of
             # activation checkpointing save different tensors under FSDP2 (torch 2.13: CheckpointError in the backward).
@@ -179,7 +180,7 @@ def share_streams(model: JointModel) -> None:
     """
     roots = [model.base, model.drafter]
     for root in roots:
-        root._get_fsdp_state()._lazy_init()  # a context that is shared earlier would be made anew (torch 2.13)
+        initialise_fsdp(root)  # a context that is shared earlier would be made anew (torch 2.13)
     share_comm_ctx(roots)
     text_model(model.base).layers[-1].set_modules_to_forward_prefetch([model.drafter])
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from joint_train.torch_private import local_shape_and_offset
 
 WASTE = 1 / 8  # of a weight, that padding may add before another dimension is cut
 
@@ -51,7 +52,7 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part, a view, of a tensor that every rank has whole, cut as `like` is; all of it if that is whole."""
     if not isinstance(like, DTensor):
         return whole
-    shape, start = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    shape, start = local_shape_and_offset(like.shape, like.device_mesh, like.placements)
     return whole[tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))]
 
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextScaledWordEmbedding
 
 from joint_train.distributed.placement import sharded_like
+from joint_train.torch_private import local_shape_and_offset
 
 
 @dataclasses.dataclass
@@ -167,7 +167,7 @@ def shard_rows(table: nn.Embedding, mesh: DeviceMesh, compute_dtype: torch.dtype
     """
     weight = table.weight
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
-    shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+    shape, offset = local_shape_and_offset(weight.shape, mesh, placements)
     local = weight.detach()[offset[0] : offset[0] + shape[0]].clone()
     table.__class__ = RowShardedEmbedding
     table = cast(RowShardedEmbedding, table)
