@@ -29,6 +29,7 @@ from joint_train.distributed.mesh import fsdp_mesh
 from joint_train.distributed.placement import placement
 from joint_train.distributed.rows import Lookup, RowShardedEmbedding, shard_rows
 from joint_train.errors import ConfigError
+from joint_train.pair.attention import CHECKPOINTING
 from joint_train.pair.model import JointModel
 from joint_train.torch_private import allow_graphs, initialise_fsdp
 
@@ -105,7 +106,7 @@ def prepare(model: JointModel, cfg: DictConfig) -> None:
             apply_liger_kernel(layers, kernels | others)
     if cfg.activation_checkpointing.base != "none":
         every = cfg.activation_checkpointing.every_n if cfg.activation_checkpointing.base == "every_n" else 1
-        text.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+        text.gradient_checkpointing_enable(CHECKPOINTING, every_n_layers=every)
     model.drafter_activation_checkpointing = cfg.activation_checkpointing.drafter == "full"
     if cfg.parallel.compile:
         layers = (*text.layers, *model.drafter.model.layers)

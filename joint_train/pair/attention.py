@@ -8,9 +8,12 @@ in generation, are SDPA's masks.
 
 import functools
 import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -98,6 +101,31 @@ def _tried(size: int, dtype: torch.dtype) -> bool:
         log.warning("FlexAttention with head_dim %d doesn't run on this GPU: %s", size, str(error).split("\n")[0])
         return False
     return True
+
+
+class TrainableKernels(AbstractContextManager):
+    """Within it SDPA has the kernels that were allowed before, but not cuDNN's, and again those before after it.
+
+    cuDNN's backward gives NaN on Hopper from micro-batches of 2 on (NeMo AutoModel, issues 2208 and 3232). A backward
+    runs on its forward's kernel.
+    """
+
+    def __enter__(self) -> None:
+        flags = torch.backends.cuda
+        allowed = {
+            SDPBackend.FLASH_ATTENTION: flags.flash_sdp_enabled(),
+            SDPBackend.EFFICIENT_ATTENTION: flags.mem_efficient_sdp_enabled(),
+            SDPBackend.MATH: flags.math_sdp_enabled(),
+        }
+        self.kernels = sdpa_kernel([backend for backend, on in allowed.items() if on] or [SDPBackend.MATH])
+        self.kernels.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.kernels.__exit__(*error)
+
+
+# Of torch.utils.checkpoint, for what holds attention: it is recomputed in the backward, after the forward's choice.
+CHECKPOINTING = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), TrainableKernels())}
 
 
 @functools.cache
