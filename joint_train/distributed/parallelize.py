@@ -50,8 +50,13 @@ def text_model(base: nn.Module) -> nn.Module:
 
 def towers(base: nn.Module) -> list[nn.Module]:
     """The base's vision and audio towers and their projections, as far as it has them."""
-    names = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
-    return [tower for name in names if (tower := getattr(base.model, name, None)) is not None]
+    names = ("vision_tower", "embed_vision")
+    return [tower for name in names if (tower := getattr(base.model, name, None)) is not None] + audio_towers(base)
+
+
+def audio_towers(base: nn.Module) -> list[nn.Module]:
+    """Those of them that only sound reaches."""
+    return [tower for name in ("audio_tower", "embed_audio") if (tower := getattr(base.model, name, None)) is not None]
 
 
 def per_layer_table(base: nn.Module) -> nn.Embedding | None:
@@ -75,11 +80,13 @@ def rounded_parameters(base: nn.Module) -> list[nn.Parameter]:
 
 
 def freeze(model: JointModel, cfg: DictConfig) -> None:
-    """Apply the ``freeze`` group to the base (``freeze.base`` is the composite's own argument)."""
+    """Apply the ``freeze`` group to the base (``freeze.base`` is the composite's own argument).
+
+    What only sound reaches is frozen always: there is no data for it.
+    """
     base = model.base
-    if cfg.towers:
-        for tower in towers(base):
-            tower.requires_grad_(False)
+    for tower in towers(base) if cfg.towers else audio_towers(base):
+        tower.requires_grad_(False)
     if cfg.embeddings:
         base.get_input_embeddings().requires_grad_(False)
         base.lm_head.requires_grad_(False)

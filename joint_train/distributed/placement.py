@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -46,6 +47,18 @@ def placement(shards: int) -> Callable[[nn.Parameter], Shard]:
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard; the tensor itself where it isn't sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def counts_here(tensor: Tensor) -> bool:
+    """Whether this rank's shard counts in a sum over all ranks, so that each element counts once.
+
+    Of what is sharded that is so on one of the replicas, of what every rank has whole on rank 0.
+    """
+    if not isinstance(tensor, DTensor):
+        return not dist.is_initialized() or dist.get_rank() == 0
+    mesh = tensor.device_mesh
+    dimensions = [d for d, placed in enumerate(tensor.placements) if not placed.is_shard()]
+    return all(mesh.get_local_rank(d) == 0 for d in dimensions)
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
