@@ -23,6 +23,7 @@ OF_OTHERS = {
     "_attn_implementation", "_name_or_path", "_is_hf_initialized", "_keys_to_ignore_on_load_unexpected",
     "_get_candidate_generator",  # of a model or configuration of transformers
     "_fingerprint",  # of a data set
+    "_get_full_key",  # of a node of OmegaConf
 }  # fmt: skip
 
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from configs import compose
 from pairs import build_pair
 from ranks import run_ranks
 
-from joint_train.config import Config
 from joint_train.distributed.mesh import init_mesh
 from joint_train.distributed.parallelize import parallelize, prepare
 from joint_train.distributed.placement import local
@@ -17,7 +16,7 @@ from joint_train.weights.composite import Gemma4WithDrafter
 
 def drift(rank: int, replicas: int) -> tuple[float, float]:
     """As measured after every trained weight of the base has grown by half, and by the definition."""
-    cfg = OmegaConf.structured(Config)
+    cfg = compose()
     cfg.parallel.dp_replicate = replicas
     base, drafter = build_pair("multimodal")
     model = Gemma4WithDrafter(base, drafter, drafter_num_steps=1).train()
