@@ -67,7 +67,7 @@ class DrafterConfig:
 @dataclass
 class FreezeConfig:
     base: bool = key(False, "train the drafter alone")
-    towers: bool = key(True, "freeze the vision and audio towers and their projections")
+    towers: bool = key(True, "freeze the vision tower and its projection; the audio tower always is frozen")
     embeddings: bool = key(False, "freeze the base's embedding tables (and the head tied to them)")
 
 
