@@ -24,7 +24,7 @@ from joint_train.data.pieces import Pieces, cut
 from joint_train.data.readers import source_name, sources_of
 from joint_train.data.rows import Cursor, RowSequence
 from joint_train.data.streams import StreamPieces
-from joint_train.distributed.preemption import leave_process_group
+from joint_train.distributed.preemption import stand_apart
 from joint_train.errors import DataError, OtherData
 
 UNPACKED_MULTIPLE = 64
@@ -54,7 +54,7 @@ class BatchLoader(StatefulDataLoader):
                 timeout=timeout if num_workers else 0,
                 pin_memory=pin_memory,
                 collate_fn=_identity,
-                worker_init_fn=leave_process_group,
+                worker_init_fn=stand_apart,
             )
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
