@@ -44,6 +44,21 @@ def fixed_differences(part: str, old: dict, new: dict) -> list[str]:
     ]
 
 
+def adapter_differences(old: dict, new: dict) -> list[str]:
+    """What two runs' configurations multiply the product of adapters by, in words where it differs: adapters trained
+    with one factor are another model with the other."""
+    scales = [_adapter_scale(config.get("lora") or {}) for config in (old, new)]
+    if None in scales or scales[0] == scales[1]:
+        return []
+    return ["the adapters' product was multiplied by {:g}, and would now be by {:g}".format(*scales)]
+
+
+def _adapter_scale(lora: dict) -> float | None:
+    if not lora.get("r"):
+        return None
+    return lora["alpha"] / (lora["r"] ** 0.5 if lora.get("rank_stabilized") else lora["r"])
+
+
 def tensor_differences(part: str, stored: dict[str, TensorStorageMetadata], tensors: dict[str, Tensor]) -> list[str]:
     """Tensors that a checkpoint and a model don't both have in one shape, in words."""
     problems = [f"{part} lacks {name} in the checkpoint" for name in tensors if name not in stored]

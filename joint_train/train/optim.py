@@ -44,10 +44,11 @@ def build_optimizer(model: JointModel, cfg: DictConfig, on_host: bool = False) -
 
 
 def lr_factor(step: int, cfg: DictConfig, max_steps: int) -> float:
-    """Learning rate of step 0, 1, … over its peak: linear warm-up, then ``schedule`` down to ``min_lr_ratio``."""
+    """Learning rate of step 0, 1, … over its peak: linear warm-up, then ``schedule`` down to ``min_lr_ratio``, which is
+    that of the last step, ``max_steps - 1``."""
     if step < cfg.warmup_steps:
         return (step + 1) / (cfg.warmup_steps + 1)
-    done = min(1.0, (step - cfg.warmup_steps) / max(1, max_steps - cfg.warmup_steps))
+    done = min(1.0, (step - cfg.warmup_steps) / max(1, max_steps - 1 - cfg.warmup_steps))
     shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[cfg.schedule]
     return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape if cfg.schedule != "constant" else 1.0
 
