@@ -70,10 +70,7 @@ def start(name: str, main: Callable[[], int | None], rank: int = 0) -> int:
         return INTERRUPTED
 
 
-try:
-    _prctl = ctypes.CDLL(None).prctl
-except AttributeError:  # not Linux
-    _prctl = None
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux has it
 
 
 def end_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> None:

@@ -47,10 +47,10 @@ def fixed_differences(part: str, old: dict, new: dict) -> list[str]:
 def adapter_differences(old: dict, new: dict) -> list[str]:
     """What two runs' configurations multiply the product of adapters by, in words where it differs: adapters trained
     with one factor are another model with the other."""
-    scales = [_adapter_scale(config.get("lora") or {}) for config in (old, new)]
-    if None in scales or scales[0] == scales[1]:
+    before, now = (_adapter_scale(config.get("lora") or {}) for config in (old, new))
+    if before is None or now is None or before == now:
         return []
-    return ["the adapters' product was multiplied by {:g}, and would now be by {:g}".format(*scales)]
+    return [f"the adapters' product was multiplied by {before:g}, and would now be by {now:g}"]
 
 
 def _adapter_scale(lora: dict) -> float | None:

@@ -100,7 +100,7 @@ def say_resumed(cfg: DictConfig, checkpoint: Path, step: int) -> None:
     try:
         before = json.loads((checkpoint / "config.json").read_text())
         known = {field.name for field in dataclasses.fields(OptimConfig)}
-        optim = OptimConfig(**{name: x for name, x in before["optim"].items() if name in known})
+        optim = OptimConfig(**{name: x for name, x in dict(before["optim"]).items() if name in known})
         old, new = lr_factor(step, optim, before["max_steps"]), lr_factor(step, cfg.optim, cfg.max_steps)
     except (OSError, ValueError, KeyError, TypeError):  # of another version: it can't be known
         return
