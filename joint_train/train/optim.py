@@ -23,7 +23,8 @@ def build_optimizer(model: JointModel, cfg: DictConfig, on_host: bool = False) -
         cfg: the ``optim`` group.
         on_host: keep the states in CPU memory though the weights aren't there: ``parallel.cpu_offload=optimizer``.
 
-    Norms, biases, scales and embedding tables (with the heads tied to them) have no decay, as is customary.
+    Norms, biases, scales and embedding tables (with the heads tied to them) have no decay, as is customary; LoRA
+    adapters have.
     """
     groups = []
     for (_, module), lr in zip(model.parts(), (cfg.lr, cfg.drafter_lr), strict=True):
