@@ -7,21 +7,20 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from joint_train import command
-from joint_train.config import conf_dir, help_text, validate, world_size_from_env
+from joint_train.config import Config, composed_by_hydra, conf_dir, help_text
 from joint_train.errors import ConfigError, JointTrainError
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: Config) -> None:
     """Train as configured, on this rank."""
     # torch and transformers take seconds to import
     from joint_train.train import trainer
@@ -33,7 +32,7 @@ def run(cfg: DictConfig) -> None:
 
 
 @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+def main(composed: Any) -> None:
     rank = int(os.environ.get("RANK", 0))
     command.start_logging(rank)
     # Writes the first failed rank's traceback to where torchrun looks for it.
@@ -46,8 +45,7 @@ def main(cfg: DictConfig) -> None:
                 "e.g. `for lr in 1e-5 3e-5; do torchrun … -m joint_train optim.lr=$lr output_dir=outputs/lr-$lr; "
                 "done`; on Slurm `python -m launch.submit --multirun … -- optim.lr=1e-5,3e-5` submits a job for each."
             )
-        validate(cfg, world_size_from_env())
-        record(run)(cfg)
+        record(run)(composed_by_hydra(composed))
     except JointTrainError as error:
         refuse(error, rank)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from data_helpers import chat, make_config, make_tokenizer, numbered, write_jsonl
 
+from joint_train.config import SourceConfig
 from joint_train.data import DataError, build_loader, cache, loader_position
 from joint_train.data.order import hash64, permutation
 from joint_train.data.packing import best_fit
@@ -194,7 +195,8 @@ def test_a_position_of_other_data_is_refused_with_the_reason(tmp_path, change, w
     elif change == "version":
         monkeypatch.setattr("joint_train.data.cache.VERSION", cache.VERSION + 1)
     else:
-        cfg.data[change] = {"train_on": "all", "packing": False, "max_length": 128, "shuffle": False}[change]
+        others = {"train_on": "all", "packing": False, "max_length": 128, "shuffle": False}
+        setattr(cfg.data, change, others[change])
     with pytest.raises(DataError) as refusal:
         build_loader(cfg, tokenizer, "train", 0, 1, position=json.loads(json.dumps(position)))
     assert why in str(refusal.value)
@@ -321,6 +323,7 @@ def test_train_on(tmp_path, tokenizer):
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, tokenizer, change, message):
     cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", numbered(3))])
-    cfg.merge_with({"data": change})
+    for key, value in change.items():
+        setattr(cfg.data, key, [SourceConfig(**source) for source in value] if key == "train" else value)
     with pytest.raises(DataError, match=message.replace("[", r"\[").replace("*", r"\*")):
         build_loader(cfg, tokenizer, "train", 0, 1)

@@ -182,9 +182,8 @@ def test_a_second_moment_in_bfloat16_falls_up_to_the_beta_that_is_allowed():
     ],
 )
 def test_a_beta_that_bfloat16_would_freeze_is_refused(values, refused):
-    cfg = config({"data.train": [{"path": "unused"}], **values})
     if refused is None:
-        validate(cfg)
+        validate(config({"data.train": [{"path": "unused"}], **values}))
     else:
         with pytest.raises(ConfigError, match=f"^optim.betas=.*{refused}"):
-            validate(cfg)
+            validate(config({"data.train": [{"path": "unused"}], **values}))
