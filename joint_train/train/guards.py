@@ -32,12 +32,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from joint_train.command import HUNG
 from joint_train.config import parse_steps
 from joint_train.torch_private import dump_memory, record_memory
 
 log = logging.getLogger(__name__)
 
-HUNG = 70  # exit code of a process that its watchdog ended
 STACKS_SECONDS = 2  # the other ranks' stacks get on screen before a launcher that saw this one end stops them
 
 

@@ -2,8 +2,10 @@
 
 Muon (https://kellerjordan.github.io/posts/muon/) moves a matrix by its momentum with all singular values brought near
 1, by torch's Newton-Schulz iteration. That takes whole matrices: of as many as there are shards, each rank gets one, in
-bfloat16 as the iteration computes, and the others get their rows of the result from it. So the result doesn't depend on
-the number of ranks.
+bfloat16 as the iteration computes, and the others get their rows of the result from it. So the same gradients have the
+same update on any number of ranks. Gradients that differ in their last bits, as sums in another order do, may fall on
+either side of a rounding to bfloat16, and the iteration amplifies that in directions of small singular values: real
+runs on 1 and 2 ranks differ by a few percent of an update.
 
 The update is multiplied by 0.2 sqrt(max(rows, columns)), so that its size is that of AdamW's (arXiv 2502.16982, section
 2.2) and a learning rate serves for both.

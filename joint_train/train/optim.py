@@ -26,7 +26,8 @@ def build_optimizer(model: JointModel, cfg: OptimConfig, on_host: bool = False) 
         cfg: the ``optim`` group.
         on_host: keep the states in CPU memory though the weights aren't there: ``parallel.cpu_offload=optimizer``.
 
-    Norms, biases, scales and embedding tables (with the heads tied to them) have no decay, as is customary.
+    Norms, biases, scales and embedding tables (with the heads tied to them) have no decay, as is customary; LoRA
+    adapters have.
     """
     groups = []
     sometimes = without_gradient_in_some_steps(model)
@@ -59,10 +60,11 @@ def without_gradient_in_some_steps(model: JointModel) -> set[int]:
 
 
 def lr_factor(step: int, cfg: OptimConfig, max_steps: int) -> float:
-    """Learning rate of step 0, 1, … over its peak: linear warm-up, then ``schedule`` down to ``min_lr_ratio``."""
+    """Learning rate of step 0, 1, … over its peak: linear warm-up, then ``schedule`` down to ``min_lr_ratio``, which is
+    that of the last step, ``max_steps - 1``."""
     if step < cfg.warmup_steps:
         return (step + 1) / (cfg.warmup_steps + 1)
-    done = min(1.0, (step - cfg.warmup_steps) / max(1, max_steps - cfg.warmup_steps))
+    done = min(1.0, (step - cfg.warmup_steps) / max(1, max_steps - 1 - cfg.warmup_steps))
     shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[cfg.schedule]
     return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape if cfg.schedule != "constant" else 1.0
 

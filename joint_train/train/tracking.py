@@ -40,20 +40,21 @@ class Tracker:
         rank: only rank 0 does anything.
         step: the step that the run goes on from; 0 for a fresh one. Records after it, of a run that was cut short,
             are moved out of the way.
+        unfinished: the record of ``step`` itself is still to come, so one that is there already is moved as well.
 
     Raises:
         OSError: if ``output_dir`` can't be written.
         ImportError: for ``tracking.tensorboard=true`` without the tensorboard package.
     """
 
-    def __init__(self, cfg: Config, rank: int, step: int = 0) -> None:
+    def __init__(self, cfg: Config, rank: int, step: int = 0, unfinished: bool = False) -> None:
         self.sinks: list[Any] = []
         if rank != 0:
             return
         output_dir = Path(cfg.output_dir).absolute()
         output_dir.mkdir(parents=True, exist_ok=True)
         replace(output_dir / "config.yaml", to_yaml(cfg))
-        self.sinks = [JsonLines(output_dir / "metrics.jsonl", step), ConsoleLines(cfg, step)]
+        self.sinks = [JsonLines(output_dir / "metrics.jsonl", step, unfinished), ConsoleLines(cfg, step)]
         if cfg.tracking.tensorboard:
             self.sinks.append(Guarded("TensorBoard", TensorBoard(output_dir / "tensorboard", step)))
         if cfg.tracking.wandb != "disabled":
@@ -76,6 +77,12 @@ class Tracker:
             if hasattr(sink, "finish"):
                 sink.finish(before, after)
 
+    def sync(self) -> None:
+        """Have the records so far on disk, before a checkpoint that goes on after them."""
+        for sink in self.sinks:
+            if isinstance(sink, JsonLines):
+                os.fsync(sink.file.fileno())
+
     def close(self) -> None:
         """Finish what is still being written. Does nothing the second time."""
         for sink in self.sinks:
@@ -86,16 +93,17 @@ class Tracker:
 class JsonLines:
     """``metrics.jsonl``: one JSON object a step, append-only, every step once.
 
-    Records after ``step`` belong to steps that are about to be run again, and a crash may have torn the last line. They
-    are moved to ``metrics.dropped.jsonl``, so that nothing measured is lost. A fresh run (step 0) moves all of them.
+    Records after ``step`` belong to steps that are about to be run again, that of an ``unfinished`` step is about to be
+    written again, and a crash may have torn the last line. They are moved to ``metrics.dropped.jsonl``, so that nothing
+    measured is lost. A fresh run (step 0) moves all of them.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, unfinished: bool = False) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept, dropped = {}, []
         for line in lines:
             done = recorded_step(line)
-            if step > 0 and 0 <= done <= step and done not in kept:
+            if step > 0 and 0 <= done <= step - unfinished and done not in kept:
                 kept[done] = line
             else:
                 dropped.append(line)

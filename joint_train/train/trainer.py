@@ -27,7 +27,14 @@ from joint_train.pair.attention import check_backward
 from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets
 from joint_train.plan.planner import Machine, make_plan
-from joint_train.train.advice import generation_prompts, warn_of_grace, warn_of_padding, warn_of_torchrun
+from joint_train.train.advice import (
+    generation_prompts,
+    say_resumed,
+    warn_of_grace,
+    warn_of_padding,
+    warn_of_torchrun,
+    warn_of_warmup,
+)
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.optim import build_optimizer, lr_factor, update
@@ -75,25 +82,23 @@ class Trainer:
 
         # After the pair, so that one that can't be loaded leaves no output_dir behind.
         self.checkpointer = Checkpointer(self.output_dir, cfg.checkpoint, timeout_seconds=cfg.parallel.timeout_seconds)
-        self.step, self.before, self.measured, position, bad_steps = 0, None, None, None, 0
         self.push: Push | None = None
-        self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
-        if found := self.checkpointer.resume(cfg.resume, self.model, self.optimizer, config=cfg):
+        position, bad_steps = None, 0
+        found = self.checkpointer.resume(cfg.resume, self.model, self.optimizer, config=cfg)
+        self.go_on_from(found and found[1])
+        if found:
             path, saved = found
-            self.step, self.before, self.measured = saved["step"], numbers(saved["before"]), numbers(saved["measured"])
-            position, bad_steps, self.unfinished = saved["data"], saved.get("bad_steps", 0), saved.get("unfinished")
-            if self.step >= cfg.max_steps:
-                log.warning(
-                    "%s is already at or past max_steps=%d: there is nothing left to train", path.name, cfg.max_steps
-                )
+            position, bad_steps = saved["data"], saved.get("bad_steps", 0)
+            say_resumed(cfg, path, self.step)
         self.loader = self.build_train_loader(position)
-        self.tracker = Tracker(cfg, self.rank, self.step)
+        self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None)
         machine = Machine(gpus=self.ranks)
         self.plan = make_plan(cfg, machine, self.device.type)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
         warn_of_torchrun(cfg.checkpoint)
+        warn_of_warmup(cfg)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -101,12 +106,20 @@ class Trainer:
         self.spikes = LossSpikes()
         self.since = Since(self.device)
 
+    def go_on_from(self, saved: dict | None) -> None:
+        """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""
+        self.step, self.before, self.measured = 0, None, None
+        self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
+        if saved:
+            self.step, self.before, self.measured = saved["step"], numbers(saved["before"]), numbers(saved["measured"])
+            self.unfinished = saved.get("unfinished")
+
     def build_train_loader(self, position: dict | None) -> BatchLoader:
         """The training data from a checkpoint's position; from their start where they aren't the checkpoint's."""
         try:
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks, position)
-        except OtherData:
-            log.warning("the data settings differ from the checkpoint's: the data start again from the beginning")
+        except OtherData as error:
+            log.warning("the data start again from the beginning: %s", error)
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks)
 
     def train(self) -> None:
@@ -314,6 +327,7 @@ class Trainer:
         before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before, self.measured))
         state = {"step": self.step, "before": before, "measured": measured, **self.bad_steps.read()}
         state |= {"data": loader_position(self.loader), "unfinished": self.unfinished}
+        self.tracker.sync()
         self.checkpointer.save(
             self.step, self.model, self.optimizer, state, config=self.cfg, metrics=self.measured, block=block
         )

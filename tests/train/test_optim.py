@@ -45,12 +45,29 @@ def test_schedule():
     warm = [lr_factor(step, cfg, 100) for step in range(10)]
     assert warm == pytest.approx([(step + 1) / 11 for step in range(10)])  # in equal parts up to 1
     assert lr_factor(10, cfg, 100) == 1
-    assert lr_factor(55, cfg, 100) == pytest.approx(0.1 + 0.9 / 2 * (1 + math.cos(math.pi / 2)))
-    assert lr_factor(100, cfg, 100) == pytest.approx(0.1)
-    assert lr_factor(55, config(warmup_steps=10, min_lr_ratio=0, schedule="linear"), 100) == pytest.approx(0.5)
-    assert lr_factor(55, config(warmup_steps=10, min_lr_ratio=0.1, schedule="linear"), 100) == pytest.approx(0.55)
+    half = 10 + 89 / 2  # of the way from the peak, which is step 10's, to the last step, which is 99
+    nearly = 0.1 + 0.9 / 2 * (1 + math.cos(math.pi * 44 / 89))
+    assert lr_factor(54, cfg, 100) == pytest.approx(nearly) and lr_factor(half, cfg, 100) == pytest.approx(0.55)
+    linear = config(warmup_steps=10, min_lr_ratio=0, schedule="linear")
+    assert lr_factor(half, linear, 100) == pytest.approx(0.5)
+    linear.min_lr_ratio = 0.1
+    assert lr_factor(half, linear, 100) == pytest.approx(0.55)
     assert lr_factor(99, config(warmup_steps=10, schedule="constant"), 100) == 1
     assert lr_factor(0, config(warmup_steps=0), 100) == 1
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("steps", [2, 10, 100, 1000])
+@pytest.mark.parametrize("warmup", [0, 1, 8])
+def test_the_last_step_has_the_last_learning_rate(schedule, steps, warmup):
+    cfg = config(warmup_steps=warmup, min_lr_ratio=0.1, schedule=schedule)
+    factors = [lr_factor(step, cfg, steps) for step in range(steps)]
+    peak = min(warmup, steps - 1)
+    assert factors[: peak + 1] == sorted(factors[: peak + 1]) and factors[peak:] == sorted(factors[peak:], reverse=True)
+    if warmup < steps - 1:
+        assert factors[peak] == 1 and factors[-1] == pytest.approx(0.1)
+    else:
+        assert factors[-1] == min(1, steps / (warmup + 1))
 
 
 def test_clipping_is_over_both_models_together(model):
