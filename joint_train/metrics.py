@@ -3,6 +3,7 @@
 METRICS = {
     "step": "optimizer steps done",
     "time": "seconds since 1970 when the line was written",
+    "epoch": "how many times the run has gone through its training data: documents so far over all there are",
     "base_loss": "cross-entropy of the base, mean over the step's targets on all ranks",
     "base_accuracy": "share of targets that the base's most likely token hits",
     "drafter_loss": "the drafter's loss (`loss.drafter`), mean over its rounds",

@@ -34,7 +34,7 @@ def printed(tmp_path):
         sequence = build_loader(cfg, TOKENIZER, "train", 0, 1).dataset.sequence
         console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=200)
         show(console, cfg.drafter, sequence, TOKENIZER, 0, 1, at)
-        return console.file.getvalue(), sequence.row(sequence.window(0)[0], 80)
+        return console.file.getvalue(), sequence.row(next(Walk(sequence)), 80)
 
     return of
 

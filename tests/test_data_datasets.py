@@ -110,7 +110,7 @@ def test_a_bad_row_is_named(tmp_path, kind):
 def stream(tmp_path, monkeypatch):
     """A source of 100 streamed examples in three files, read in blocks of 32."""
     monkeypatch.setattr("joint_train.data.streams.BLOCK", 32)
-    monkeypatch.setattr("joint_train.data.rows.WINDOW", 50)
+    monkeypatch.setattr("joint_train.data.rows.BLOCK", 50)
     (tmp_path / "stream").mkdir()
     for number, part in enumerate((range(0, 40), range(40, 90), range(90, 100))):
         made = datasets.Dataset.from_list([numbered(100)[index] for index in part])

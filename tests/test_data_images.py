@@ -206,7 +206,7 @@ def test_no_image_is_cut_in_two(tmp_path, tokenizer, overlong):
     path = write_jsonl(tmp_path / "a.jsonl", [ask(*[image] * 5)])
     cfg = make_config(tmp_path, [path], overlong=overlong, max_length=180, train_on="all", mixture="epoch")
     loader = build_loader(cfg, tokenizer, "train", 0, 1)
-    rows = len(loader.dataset.sequence.window(0))
+    rows = loader.sequence.count_rows()
     assert rows == (1 if overlong == "truncate" else 3)
     total = 0
     for batch in itertools.islice(iter(loader), rows):

@@ -251,7 +251,8 @@ class Config:
     profile: ProfileConfig = key(ProfileConfig, "where time and memory go")
     pair: str | None = key(None, "a folder with base/ and drafter/, for configurations that say ${pair}")
     seed: int = key(0, "data order and random state")
-    max_steps: int = key(1000, "optimizer steps")
+    max_steps: int | None = key(None, "optimizer steps; by default 1000, or one epoch with data.mixture=epoch")
+    epochs: float | None = key(None, "instead of max_steps: passes over all training data, also a fraction")
     output_dir: str = key("outputs", "folder of the run: configuration, metrics, checkpoints, export")
     resume: str = key(
         "auto",

@@ -1,12 +1,10 @@
 """The loader: each rank's batches of the global sequence of rows, and the position in it.
 
 A global batch is ``dp_size * micro_batch_size`` consecutive rows, and rank r takes the r-th share of them. The position
-is counted in rows of the global sequence, so it holds on any number of ranks and workers and with any batch size.
+is one of the global sequence, so it holds on any number of ranks and workers and with any batch size.
 """
 
-import hashlib
 import itertools
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -17,18 +15,22 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from joint_train.config import checks
+from joint_train.config.values import run_length
 from joint_train.data import images
 from joint_train.data.cache import tokenised
 from joint_train.data.formats import check_source
 from joint_train.data.pieces import Pieces, cut
 from joint_train.data.readers import source_name, sources_of
-from joint_train.data.rows import Cursor, RowSequence
+from joint_train.data.rows import Document, RowSequence, Walk
 from joint_train.data.streams import StreamPieces
 from joint_train.distributed.preemption import leave_process_group
 from joint_train.errors import DataError, OtherData
 
 UNPACKED_MULTIPLE = 64
 POSITION, ERROR = "position", "error"
+ORDER = 2
+"""Of the order of rows: counted up by each change of the code that moves a row."""
+SETTINGS = ("max_length", "packing", "overlong", "train_on", "mixture", "shuffle")
 CHOICES = {key.removeprefix("data."): of for key, of in checks.CHOICES.items() if key.startswith("data.")}
 
 
@@ -37,10 +39,12 @@ class BatchLoader(StatefulDataLoader):
 
     Attributes:
         source_names: what the batches' ``source`` counts.
+        sequence: the global rows.
         position: of the last batch that was yielded (see :func:`loader_position`).
     """
 
     def __init__(self, batches: "RankBatches", num_workers: int, timeout: float, pin_memory: bool, position: dict):
+        self.sequence = batches.sequence
         self.source_names = [source.name for source in batches.sequence.sources]
         self.position = position
         with warnings.catch_warnings():
@@ -56,6 +60,11 @@ class BatchLoader(StatefulDataLoader):
                 collate_fn=_identity,
                 worker_init_fn=leave_process_group,
             )
+
+    @property
+    def epoch(self) -> float | None:
+        """How many times all documents have been seen after the last batch; None where a stream is among the data."""
+        return self.sequence.epoch(self.position["documents"])
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return self._ready(super().__iter__())  # made now, not at the first batch: it draws from torch's generator
@@ -101,32 +110,36 @@ class RankBatches(torch.utils.data.Dataset):
     """A rank's batches by number, counted from the position that the loader starts at.
 
     Args:
-        sequence: the global rows.
+        sequence: the global rows; batches beyond their end have empty rows.
         start: the position.
         rank, size: this rank's share.
         rows: in a batch of a rank.
         count: of batches; None: no end.
-        last: rows of the sequence; a batch that goes beyond it is filled with empty rows. None: no end.
     """
 
-    def __init__(
-        self, sequence, start: dict, rank: int, size: int, rows: int, count: int | None, last: int | None, tokenizer
-    ):
+    def __init__(self, sequence, start: dict, rank: int, size: int, rows: int, count: int | None, tokenizer):
         self.folder, self.image_token = tokenizer.name_or_path, getattr(tokenizer, "image_token_id", None)
-        self.sequence, self.rank, self.size, self.rows, self.count, self.last = sequence, rank, size, rows, count, last
+        self.sequence, self.rank, self.size, self.rows, self.count = sequence, rank, size, rows, count
         self.start = start
-        self.cursor = Cursor(sequence, start["window"], start["row"])
+        self.walk = Walk(sequence, start)
+
+    def _take(self, first: int, stop: int) -> list[list[Document]]:
+        """The rows [first, stop), counted from the start of the loader."""
+        first, stop = first + self.start["rows"], stop + self.start["rows"]
+        if self.walk.rows > first:
+            self.walk = Walk(self.sequence, self.start)
+        for _ in itertools.islice(self.walk, first - self.walk.rows):
+            pass
+        return list(itertools.islice(self.walk, stop - first))
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         first = (number * self.size + self.rank) * self.rows
-        stop = first + self.rows if self.last is None else min(first + self.rows, self.last)
-        documents = list(self.cursor.rows(first, stop))
+        documents = self._take(first, first + self.rows)
         length = self.sequence.max_length
         if not self.sequence.packing:
-            longest = max(map(self.sequence.length_of, documents), default=1)
+            longest = max((row[0].length for row in documents), default=1)
             length = min(-(-longest // UNPACKED_MULTIPLE) * UNPACKED_MULTIPLE, length)
-        empty = np.empty((0, 2), dtype=np.int64)
-        rows = [self.sequence.row(row, length) for row in documents + [empty] * (self.rows - len(documents))]
+        rows = [self.sequence.row(row, length) for row in documents + [[]] * (self.rows - len(documents))]
         # Not tensors yet: a worker needs a millisecond to hand one over, whatever its size, as it does so in shared
         # memory. Only pixels are large enough for that.
         batch: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
@@ -137,11 +150,8 @@ class RankBatches(torch.utils.data.Dataset):
                 return {ERROR: str(error)}
             batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_token).astype(np.int64)
         consumed = (number + 1) * self.size * self.rows
-        if self.last is None:
-            window, row = self.cursor.locate(consumed)
-            batch[POSITION] = {**self.start, "rows": self.start["rows"] + consumed, "window": window, "row": row}
-        else:
-            batch[POSITION] = {**self.start, "rows": min(consumed, self.last)}
+        self._take(consumed, consumed)
+        batch[POSITION] = {**self.start, **self.walk.position}
         return batch
 
     def _pixels(self, pictures: list[tuple[str | bytes, int, str]]) -> dict[str, torch.Tensor]:
@@ -164,7 +174,7 @@ class RankBatches(torch.utils.data.Dataset):
 def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, position: dict | None = None) -> BatchLoader:
     """The loader of a rank.
 
-    ``train`` has no end. ``val`` is one pass over the validation sources in an order that doesn't depend on the seed;
+    ``train`` has no end; beyond those of a run's ``epochs`` its rows are empty. ``val`` is one pass over the validation sources in an order that doesn't depend on the seed;
     every rank gets the same number of batches, the last ones filled up with empty rows (labels -100, document_ids 0).
 
     Args:
@@ -187,7 +197,8 @@ def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, positio
         TimeoutError: another process holds the cache and makes no progress.
     """
     data = cfg.data
-    _check(data, split)
+    epochs = run_length(cfg)[1] if split == "train" else 1.0
+    _check(data, split, epochs)
     specs = sources_of(data, split)
     timeout = cfg.parallel.timeout_seconds
     train = split == "train"
@@ -199,23 +210,16 @@ def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, positio
         seed=cfg.seed if train else 0,
         mixture=data.mixture if train else "epoch",
         shuffle=data.shuffle,
+        epochs=epochs,
     )
-    fingerprint = _fingerprint(cfg, split, [source.key for source in sources])
-    start = {"rows": 0, "window": 0, "row": 0, "data": fingerprint}
+    made_of = _made_of(cfg, specs, [source.key for source in sources])
+    start = {**Walk(sequence).position, "data": made_of}
     if position is not None:
-        if position["data"] != fingerprint:
-            raise OtherData(
-                "the checkpoint's data position belongs to other data: its sources, the tokenizer, the seed or one of "
-                "the data settings that make rows (max_length, packing, overlong, train_on, mixture, shuffle, weights) "
-                "differ from this run's, or this version of joint-train prepares rows in another way. Set them as they "
-                "were, or start a run of its own (another output_dir) from the exported models"
-            )
+        if changed := _changed(position, made_of):
+            raise OtherData(f"the checkpoint's data position belongs to other data: {changed}")
         start = dict(position)
-    last = count = None
-    if not train:
-        last = sequence.rows_an_epoch()
-        count = -(-last // (dp_size * data.micro_batch_size))
-    batches = RankBatches(sequence, start, dp_rank, dp_size, data.micro_batch_size, count, last, tokenizer)
+    count = None if train else -(-sequence.count_rows() // (dp_size * data.micro_batch_size))
+    batches = RankBatches(sequence, start, dp_rank, dp_size, data.micro_batch_size, count, tokenizer)
     return BatchLoader(batches, data.num_workers, timeout, torch.cuda.is_available(), start)
 
 
@@ -244,7 +248,7 @@ def loader_position(loader: BatchLoader) -> dict:
     return dict(loader.position)
 
 
-def _check(data, split: str) -> None:
+def _check(data, split: str, epochs: float | None) -> None:
     for key, choices in CHOICES.items():
         if data[key] not in choices:
             raise DataError(f"data.{key}={data[key]!r} is none of {', '.join(choices)}")
@@ -254,10 +258,10 @@ def _check(data, split: str) -> None:
     for index, spec in enumerate(specs):
         where = f"data.{split}[{index}] ({source_name(spec)})"
         check_source(where, spec.format, spec.columns)
-        if spec.streaming and spec.limit is None and (split == "val" or data.mixture == "epoch"):
+        if spec.streaming and spec.limit is None and (epochs is not None or data.mixture == "epoch"):
             raise DataError(
                 f"{where}: a stream's length isn't known, so it has no epoch: set its limit, or streaming=false"
-                + (", or data.mixture=endless" if split == "train" else "")
+                + (", or max_steps with data.mixture=endless" if split == "train" else "")
             )
         if spec.weight <= 0:
             raise DataError(f"{where}: weight={spec.weight} isn't positive")
@@ -268,10 +272,31 @@ def _check(data, split: str) -> None:
             )
 
 
-def _fingerprint(cfg, split: str, keys: list[str]) -> str:
-    """A hash of all that the sequence of rows depends on."""
+def _made_of(cfg, specs: list, keys: list[str]) -> dict[str, Any]:
+    """All that the sequence of rows depends on, plain."""
     data = cfg.data
-    settings = ("max_length", "packing", "overlong", "train_on", "mixture", "shuffle")
-    weights = [spec.weight for spec in (data.train if split == "train" else data.val)]
-    parts = [keys, weights, cfg.seed, [data[key] for key in settings]]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return {
+        "order": ORDER,
+        "sources": {f"{number}: {source_name(spec)}": key for number, (spec, key) in enumerate(zip(specs, keys, strict=True))},
+        "weights": [spec.weight for spec in specs],
+        "seed": cfg.seed,
+        **{name: getattr(data, name) for name in SETTINGS},
+    }
+
+
+def _changed(position: dict, made_of: dict[str, Any]) -> str:
+    """What of a position's data isn't what they are now, in words; empty if all is."""
+    before = position["data"]
+    if not isinstance(before, dict) or before.get("order") != ORDER:
+        return "the order of the rows changed with this version of joint-train"
+    found = []
+    for name in sorted(before["sources"].keys() | made_of["sources"].keys()):
+        old, new = before["sources"].get(name), made_of["sources"].get(name)
+        if old != new:
+            how = "is new" if old is None else "is gone" if new is None else "has other contents, or is prepared otherwise"
+            found.append(f"source {name} {how}")
+    for name in ("weights", "seed", *SETTINGS):
+        if before.get(name) != made_of[name]:
+            key = name if name == "seed" else "the sources' weights" if name == "weights" else f"data.{name}"
+            found.append(f"{key} was {before.get(name)}, is {made_of[name]}")
+    return "; ".join(found)

@@ -1,17 +1,18 @@
 """What of a source goes into rows: its documents, cut and sorted out by the ``data`` options."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from joint_train.data.cache import Tokenised
-from joint_train.data.order import permutation
 from joint_train.data.template import ASSISTANT, LAST
 from joint_train.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+Order = Callable[..., np.ndarray]
 
 NO_TARGET = "no target: nothing in it was written by the assistant"
 MASKS = {"assistant": ASSISTANT, "last_assistant": LAST, "all": None}
@@ -46,18 +47,25 @@ class Pieces:
         """A hash of the content."""
         return self.source.folder.name
 
-    def draw(self, first: int, count: int, shuffle: bool, *key: int) -> np.ndarray:
-        """The pieces [first, first + count) of the source repeated without end, each time in an order of its own."""
-        epochs, index = np.divmod(np.arange(first, first + count), len(self))
-        if shuffle:
-            for epoch in np.unique(epochs).tolist():
-                inside = epochs == epoch
-                index[inside] = permutation(len(self), *key, epoch)[index[inside]]
-        return index
+    def draw(self, first: int, count: int, order: Order | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pieces [first, first + count) of the source repeated without end, each time in an order of its own.
 
-    def length_of(self, piece: int) -> int:
-        """Tokens of a piece."""
-        return int(self.length[piece])
+        Args:
+            order: gives the order of a pass from the number of pieces and the pass's; None: as they stand.
+
+        Returns:
+            Which of the ``count`` each is, its pass, and the piece, ``[count]`` each.
+        """
+        laps, index = np.divmod(np.arange(first, first + count), len(self))
+        if order is not None:
+            for lap in np.unique(laps).tolist():
+                inside = laps == lap
+                index[inside] = order(len(self), lap)[index[inside]]
+        return np.arange(count), laps, index
+
+    def lengths_of(self, pieces: np.ndarray) -> np.ndarray:
+        """Tokens of some pieces."""
+        return self.length[pieces]
 
     def read(self, piece: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and flags of a piece, both ``[T]``."""

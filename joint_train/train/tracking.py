@@ -22,11 +22,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from joint_train.config.values import run_length
 from joint_train.files import code_version, replace
 from joint_train.metrics import SUMMARY
 
 log = logging.getLogger(__name__)
 
+WIDTH = 80  # of a line in a log
 CONSOLE_SECONDS = 10  # between lines in a log; a terminal is updated at every step
 CLOSE_SECONDS = 120  # for wandb's last upload: a dead network must not keep a finished run
 
@@ -39,13 +41,14 @@ class Tracker:
         rank: only rank 0 does anything.
         step: the step that the run goes on from; 0 for a fresh one. Records after it, of a run that was cut short,
             are moved out of the way.
+        max_steps: the run's last step; by default that of the configuration.
 
     Raises:
         OSError: if ``output_dir`` can't be written.
         ImportError: for ``tracking.tensorboard=true`` without the tensorboard package.
     """
 
-    def __init__(self, cfg: DictConfig, rank: int, step: int = 0) -> None:
+    def __init__(self, cfg: DictConfig, rank: int, step: int = 0, max_steps: int | None = None) -> None:
         self.sinks: list[Any] = []
         if rank != 0:
             return
@@ -53,7 +56,7 @@ class Tracker:
         output_dir.mkdir(parents=True, exist_ok=True)
         values = OmegaConf.to_container(cfg, resolve=True)
         replace(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(values)))
-        self.sinks = [JsonLines(output_dir / "metrics.jsonl", step), ConsoleLines(cfg, step)]
+        self.sinks = [JsonLines(output_dir / "metrics.jsonl", step), ConsoleLines(cfg, step, max_steps)]
         if cfg.tracking.tensorboard:
             self.sinks.append(Guarded("TensorBoard", TensorBoard(output_dir / "tensorboard", step)))
         if cfg.tracking.wandb != "disabled":
@@ -245,9 +248,11 @@ class TensorBoard:
 class ConsoleLines:
     """Progress for people: a bar and the newest numbers on a terminal, a line now and then in a log; 80 columns."""
 
-    def __init__(self, cfg: DictConfig, step: int, console: Console | None = None) -> None:
+    def __init__(
+        self, cfg: DictConfig, step: int, max_steps: int | None = None, console: Console | None = None
+    ) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
-        self.total, self.output_dir = cfg.max_steps, Path(cfg.output_dir)
+        self.total, self.output_dir = max_steps or run_length(cfg)[0] or 0, Path(cfg.output_dir)
         self.exports = cfg.model.export.at_end
         self.first: tuple[int, float] | None = None  # the first step that was reported, and when
         self.printed = -math.inf
@@ -271,7 +276,9 @@ class ConsoleLines:
         if self.live:
             self.bar.update(self.task, completed=step, numbers=numbers)
         elif step == self.total or time.monotonic() - self.printed >= CONSOLE_SECONDS:
-            self.console.print(f"step {step:>6}/{self.total}  {numbers}")
+            head, epoch = f"step {step:>{len(str(self.total))}} of {self.total}", epoch_of(metrics)
+            fits = len(head) + len(epoch) + 2 + len(numbers) <= WIDTH
+            self.console.print(f"{head}{epoch if fits else ''}  {numbers}")
             self.printed = time.monotonic()
         if metrics.get("loss_spike"):
             self.console.print(f"step {step}: the loss jumped; see metrics.jsonl")
@@ -318,6 +325,11 @@ def validation_line(step: int, metrics: Mapping[str, float]) -> str:
     if (value := metrics.get("val/tokens_per_forward")) is not None:
         text += f"  {value:.2f} tokens/forward"
     return text
+
+
+def epoch_of(metrics: Mapping[str, float]) -> str:
+    """``, epoch 1.4`` where the data have epochs."""
+    return f", epoch {metrics['epoch']:.1f}" if "epoch" in metrics else ""
 
 
 def short(number: float) -> str:

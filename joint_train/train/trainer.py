@@ -30,6 +30,7 @@ from joint_train.train.advice import generation_prompts, warn_of_grace, warn_of_
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.optim import build_optimizer, lr_factor, update
+from joint_train.train.length import run_steps
 from joint_train.train.pace import Since
 from joint_train.train.tracking import Tracker, plain
 from joint_train.weights.composite import load_pair
@@ -81,12 +82,13 @@ class Trainer:
             path, saved = found
             self.step, self.before, self.measured = saved["step"], numbers(saved["before"]), numbers(saved["measured"])
             position, bad_steps, self.unfinished = saved["data"], saved.get("bad_steps", 0), saved.get("unfinished")
-            if self.step >= cfg.max_steps:
-                log.warning(
-                    "%s is already at or past max_steps=%d: there is nothing left to train", path.name, cfg.max_steps
-                )
         self.loader = self.build_train_loader(position)
-        self.tracker = Tracker(cfg, self.rank, self.step)
+        self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
+        if found and self.step >= self.max_steps:
+            log.warning(
+                "%s is already at or past the last step, %d: there is nothing left to train", path.name, self.max_steps
+            )
+        self.tracker = Tracker(cfg, self.rank, self.step, self.max_steps)
         machine = Machine(gpus=self.ranks)
         self.plan = make_plan(cfg, machine, self.device.type)
         self.prompts = generation_prompts(cfg, self.plan, machine, self.device.type)
@@ -104,12 +106,12 @@ class Trainer:
         """The training data from a checkpoint's position; from their start where they aren't the checkpoint's."""
         try:
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks, position)
-        except OtherData:
-            log.warning("the data settings differ from the checkpoint's: the data start again from the beginning")
+        except OtherData as error:
+            log.warning("%s. The data start again from the beginning, and so do their epochs", error)
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks)
 
     def train(self) -> None:
-        """Run from the current step to ``max_steps``, or until the machine is taken away."""
+        """Run from the current step to the last one, or until the machine is taken away."""
         try:
             self.loop()
         except Exception:
@@ -124,11 +126,11 @@ class Trainer:
         with self.watchdog:
             with self.preemption.ends_at_once():
                 self.first_validation()
-            while self.step < cfg.max_steps:
+            while self.step < self.max_steps:
                 self.watchdog.beat()
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step(batches)
-                last = self.step == cfg.max_steps
+                last = self.step == self.max_steps
                 if due(self.step, cfg.tracking.diagnose_every):
                     metrics |= self.diagnose()
                 self.checkpointer.poll()
@@ -201,13 +203,13 @@ class Trainer:
             out = self.model(**inputs, targets=targets, weights=weights)
             out.loss.backward()
             add(sums, out.stats)
-        factor = lr_factor(self.step, cfg.optim, cfg.max_steps)
+        factor = lr_factor(self.step, cfg.optim, self.max_steps)
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
         norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter)
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
-        if not due(self.step, cfg.tracking.log_every) and self.step < cfg.max_steps:
+        if not due(self.step, cfg.tracking.log_every) and self.step < self.max_steps:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
         metrics = self.metrics(sums, self.loader.source_names) | self.bad_steps.read()
@@ -223,6 +225,8 @@ class Trainer:
         metrics["loss_spike"] = float(self.spikes.observe(metrics["base_loss"]))
         self.since.add(counts[-1], waited, time.perf_counter() - started)
         tokens, waited, seconds = self.since.read()
+        if (epoch := self.loader.epoch) is not None:
+            metrics["epoch"] = epoch
         return metrics | {
             "lr": cfg.optim.lr * factor,
             "drafter_lr": cfg.optim.drafter_lr * factor,
