@@ -16,6 +16,7 @@ from joint_train.data import __main__ as command
 from joint_train.data.json_files import Record
 from joint_train.data.readers import sources_of
 from joint_train.data.regenerate import answer_batch, prompts, regenerate
+from joint_train.data.rows import Walk
 from joint_train.data.show import CUT, TRAINED, UNTRAINED, show
 from joint_train.data.sources import parse
 

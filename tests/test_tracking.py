@@ -298,10 +298,16 @@ def test_a_log_has_plain_lines_of_80_columns_with_what_matters(tmp_path):
     text = out.getvalue()
     assert all(len(line) <= 80 for line in text.splitlines() if "Hugging Face" not in line)
     assert "\x1b" not in text
-    assert "step  999999 of 1000000  base 5.250  drafter 6.500  98.8M tok/s  0:00 left" in text
+    assert "step 999999 of 1000000  base 5.250  drafter 6.500  98.8M tok/s  0:00 left  bad 12" in text
     assert "step 0: validation  base 8.340  drafter 8.100  1.00 tokens/forward" in text
     assert re.search(r"base loss +8\.340 +2\.500", text)
     assert str(tmp_path / "run" / "export" / "base") in text
+
+
+def test_a_log_says_the_epoch_where_it_fits(tmp_path):
+    console, out = lines(config(tmp_path, "max_steps=460"))
+    console.log(120, {**STEP, "epoch": 1.43})
+    assert out.getvalue().startswith("step 120 of 460, epoch 1.4  base 5.250")
 
 
 def test_a_log_isnt_flooded_but_gets_its_last_step(tmp_path):

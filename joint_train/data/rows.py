@@ -6,7 +6,7 @@ are packed from that one after the other, out of the next few dozen documents, s
 in the interleaving and the documents before it that no row had space for.
 
 Whatever is packed with what, each document of a source comes once before any comes again, and a row has a document
-twice only if it has every other document of that source.
+twice only if it has every other document of that source. In an ``epoch`` mixture that holds for all sources as one.
 """
 
 from collections import Counter
@@ -90,6 +90,9 @@ class RowSequence:
             assert self.size is not None, "a stream has no epochs"
             self.documents = max(1, round(epochs * self.size))
         self._orders: list[dict[tuple[int, ...], np.ndarray]] = [{} for _ in sources]
+        # What is gone through as one, and how many documents each has.
+        self.groups = [0] * len(sources) if mixture == "epoch" else list(range(len(sources)))
+        self.group_sizes = [self.size] if mixture == "epoch" else self.sizes
         self._made: tuple[int, list[Document]] = (-1, [])
 
     def epoch(self, documents: int) -> float | None:
@@ -240,7 +243,7 @@ class Walk(Iterator[list[Document]]):
             for document in documents:
                 row.append(document)
                 space -= document.length
-                inside[document.source] += 1
+                inside[self.sequence.groups[document.source]] += 1
                 copies[document.source, document.piece] += 1
 
         self._pull(LOOKAHEAD)
@@ -267,8 +270,9 @@ class Walk(Iterator[list[Document]]):
                 if at == len(self._pool):
                     break
             document = self._pool[at]
-            if behind.get(document.source, document.lap) != document.lap or self._again(document, inside, copies):
-                behind.setdefault(document.source, document.lap)
+            group = self.sequence.groups[document.source]
+            if behind.get(group, document.lap) != document.lap or self._again(document, inside, copies):
+                behind.setdefault(group, document.lap)
                 left.append(document)
             elif document.length <= space or first:
                 take([document])
@@ -281,15 +285,15 @@ class Walk(Iterator[list[Document]]):
         return taken
 
     def _open(self, inside, copies) -> Iterator[int]:
-        """The places in the pool of what may go into the row now: of each source the rest of one pass only."""
+        """The places in the pool of what may go into the row now: the rest of one pass only, over each source."""
         laps: dict[int, int] = {}
         for at, document in enumerate(self._pool[: 2 * LOOKAHEAD]):
-            if laps.setdefault(document.source, document.lap) == document.lap:
-                if not self._again(document, inside, copies):
-                    yield at
+            group = self.sequence.groups[document.source]
+            if laps.setdefault(group, document.lap) == document.lap and not self._again(document, inside, copies):
+                yield at
 
     def _again(self, document: Document, inside, copies) -> bool:
         """Whether the row has a document already, and not yet every other one of its source as often."""
-        held = copies[document.source, document.piece]
-        size = self.sequence.sizes[document.source]
-        return held > (inside[document.source] // size if size else 0)
+        group = self.sequence.groups[document.source]
+        size = self.sequence.group_sizes[group]
+        return copies[document.source, document.piece] > (inside[group] // size if size else 0)

@@ -276,7 +276,7 @@ class ConsoleLines:
         if self.live:
             self.bar.update(self.task, completed=step, numbers=numbers)
         elif step == self.total or time.monotonic() - self.printed >= CONSOLE_SECONDS:
-            head, epoch = f"step {step:>{len(str(self.total))}} of {self.total}", epoch_of(metrics)
+            head, epoch = f"step {step} of {self.total}", epoch_of(metrics)
             fits = len(head) + len(epoch) + 2 + len(numbers) <= WIDTH
             self.console.print(f"{head}{epoch if fits else ''}  {numbers}")
             self.printed = time.monotonic()

@@ -147,6 +147,8 @@ def test_epochs_end(packing, epochs, mixture):
     assert len(documents) == made.documents == round(epochs * 83) and made.epoch(len(documents)) == pytest.approx(epochs, abs=0.01)
     check_passes(rows, COUNTS)
     if mixture == "epoch":
+        check_passes([[(0, source * COUNTS[0] + piece) for source, piece in row] for row in rows], [83])
+    if mixture == "epoch":
         times = Counter(documents)
         everything = {(source, piece) for source, count in enumerate(COUNTS) for piece in range(count)}
         for document in everything:
