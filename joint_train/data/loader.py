@@ -174,8 +174,9 @@ class RankBatches(torch.utils.data.Dataset):
 def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, position: dict | None = None) -> BatchLoader:
     """The loader of a rank.
 
-    ``train`` has no end; beyond those of a run's ``epochs`` its rows are empty. ``val`` is one pass over the validation sources in an order that doesn't depend on the seed;
-    every rank gets the same number of batches, the last ones filled up with empty rows (labels -100, document_ids 0).
+    ``train`` has no end; its rows are empty beyond a run's ``epochs``. ``val`` is one pass over the validation sources
+    in an order that doesn't depend on the seed; every rank gets the same number of batches, the last ones filled up
+    with empty rows (labels -100, document_ids 0).
 
     Args:
         cfg: the whole configuration.
@@ -277,7 +278,9 @@ def _made_of(cfg, specs: list, keys: list[str]) -> dict[str, Any]:
     data = cfg.data
     return {
         "order": ORDER,
-        "sources": {f"{number}: {source_name(spec)}": key for number, (spec, key) in enumerate(zip(specs, keys, strict=True))},
+        "sources": {
+            f"{number}: {source_name(spec)}": key for number, (spec, key) in enumerate(zip(specs, keys, strict=True))
+        },
         "weights": [spec.weight for spec in specs],
         "seed": cfg.seed,
         **{name: getattr(data, name) for name in SETTINGS},
@@ -293,7 +296,13 @@ def _changed(position: dict, made_of: dict[str, Any]) -> str:
     for name in sorted(before["sources"].keys() | made_of["sources"].keys()):
         old, new = before["sources"].get(name), made_of["sources"].get(name)
         if old != new:
-            how = "is new" if old is None else "is gone" if new is None else "has other contents, or is prepared otherwise"
+            how = (
+                "is new"
+                if old is None
+                else "is gone"
+                if new is None
+                else "has other contents, or is prepared otherwise"
+            )
             found.append(f"source {name} {how}")
     for name in ("weights", "seed", *SETTINGS):
         if before.get(name) != made_of[name]:

@@ -230,7 +230,8 @@ class Walk(Iterator[list[Document]]):
                 empty = 0 if block else empty + 1
                 if empty == EMPTY_BLOCKS:
                     raise DataError(
-                        f"{empty * BLOCK} examples in a row have nothing to train on: see data.on_error and data.overlong"
+                        f"{empty * BLOCK} examples in a row have nothing to train on: see data.on_error and "
+                        "data.overlong"
                     )
 
     def _packed(self) -> list[Document]:

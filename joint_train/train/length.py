@@ -50,7 +50,7 @@ def _warn_of_passes(sequence, max_steps: int, rows: int) -> None:
     for name, passes in sequence.passes(max_steps * rows):
         if passes > MANY_PASSES:
             log.warning(
-                "max_steps=%d makes about %.0f passes over data source %r: it may be learnt by heart. Set epochs instead "
-                "of max_steps, or give it a smaller weight",
+                "max_steps=%d makes about %.0f passes over the data source %r, which the models may learn by heart. "
+                "Set epochs instead of max_steps, or give the source a smaller weight",
                 max_steps, passes, name,
             )  # fmt: skip

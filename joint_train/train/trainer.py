@@ -29,8 +29,8 @@ from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.advice import generation_prompts, warn_of_grace, warn_of_padding, warn_of_torchrun
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
-from joint_train.train.optim import build_optimizer, lr_factor, update
 from joint_train.train.length import run_steps
+from joint_train.train.optim import build_optimizer, lr_factor, update
 from joint_train.train.pace import Since
 from joint_train.train.tracking import Tracker, plain
 from joint_train.weights.composite import load_pair

@@ -144,7 +144,9 @@ def test_epochs_end(packing, epochs, mixture):
     rows = plain(Walk(made))
     assert len(rows) == made.count_rows()
     documents = list(itertools.chain(*rows))
-    assert len(documents) == made.documents == round(epochs * 83) and made.epoch(len(documents)) == pytest.approx(epochs, abs=0.01)
+    assert len(documents) == made.documents == round(epochs * 83) and made.epoch(len(documents)) == pytest.approx(
+        epochs, abs=0.01
+    )
     check_passes(rows, COUNTS)
     if mixture == "epoch":
         check_passes([[(0, source * COUNTS[0] + piece) for source, piece in row] for row in rows], [83])
