@@ -318,7 +318,7 @@ def test_a_builder_without_progress_ends_the_wait(tmp_path):
     cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", numbered(3))])
     cfg.parallel.timeout_seconds = 2
     key = cache.cache_key(cfg.data.train[0], cfg.data, TOKENIZER)
-    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").mkdir(exist_ok=True)
     with filelock.FileLock(tmp_path / "cache" / f"{key}.lock"):
         began = time.monotonic()
         with pytest.raises(TimeoutError, match=f"another process holds .*{key}.lock"):

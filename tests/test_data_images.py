@@ -170,13 +170,14 @@ def test_bad_images_are_named_or_skipped(tmp_path, tokenizer, case):
     assert batch["document_ids"].max() == 1
 
 
-def test_an_image_that_changed_since_is_named_by_the_worker(tmp_path, tokenizer):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_changes_during_a_run_is_named(tmp_path, tokenizer, workers):
     picture(0).save(tmp_path / "cat.png")
-    examples = [ask({"type": "image", "path": "cat.png"})]
-    batches(tmp_path, tokenizer, examples)
+    path = write_jsonl(tmp_path / "a.jsonl", [ask({"type": "image", "path": "cat.png"})])
+    loader = build_loader(make_config(tmp_path, [path], max_length=256, num_workers=workers), tokenizer, "train", 0, 1)
     picture(0, (900, 30)).save(tmp_path / "cat.png")
     with pytest.raises(DataError, match=r"a.jsonl:1: image .*cat.png has \d+ tokens now, and had \d+") as raised:
-        batches(tmp_path, tokenizer, examples, num_workers=1)
+        next(iter(loader))
     assert "Traceback" not in str(raised.value)
 
 

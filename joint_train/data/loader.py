@@ -278,9 +278,7 @@ def _made_of(cfg, specs: list, keys: list[str]) -> dict[str, Any]:
     data = cfg.data
     return {
         "order": ORDER,
-        "sources": {
-            f"{number}: {source_name(spec)}": key for number, (spec, key) in enumerate(zip(specs, keys, strict=True))
-        },
+        "sources": {f"{i} ({source_name(spec)})": key for i, (spec, key) in enumerate(zip(specs, keys, strict=True))},
         "weights": [spec.weight for spec in specs],
         "seed": cfg.seed,
         **{name: getattr(data, name) for name in SETTINGS},
@@ -296,13 +294,7 @@ def _changed(position: dict, made_of: dict[str, Any]) -> str:
     for name in sorted(before["sources"].keys() | made_of["sources"].keys()):
         old, new = before["sources"].get(name), made_of["sources"].get(name)
         if old != new:
-            how = (
-                "is new"
-                if old is None
-                else "is gone"
-                if new is None
-                else "has other contents, or is prepared otherwise"
-            )
+            how = "is new" if old is None else "is gone" if new is None else "has other contents"
             found.append(f"source {name} {how}")
     for name in ("weights", "seed", *SETTINGS):
         if before.get(name) != made_of[name]:

@@ -45,7 +45,7 @@ class Pieces:
     @property
     def key(self) -> str:
         """A hash of the content."""
-        return self.source.folder.name
+        return self.source.key
 
     def draw(self, first: int, count: int, order: Order | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The pieces [first, first + count) of the source repeated without end, each time in an order of its own.

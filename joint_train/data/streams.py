@@ -8,7 +8,6 @@ one goes on from there, after a resume too.
 
 import itertools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from joint_train.data import cache, readers
 from joint_train.data.json_files import Record
 from joint_train.data.pieces import Order, Pieces, cut
 from joint_train.errors import DataError
+from joint_train.files import replace
 
 BLOCK = 1024
 IN_MEMORY = 16
@@ -99,7 +99,7 @@ class StreamPieces:
         """Records of the stream, once its end has been seen."""
         try:
             return json.loads((self.root / "total.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
 
     def _folder(self, number: int) -> Path:
@@ -141,6 +141,4 @@ class StreamPieces:
         return sum(1 for batch in readers.open_dataset(self.source).iter(batch_size=1))
 
     def _set_total(self, total: int) -> None:
-        temporary = self.root / f"total.{os.getpid()}"
-        temporary.write_text(json.dumps(total))
-        temporary.replace(self.root / "total.json")
+        replace(self.root / "total.json", json.dumps(total))

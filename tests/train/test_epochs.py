@@ -63,7 +63,9 @@ def test_a_run_ends_with_its_epochs_also_when_it_is_resumed(starter_dir, tmp_pat
     for run in "ab":
         steps = [record for record in of[run] if "epoch" in record]
         assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
-        assert steps[-1]["epoch"] == 1.5 and all(b["epoch"] >= a["epoch"] for a, b in zip(steps, steps[1:], strict=False))
+        assert steps[-1]["epoch"] == 1.5 and all(
+            b["epoch"] >= a["epoch"] for a, b in zip(steps, steps[1:], strict=False)
+        )
     assert [(r["step"], r.get("lr"), r.get("epoch"), r.get("base_loss")) for r in of["a"]] == [
         (r["step"], r.get("lr"), r.get("epoch"), r.get("base_loss")) for r in of["b"]
     ]
