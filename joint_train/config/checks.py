@@ -15,6 +15,7 @@ from joint_train.config.values import (
     round_weights,
     run_length,
     teacher_grad,
+    unroll_limit,
 )
 from joint_train.errors import ConfigError
 
@@ -120,6 +121,7 @@ def validate(cfg: DictConfig, world_size: int | None = None, node: int | None = 
         )
     if cfg.epochs is not None and not 0 < cfg.epochs < math.inf:
         raise ConfigError(f"epochs={cfg.epochs}: must be above 0.")
+    unroll_limit(cfg.data.unroll)
     max_steps, _ = run_length(cfg)
     steps = parse_steps(cfg.profile.steps)
     if steps and max_steps is not None and steps[-1] > max_steps:

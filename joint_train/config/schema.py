@@ -108,6 +108,9 @@ class DataConfig:
     packing: bool = key(True, "put several documents in a row")
     overlong: str = key("truncate", "a document longer than max_length: truncate | split | drop")
     train_on: str = key("assistant", "supervised turns: assistant | last_assistant | all")
+    unroll: str = key(
+        "all", "answers of a conversation that the template makes a document each, with its prompt: all | last N"
+    )
     mixture: str = key("endless", "endless: sources by weight, each repeated | epoch: each example once an epoch")
     shuffle: bool = key(True, "order by the seed; false keeps the files' order")
     on_error: str = key("raise", "a bad example: raise | skip (counted and reported)")

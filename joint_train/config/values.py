@@ -108,6 +108,19 @@ def run_length(cfg) -> tuple[int | None, float | None]:
     return cfg.max_steps, cfg.epochs
 
 
+def unroll_limit(unroll: str) -> int | None:
+    """``data.unroll``: how many documents of a conversation are kept, the last ones; None for ``all``.
+
+    Raises:
+        ConfigError: it is neither ``all`` nor ``last N``.
+    """
+    if unroll == "all":
+        return None
+    if found := re.fullmatch(r"last[ _]([1-9]\d*)", unroll):
+        return int(found[1])
+    raise ConfigError(f"data.unroll={unroll!r}: must be all, or last N such as 'last 4'.")
+
+
 def default_shards(ranks: int, node: int) -> int:
     """How many of the ranks hold one copy of the weights between them where ``parallel.dp_shard`` is -1.
 

@@ -36,7 +36,7 @@ def digest(path: Path | str, cache: Path, timeout: float = 1800.0) -> str:
     if (known := _known(note, path)) is not None:
         return known
     with ExitStack() as stack:
-        touch: Callable[[], None] = int  # where the cache can't be written there is no lock
+        touch: Callable[[], object] = int  # where the cache can't be written there is no lock
         try:
             note.parent.mkdir(parents=True, exist_ok=True)
             touch = stack.enter_context(locked(note.with_suffix(".lock"), timeout, f"reading {path}"))

@@ -30,7 +30,7 @@ UNPACKED_MULTIPLE = 64
 POSITION, ERROR = "position", "error"
 ORDER = 2
 """Of the order of rows: counted up by each change of the code that moves a row."""
-SETTINGS = ("max_length", "packing", "overlong", "train_on", "mixture", "shuffle")
+SETTINGS = ("max_length", "packing", "overlong", "train_on", "unroll", "mixture", "shuffle")
 CHOICES = {key.removeprefix("data."): of for key, of in checks.CHOICES.items() if key.startswith("data.")}
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from joint_train.config.values import unroll_limit
 from joint_train.data.cache import Tokenised
 from joint_train.data.template import ASSISTANT, LAST
 from joint_train.errors import DataError
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 Order = Callable[..., np.ndarray]
 
 NO_TARGET = "no target: nothing in it was written by the assistant"
+COSTLY = 3
+"""That many times its tokens a conversation may cost before it is worth a warning."""
 MASKS = {"assistant": ASSISTANT, "last_assistant": LAST, "all": None}
 
 
@@ -92,8 +95,7 @@ def cut(source: Tokenised, data) -> Pieces:
     """
     documents, mask = source.documents, MASKS[data.train_on]
     skipped = source.skipped
-    # Where the template makes several documents of a conversation, the last one has all that the earlier ones have.
-    keep = np.ones(len(documents), dtype=bool) if data.train_on == "assistant" else ~documents["earlier"]
+    keep = _unrolled(source, data)
     if mask is not None:
         empty = keep & (documents["targets"] == 0)
         if empty.any():
@@ -132,6 +134,45 @@ def cut(source: Tokenised, data) -> Pieces:
         )
     table = np.concatenate(pieces)
     return Pieces(source, *table[np.lexsort((table[:, 1], table[:, 0]))].T, skipped=skipped)
+
+
+def _unrolled(source: Tokenised, data) -> np.ndarray:
+    """Which documents are kept, ``[N]`` bool, where the template makes several of a conversation, one for each answer.
+
+    With ``data.train_on=assistant`` all are, or the last few that ``data.unroll`` says. Otherwise the last one has all
+    that the earlier ones have.
+    """
+    documents = source.documents
+    earlier = documents["earlier"]
+    if data.train_on != "assistant":
+        return ~earlier
+    # How many documents of the same conversation come after each.
+    last = np.flatnonzero(~earlier)
+    after = last[np.searchsorted(last, np.arange(len(documents)))] - np.arange(len(documents))
+    limit = unroll_limit(data.unroll)
+    keep = np.ones(len(documents), dtype=bool) if limit is None else after < limit
+    if earlier.any():
+        lengths = documents["length"].astype(np.int64)
+        several = earlier.copy()
+        several[1:] |= earlier[:-1]
+        whole, kept = int(lengths[several & ~earlier].sum()), int(lengths[several & keep].sum())
+        lost = np.count_nonzero(several & ~keep)
+        logger.log(
+            logging.WARNING if kept > COSTLY * whole or lost else logging.INFO,
+            "data source %r: %d conversations are a document for each answer, since the template renders earlier turns "
+            "otherwise than it prompts for them: %d documents of %d tokens, %.1f times the %d tokens of the "
+            "conversations. %s",
+            source.name,
+            np.count_nonzero(several & ~earlier),
+            np.count_nonzero(several & keep),
+            kept,
+            kept / whole,
+            whole,
+            f"The {lost} documents before the last {limit} of each are left out, with their answers (data.unroll)"
+            if lost
+            else "data.unroll='last N' trains only the last N answers of each",
+        )
+    return keep
 
 
 def _parts(source: Tokenised, document: int, data) -> Iterator[tuple[int, int]]:
