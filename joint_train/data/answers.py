@@ -142,15 +142,15 @@ class Conversation:
         template leaves out of the history."""
         if text.startswith(prompt):
             return text, self._ended(index, text, marks, len(prompt))
-        before = self.render(self.messages[:index])
-        if prompt == before or not text.startswith(before):
-            return None
         common = common_prefix(text, prompt, self.special)
-        if self._content_start(index, text) != common:
-            return None
         missing = prompt[common:]
         tags = TAG.findall(missing)
-        if not tags or len(tags) % 2 or TAG.split(missing)[-1].strip():
+        closed = tags and len(tags) % 2 == 0 and not TAG.split(missing)[-1].strip()
+        if not (closed and self._says(index, text, common)):
+            before = self.render(self.messages[:index])
+            if prompt == before or not text.startswith(before) or self._content_start(index, text) != common:
+                return None
+        if not closed:
             raise DataError(
                 f"message {index}: the prompt that it answers ends with {missing!r}, and the message hasn't what has "
                 "to follow there: give its reasoning, or turn thinking off (chat_template_kwargs)"
@@ -172,6 +172,15 @@ class Conversation:
             return self._ended(index, text, marks, self._content_start(index, text))
         before = self.render(self.messages[:index]) if index else ""
         return self._ended(index, text, marks, common_prefix(text, before, self.special))
+
+    def _says(self, index: int, text: str, at: int) -> bool:
+        """Whether what a message says begins at a place, by what stands there; what is before it is in the prompt, too,
+        and so doesn't depend on the message. That spares three renderings."""
+        message = self.messages[index]
+        content = message.get("content")
+        if not isinstance(content, str) or "tool_calls" in message or any(name in message for name in THINKING):
+            return False
+        return bool(content.strip()) and text.startswith(content.strip(), at)
 
     def _content_start(self, index: int, text: str) -> int:
         """The first character that depends on the message that the text ends with."""

@@ -24,6 +24,8 @@ LIMIT_SECONDS = 10.0
 """Processor time for one rendering; the usual is less than a millisecond."""
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
+PLAIN = (dict, list, str, tuple, int, float, bool)
+
 Span = tuple[int, int]
 
 
@@ -105,8 +107,9 @@ class Template:
             DataError: the template refuses them, or takes too long.
         """
         with self._explained():
-            compiled = chat_template_utils._compile_jinja_template(self._source)
-            return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._variables)
+            return _compiled(self._source).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._variables
+            )
 
     def render_marked(self, messages: list[dict]) -> tuple[str, list[Span]]:
         """The text of prepared messages, and the places [start, end) in it that are marked as the assistant's.
@@ -117,9 +120,8 @@ class Template:
         if not self.marked:
             return self.render(messages), []
         with self._explained():
-            compiled = chat_template_utils._compile_jinja_template(self._source)
             return chat_template_utils._render_with_assistant_indices(
-                compiled, messages=messages, add_generation_prompt=False, **self._variables
+                _compiled(self._source), messages=messages, add_generation_prompt=False, **self._variables
             )
 
     @contextmanager
@@ -150,6 +152,24 @@ def _stop(*_: Any) -> None:
 @lru_cache(maxsize=1)
 def _handle_signals(process: int) -> None:
     signal.signal(signal.SIGVTALRM, _stop)
+
+
+@lru_cache(maxsize=64)
+def _compiled(source: str) -> jinja2.Template:
+    """A template whose sandbox remembers what it allows: it takes half of the time of a rendering to find that out."""
+    compiled = chat_template_utils._compile_jinja_template(source)
+    allowed = compiled.environment.is_safe_attribute
+
+    @lru_cache(maxsize=4096)
+    def of_kind(kind: type, name: str) -> bool:
+        return allowed(kind(), name, None)
+
+    def is_safe_attribute(thing: Any, name: str, value: Any) -> bool:
+        # Of these nothing but their type counts.
+        return of_kind(type(thing), name) if type(thing) in PLAIN else allowed(thing, name, value)
+
+    compiled.environment.is_safe_attribute = is_safe_attribute
+    return compiled
 
 
 @lru_cache(maxsize=64)
