@@ -170,7 +170,7 @@ def test_the_plan_counts_host_memory_and_transfers(pair, accumulate):
     assert moved.transfers == {"to device": accumulate * (everything + layers), "to host": accumulate * trained}
     seconds = accumulate * (everything + layers + trained) / 25e9
     assert moved.transfer_seconds(machine) == pytest.approx(seconds)
-    hidden = plain.compute_seconds(machine)
+    hidden = plain.device_seconds(machine)
     total = sum(moved.network_seconds(machine).values()) + seconds
     assert moved.exposed_seconds(machine) >= total - hidden - 1e-12
     for part in ("weights (this rank's shard)", "optimizer states"):

@@ -205,8 +205,7 @@ class _Pass:
         settings = self.mix, self.centroids, caps, torch.empty(shape, dtype=self.dtype, device=self.device)
         dtypes = self.base.weight.dtype, self.drafter.weight.dtype
         terms = Compiled(*settings, dtypes) if self.compile else Buffered(*settings)
-        for start in range(0, total, self.chunk):
-            self._chunk(slice(start, min(start + self.chunk, total)), terms)
+        self.walk_chunks(terms)
 
         losses, measures = self.sums[:, : len(LOSSES)], self.sums[1:, len(LOSSES) :]
         self.stats |= dict(zip(self.names, [*losses.unbind(1), *measures.unbind(1)], strict=True))
@@ -221,6 +220,15 @@ class _Pass:
             self.stats[f"{head}accepted"] = (accepted * full).sum()
             self.stats |= {f"{head}walk_accepted": (accepted * walked).sum(), f"{head}walk_rows": walked.sum()}
         return loss, self.stats
+
+    def parts(self) -> list[slice]:
+        """The targets of each chunk."""
+        total = len(self.targets.rows)
+        return [slice(start, min(start + self.chunk, total)) for start in range(0, total, self.chunk)]
+
+    def walk_chunks(self, terms: Buffered | Compiled) -> None:
+        for part in self.parts():
+            self._chunk(part, terms)
 
     def _chunk(self, part: slice, terms: Buffered | Compiled) -> None:
         rows, labels, valid = self.targets.rows[part], self.targets.labels[part], self.targets.valid[part]
