@@ -65,6 +65,7 @@ class Meter(TorchDispatchMode):
         self.held: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self.layer_type = "full_attention"  # of the attention that runs
+        self._paused = False
         self._seen: dict[tuple, _Seen] = {}
         self._known: dict[int, weakref.ref | None] = {}
         self._within: list[str] = []
@@ -81,6 +82,8 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
         kind = _kind(func)
         if kind == "view":
             out = func(*args, **kwargs)
@@ -146,6 +149,15 @@ class Meter(TorchDispatchMode):
             yield
         finally:
             self.leave()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is counted of what runs inside."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def enter(self, part: str) -> None:
         self._within.append(part)

@@ -17,12 +17,14 @@ from joint_train.distributed.parallelize import (
 )
 from joint_train.distributed.placement import local_numel
 from joint_train.distributed.rows import RowShardedEmbedding, even_lookup
+from joint_train.pair.recompute import HostCopies
 from joint_train.pair.targets import joint_targets
 from joint_train.pair.visibility import attention_masks
 from joint_train.plan.meter import COPIES, LOSS, Meter, Work, in_backward, stand_ins
 from joint_train.weights.composite import Gemma4WithDrafter
 
 PER_LAYER = "per-layer embeddings"
+SAVED = "saved inputs"
 
 
 class _Unit:
@@ -125,6 +127,24 @@ class _PlannedRows(RowShardedEmbedding):
         rows.to(self.params_dtype)
 
 
+class _PlannedCopies(HostCopies):
+    """Inputs that wait on the host: what is copied, without a host."""
+
+    meter: Meter
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        self.meter.moved["to host", SAVED] += tensor.nbytes
+        with self.meter.paused():
+            return torch.empty_like(tensor)
+
+    def to_device(self, buffer: Tensor, device: torch.device) -> tuple[Tensor, None]:
+        self.meter.moved["to device", SAVED] += buffer.nbytes
+        return torch.empty_like(buffer), None
+
+    def release(self, buffer: Tensor) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Step:
     """One micro-batch on a rank: FLOPs, and what lives when most does, besides the shard and the optimizer's states."""
@@ -187,6 +207,9 @@ def simulate(
     if model.drafter.masked_embedding is not None:
         ordering = model.drafter.masked_embedding.token_ordering
         model._token_centroid = ordering._version, torch.empty_like(ordering)
+
+    if model.host_copies is not None:
+        model.host_copies.__class__, model.host_copies.meter = _PlannedCopies, meter
 
     ids = torch.ones(cfg.data.micro_batch_size, cfg.data.max_length, dtype=torch.long)
     targets = joint_targets(ids, None, model.drafter_num_steps, model.pairing).to("meta")  # every token is one
