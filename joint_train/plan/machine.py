@@ -31,8 +31,8 @@ class Machine:
     # for each stream (compute, gather, reduce), and what one has freed no other can use.
     reserve: float = 0.06
     tflops: float = 989.0  # of a GPU, dense bfloat16
-    # Share of them that matrix products reach in a long run, at the card's power limit: what torchtitan's published 6,667
-    # tokens a second of Llama 3 8B leave for them.
+    # Share of them that matrix products reach in a long run, at the card's power limit: what torchtitan's published
+    # 6,667 tokens a second of Llama 3 8B leave for them.
     utilisation: float = 0.55
     attention_tflops: Mapping[str, float] = field(default_factory=lambda: ATTENTION)  # of an H100: scaled by `tflops`
     flex_head_dim: int = 512  # the largest that FlexAttention's kernels have shared memory for

@@ -7,15 +7,14 @@ which unit's weights are gathered when, and what a gradient's reduction holds. F
 The weights of a released pair needn't be there: its sizes are in :mod:`joint_train.weights.released`.
 """
 
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedConfig
 
 from joint_train.checkpoint.state import pair_tensors
+from joint_train.config import Config, select, with_overrides
 from joint_train.config.values import mesh_shape
 from joint_train.distributed.moments import moved_by_muon, state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
@@ -23,9 +22,10 @@ from joint_train.distributed.placement import local_numel, padding
 from joint_train.pair.attention import kernels
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.loss import memory_budget_mb
+from joint_train.plan.ladder import lowest, rungs
 from joint_train.plan.machine import Machine
 from joint_train.plan.meter import COPIES, Work
-from joint_train.plan.step import local_bytes, simulate
+from joint_train.plan.step import SAVED, local_bytes, simulate
 from joint_train.weights import released
 from joint_train.weights.composite import Gemma4WithDrafter, meta_pair
 from joint_train.weights.folders import read_config
@@ -74,10 +74,11 @@ class Plan:
     mesh: tuple[int, int]  # replicas, shards
     micro_batches: int  # of a step, on a rank
     padding: float  # what equal shards add to the sharded weights, as a share of them
-    host: int  # bytes of a rank in its host's memory: what parallel.cpu_offload moves there
-    transfers_at_end: bool  # not beside forward and backward, but in the update
+    host: dict[str, int]  # bytes of a rank in its host's memory, by what they are for
+    transfers_at_end: int  # bytes of `transfers` that are moved in the update, not beside forward and backward
     transfers: dict[str, int]  # bytes of a step between a rank's GPU and its host: "to device", "to host"
     attention: str  # what computes it
+    chosen: dict[str, object] = field(default_factory=dict)  # the settings that ``auto`` is, as overrides
 
     @property
     def peak(self) -> int:
@@ -158,8 +159,7 @@ class Plan:
                 ends += total[kind] * sum(of_kind.get(unit, 0) for unit in units) / every
         slowed = machine.overlap_cost * (sum(total.values()) - ends)
         transfers = self.transfer_seconds(machine)
-        if self.transfers_at_end:
-            ends += transfers
+        ends += self.transfers_at_end / machine.pcie_gb_per_second / 1e9
         whole = sum(total.values()) + transfers
         return ends + max(slowed, whole - ends - self.device_seconds(machine))
 
@@ -195,7 +195,7 @@ class Plan:
         return max(seconds, key=seconds.get)
 
 
-def read(cfg: DictConfig) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, str]]:
+def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, str]]:
     """The pair's configurations, and where they come from: the released sizes, or else a folder or the hub.
 
     Raises:
@@ -203,7 +203,7 @@ def read(cfg: DictConfig) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str
     """
     m, configs, sources = cfg.model, [], []
     for path, revision, overrides in (
-        (m.base, m.revision, OmegaConf.to_container(m.text_config)),
+        (m.base, m.revision, m.text_config),
         (m.drafter, m.drafter_revision, None),
     ):
         found = released.released_config(path, overrides)
@@ -230,15 +230,15 @@ def count_parameters(model: Gemma4WithDrafter) -> dict[str, tuple[int, int]]:
     return {part: (every, trained) for part, (every, trained) in parts.items() if every}
 
 
-def mesh_sizes(cfg: DictConfig, machine: Machine) -> tuple[int, int]:
+def mesh_sizes(cfg: Config, machine: Machine) -> tuple[int, int]:
     """(ranks, ranks that a weight is sharded over)."""
     replicate, shard = cfg.parallel.dp_replicate, cfg.parallel.dp_shard
     ranks = replicate * shard if shard > 0 else max(replicate, machine.gpus - machine.gpus % replicate)
     return ranks, mesh_shape(cfg.parallel, ranks, machine.gpus_per_node)[2]
 
 
-def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda", base_alone: bool = False) -> Plan:
-    """Estimate a run.
+def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda", base_alone: bool = False) -> Plan:
+    """Estimate a run. Where ``activation_checkpointing`` says auto, it is the least that fits, as ``Plan.chosen`` says.
 
     Args:
         device_type: decides what ``precision.compute=auto`` and the loss's default budget are.
@@ -247,13 +247,27 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda", base
     Raises:
         ConfigError: as :func:`read`.
     """
+    choices, plans = rungs(cfg.activation_checkpointing), {}
+
+    def fits(rung: int) -> bool:
+        plans[rung] = _plan(with_overrides(cfg, choices[rung]), machine, device_type, base_alone)
+        return plans[rung].peak <= machine.usable
+
+    rung = lowest(len(choices), fits)
+    if rung not in plans:
+        fits(rung)
+    return replace(plans[rung], chosen=choices[rung])
+
+
+def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> Plan:
     base_config, drafter_config, sources = read(cfg)
     as_planned = {
-        "parallel": {"compile": False},
-        "model": {"use_liger_kernel": False},
-        "loss": {"memory_budget_mb": memory_budget_mb(cfg.loss, device_type), "compile": False},
+        "parallel.compile": False,
+        "model.use_liger_kernel": False,
+        "loss.memory_budget_mb": memory_budget_mb(cfg.loss, device_type),
+        "loss.compile": False,
     }
-    cfg = OmegaConf.merge(cfg, as_planned)
+    cfg = with_overrides(cfg, as_planned)
     compute = compute_dtype(cfg.precision, device_type)
     model = meta_pair(cfg, base_config, drafter_config, compute, device_type)
     ranks, shard = mesh_sizes(cfg, machine)
@@ -297,8 +311,9 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda", base
     if shard == 1:
         communication |= {"all-gather": {}, "reduce-scatter": {}, "all-to-all": {}}
         step.work.pop(COPIES)
+    late = 0
     if cfg.parallel.cpu_offload == "optimizer":  # to the update and back
-        transfers = {"to device": states, "to host": states}
+        transfers, late = {way: size + states for way, size in transfers.items()}, 2 * states
     work = {part: Work() for part in step.work}
     for part, once in step.work.items():
         work[part].add(once, cfg.optim.grad_accum)
@@ -309,9 +324,17 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda", base
             bytes=4 * gradients + 2 * local_bytes(trained, shard, cfg) + 2 * states,
             launches=len(trained) * (8 if one_by_one else 1) // (1 if one_by_one else 8),
         )
-    tokens = cfg.data.max_length * cfg.data.micro_batch_size * cfg.optim.grad_accum * ranks
     itemsize = DTYPES[cfg.precision.params].itemsize
     saved = [p for tensors in pair_tensors(model).values() for p in tensors.values() if isinstance(p, nn.Parameter)]
+    sizes = [(p, p.dtype.itemsize if id(p) in rounded else itemsize) for p in saved]
+    staged = states + sum(local_numel(p.shape, shard) * size for p, size in sizes)
+    there = {"none": 0, "optimizer": states, "all": shards + states + gradients}[cfg.parallel.cpu_offload]
+    host = {
+        "parallel.cpu_offload": there,
+        "inputs of what is recomputed": step.moved["to host", SAVED],
+        "staging of background saves": staged if getattr(cfg.checkpoint, "async") else 0,
+    }
+    tokens = cfg.data.max_length * cfg.data.micro_batch_size * cfg.optim.grad_accum * ranks
     return Plan(
         parameters=count_parameters(model),
         memory=memory,
@@ -319,64 +342,76 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda", base
         recomputed=step.recomputed * cfg.optim.grad_accum,
         tokens=tokens,
         ranks=ranks,
-        checkpoint=sum(p.nbytes if id(p) in rounded else itemsize * p.numel() for p in saved)
-        + sum(bytes_of_states(p, p.numel()) for p in trained),
+        checkpoint=sum(size * p.numel() for p, size in sizes) + sum(bytes_of_states(p, p.numel()) for p in trained),
         sources=sources,
         work=work,
         communication=communication,
         mesh=(ranks // shard, shard),
         micro_batches=cfg.optim.grad_accum,
         padding=padding([p.shape for p in parameters if id(p) not in {id(other) for other in whole}], shard),
-        host={"none": 0, "optimizer": states, "all": shards + states + gradients}[cfg.parallel.cpu_offload],
+        host={what: size for what, size in host.items() if size},
         transfers=transfers,
-        transfers_at_end=cfg.parallel.cpu_offload == "optimizer",
+        transfers_at_end=late,
         attention=kernels(model.base.config.get_text_config(), compute, "meta"),
     )
 
 
-def longest(cfg: DictConfig, machine: Machine, plan: Plan, unit: int = 256, most: int = 2**20) -> int:
-    """The largest ``data.max_length`` that fits, in multiples of `unit` and up to `most`; 0 if none does."""
+def longest(cfg: Config, machine: Machine, plan: Plan, unit: int = 256, most: int = 2**20) -> int:
+    """The largest ``data.max_length`` that fits, in multiples of `unit` and up to `most`, to 3 %; 0 if none does.
 
-    def peak(units: int) -> int:
-        return make_plan(with_overrides(cfg, {"data.max_length": units * unit}), machine).peak
+    What is recomputed by ``auto`` is then as much as can be.
+    """
+    cfg = pinned(cfg)
+    start, most = cfg.data.max_length // unit, most // unit
+    low, high = (start, None) if plan.peak <= machine.usable else (0, -(-cfg.data.max_length // unit))
+    if low >= most:
+        return cfg.data.max_length
+    peaks: dict[int, int] = {}
 
-    if plan.peak <= machine.usable:
-        low, high = (cfg.data.max_length // unit, plan.peak), None
-    else:
-        low, high = (1, peak(1)), (-(-cfg.data.max_length // unit), plan.peak)
-        if low[1] > machine.usable or high[0] == 1:
-            return 0
-    while low[0] * unit < most and (high is None or high[0] - low[0] > 1):
-        if high is None:
-            guess = max(1, 2 * low[0])
-        else:  # the peak is nearly linear in the length
-            share = (machine.usable - low[1]) / (high[1] - low[1])
-            guess = min(max(low[0] + int(share * (high[0] - low[0])), low[0] + 1), high[0] - 1)
-        point = guess, peak(guess)
-        low, high = (point, high) if point[1] <= machine.usable else (low, point)
-    return low[0] * unit or cfg.data.max_length
+    def fits(units: int) -> bool:
+        peaks[units] = make_plan(with_overrides(cfg, {"data.max_length": units * unit}), machine).peak
+        return peaks[units] <= machine.usable
+
+    guess = min(max(4 * low, 1), most) if high is None else high // 4
+    while high is None or high - low > max(1, low // 32):
+        guess = min(max(guess, low + 1), most if high is None else high - 1)
+        if fits(guess):
+            low = guess
+        else:
+            high = guess
+        if low == most:
+            break
+        apart = max(1, low // 32)
+        if len(peaks) < 2:
+            guess = 4 * low if high is None else (low + high) // 2
+        else:  # by the line through the two nearest, as the peak is nearly linear in the length; then beside it
+            (x, a), (y, b) = sorted(peaks.items(), key=lambda point: abs(point[1] - machine.usable))[:2]
+            guess = int(x + (machine.usable - a) * (y - x) / (b - a)) if a != b else 2 * max(x, y)
+            guess = guess - apart // 2 if high is not None and guess >= high else max(guess, low + apart)
+    return low * unit or (cfg.data.max_length if plan.peak <= machine.usable else 0)
 
 
-def with_overrides(cfg: DictConfig, changes: dict) -> DictConfig:
-    changed = copy.deepcopy(cfg)
-    for key, value in changes.items():
-        OmegaConf.update(changed, key, value)
-    return changed
+def pinned(cfg: Config) -> Config:
+    """With as much recomputed as ``auto`` can choose."""
+    return with_overrides(cfg, rungs(cfg.activation_checkpointing)[-1])
 
 
-def can_adapt(cfg: DictConfig) -> bool:
+def can_adapt(cfg: Config) -> bool:
     """Whether adapters in the place of a trained base are a choice that is left."""
     return not cfg.lora.r and not cfg.freeze.base and cfg.freeze.towers and find_spec("peft") is not None
 
 
-def savings(cfg: DictConfig, machine: Machine) -> dict[str, int]:
+def savings(cfg: Config, machine: Machine) -> dict[str, int]:
     """Settings that take less memory, those that cost the least time first, and the peak with each alone."""
-    smaller_loss = min(256, memory_budget_mb(cfg.loss, "cuda"))
+    smaller_loss, cfg = min(256, memory_budget_mb(cfg.loss, "cuda")), pinned(cfg)
     changes = [
         {"parallel.reshard_after_forward": True},
         {"loss.memory_budget_mb": smaller_loss},
         {"activation_checkpointing.drafter": "full"},
+        {"activation_checkpointing.drafter": "layers"},
+        {"activation_checkpointing.base": "selective"},
         {"activation_checkpointing.base": "full"},
+        {"activation_checkpointing.base": "full", "activation_checkpointing.offload": True},
         {"data.micro_batch_size": 1, "optim.grad_accum": cfg.optim.grad_accum * cfg.data.micro_batch_size},
         {"parallel.dp_shard": 2 * mesh_sizes(cfg, machine)[1]},
         {"data.max_length": max(256, cfg.data.max_length // 2)},
@@ -390,7 +425,7 @@ def savings(cfg: DictConfig, machine: Machine) -> dict[str, int]:
     ]
     peaks = {}
     for change in changes:
-        if any(OmegaConf.select(cfg, key) != value for key, value in change.items()):
+        if any(select(cfg, key) != value for key, value in change.items()):
             name = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
             peaks[name] = make_plan(with_overrides(cfg, change), machine).peak
     return peaks
