@@ -332,7 +332,7 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
     host = {
         "parallel.cpu_offload": there,
         "inputs of what is recomputed": step.moved["to host", SAVED],
-        "staging of background saves": staged if getattr(cfg.checkpoint, "async") else 0,
+        "staging of background saves": staged if cfg.checkpoint.background else 0,
     }
     tokens = cfg.data.max_length * cfg.data.micro_batch_size * cfg.optim.grad_accum * ranks
     return Plan(

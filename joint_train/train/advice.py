@@ -69,3 +69,17 @@ def warn_of_padding(plan: Plan) -> None:
             "parallel.dp_replicate=%d",
             plan.mesh[1], 100 * plan.padding, max(1, plan.ranks // 64),
         )  # fmt: skip
+
+
+def log_recomputation(plan: Plan, machine: Machine) -> None:
+    """What ``activation_checkpointing`` is where it is auto; a warning where even the most that it can do doesn't fit."""
+    if not plan.chosen:
+        return
+    settings = " ".join(f"{key}={value}" for key, value in plan.chosen.items())
+    fits = plan.peak <= machine.usable
+    log.log(
+        logging.INFO if fits else logging.WARNING,
+        "%s, chosen by the plan: a peak of %.2f GiB of the %.2f that a rank can use%s",
+        settings, plan.peak / 2**30, machine.usable / 2**30,
+        "" if fits else ": it doesn't fit, and python -m joint_train.plan says what would",
+    )  # fmt: skip
