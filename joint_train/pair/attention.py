@@ -12,7 +12,6 @@ import logging
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils._triton import has_triton
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -21,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from joint_train.errors import ConfigError
 from joint_train.pair.blocks import block_mask
 from joint_train.pair.recompute import keeping, kept
+from joint_train.torch_private import allow_graphs, has_triton
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _tried(size: int, dtype: torch.dtype) -> bool:
 @functools.cache
 def compiled(backend: str = "inductor"):
     """FlexAttention's fused kernels. Past the limit of graphs it raises: what isn't compiled holds all the scores."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    allow_graphs(GRAPHS)
     return torch.compile(flex_attention, fullgraph=True, backend=backend)
 
 

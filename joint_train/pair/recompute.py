@@ -12,12 +12,13 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 SMALL = 2**20  # bytes; smaller tensors stay where they are
@@ -37,9 +38,40 @@ def checkpointed(
         host: keep the tensors in ``args`` there.
         preserve_rng_state: let the replay draw the same random numbers.
     """
-    context = {"context_fn": _keeping_attention} if keep_attention else {}
+    contexts = _keeping_attention if keep_attention else _replaying
     with nullcontext() if host is None else host.hooks():
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **context)
+        return checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, context_fn=contexts
+        )
+
+
+class TrainableKernels(AbstractContextManager):
+    """Within it SDPA has the kernels that were allowed before, but not cuDNN's, and again those before after it.
+
+    cuDNN's backward gives NaN on Hopper from micro-batches of 2 on (NeMo AutoModel, issues 2208 and 3232). A backward
+    runs on its forward's kernel.
+    """
+
+    def __enter__(self) -> None:
+        flags = torch.backends.cuda
+        allowed = {
+            SDPBackend.FLASH_ATTENTION: flags.flash_sdp_enabled(),
+            SDPBackend.EFFICIENT_ATTENTION: flags.mem_efficient_sdp_enabled(),
+            SDPBackend.MATH: flags.math_sdp_enabled(),
+        }
+        self.kernels = sdpa_kernel([backend for backend, on in allowed.items() if on] or [SDPBackend.MATH])
+        self.kernels.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.kernels.__exit__(*error)
+
+
+def _replaying():
+    """A replay is in the backward, so after the forward's choice of kernels."""
+    return nullcontext(), TrainableKernels()
+
+
+REPLAYED = {"use_reentrant": False, "context_fn": _replaying}  # for transformers' gradient_checkpointing_enable
 
 
 # Attention that is kept
@@ -93,11 +125,12 @@ class _Again:
         self.kept = kept
 
     def __enter__(self) -> None:
-        self.context = _during(self.kept, 0)
-        self.context.__enter__()
+        self.context = ExitStack()
+        for context in (TrainableKernels(), _during(self.kept, 0)):
+            self.context.enter_context(context)
 
     def __exit__(self, *error) -> None:
-        self.context.__exit__(*error)
+        self.context.close()
 
 
 def kept(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

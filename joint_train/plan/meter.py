@@ -16,7 +16,6 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextAttention, Gemma4TextExperts
 
@@ -24,6 +23,7 @@ from joint_train.pair import attention as attention_module
 from joint_train.pair import heads, loss, visibility
 from joint_train.pair import model as model_module
 from joint_train.pair.blocks import visible
+from joint_train.torch_private import TorchDispatchMode, in_backward, number_in_backward, sequence_number
 
 PRODUCTS, LOSS, NORMS, OTHERS, COPIES = "products", "loss", "norms", "element-wise", "FSDP2's copies"
 PARTS = (PRODUCTS, "sliding attention", "full attention", LOSS, NORMS, OTHERS, COPIES)
@@ -135,10 +135,10 @@ class Meter(TorchDispatchMode):
         # A backward has gradients off, but for the forwards that checkpointing repeats.
         if not in_backward() or torch.is_grad_enabled():
             return self._within[-1] if self._within else None
-        if (node := torch._C._current_autograd_node()) is None:
+        if (number := number_in_backward()) is None:
             return None
         numbers, parts = self._marks
-        at = bisect_right(numbers, node._sequence_nr())
+        at = bisect_right(numbers, number)
         return parts[at - 1] if at else None
 
     @contextlib.contextmanager
@@ -169,7 +169,7 @@ class Meter(TorchDispatchMode):
 
     def _mark(self) -> None:
         numbers, parts = self._marks
-        numbers.append(torch._C._autograd._get_sequence_nr())
+        numbers.append(sequence_number())
         parts.append(self._within[-1] if self._within else None)
 
     def count(self, flops: int, again: bool = False, part: str = PRODUCTS, kernel: str = PRODUCT) -> None:
@@ -225,10 +225,6 @@ class Meter(TorchDispatchMode):
 
     def _of_layer_type(self, module: Gemma4TextAttention, args: tuple) -> None:
         self.layer_type = module.layer_type or "full_attention"
-
-
-def in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 aten = torch.ops.aten

@@ -56,7 +56,9 @@ def test_products_are_those_of_the_layers(pair):
     model = meta_pair(cfg, *read_configs(cfg.model.base, cfg.model.drafter), torch.float32)
 
     def weights(module, times):
-        found = [m.weight.numel() for n, m in module.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n]
+        found = [
+            m.weight.numel() for n, m in module.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n
+        ]
         return times * sum(found)
 
     base = weights(model.base.model.language_model, 1) + weights(model.drafter.model, 3)
