@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 UNITS = {
     "layers": "layers",
     "none": "per-layer embeddings",  # no unit of FSDP2: what is exchanged outside of one

@@ -10,7 +10,7 @@ from pairs import build_pair
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma4AssistantForCausalLM
 
-from benchmarks import joint, runs
+from benchmarks import joint, results, runs
 from benchmarks.greedy import compared, greedy_texts, variety, verifications, walk
 from joint_train.config import load
 from joint_train.errors import ConfigError
@@ -82,11 +82,10 @@ def in_this_process(module: str, *overrides: str, **_) -> None:
 
 
 def test_two_arms_end_to_end(made):
-    arms = json.loads((made / "joint.json").read_text())["arms"]
+    arms = {row["arm"]: row for row in json.loads((made / "joint.json").read_text())["rows"]}
     assert arms["stale"]["drafter_steps"] == 0 and arms["sequential"]["drafter_steps"] == 2
     assert arms["stale"]["base_loss"] == arms["sequential"]["base_loss"]  # one base
     assert arms["sequential"]["flops_of_sequential"] == 1 > arms["stale"]["flops_of_sequential"]
-    assert (made / "joint.md").read_text().count("\n") == 4
     assert xml.etree.ElementTree.parse(made / "joint.svg").getroot().tag.endswith("svg")
 
 
@@ -96,7 +95,7 @@ def test_nothing_finished_is_run_again_and_settings_stay(made, monkeypatch, caps
 
     monkeypatch.setattr(runs, "run_module", refuse)
     assert joint.main([str(made), *ARGUMENTS]) == 0
-    assert capsys.readouterr().out == (made / "joint.md").read_text()
+    assert capsys.readouterr().out == results.table(results.read(made / "joint.json")) + "\n"
     assert joint.main([str(made), *ARGUMENTS, "--steps", "3"]) == 2
     assert "other settings" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="other settings"):

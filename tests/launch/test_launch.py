@@ -180,7 +180,7 @@ def test_summary(tmp_path):
         summary.summarize(tmp_path / "0" / "slurm")
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 

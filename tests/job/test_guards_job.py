@@ -181,7 +181,7 @@ def test_a_rank_that_stops_answering_ends_the_run_with_its_stack_on_screen(start
     timeout = 30
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     overrides = ["+experiment=starter", f"pair={starter_dir}", f"output_dir={tmp_path / 'run'}", *SMALL]
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
         [*command, *overrides, "max_steps=5", f"parallel.timeout_seconds={timeout}"],
         capture_output=True,

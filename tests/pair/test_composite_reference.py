@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, Gemma4AssistantForCausalLM, Gemma
 from joint_train import Gemma4JointOutput, Gemma4WithDrafter
 from joint_train.config import Config
 
-HERE = "test_composite_reference.py"
-MODEL = "test_model.py"
+HERE = "pair/test_composite_reference.py"
+MODEL = "pair/test_model.py"
 PROMISES = {
     # module
     "the base runs with its shared KV states and its hidden states": f"{MODEL}::test_same_token_logits_equal_the_published_formula",
@@ -46,13 +46,13 @@ PROMISES = {
     "attn_implementation, text_config: forwarded": f"{HERE}::test_loading_options_reach_the_models",
     "use_liger_kernel: forwarded, or the package is missing": f"{HERE}::test_liger_without_its_package_is_an_error",
     "pipeline_config, moe_mesh: refused with the reason": f"{HERE}::test_refused_arguments",
-    "peft_config: adapters on the base": "test_lora.py::test_the_api_takes_pefts_own_configuration",
+    "peft_config: adapters on the base": "distributed/test_lora.py::test_the_api_takes_pefts_own_configuration",
     "use_sdpa_patching: False as NeMo's recipes set it": f"{HERE}::test_nothing_is_patched",
     "device_mesh: pp, cp and tp of size 1": f"{HERE}::test_a_mesh_that_splits_the_pair_is_refused",
     "device_mesh, distributed_config: both models sharded on one mesh": f"{HERE}::test_from_pretrained_on_a_mesh",
     "distributed_setup: pp_size and cp_size must be 1": f"{HERE}::test_distributed_setup",
     "freeze_config: for the base only": f"{HERE}::test_freeze_config_is_the_bases",
-    "cache_dir: the hub cache": "test_loading.py",
+    "cache_dir: the hub cache": "weights/test_loading.py",
     "kwargs: forwarded to both loads": f"{HERE}::test_kwargs_go_to_both_loads",
     # saving
     "save_pretrained: base/ and drafter/, each for from_pretrained alone": f"{HERE}::test_save_and_load",
@@ -65,7 +65,7 @@ PROMISES = {
 def test_every_promise_names_a_test_that_exists():
     for promise, place in PROMISES.items():
         file, _, name = place.partition("::")
-        text = (Path(__file__).parent / file).read_text()
+        text = (Path(__file__).parents[1] / file).read_text()
         assert f"def {name}(" in text or not name, f"{promise}: no {place}"
 
 

@@ -16,7 +16,7 @@ from browser import BROWSER, WIDTHS, browse
 from joint_train.config import choices, groups, keys
 from joint_train.metrics import METRICS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

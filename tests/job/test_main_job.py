@@ -17,7 +17,7 @@ import joint_train.__main__ as main_job
 from joint_train.config import Config, conf_dir, load
 from joint_train.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "data.max_length=48",
     "data.micro_batch_size=1",
