@@ -29,10 +29,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.utils.generic import ContextManagers
 
+from joint_train.checkpoint.layout import inside
 from joint_train.distributed.lora import folder_tensors
-from joint_train.distributed.ranks import together
+from joint_train.distributed.ranks import Ranks, together
 from joint_train.distributed.replicas import Replicas
 from joint_train.errors import WeightsError
+from joint_train.weights import placing
 from joint_train.weights.folders import BASES, DRAFTERS, read_config, resolve
 
 READ_BYTES = 64 * 2**20
@@ -149,6 +151,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A whole model on one device: what ``from_pretrained`` gives, with this module's checks."""
     folder = resolve(path)
+    check_weights(folder)
     model = build_meta(read_config(folder), dtype, attn_implementation)
     materialize(model, folder, device)
     return model
@@ -165,7 +168,7 @@ def stored_tensors(folder: str | os.PathLike) -> dict[str, Stored]:
     if (folder / "model.safetensors").exists():
         files = {"model.safetensors"}
     elif index.exists():
-        files = set(json.loads(index.read_text())["weight_map"].values())
+        files = _index(index)
     else:
         raise WeightsError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
     if absent := sorted(file for file in files if not (folder / file).exists()):
@@ -180,6 +183,37 @@ def stored_tensors(folder: str | os.PathLike) -> dict[str, Stored]:
         except Exception as e:
             raise WeightsError(f"can't read {folder / file}: {e}") from e
     return stored
+
+
+def _index(path: Path) -> set[str]:
+    """The files that an index names.
+
+    Raises:
+        WeightsError: if it can't be read, or names a file outside its folder.
+    """
+    try:
+        files = set(json.loads(path.read_bytes())["weight_map"].values())
+        outside = [file for file in files if not inside(file)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path} can't be read as an index of weights: {type(error).__name__}: {error}") from None
+    if outside:
+        raise WeightsError(f"{path} is refused: it names {min(outside)}, which is not in the folder.")
+    return files
+
+
+def check_weights(folder: Path, ranks: Ranks | None = None) -> None:
+    """Compare an export's weights with its checksums, where it has them; with `ranks` each reads its share. Collective
+    with them.
+
+    Raises:
+        WeightsError: naming each file whose contents are not what the export wrote, on every rank.
+    """
+    if ranks is None:
+        problems = [placing.check_contents(folder)]
+    else:
+        rank, size = ranks.rank, ranks.size
+        problems = ranks.each(f"verifying {folder}", lambda: placing.check_contents(folder, rank, size))
+    placing.refuse_changed(folder, sorted(problem for of_rank in problems for problem in of_rank))
 
 
 def frozen_base(folder: str | os.PathLike) -> dict[str, str]:
