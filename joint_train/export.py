@@ -162,8 +162,8 @@ def run_config(checkpoint: Path) -> DictConfig:
         file = checkpoint / "config.json"
     if not file.exists():
         raise ConfigError(
-            f"no configuration of the run: there is neither {checkpoint.resolve().parent.parent / 'config.yaml'} nor "
-            f"{file}."
+            f"no configuration of the run at {checkpoint.resolve().parent.parent / 'config.yaml'}, and no config.json "
+            f"in {checkpoint}."
         )
     try:
         cfg = OmegaConf.load(file)

@@ -94,8 +94,8 @@ def put_in_place(outs: Sequence[Path]) -> None:
         layout.fsync_folder(folder)
         mark.unlink(missing_ok=True)
         layout.fsync_folder(folder)
-    for out in gone:
-        shutil.rmtree(_old(out), ignore_errors=True)
+    for name in {out.name for out in gone} | (set(PARTS) if len(outs) > 1 else set()):  # also what a killed one left
+        shutil.rmtree(_old(folder / name), ignore_errors=True)
 
 
 def discard(outs: Sequence[Path]) -> None:
