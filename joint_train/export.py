@@ -6,15 +6,13 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 
 from joint_train.checkpoint.layout import MANIFEST as COMPLETE
 from joint_train.checkpoint.layout import Manifest, check_files, damaged
 from joint_train.checkpoint.layout import verify as verify_sizes
 from joint_train.command import start
+from joint_train.config import Config, read
 from joint_train.errors import ConfigError
 from joint_train.weights.adapter import export_adapter, fill_from_checkpoint
 from joint_train.weights.export import compare_checkpoint, export_checkpoint, verify
@@ -74,8 +72,7 @@ def export_run(
     """
     manifest = verify_checkpoint(checkpoint)
     cfg = run_config(checkpoint)
-    # A run of before the key existed has none in its configuration.
-    unused = bool(OmegaConf.select(cfg, "model.export.kv_shared_weights")) or kv_shared_weights
+    unused = cfg.model.export.kv_shared_weights or kv_shared_weights
     parts: dict[str, tuple[PreTrainedModel, Path]] = {}
     outs = [out / "base", out / "drafter"]
     try:
@@ -84,9 +81,9 @@ def export_run(
             ("drafter", drafter or cfg.model.drafter, cfg.model.drafter_revision, cfg.drafter.num_steps),
         ):
             source = resolve(path, revision, cfg.model.cache_dir)
-            overrides = OmegaConf.to_container(cfg.model.text_config) if part == "base" else None
+            overrides = cfg.model.text_config if part == "base" else None
             model = build_meta(read_config(source, text_config=overrides), torch.bfloat16)
-            if part == "base" and OmegaConf.select(cfg, "lora.r"):  # a run of before the group existed has none
+            if part == "base" and cfg.lora.r:
                 fill_from_checkpoint(model, cfg, checkpoint, source)
                 outs.append(out / "adapter")
                 export_adapter(model, out / "adapter", in_place=False)
@@ -151,7 +148,7 @@ def verify_checkpoint(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def run_config(checkpoint: Path) -> DictConfig:
+def run_config(checkpoint: Path) -> Config:
     """The configuration of the run that wrote a checkpoint: its config.yaml, else what the checkpoint has of it.
 
     Raises:
@@ -165,13 +162,7 @@ def run_config(checkpoint: Path) -> DictConfig:
             f"no configuration of the run at {checkpoint.resolve().parent.parent / 'config.yaml'}, and no config.json "
             f"in {checkpoint}."
         )
-    try:
-        cfg = OmegaConf.load(file)
-        if not isinstance(cfg, DictConfig):
-            raise ValueError("it holds no keys")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{file} can't be read as the configuration of a run: {error}") from None
-    return cfg
+    return read(file)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,16 @@ from pathlib import Path
 
 from fsspec.registry import get_filesystem_class, known_implementations
 from fsspec.utils import get_protocol
-from omegaconf import DictConfig, OmegaConf
 
+from joint_train.config.schema import Config, ExportConfig
+from joint_train.config.typed import select
 from joint_train.errors import ConfigError
 
 
-def check_uploads(cfg: DictConfig) -> None:
+def check_uploads(cfg: Config) -> None:
     """Raises ConfigError for ``checkpoint.mirror``, ``resume`` and ``model.export.push_to_hub`` that can't work."""
     for name in ("checkpoint.mirror", "resume"):
-        _check_url(name, OmegaConf.select(cfg, name))
+        _check_url(name, select(cfg, name))
     _check_apart(cfg.checkpoint.mirror, cfg.output_dir)
     if cfg.model.export.push_to_hub:
         _check_hub(cfg.model.export)
@@ -51,7 +52,7 @@ def _check_apart(mirror: str | None, output_dir: str) -> None:
         raise ConfigError(f"checkpoint.mirror={mirror} lies in output_dir={output_dir}: set another folder or URL.")
 
 
-def _check_hub(export: DictConfig) -> None:
+def _check_hub(export: ExportConfig) -> None:
     """Refuse a push to the hub that would fail at the end of the run."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
