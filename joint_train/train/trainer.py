@@ -21,12 +21,14 @@ from joint_train.data import BatchLoader, OtherData, build_loader, loader_positi
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
 from joint_train.distributed.preemption import Preemption
+from joint_train.distributed.ranks import Ranks
 from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.pair.attention import check_backward
 from joint_train.pair.targets import JointTargets, joint_targets
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.advice import generation_prompts, warn_of_grace, warn_of_padding, warn_of_torchrun
+from joint_train.train.agreement import agree_on_configuration, agree_on_data
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.optim import build_optimizer, lr_factor, update
@@ -60,6 +62,8 @@ class Trainer:
         torch.manual_seed(cfg.seed + self.rank)
 
         check_backward(cfg.model.attn_implementation, self.device.type)
+        everyone = Ranks(cfg.parallel.timeout_seconds)
+        agree_on_configuration(cfg, everyone)
         self.model = load_pair(cfg, self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
@@ -67,6 +71,7 @@ class Trainer:
         self.val_loader = self.drift = None
         if cfg.data.val:
             self.val_loader = build_loader(cfg, self.tokenizer, "val", self.rank, self.ranks)
+            agree_on_data(cfg, "val", self.val_loader, everyone)
         if cfg.tracking.diagnose_every:
             loader = self.build_train_loader(None) if self.val_loader is None else self.val_loader
             self.fixed_batch = self.prepare(next(iter(loader)), loader.source_names)
@@ -86,6 +91,7 @@ class Trainer:
                     "%s is already at or past max_steps=%d: there is nothing left to train", path.name, cfg.max_steps
                 )
         self.loader = self.build_train_loader(position)
+        agree_on_data(cfg, "train", self.loader, everyone)
         self.tracker = Tracker(cfg, self.rank, self.step)
         machine = Machine(gpus=self.ranks)
         self.plan = make_plan(cfg, machine, self.device.type)

@@ -25,6 +25,7 @@ from joint_train.config import (
     PrecisionConfig,
     group_of,
 )
+from joint_train.distributed.agreement import agree
 from joint_train.distributed.lora import adapted, initialise, inject, peft_config_of
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
@@ -34,7 +35,7 @@ from joint_train.pair.model import JointModel
 from joint_train.weights.adapter import export_adapter, load_adapter
 from joint_train.weights.export import export_model, sync_files
 from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
-from joint_train.weights.loading import build_meta, check_weights, frozen_base, materialize
+from joint_train.weights.loading import build_meta, check_weights, fingerprints, frozen_base, materialize
 from joint_train.weights.placing import check as check_folder
 from joint_train.weights.placing import discard, place, staged
 
@@ -309,7 +310,11 @@ def load_pair(
     if mesh is not None:
         parallelize(model, mesh, cfg)
     ranks = Ranks(cfg.parallel.timeout_seconds) if mesh is not None else None
-    for folder in (base_dir, drafter_dir):
+    for part, folder in (("base", base_dir), ("drafter", drafter_dir)):
+        if ranks is not None:
+            files = ranks.all(f"reading {folder}", lambda of=folder: fingerprints(of))
+            mine = {f"{part}/{name}": fingerprint for name, fingerprint in files.items()}
+            agree(ranks, "weights", mine, {f"{part}/{name}": str(folder / name) for name in files})
         check_weights(folder, ranks)
     shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
     materialize(model.base, base_dir, device, shard_device)

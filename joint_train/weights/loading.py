@@ -38,6 +38,7 @@ from joint_train.weights import placing
 from joint_train.weights.folders import BASES, DRAFTERS, read_config, resolve
 
 READ_BYTES = 64 * 2**20
+SAMPLE_BYTES = 4096
 # safetensors' names of the dtypes that a floating-point weight may be read from.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -199,6 +200,26 @@ def _index(path: Path) -> set[str]:
     if outside:
         raise WeightsError(f"{path} is refused: it names {min(outside)}, which is not in the folder.")
     return files
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """What tells the files of a model from others, by name: of weights the header, and bytes from the start, the middle
+    and the end of every tensor; of ``config.json`` all."""
+    found = {"config.json": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()}
+    for path in sorted({entry.file for entry in stored_tensors(folder).values()}):
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+            digest = hashlib.sha256(header)
+            for key, entry in sorted(json.loads(header).items()):
+                if key == "__metadata__":
+                    continue
+                start, end = entry["data_offsets"]
+                for offset in sorted({start, (start + end) // 2, max(start, end - SAMPLE_BYTES)}):
+                    file.seek(8 + length + offset)
+                    digest.update(file.read(min(SAMPLE_BYTES, end - offset)))
+        found[str(path.relative_to(folder))] = digest.hexdigest()
+    return found
 
 
 def check_weights(folder: Path, ranks: Ranks | None = None) -> None:

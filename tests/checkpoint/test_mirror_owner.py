@@ -138,11 +138,9 @@ def test_records_of_the_run_are_mirrored_and_come_back_on_an_empty_disk(tmp_path
 
 def test_a_mirror_in_the_run_itself_is_refused(tmp_path):
     for mirror in (f"{tmp_path}/run", f"file://{tmp_path}/run/", f"{tmp_path}/run/copy"):
-        cfg = config(
-            {"data.train": [{"path": "x.jsonl"}], "checkpoint.mirror": mirror, "output_dir": f"{tmp_path}/run"}
-        )
+        overrides = {"checkpoint.mirror": mirror, "output_dir": f"{tmp_path}/run"}
         with pytest.raises(ConfigError, match="checkpoint.mirror=.* lies in output_dir"):
-            validate(cfg, 1)
+            validate(config({"data.train": [{"path": "x.jsonl"}], **overrides}), 1)
 
 
 def test_storage_that_refuses_the_connection_is_a_sentence(tmp_path):
