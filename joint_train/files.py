@@ -29,6 +29,8 @@ def naming(path: Path, setting: str | None = None) -> Iterator[None]:
     except WriteError:
         raise
     except OSError as error:
+        if error.errno is None:  # not the system's: a wait that took too long
+            raise
         other = f"set {setting} to another folder" if setting else "use another folder"
         if error.errno in FULL:
             advice = f". Free space there, or {other}"

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from joint_train import config
-from joint_train.command import start
+from joint_train.command import TOO_LARGE, start
 from joint_train.config.values import mesh_sentence
 from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, savings
 from joint_train.plan.suggest import suggest
@@ -94,7 +94,7 @@ def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0 if the run fits, 3 if it doesn't and 2 for an error."""
+    """Returns an exit code, see :data:`joint_train.command.EXIT_CODES`."""
     machine = Machine()
     parser = argparse.ArgumentParser(prog="python -m joint_train.plan", description="Say what a run would need.")
     parser.add_argument("overrides", nargs="*", help="as for python -m joint_train, e.g. model=gemma4_31b")
@@ -124,10 +124,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{number}. {size:.2f} GiB, {tokens:,.0f} tokens a second: {one}")
             if not found:
                 print("Nothing that is known here fits: use more GPUs or a smaller pair.")
-            return 0 if found else 3
+            return 0 if found else TOO_LARGE
         plan = make_plan(cfg, machine)
         report(cfg, machine, plan, Console())
-        return 0 if plan.peak <= machine.usable else 3
+        return 0 if plan.peak <= machine.usable else TOO_LARGE
 
     return start("joint_train.plan", run)
 

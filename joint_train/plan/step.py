@@ -18,7 +18,8 @@ from joint_train.distributed.parallelize import (
 from joint_train.distributed.placement import local_numel
 from joint_train.distributed.rows import RowShardedEmbedding, even_lookup
 from joint_train.pair.targets import joint_targets
-from joint_train.plan.meter import Meter, in_backward, stand_ins
+from joint_train.plan.meter import Meter, stand_ins
+from joint_train.torch_private import in_backward
 from joint_train.weights.composite import Gemma4WithDrafter
 
 PER_LAYER = "per-layer embeddings"
