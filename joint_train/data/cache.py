@@ -28,7 +28,8 @@ import numpy as np
 import tokenizers
 import transformers
 
-from joint_train.data import notices, readers, sources
+from joint_train.config import DataConfig, SourceConfig
+from joint_train.data import notices, readers
 from joint_train.data.digests import digest, remember
 from joint_train.data.json_files import Record
 from joint_train.data.locks import locked
@@ -119,12 +120,12 @@ def _mapped(path: Path) -> np.ndarray:
     return np.asarray(array)  # a plain array on the same memory: taking parts of it is quicker
 
 
-def cache_folder(data) -> Path:
+def cache_folder(data: DataConfig) -> Path:
     """Where tokenised data is kept: ``data.cache_dir``."""
     return Path(data.cache_dir or Path.home() / ".cache" / "joint_train" / "data").expanduser()
 
 
-def tokenised(source, data, tokenizer, num_workers: int, timeout: float) -> Tokenised:
+def tokenised(source: SourceConfig, data: DataConfig, tokenizer, num_workers: int, timeout: float) -> Tokenised:
     """A source's tokens, from the cache or made now.
 
     Args:
@@ -168,7 +169,7 @@ def tokenised(source, data, tokenizer, num_workers: int, timeout: float) -> Toke
     return cached
 
 
-def load(folder: Path, source, data, first: bool = True) -> Tokenised:
+def load(folder: Path, source: SourceConfig, data: DataConfig, first: bool = True) -> Tokenised:
     """What :func:`write` wrote.
 
     Args:
@@ -193,7 +194,7 @@ def load(folder: Path, source, data, first: bool = True) -> Tokenised:
     return Tokenised(name, folder, meta["content"], source_files(source), meta["skipped"], meta["errors"])
 
 
-def _say(name: str, source, seen: Seen) -> None:
+def _say(name: str, source: SourceConfig, seen: Seen) -> None:
     if not seen.formats:
         return
     nowhere = sorted(set(source.columns.values()) - seen.columns)
@@ -211,7 +212,7 @@ def _say(name: str, source, seen: Seen) -> None:
         )
 
 
-def cache_key(source, data, tokenizer) -> str:
+def cache_key(source: SourceConfig, data: DataConfig, tokenizer) -> str:
     """A hash of everything that a source's tokens depend on.
 
     Where the source turned out to have pictures that are files, as far as this cache knows, these are part of it: where
@@ -236,7 +237,7 @@ def _with_pictures(listed: Path) -> str:
     return _hash(parts)
 
 
-def _pictures_file(root: Path, key: str, source) -> Path:
+def _pictures_file(root: Path, key: str, source: SourceConfig) -> Path:
     """Where the pictures of a source are listed: relative paths in its rows mean others in another folder."""
     folders = sorted({os.path.realpath(os.path.dirname(file)) for file in source_files(source)})
     return root / f"{_hash([key, folders])}.pictures"
@@ -246,7 +247,7 @@ def _hash(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def content_key(source, data, tokenizer) -> str:
+def content_key(source: SourceConfig, data: DataConfig, tokenizer) -> str:
     """:func:`cache_key` without pictures."""
     parts = {
         "version": VERSION,
@@ -256,7 +257,7 @@ def content_key(source, data, tokenizer) -> str:
         "content": _content(source, cache_folder(data)),
         "format": source.format,
         "columns": dict(source.columns),
-        "chat_template_kwargs": sources.plain(source.chat_template_kwargs),
+        "chat_template_kwargs": source.chat_template_kwargs,
         "limit": source.limit,
         "max_line_bytes": data.max_line_bytes,
     }
@@ -279,12 +280,12 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def source_files(source) -> list[str]:
+def source_files(source: SourceConfig) -> list[str]:
     """What the records of a source name as their file."""
     return readers.local_files(source) or [source.path]
 
 
-def _content(source, cache: Path) -> list:
+def _content(source: SourceConfig, cache: Path) -> list:
     files = readers.local_files(source)
     if not files:
         return [source.path, source.subset, source.split, readers.dataset_fingerprint(source)]

@@ -2,8 +2,7 @@
 
 import logging
 
-from omegaconf import DictConfig
-
+from joint_train.config import Config
 from joint_train.config.values import parse_steps, run_length
 from joint_train.data import BatchLoader
 from joint_train.distributed.ranks import Ranks
@@ -14,7 +13,7 @@ log = logging.getLogger(__name__)
 MANY_PASSES = 10
 
 
-def run_steps(cfg: DictConfig, loader: BatchLoader, ranks: int, step: int) -> int:
+def run_steps(cfg: Config, loader: BatchLoader, ranks: int, step: int) -> int:
     """The last step of a run: ``max_steps``, or the one that reaches the end of its ``epochs``. Collective.
 
     Args:

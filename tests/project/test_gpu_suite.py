@@ -1,0 +1,56 @@
+"""The GPU suite on CPU: a few of its tests as `make test-gpu` runs them, all of them under `slow`."""
+
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = str(ROOT / "tests/gpu/run.sh")
+
+
+def run(*arguments: str, device: str = "cpu", python: str = sys.executable) -> subprocess.CompletedProcess:
+    environment = os.environ | {"JOINT_TRAIN_GPU_SUITE_DEVICE": device, "PYTHON": python}
+    environment.pop("PYTEST_ADDOPTS", None)
+    environment.pop("JOINT_TRAIN_GPU_SUITE_SECONDS", None)
+    command = [RUN, *arguments, "-p", "no:cacheprovider"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+
+
+def test_some_of_it_on_cpu(tmp_path):
+    wanted = "sharded_equals_unsharded and e2b or auto and small and packed or every_loss and mix and not compiled"
+    done = run("-k", wanted, "--basetemp", str(tmp_path / "suite"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+    assert passed >= 5 and " failed" not in done.stdout
+    assert re.match(r"CPU; torch 2\.\d+\S*, transformers \d", done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_of_it_on_cpu(tmp_path):
+    done = run("--basetemp", str(tmp_path / "suite"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    skipped = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
+    assert all(re.search("FlexAttention|liger|GPU", line) for line in skipped), skipped
+
+
+def test_what_is_missing_is_said_and_nothing_is_installed(tmp_path):
+    venv.create(tmp_path / "empty", symlinks=True)
+    python = tmp_path / "empty/bin/python"
+    before = sorted(tmp_path.rglob("*"))
+    done = run(python=str(python))
+    assert done.returncode == 2 and "'torch>=2.11' 'transformers==5.22.2'" in done.stderr
+    assert "installs nothing" in done.stderr and sorted(tmp_path.rglob("*")) == before
+    done = run(python="/nowhere/python")
+    assert done.returncode == 2 and "there is none at /nowhere/python" in done.stderr
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so():
+    done = run(device="cuda")
+    assert done.returncode == 2 and "needs a GPU, and torch" in done.stderr
