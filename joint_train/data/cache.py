@@ -187,6 +187,7 @@ def cache_key(source, data, tokenizer) -> str:
         "format": source.format,
         "columns": dict(source.columns),
         "chat_template_kwargs": sources.plain(source.chat_template_kwargs),
+        "ignore": sorted(source.ignore),
         "limit": source.limit,
         "max_line_bytes": data.max_line_bytes,
     }

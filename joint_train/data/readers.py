@@ -10,7 +10,17 @@ from collections.abc import Iterator
 from omegaconf import OmegaConf
 
 from joint_train.config import SourceConfig
-from joint_train.data.json_files import OPENERS, READ_ERRORS, Record, extension, need, opened, read_json, read_lines
+from joint_train.data.json_files import (
+    OPENERS,
+    READ_ERRORS,
+    Record,
+    extension,
+    is_lfs_pointer,
+    need,
+    opened,
+    read_json,
+    read_lines,
+)
 from joint_train.errors import DataError
 
 
@@ -45,7 +55,7 @@ def local_files(source) -> list[str]:
         return files
     is_file = any(character in path for character in "*?[") or _kind(path) or path.startswith(("/", "."))
     if is_file or path.count("/") > 1:
-        raise DataError(f"no file at {source.path} (data source {source_name(source)!r})")
+        raise DataError(f"there is no file at {os.path.abspath(path)} (data source {source_name(source)!r})")
     return []
 
 
@@ -71,7 +81,9 @@ def read_records(source, max_line_bytes: int) -> Iterator[Record]:
 
 def _read_file(file: str, max_line_bytes: int) -> Iterator[Record]:
     kind = _kind(file)
-    if kind == "parquet":
+    if is_lfs_pointer(file):
+        yield Record(file, 1, None, "this is a Git LFS pointer, not the file itself: run git lfs pull")
+    elif kind == "parquet":
         yield from _read_parquet(file)
     elif kind == "json":
         yield from read_json(file, max_line_bytes)

@@ -19,7 +19,6 @@ import torch
 from rich.progress import Progress
 
 from joint_train.data import readers, sources
-from joint_train.data.messages import THINKING
 from joint_train.data.render import options_of, prompt_ids
 from joint_train.errors import DataError
 
@@ -174,5 +173,5 @@ def _message(tokens: list[int], ends: set[int], tokenizer) -> dict | None:
     text = tokenizer.decode(tokens[:end])
     message = {"role": "assistant", "content": CHANNEL.sub("", text).strip()}
     if thinking := "\n".join(CHANNEL.findall(text)).strip():
-        message[THINKING[0]] = thinking
+        message["reasoning"] = thinking
     return message

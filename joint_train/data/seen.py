@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from joint_train.data.formats import Adapted
-from joint_train.data.notices import MEANING
+from joint_train.data.notices import sentence
 
 MOST_COLUMNS = 200
 """Names of columns that are kept: rows of JSON may have any number."""
@@ -30,6 +30,7 @@ class Seen:
     def saw(self, adapted: Adapted) -> None:
         """Count a record."""
         self.formats[adapted.format] += 1
+        self.noticed(adapted.notices, adapted.where)
         self.used |= adapted.used
         if len(self.columns) < MOST_COLUMNS:
             self.columns.update(map(str, adapted.columns))
@@ -55,10 +56,7 @@ class Seen:
 
     def sentences(self) -> list[tuple[str, str]]:
         """Kind and sentence of what is worth knowing."""
-        return [
-            (kind, MEANING[kind].format(count=f"{count:,}") + f" (first: {where})")
-            for kind, (count, where) in self.notices.items()
-        ]
+        return [(kind, f"{sentence(kind, count)} (first: {where})") for kind, (count, where) in self.notices.items()]
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""
