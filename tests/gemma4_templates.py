@@ -6,7 +6,7 @@ one; with an opened thought after a tool's result), and in where tools' results 
 here from these rules, in as few lines as show them.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 STRIP = """\
 {%- macro strip(text) -%}
@@ -97,7 +97,6 @@ def template(rules: Rules) -> str:
         "{%- if first -%}{{- messages[0].content | trim -}}{%- set rest = messages[1:] -%}" + default + "{%- endif -%}"
         "{%- for tool in tools or [] -%}{{- '<|tool>declaration:' + tool.function.name + '{}<tool|>' -}}{%- endfor -%}"
         "{{- '<turn|>\\n' -}}{%- endif -%}"
-        "{%- for m in rest if m.role == 'user' -%}{%- endfor -%}"
         "{%- for m in rest -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}"
         "{%- for m in rest -%}"
         + ("{%- if m.role != 'tool' -%}" if inside else "")
@@ -164,4 +163,3 @@ def empty_thought(rules: Rules, before: list[dict]) -> bool:
     return rules.empty in ("always", "everywhere") or rules.empty == "questions" and not after_result
 
 
-assert {field.name for field in fields(Rules)} >= {"thoughts", "empty", "opens"}

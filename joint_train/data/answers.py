@@ -85,7 +85,8 @@ class Conversation:
         if self.channel is not None and "<think>" not in self.template.source:
             messages = [thinking.inline(message) for message in messages]
         self.thoughts = {at: message["reasoning"] for at, message in enumerate(messages) if "reasoning" in message}
-        if self.thoughts and not self.thinks and thinking.is_off(self.template):
+        self.unthought = bool(self.thoughts) and not self.thinks and thinking.is_off(self.template)
+        if self.unthought:
             messages = [{key: value for key, value in message.items() if key != "reasoning"} for message in messages]
         self.messages = self.template.prepared(messages)
         context = set(example.get("context", ()))

@@ -158,7 +158,8 @@ def _check_answers(conversation: Conversation, text: Text) -> None:
         thoughts = [conversation.thoughts[answer.index]] if answer.index in conversation.thoughts else []
         thoughts += [a or b for said in _texts(message) if "<" in said for a, b in THOUGHT.findall(said)]
         written = text.text[answer.start : answer.end]
-        if not all(_found(thought.strip(), written) for thought in thoughts):
+        left_out = conversation.unthought and answer.index in conversation.thoughts
+        if left_out or not all(_found(thought.strip(), written) for thought in thoughts):
             if not conversation.thinks:
                 trainable = thinking.switch_of(template) and thinking.channel_of(template) is not None
                 conversation.notices[notices.UNTHOUGHT if trainable else notices.UNSHOWN_THOUGHTS] += 1
