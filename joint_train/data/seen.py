@@ -54,6 +54,20 @@ class Seen:
         """Columns that went into no example."""
         return sorted(self.columns - self.used)
 
+    def summary(self) -> str:
+        """What the records are, in a sentence."""
+        counts = self.formats.most_common()
+        rows = sum(self.formats.values())
+        formats = (
+            f"format {counts[0][0]}"
+            if len(counts) == 1
+            else f"formats {', '.join(f'{name} ({count:,})' for name, count in counts)}"
+        )
+        return (
+            f"{rows:,} rows in the {formats}; columns used: {', '.join(sorted(self.used)) or 'none'}; "
+            f"unused: {', '.join(self.unused) or 'none'}"
+        )
+
     def sentences(self) -> list[tuple[str, str]]:
         """Kind and sentence of what is worth knowing."""
         return [(kind, f"{sentence(kind, count)} (first: {where})") for kind, (count, where) in self.notices.items()]

@@ -246,8 +246,8 @@ def test_skip_counts_and_reports(tmp_path, workers, caplog):
     path = bad_file(tmp_path)
     cfg = make_config(tmp_path, [path], num_workers=workers, on_error="skip", mixture="epoch")
     loader = build_loader(cfg, TOKENIZER, "train", 0, 1)
-    assert "2 bad records skipped" in caplog.text and "bad.jsonl:42: malformed JSON" in caplog.text
-    assert "1 examples without a target skipped, the first" in caplog.text and "bad.jsonl:200: no target" in caplog.text
+    assert "2 bad rows are left out" in caplog.text and "bad.jsonl:42: malformed JSON" in caplog.text
+    assert "1 documents without an answer are left out" in caplog.text and "bad.jsonl:200: no target" in caplog.text
     assert len(loader.dataset.sequence.sources[0]) == 297
 
     cfg.data.on_error = "raise"  # the cache that was made while skipping doesn't hide what is bad
