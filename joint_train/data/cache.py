@@ -35,7 +35,7 @@ from joint_train.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 META = "meta.json"
 REPORTED = 20
 LOG_SECONDS = 10

@@ -1,0 +1,133 @@
+"""No field that public trainers document, and none whose name says the same, is passed over in silence."""
+
+import base64
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from data_helpers import make_tokenizer
+from gemma4_templates import VARIANTS, template
+
+from joint_train.config import SourceConfig
+from joint_train.data import DataError
+from joint_train.data.json_files import Record
+from joint_train.data.sources import understand
+from joint_train.data.template import encode
+
+TOKENIZER = make_tokenizer(template(VARIANTS["summer, large"]))
+WORD = "zanzibar"
+PNG = "data:image/png;base64," + base64.b64encode(b"zanzibar").decode()
+CALL = {"type": "function", "function": {"name": "zanzibar", "arguments": {}}}
+VALUES: dict[str, Any] = {
+    "text": WORD,
+    "texts": [WORD, "another"],
+    "pairs": [[WORD, "yes"]],
+    "turns": [{"role": "user", "content": WORD}, {"role": "assistant", "content": "yes"}],
+    "tools": [{"name": WORD, "parameters": {}}],
+    "options": {"enable_thinking": True},
+    "path": PNG,
+    "object": {"ref": [WORD], "bbox": [[1, 2, 3, 4]]},
+    "segments": [{"label": True, "text": WORD}],
+    "offsets": [{"begin_offset": 0, "end_offset": 1, "train": False}],
+    "numbers": [1, 2],
+    "calls": [CALL],
+    "call": {"name": WORD, "arguments": {}},
+    "zero": 0,
+    "false": False,
+    "true": True,
+}
+
+
+class Field(NamedTuple):
+    level: str
+    name: str
+    holds: str
+
+
+def documented() -> list[Field]:
+    lines = (Path(__file__).parent / "documented_fields.txt").read_text().splitlines()
+    return [Field(*line.split()[:3]) for line in lines if line and not line.startswith("#")]
+
+
+FIELDS = documented()
+QA = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+ROWS: dict[str, dict] = {
+    "messages": {"messages": QA},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    "alpaca": {"instruction": "Q", "output": "A"},
+    "prompt_response": {"prompt": "Q", "completion": "A"},
+    "text": {"text": "T"},
+}
+
+
+def rows_with(field: Field) -> list[dict]:
+    value = VALUES[field.holds]
+    if field.level == "row":
+        return [{**row, field.name: value} for row in ROWS.values()]
+    if field.level == "message":
+        return [{"messages": [QA[0], {**QA[1], field.name: value}, *QA]}]
+    if field.name.startswith("type:"):
+        kind = field.name.removeprefix("type:")
+        parts = [{"type": kind, "value": value}, {"type": kind, kind: value}]
+    else:
+        parts = [{"type": "text", "text": WORD, field.name: value}]
+    answer = {"type": "text", "text": "A"}
+    return [{"messages": [QA[0], {"role": "assistant", "content": [part, answer]}, *QA]} for part in parts]
+
+
+def outcome(row: dict, field: Field) -> str:
+    """What becomes of a field: "used", "refused", "counted" or "lost"."""
+    try:
+        adapted = understand(Record("x.jsonl", 1, json.dumps(row).encode()), SourceConfig(path="x.jsonl"))
+        counts: Counter = Counter(adapted.notices)
+        encode(adapted.example, TOKENIZER, counts)
+    except DataError:
+        return "refused"
+    shown = json.dumps(adapted.example, default=str)
+    if field.holds in ("zero", "false", "true", "options"):
+        used = bool(adapted.example.get("context")) or "chat_template_kwargs" in adapted.example
+    elif field.holds == "path":
+        used = adapted.example.get("images") == [b"zanzibar"]
+    else:
+        used = WORD in shown
+    return "used" if used else "counted" if counts else "lost"
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: f"{field.level}.{field.name}")
+def test_a_field_is_used_refused_or_counted(field):
+    for row in rows_with(field):
+        assert outcome(row, field) in ("used", "refused", "counted"), row
+
+
+def test_the_check_finds_a_field_that_is_lost():
+    """What no name says anything about is only listed as unused."""
+    assert outcome({"messages": QA, "wombat": WORD}, Field("row", "wombat", "text")) == "lost"
+
+
+def test_fields_about_the_content_are_no_content():
+    row = {
+        "messages": QA, "prompt_id": "x", "context_length": "9", "source": "web", "num_turns": 2, "question_type": "open",
+        "reasoning_effort": "high", "input_tokens": 3, "category": "c", "text_hash": "0", "system_prompt": None,
+        "custom_instruction": False, "skip_prompt_formatting": None, "history": [], "context": "", "url": "u",
+    }  # fmt: skip
+    adapted = understand(Record("x.jsonl", 1, json.dumps(row).encode()), SourceConfig(path="x.jsonl"))
+    assert adapted.example == {"messages": QA} and not adapted.notices
+
+
+def test_a_copy_is_no_loss():
+    """Columns that repeat what the conversation has, as much used datasets have them."""
+    row = {"messages": QA, "prompt": "Q", "response": "A", "context": " Q ", "choices": ["A", "Q"]}
+    adapted = understand(Record("x.jsonl", 1, json.dumps(row).encode()), SourceConfig(path="x.jsonl"))
+    assert adapted.example == {"messages": QA} and not adapted.notices
+
+
+def test_what_was_refused_can_be_said():
+    row = {"messages": QA, "context": "C"}
+    record = Record("x.jsonl", 1, json.dumps(row).encode())
+    with pytest.raises(DataError, match="a column 'context' .*isn't a field of the format messages, and would be lost"):
+        understand(record, SourceConfig(path="x.jsonl"))
+    assert understand(record, SourceConfig(path="x.jsonl", ignore=["context"])).example == {"messages": QA}
+    counted = understand(record, SourceConfig(path="x.jsonl", format="messages"))
+    assert counted.example == {"messages": QA} and list(counted.notices) == ["unused column of content: context"]
