@@ -16,6 +16,15 @@ STRIP = """\
     {%- endfor -%}
     {{- ns.out | trim -}}
 {%- endmacro -%}
+{%- macro said_by(role, content) -%}
+    {%- for part in [{'type': 'text', 'text': content}] if content is string else content -%}
+        {%- if part.type == 'image' -%}
+            {{- '<|image|>' -}}
+        {%- elif part.type == 'text' -%}
+            {{- strip(part.text) if role == 'model' else part.text | trim -}}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endmacro -%}
 {%- macro value(given) -%}
     {{- '<|"|>' + given + '<|"|>' if given is string else given | string -}}
 {%- endmacro -%}
@@ -104,8 +113,14 @@ def template(rules: Rules) -> str:
         + ("{%- if not (role == 'model' and ns.previous == 'model') -%}" if inside else "")
         + "{{- '<|turn>' + role + '\\n' -}}"
         + ("{%- endif -%}" if inside else "")
-        + "{%- set ns.previous = role -%}{%- set thought = " + get + " -%}"
-        "{%- if thought and (" + shown + ") -%}{{- '<|channel>thought\\n' + thought + '" + rules.close + "' -}}{%- endif -%}"
+        + "{%- set ns.previous = role -%}{%- set thought = "
+        + get
+        + " -%}"
+        "{%- if thought and ("
+        + shown
+        + ") -%}{{- '<|channel>thought\\n' + thought + '"
+        + rules.close
+        + "' -}}{%- endif -%}"
         "{%- for call in m.get('tool_calls') or [] -%}{{- '<|tool_call>call:' + call.function.name + '{' -}}"
         "{%- for key, given in call.function.arguments | dictsort -%}{{- ',' if not loop.first -}}"
         "{{- key + ':' + value(given) -}}{%- endfor -%}{{- '}<tool_call|>' -}}{%- set ns.after = 'call' -%}{%- endfor -%}"
@@ -119,7 +134,7 @@ def template(rules: Rules) -> str:
             if inside
             else ""
         )
-        + "{%- set said = strip(m.content) if role == 'model' else m.content | trim -%}{{- said -}}"
+        + "{%- set said = said_by(role, m.content) -%}{{- said -}}"
         + "{%- set ns.next = '' -%}"
         + (
             "{%- for r in rest[loop.index0 + 1:] -%}{%- if r.role != 'tool' and not ns.next -%}"
@@ -161,5 +176,3 @@ def empty_thought(rules: Rules, before: list[dict]) -> bool:
     """Whether the prompt after some messages ends with an empty thought, with thinking off."""
     after_result = before[-1]["role"] == "tool" and rules.results == "inside"
     return rules.empty in ("always", "everywhere") or rules.empty == "questions" and not after_result
-
-

@@ -243,7 +243,10 @@ def test_sources_say_what_they_use(tmp_path, caplog):
             "response; unused: id, more, source" in caplog.text
         )
         assert "1 conversations are split into one training document for each answer, because" in caplog.text
-        assert f"how it prompts for them; see docs/data.md#training-is-serving (first: {tmp_path}/a.jsonl:1)" in caplog.text
+        assert (
+            f"how it prompts for them; see docs/data.md#training-is-serving (first: {tmp_path}/a.jsonl:1)"
+            in caplog.text
+        )
 
 
 def test_columns_that_no_record_has_are_an_error(tmp_path):

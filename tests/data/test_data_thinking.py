@@ -104,7 +104,10 @@ def test_each_answer_is_what_a_served_model_has_to_write(name, conversation):
     messages = CONVERSATIONS[conversation]
     tools = TOOLS if any("tool_calls" in message for message in messages) else None
     expected = [
-        (ids(name, prompt_of(name, messages[:at], tools=tools)), ids(name, written(VARIANTS[name], messages[:at], message)))
+        (
+            ids(name, prompt_of(name, messages[:at], tools=tools)),
+            ids(name, written(VARIANTS[name], messages[:at], message)),
+        )
         for at, message in enumerate(messages)
         if message["role"] == "assistant"
     ]
@@ -198,7 +201,10 @@ def test_options_that_are_never_read_are_refused_by_name():
     for options, message in (
         ({"enable_thinkin": True}, r"never reads enable_thinkin \(did you mean enable_thinking\?\); it reads enable"),
         ({"thinking_budget": 3}, "never reads thinking_budget"),
-        ({"enable_thinking": "false"}, "enable_thinking is the text 'false', which a template takes for true: write fal"),
+        (
+            {"enable_thinking": "false"},
+            "enable_thinking is the text 'false', which a template takes for true: write fal",
+        ),
     ):
         row = {"messages": CONVERSATIONS["one answer"], "chat_template_kwargs": options}
         with pytest.raises(DataError, match=f"x.jsonl:1: chat_template_kwargs: .*{message}"):
