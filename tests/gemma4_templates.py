@@ -17,7 +17,7 @@ STRIP = """\
     {{- ns.out | trim -}}
 {%- endmacro -%}
 {%- macro said_by(role, content) -%}
-    {%- for part in [{'type': 'text', 'text': content}] if content is string else content -%}
+    {%- for part in ([{'type': 'text', 'text': content}] if content is string else content) -%}
         {%- if part.type == 'image' -%}
             {{- '<|image|>' -}}
         {%- elif part.type == 'text' -%}
@@ -123,14 +123,15 @@ def template(rules: Rules) -> str:
         + "' -}}{%- endif -%}"
         "{%- for call in m.get('tool_calls') or [] -%}{{- '<|tool_call>call:' + call.function.name + '{' -}}"
         "{%- for key, given in call.function.arguments | dictsort -%}{{- ',' if not loop.first -}}"
-        "{{- key + ':' + value(given) -}}{%- endfor -%}{{- '}<tool_call|>' -}}{%- set ns.after = 'call' -%}{%- endfor -%}"
+        "{{- key + ':' + value(given) -}}{%- endfor -%}{{- '}<tool_call|>' -}}"
+        "{%- set ns.after = 'call' -%}{%- endfor -%}"
         + "{%- set ns.results = 0 -%}"
         + (
             "{%- if m.get('tool_calls') -%}{%- set scan = namespace(on=true) -%}"
             "{%- for r in rest[loop.index0 + 1:] -%}{%- if r.role != 'tool' -%}{%- set scan.on = false -%}{%- endif -%}"
-            "{%- if scan.on -%}{{- '<|tool_response>response:' + r.get('name', 'unknown') + '{value:' + value(r.content) "
-            "+ '}<tool_response|>' -}}{%- set ns.results = ns.results + 1 -%}{%- set ns.after = 'result' -%}{%- endif -%}"
-            "{%- endfor -%}{%- endif -%}"
+            "{%- if scan.on -%}{{- '<|tool_response>response:' + r.get('name', 'unknown') + '{value:' -}}"
+            "{{- value(r.content) + '}<tool_response|>' -}}{%- set ns.results = ns.results + 1 -%}"
+            "{%- set ns.after = 'result' -%}{%- endif -%}{%- endfor -%}{%- endif -%}"
             if inside
             else ""
         )

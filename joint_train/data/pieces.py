@@ -114,7 +114,8 @@ def cut(source: Tokenised, data) -> Pieces:
                 lost += 1
     if long.any():
         logger.warning(
-            "data source %r: %s of %s documents (%s) are longer than data.max_length=%d and are %s (data.overlong=%s)%s",
+            "data source %r: %s of %s documents (%s) are longer than data.max_length=%d and are %s (data.overlong=%s)"
+            "%s",
             source.name,
             f"{np.count_nonzero(long):,}",
             f"{len(documents):,}",

@@ -46,7 +46,7 @@ EXPECTED: dict[str, list] = {
         trained(
             (asked("Today?"), "Sun.<turn|>"),
             (
-                f"<bos><|turn>user\nToday?<turn|>\n<|turn>model\nSun.<turn|>\n<|turn>user\nAnd tomorrow?<turn|>\n{TURN}",
+                f"<bos><|turn>user\nToday?<turn|>\n<|turn>model\nSun.<turn|>\n{asked('And tomorrow?')[5:]}",
                 "Rain.<turn|>",
             ),
             UNROLLED=1,
