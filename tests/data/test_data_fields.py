@@ -110,7 +110,8 @@ def test_fields_about_the_content_are_no_content():
     row = {
         "messages": QA, "prompt_id": "x", "context_length": "9", "source": "web", "num_turns": 2,
         "reasoning_effort": "high", "question_type": "open", "input_tokens": 3, "category": "c",
-        "text_hash": "0", "system_prompt": None,        "custom_instruction": False, "skip_prompt_formatting": None, "history": [], "context": "", "url": "u",
+        "text_hash": "0", "system_prompt": None,        "custom_instruction": False,
+        "skip_prompt_formatting": None, "history": [], "context": "", "url": "u",
     }  # fmt: skip
     adapted = understand(Record("x.jsonl", 1, json.dumps(row).encode()), SourceConfig(path="x.jsonl"))
     assert adapted.example == {"messages": QA} and not adapted.notices
