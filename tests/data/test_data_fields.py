@@ -26,7 +26,7 @@ VALUES: dict[str, Any] = {
     "pairs": [[WORD, "yes"]],
     "turns": [{"role": "user", "content": WORD}, {"role": "assistant", "content": "yes"}],
     "tools": [{"name": WORD, "parameters": {}}],
-    "options": {"enable_thinking": True},
+    "options": {"enable_thinking": False},
     "path": PNG,
     "object": {"ref": [WORD], "bbox": [[1, 2, 3, 4]]},
     "segments": [{"label": True, "text": WORD}],
@@ -62,48 +62,64 @@ ROWS: dict[str, dict] = {
 }
 
 
-def rows_with(field: Field) -> list[dict]:
+def rows_with(field: Field) -> list[tuple[dict, dict]]:
+    """Rows with a field, and the same rows without it."""
     value = VALUES[field.holds]
     if field.level == "row":
-        return [{**row, field.name: value} for row in ROWS.values()]
+        return [({**row, field.name: value}, row) for row in ROWS.values()]
+    plain = {"messages": [*QA, *QA]}
     if field.level == "message":
-        return [{"messages": [QA[0], {**QA[1], field.name: value}, *QA]}]
+        answer = {**QA[1], "content": ""} if field.name == "value" else QA[1]
+        return [({"messages": [QA[0], {**answer, field.name: value}, *QA]}, plain)]
     if field.name.startswith("type:"):
         kind = field.name.removeprefix("type:")
-        parts = [{"type": kind, "value": value}, {"type": kind, kind: value}]
+        parts = [[{"type": kind, "value": value}, {"type": "text", "text": "A"}]]
+        parts.append([{"type": kind, kind: value}, {"type": "text", "text": "A"}])
+    elif field.holds == "text":
+        parts = [[{"type": "text", field.name: value}]]
     else:
-        parts = [{"type": "text", "text": WORD, field.name: value}]
-    answer = {"type": "text", "text": "A"}
-    return [{"messages": [QA[0], {"role": "assistant", "content": [part, answer]}, *QA]} for part in parts]
+        parts = [[{"type": "text", "text": "A", field.name: value}]]
+    return [({"messages": [QA[0], {"role": "assistant", "content": part}, *QA]}, plain) for part in parts]
 
 
-def outcome(row: dict, field: Field) -> str:
-    """What becomes of a field: "used", "refused", "counted" or "lost"."""
+def encoded(row: dict) -> tuple[dict, str, Counter]:
+    """The example of a row, its text with thinking on, and what is counted."""
+    source = SourceConfig(path="x.jsonl", chat_template_kwargs={"enable_thinking": True})
+    adapted = understand(Record("x.jsonl", 1, json.dumps(row).encode()), source)
+    counts: Counter = Counter(adapted.notices)
+    documents = encode(adapted.example, TOKENIZER, counts)
+    return adapted.example, "".join(TOKENIZER.decode(document.tokens) for document in documents), counts
+
+
+def outcome(row: dict, without: dict, field: Field) -> str:
+    """What becomes of a field: "used", "refused", "counted" or "lost".
+
+    Args:
+        without: the row without the field, or None.
+    """
     try:
-        adapted = understand(Record("x.jsonl", 1, json.dumps(row).encode()), SourceConfig(path="x.jsonl"))
-        counts: Counter = Counter(adapted.notices)
-        encode(adapted.example, TOKENIZER, counts)
+        example, text, counts = encoded(row)
     except DataError:
         return "refused"
-    shown = json.dumps(adapted.example, default=str)
+    plain, _, plain_counts = encoded(without)
     if field.holds in ("zero", "false", "true", "options"):
-        used = bool(adapted.example.get("context")) or "chat_template_kwargs" in adapted.example
-    elif field.holds == "path":
-        used = adapted.example.get("images") == [b"zanzibar"]
+        used = any(example.get(key) != plain.get(key) for key in ("context", "chat_template_kwargs"))
     else:
-        used = WORD in shown
-    return "used" if used else "counted" if counts else "lost"
+        used = WORD in text or example.get("images") == [b"zanzibar"]
+    return "used" if used else "counted" if counts.keys() - plain_counts.keys() else "lost"
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: f"{field.level}.{field.name}")
 def test_a_field_is_used_refused_or_counted(field):
-    for row in rows_with(field):
-        assert outcome(row, field) in ("used", "refused", "counted"), row
+    for row, without in rows_with(field):
+        assert outcome(row, without, field) in ("used", "refused", "counted"), row
 
 
 def test_the_check_finds_a_field_that_is_lost():
     """What no name says anything about is only listed as unused."""
-    assert outcome({"messages": QA, "wombat": WORD}, Field("row", "wombat", "text")) == "lost"
+    assert outcome({"messages": QA, "wombat": WORD}, {"messages": QA}, Field("row", "wombat", "text")) == "lost"
+    message = {"messages": [QA[0], {**QA[1], "wombat": WORD}]}
+    assert outcome(message, {"messages": QA}, Field("message", "wombat", "text")) == "lost"
 
 
 def test_fields_about_the_content_are_no_content():
