@@ -66,7 +66,10 @@ def rows_with(field: Field) -> list[tuple[dict, dict]]:
     """Rows with a field, and the same rows without it."""
     value = VALUES[field.holds]
     if field.level == "row":
-        return [({**row, field.name: value}, row) for row in ROWS.values()]
+        # Plain text goes through no template, which options could be for.
+        templated = field.name in ("chat_template_kwargs", "enable_thinking")
+        rows = [row for name, row in ROWS.items() if not (templated and name == "text")]
+        return [({**row, field.name: value}, row) for row in rows]
     plain = {"messages": [*QA, *QA]}
     if field.level == "message":
         answer = {**QA[1], "content": ""} if field.name == "value" else QA[1]
