@@ -7,17 +7,16 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
-from omegaconf import DictConfig
 
 from joint_train import command
-from joint_train.config import conf_dir, help_text, validate, world_size_from_env
+from joint_train.config import Config, composed_by_hydra, conf_dir, help_text
 from joint_train.errors import JointTrainError
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: Config) -> None:
     """Train as configured, on this rank."""
     # torch and transformers take seconds to import
     from joint_train.train import trainer
@@ -29,15 +28,14 @@ def run(cfg: DictConfig) -> None:
 
 
 @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+def main(composed: Any) -> None:
     rank = int(os.environ.get("RANK", 0))
     command.start_logging(rank)
     # Writes the first failed rank's traceback to where torchrun looks for it.
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
-        validate(cfg, world_size_from_env())
-        record(run)(cfg)
+        record(run)(composed_by_hydra(composed))
     except JointTrainError as error:
         refuse(error, rank)
 

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 
 from joint_train import config
 
@@ -124,7 +123,7 @@ def check_files(ranks: int) -> str | None:
     return f"{most} files may be open at most (ulimit -Hn), {ranks} ranks need about {needed}: raise it on this host"
 
 
-def checkpoint_bytes(cfg: DictConfig) -> int | None:
+def checkpoint_bytes(cfg: config.Config) -> int | None:
     """Bytes of one checkpoint at most: weights and AdamW's two moments of every parameter, in ``precision.params``.
 
     None when the pair is a hub id rather than a folder, so that its size isn't known here.

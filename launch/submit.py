@@ -69,7 +69,7 @@ class Options:
 class Run:
     directory: str
     overrides: list[str]
-    cfg: Any
+    cfg: config.Config
 
 
 class SubmitError(JointTrainError):
@@ -235,7 +235,7 @@ def snapshot(runs: list[Run], output_dir: Path, script: str) -> Path:
     for run in runs:
         run_folder = Path(run.directory) / "slurm"
         run_folder.mkdir(parents=True, exist_ok=True)
-        (run_folder / "config.yaml").write_text(OmegaConf.to_yaml(run.cfg))
+        (run_folder / "config.yaml").write_text(config.to_yaml(run.cfg))
     return folder / "job.sh"
 
 

@@ -11,9 +11,10 @@ import json
 import math
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
+
+from joint_train.config import read_written
 
 METRICS = (
     "base_loss",
@@ -46,7 +47,7 @@ def read_settings(run: Path) -> dict[str, object]:
     """The run's configuration, flat, by dotted key; as it ran or else as it was submitted."""
     for file in (run / "config.yaml", run / "slurm" / "config.yaml"):
         if file.exists():
-            return flatten(OmegaConf.to_container(OmegaConf.load(file), resolve=False))
+            return flatten(read_written(file))
     return {}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from joint_train.config import renamed, resolved
 from joint_train.errors import CheckpointError
 
 # Keys of a model's Hugging Face configuration that its weights are bound to, even where shapes happen to agree.
@@ -33,6 +34,20 @@ def differences(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
     old, new = dict(_flat(old)), dict(_flat(new))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in _IGNORED]
     return {key: (old.get(key), new.get(key)) for key in keys}
+
+
+def changed_settings(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
+    """:func:`differences` between two runs' configurations, the old one by today's names of keys.
+
+    What interpolations stand for is compared, as far as it can be resolved here; what was written is shown.
+    """
+    old = renamed(old)
+    written = dict(_flat(old)), dict(_flat(new))
+    found = differences(resolved(old), resolved(new))
+    return {
+        key: tuple(text.get(key, value) for text, value in zip(written, values, strict=True))
+        for key, values in found.items()
+    }
 
 
 def fixed_differences(part: str, old: dict, new: dict) -> list[str]:

@@ -54,7 +54,7 @@ class Loading:
         # One rank reads the description of all ranks' shards, 160 MB of it at 512 ranks, for everyone.
         read = self._ranks.first(f"reading {path}", lambda: {p: Reader(path / p).read_metadata() for p in layout.PARTS})
         readers = {part: Reader(path / part, metadata, checksums) for part, metadata in read.items()}
-        changed = compat.differences(documents["config.json"], config)
+        changed = compat.changed_settings(documents["config.json"], config)
         for key, (before, now) in changed.items():
             self._warn(f"the configuration changed since {path.name}: {key} was {before} and is now {now}")
         tensors = state.pair_tensors(model)

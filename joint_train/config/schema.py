@@ -6,10 +6,10 @@ misspelt key or a wrong type is an error that names it.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
 
 def key(default: Any, help: str) -> Any:
@@ -185,6 +185,7 @@ class LossConfig:
     )
 
 
+@dataclass
 class CheckpointConfig:
     every: int = key(500, "steps between checkpoints; the last step is always saved")
     keep_last: int = key(3, "newest checkpoints that are kept; 0 keeps all")
@@ -196,12 +197,7 @@ class CheckpointConfig:
         None, "also keep complete checkpoints and exports there, and resume from there, e.g. s3://bucket/run (fsspec)"
     )
     upload_wait_seconds: int = key(900, "longest wait for uploads at the end of a run; less after a signal")
-    # `async` is a Python keyword and the documented name of the key: it can only be declared this way.
-    __annotations__["async"] = bool
-    vars()["async"] = key(False, "train on while a checkpoint is written")
-
-
-CheckpointConfig = dataclass(init=False, repr=False, eq=False)(CheckpointConfig)
+    background: bool = key(False, "train on while a checkpoint is written")
 
 
 @dataclass
@@ -259,5 +255,36 @@ class Config:
         "auto: newest complete checkpoint of output_dir and checkpoint.mirror | never | a checkpoint folder or URL",
     )
 
+    def __post_init__(self) -> None:
+        self.interpolations: dict[tuple[str | int, ...], tuple[str, Any]] = {}
+        """Where the configuration was composed with interpolations such as ``${oc.env:HF_TOKEN}``: their text, which is
+        what is written to disk, and the value that it stands for. Not a key."""
 
-ConfigStore.instance().store(name="schema", node=Config)
+
+RENAMED = {"checkpoint.async": "checkpoint.background"}
+"""Earlier names of keys, which are still taken."""
+
+
+def schema() -> DictConfig:
+    """What Hydra merges files and overrides onto: :class:`Config`, where a dictionary takes any key, and with the
+    earlier names of keys, unset."""
+    node = OmegaConf.structured(Config)
+    for old in RENAMED:
+        group, _, name = old.rpartition(".")
+        parent = OmegaConf.select(node, group)
+        with open_dict(parent):
+            parent[name] = None
+    _open_dictionaries(node, Config)
+    return node
+
+
+def _open_dictionaries(node: DictConfig, of: type) -> None:
+    """Take the dictionaries out of Hydra's rule that only known keys are set: theirs are the user's."""
+    for field in dataclasses.fields(of):
+        if dataclasses.is_dataclass(field.type):
+            _open_dictionaries(node[field.name], field.type)
+        elif get_origin(field.type) is dict:
+            OmegaConf.set_struct(node[field.name], False)
+
+
+ConfigStore.instance().store(name="schema", node=schema())

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from joint_train.config import checks
+from joint_train.config import Config, DataConfig, SourceConfig, checks
 from joint_train.data import images
 from joint_train.data.cache import tokenised
 from joint_train.data.formats import check_source
@@ -161,7 +161,9 @@ class RankBatches(torch.utils.data.Dataset):
         return {"pixel_values": torch.stack(values), "image_position_ids": torch.stack(positions)}
 
 
-def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, position: dict | None = None) -> BatchLoader:
+def build_loader(
+    cfg: Config, tokenizer, split: str, dp_rank: int, dp_size: int, position: dict | None = None
+) -> BatchLoader:
     """The loader of a rank.
 
     ``train`` has no end. ``val`` is one pass over the validation sources in an order that doesn't depend on the seed;
@@ -219,7 +221,7 @@ def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, positio
     return BatchLoader(batches, data.num_workers, timeout, torch.cuda.is_available(), start)
 
 
-def open_source(spec, data, tokenizer, timeout: float) -> Pieces | StreamPieces:
+def open_source(spec: SourceConfig, data: DataConfig, tokenizer, timeout: float) -> Pieces | StreamPieces:
     """What of a source goes into rows. All of it is tokenised first, unless it is a stream without a limit.
 
     Raises:
@@ -244,10 +246,10 @@ def loader_position(loader: BatchLoader) -> dict:
     return dict(loader.position)
 
 
-def _check(data, split: str) -> None:
+def _check(data: DataConfig, split: str) -> None:
     for key, choices in CHOICES.items():
-        if data[key] not in choices:
-            raise DataError(f"data.{key}={data[key]!r} is none of {', '.join(choices)}")
+        if getattr(data, key) not in choices:
+            raise DataError(f"data.{key}={getattr(data, key)!r} is none of {', '.join(choices)}")
     specs = data.train if split == "train" else data.val
     if not specs:
         raise DataError(f"data.{split} has no source: choose one of conf/data, or list sources with a path each")
@@ -268,10 +270,10 @@ def _check(data, split: str) -> None:
             )
 
 
-def _fingerprint(cfg, split: str, keys: list[str]) -> str:
+def _fingerprint(cfg: Config, split: str, keys: list[str]) -> str:
     """A hash of all that the sequence of rows depends on."""
     data = cfg.data
     settings = ("max_length", "packing", "overlong", "train_on", "mixture", "shuffle")
     weights = [spec.weight for spec in (data.train if split == "train" else data.val)]
-    parts = [keys, weights, cfg.seed, [data[key] for key in settings]]
+    parts = [keys, weights, cfg.seed, [getattr(data, key) for key in settings]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

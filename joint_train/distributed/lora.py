@@ -16,12 +16,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from joint_train.config import Config
+from joint_train.config import LoraConfig
 from joint_train.distributed.placement import local, part_of, sharded_like
 from joint_train.errors import ConfigError
 
@@ -39,7 +38,7 @@ REFUSED = (
 )  # fmt: skip
 
 
-def peft_config_of(cfg: DictConfig) -> "peft.LoraConfig":
+def peft_config_of(cfg: LoraConfig) -> "peft.LoraConfig":
     """The ``lora`` group in peft's terms."""
     import peft
 
@@ -77,7 +76,7 @@ def inject(base: nn.Module, config: "peft.LoraConfig", text: nn.Module) -> None:
             "at the start."
         )
     if config.target_modules is None:
-        config.target_modules = list(OmegaConf.structured(Config).lora.target_modules)
+        config.target_modules = LoraConfig().target_modules
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)
     if config.exclude_modules is None and any(re.fullmatch(TOWERS, name) for name, _ in base.named_modules()):

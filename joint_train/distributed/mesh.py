@@ -8,10 +8,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from joint_train.config import DIMENSIONS, mesh_shape
+from joint_train.config import DIMENSIONS, ParallelConfig, mesh_shape
 from joint_train.config.values import REFUSED, mesh_sentence
 from joint_train.errors import ConfigError
 
@@ -40,7 +39,7 @@ def init_distributed(timeout_seconds: int) -> torch.device:
     return device
 
 
-def init_mesh(parallel: DictConfig) -> DeviceMesh:
+def init_mesh(parallel: ParallelConfig) -> DeviceMesh:
     """The mesh of :data:`DIMENSIONS` over all ranks; every group has ``parallel.timeout_seconds``."""
     shape = mesh_shape(parallel, dist.get_world_size())
     if shape[1] != parallel.dp_replicate:

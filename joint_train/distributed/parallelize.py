@@ -12,7 +12,6 @@ rows (:mod:`joint_train.distributed.rows`).
 """
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -25,6 +24,7 @@ from torch.distributed.fsdp import (
 )
 from transformers.utils import is_liger_kernel_available
 
+from joint_train.config import Config, FreezeConfig, ParallelConfig, PrecisionConfig
 from joint_train.distributed.mesh import fsdp_mesh
 from joint_train.distributed.placement import placement
 from joint_train.distributed.rows import Lookup, RowShardedEmbedding, shard_rows
@@ -35,7 +35,7 @@ LOOKUP = "per_layer_lookup"  # the pair's input that look_up makes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def compute_dtype(precision: DictConfig, device_type: str) -> torch.dtype:
+def compute_dtype(precision: PrecisionConfig, device_type: str) -> torch.dtype:
     """``precision.compute``, with auto being bfloat16 on GPU and float32 on CPU (where bfloat16 is 7 times slower)."""
     auto = "bfloat16" if device_type == "cuda" else "float32"
     return DTYPES[auto if precision.compute == "auto" else precision.compute]
@@ -57,9 +57,9 @@ def per_layer_table(base: nn.Module) -> nn.Embedding | None:
     return getattr(text_model(base), "embed_tokens_per_layer", None)
 
 
-def exchanges_rows(base: nn.Module, cfg: DictConfig) -> bool:
+def exchanges_rows(base: nn.Module, parallel: ParallelConfig) -> bool:
     """Whether the per-layer embeddings are row-sharded. In CPU memory they aren't: there is no exchange from there."""
-    return per_layer_table(base) is not None and cfg.parallel.cpu_offload != "all"
+    return per_layer_table(base) is not None and parallel.cpu_offload != "all"
 
 
 def whole_parameters(base: nn.Module) -> list[nn.Parameter]:
@@ -72,7 +72,7 @@ def rounded_parameters(base: nn.Module) -> list[nn.Parameter]:
     return [p for p in base.parameters() if not p.requires_grad]
 
 
-def freeze(model: JointModel, cfg: DictConfig) -> None:
+def freeze(model: JointModel, cfg: FreezeConfig) -> None:
     """Apply the ``freeze`` group to the base (``freeze.base`` is the composite's own argument)."""
     base = model.base
     if cfg.towers:
@@ -85,7 +85,7 @@ def freeze(model: JointModel, cfg: DictConfig) -> None:
             table.requires_grad_(False)
 
 
-def prepare(model: JointModel, cfg: DictConfig) -> None:
+def prepare(model: JointModel, cfg: Config) -> None:
     """What comes before sharding, and is there without it: freezing, kernels, checkpointing, compilation.
 
     Raises:
@@ -117,7 +117,7 @@ def prepare(model: JointModel, cfg: DictConfig) -> None:
             layer.compile(dynamic=False)
 
 
-def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
+def parallelize(model: JointModel, mesh: DeviceMesh, cfg: Config) -> None:
     """Shard the pair in place; works on the meta device.
 
     Args:
@@ -143,7 +143,7 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
     for layer in text.layers:
         fully_shard(layer, reshard_after_forward=cfg.parallel.reshard_after_forward, **options)
     table, ignored = per_layer_table(model.base), whole
-    if exchanges_rows(model.base, cfg):
+    if exchanges_rows(model.base, cfg.parallel):
         shard_rows(table, options["mesh"], compute, cfg.parallel.timeout_seconds)
         ignored = whole | {table.weight}
         model.register_forward_pre_hook(_hand_over_lookup, with_kwargs=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from joint_train.config import parse_drafter_loss, teacher_grad
+from joint_train.config import LossConfig, parse_drafter_loss, teacher_grad
 from joint_train.pair.centroids import Centroids
 from joint_train.pair.distribution import Distribution, add_label_gradient, pick
 from joint_train.pair.divergence import temporaries
@@ -29,7 +29,7 @@ from joint_train.pair.tied import TiedGradient
 from joint_train.pair.walk import decoding_rows
 
 
-def memory_budget_mb(loss_cfg, device_type: str) -> int:
+def memory_budget_mb(loss_cfg: LossConfig, device_type: str) -> int:
     """``loss.memory_budget_mb``, by default at least 1024 on a GPU: every chunk reads the head and its fp32 gradient
     once, so a chunk of few rows waits for memory; a CPU is slow enough for 384."""
     if loss_cfg.memory_budget_mb is not None:
@@ -37,7 +37,7 @@ def memory_budget_mb(loss_cfg, device_type: str) -> int:
     return 384 if device_type == "cpu" else 1024
 
 
-def free_budget_mb(loss_cfg, device: torch.device) -> int:
+def free_budget_mb(loss_cfg: LossConfig, device: torch.device) -> int:
     """The budget on a device: where none is set on a GPU, an eighth of its free memory, from 1024 to 4096 MB."""
     budget = memory_budget_mb(loss_cfg, device.type)
     if device.type != "cuda" or loss_cfg.memory_budget_mb is not None:
@@ -63,7 +63,7 @@ def joint_loss(
     drafter_weight: Tensor,
     targets: JointTargets,
     weights: Tensor,
-    loss_cfg,
+    loss_cfg: LossConfig,
     softcap: float | None = None,
     drafter_softcap: float | None = None,
     centroids: Centroids | None = None,

@@ -17,7 +17,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -108,7 +107,7 @@ class JointModel(nn.Module):
         rope_position: str = "last_kv",
         base_grad_scale: float = 1.0,
         prompt_rows: bool | None = None,
-        loss: DictConfig | None = None,
+        loss: LossConfig | None = None,
     ) -> None:
         super().__init__()
         if drafter_num_steps < 1:
@@ -133,7 +132,7 @@ class JointModel(nn.Module):
         self.base_grad_scale = float(base_grad_scale)
         self.prompt_rows = prompt_rows
         self._token_centroid: tuple[int, Tensor] | None = None  # and the version of the ordering that it is made of
-        self.loss = loss if loss is not None else OmegaConf.structured(LossConfig)
+        self.loss = loss if loss is not None else LossConfig()
         check_pair(base.config, drafter.config)
 
         if freeze_base_for_drafter:

@@ -3,18 +3,17 @@
 import argparse
 import sys
 
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from joint_train import config
 from joint_train.command import start
 from joint_train.config.values import mesh_sentence
-from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, savings, with_overrides
+from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, savings
 from joint_train.plan.suggest import suggest
 
 
-def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> None:
+def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -> None:
     """Print a plan."""
     parts = Table(title="Parameters", title_justify="left")
     for column in ("part", "all", "trained", "frozen"):
@@ -34,8 +33,8 @@ def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> N
         f"usable of {machine.gpu_memory_gb:g} ({machine.reserve:.0%} reserved)", f"{machine.usable / GIB:.2f}"
     )
     other = "none" if cfg.activation_checkpointing.base != "none" else "full"
-    changed = make_plan(with_overrides(cfg, {"activation_checkpointing.base": other}), machine)
-    memory.add_row(f"peak with activation_checkpointing.base={other}", f"{changed.peak / GIB:.2f}", style="dim")
+    otherwise = make_plan(config.with_overrides(cfg, {"activation_checkpointing.base": other}), machine)
+    memory.add_row(f"peak with activation_checkpointing.base={other}", f"{otherwise.peak / GIB:.2f}", style="dim")
 
     seconds = plan.seconds(machine)
     step = Table(title="Step", title_justify="left", show_header=False)

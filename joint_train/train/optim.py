@@ -5,18 +5,18 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
+from joint_train.config import OptimConfig
 from joint_train.distributed.moments import moved_by_muon, without_decay
 from joint_train.pair.model import JointModel
 from joint_train.train.compact import CompactAdamW
 from joint_train.train.muon import Muon
 
 
-def build_optimizer(model: JointModel, cfg: DictConfig, on_host: bool = False) -> AdamW | CompactAdamW:
+def build_optimizer(model: JointModel, cfg: OptimConfig, on_host: bool = False) -> AdamW | CompactAdamW:
     """Up to four groups: base and drafter, each with and without weight decay.
 
     Args:
@@ -43,7 +43,7 @@ def build_optimizer(model: JointModel, cfg: DictConfig, on_host: bool = False) -
     return AdamW(groups, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
 
 
-def lr_factor(step: int, cfg: DictConfig, max_steps: int) -> float:
+def lr_factor(step: int, cfg: OptimConfig, max_steps: int) -> float:
     """Learning rate of step 0, 1, … over its peak: linear warm-up, then ``schedule`` down to ``min_lr_ratio``."""
     if step < cfg.warmup_steps:
         return (step + 1) / (cfg.warmup_steps + 1)

@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from joint_train.config import Config, TrackingConfig, to_yaml, written
 from joint_train.files import code_version, replace
 from joint_train.metrics import SUMMARY
 
@@ -45,19 +45,18 @@ class Tracker:
         ImportError: for ``tracking.tensorboard=true`` without the tensorboard package.
     """
 
-    def __init__(self, cfg: DictConfig, rank: int, step: int = 0) -> None:
+    def __init__(self, cfg: Config, rank: int, step: int = 0) -> None:
         self.sinks: list[Any] = []
         if rank != 0:
             return
         output_dir = Path(cfg.output_dir).absolute()
         output_dir.mkdir(parents=True, exist_ok=True)
-        values = OmegaConf.to_container(cfg, resolve=True)
-        replace(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(values)))
+        replace(output_dir / "config.yaml", to_yaml(cfg))
         self.sinks = [JsonLines(output_dir / "metrics.jsonl", step), ConsoleLines(cfg, step)]
         if cfg.tracking.tensorboard:
             self.sinks.append(Guarded("TensorBoard", TensorBoard(output_dir / "tensorboard", step)))
         if cfg.tracking.wandb != "disabled":
-            self.sinks.append(Guarded("wandb", Wandb(cfg.tracking, output_dir, values, step)))
+            self.sinks.append(Guarded("wandb", Wandb(cfg.tracking, output_dir, written(cfg), step)))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record a step's metrics (see ``METRICS``): once for each step, in order."""
@@ -155,7 +154,7 @@ class Wandb:
     Starts with the first metrics, so that a failure to start is a failure like any other.
     """
 
-    def __init__(self, cfg: DictConfig, output_dir: Path, config: dict[str, Any], step: int) -> None:
+    def __init__(self, cfg: TrackingConfig, output_dir: Path, config: dict[str, Any], step: int) -> None:
         self.cfg, self.output_dir, self.config, self.step = cfg, output_dir, config, step
         self.run: Any = None
 
@@ -245,7 +244,7 @@ class TensorBoard:
 class ConsoleLines:
     """Progress for people: a bar and the newest numbers on a terminal, a line now and then in a log; 80 columns."""
 
-    def __init__(self, cfg: DictConfig, step: int, console: Console | None = None) -> None:
+    def __init__(self, cfg: Config, step: int, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.total, self.output_dir = cfg.max_steps, Path(cfg.output_dir)
         self.exports = cfg.model.export.at_end

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from joint_train.checkpoint import Checkpointer
+from joint_train.config import Config
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
@@ -48,7 +48,7 @@ class Trainer:
         preemption: watches for the signals that stop a run, see :func:`run`.
     """
 
-    def __init__(self, cfg: DictConfig, preemption: Preemption) -> None:
+    def __init__(self, cfg: Config, preemption: Preemption) -> None:
         self.cfg, self.preemption = cfg, preemption
         self.output_dir = Path(cfg.output_dir).absolute()
         if torch.cuda.is_available():
@@ -89,10 +89,10 @@ class Trainer:
         self.tracker = Tracker(cfg, self.rank, self.step)
         machine = Machine(gpus=self.ranks)
         self.plan = make_plan(cfg, machine, self.device.type)
-        self.prompts = generation_prompts(cfg, self.plan, machine, self.device.type)
-        warn_of_grace(cfg, self.plan, machine, self.device.type)
+        self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
+        warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
-        warn_of_torchrun(cfg)
+        warn_of_torchrun(cfg.checkpoint)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -323,7 +323,7 @@ class Trainer:
                     add(sums, self.model(**inputs, targets=targets).stats)
             measured |= self.metrics(sums, self.val_loader.source_names, prefix="val/")
             if generate and self.prompts > 0:
-                prompts = validation_prompts(cfg, self.tokenizer, self.prompts)
+                prompts = validation_prompts(cfg.data, self.tokenizer, self.prompts)
                 accepted = accepted_length(
                     self.model.base, self.model.drafter, self.tokenizer, prompts, cfg.drafter.num_steps,
                     cfg.eval.max_new_tokens, progress,
@@ -388,7 +388,7 @@ class Interrupted(Exception):
     """A validation was given up because the run is to stop."""
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: Config) -> None:
     """A whole run on this rank, that a signal stops in good order: before anything is trained it ends at once."""
     with Preemption(cfg.checkpoint.grace_seconds, cfg.parallel.timeout_seconds) as preemption:
         with preemption.ends_at_once():

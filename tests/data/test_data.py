@@ -8,6 +8,7 @@ import pytest
 import torch
 from data_helpers import chat, make_config, make_tokenizer, numbered, write_jsonl
 
+from joint_train.config import SourceConfig
 from joint_train.data import DataError, build_loader, loader_position
 from joint_train.data.order import hash64, permutation
 from joint_train.data.packing import best_fit
@@ -169,7 +170,8 @@ def test_a_position_of_other_data_is_refused(tmp_path, tokenizer, change):
     elif change == "weight":
         cfg.data.train[0].weight = 2.0
     else:
-        cfg.data[change] = {"train_on": "all", "packing": False, "max_length": 128, "shuffle": False}[change]
+        others = {"train_on": "all", "packing": False, "max_length": 128, "shuffle": False}
+        setattr(cfg.data, change, others[change])
     with pytest.raises(DataError, match="belongs to other data"):
         build_loader(cfg, tokenizer, "train", 0, 1, position=position)
 
@@ -295,6 +297,7 @@ def test_train_on(tmp_path, tokenizer):
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, tokenizer, change, message):
     cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", numbered(3))])
-    cfg.merge_with({"data": change})
+    for key, value in change.items():
+        setattr(cfg.data, key, [SourceConfig(**source) for source in value] if key == "train" else value)
     with pytest.raises(DataError, match=message.replace("[", r"\[").replace("*", r"\*")):
         build_loader(cfg, tokenizer, "train", 0, 1)

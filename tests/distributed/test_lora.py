@@ -6,7 +6,6 @@ from unittest import mock
 import peft
 import pytest
 import torch
-from omegaconf import OmegaConf
 from pairs import build_pair, make_pair
 from ranks import run_ranks
 from test_compile import compile_with_eager_kernels
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from joint_train import Gemma4WithDrafter
-from joint_train.config import load, validate
+from joint_train.config import load, validate, with_overrides
 from joint_train.distributed.lora import adapters, inject, peft_config_of
 from joint_train.distributed.mesh import data_rank, init_mesh
 from joint_train.distributed.parallelize import prepare, text_model
@@ -71,10 +70,8 @@ def plain_pair(shape: str, cfg) -> Gemma4WithDrafter:
     model = Gemma4WithDrafter(
         base, drafter, drafter_num_steps=K, base_grad_scale=cfg.drafter.base_grad_scale, loss=cfg.loss
     )
-    cfg = OmegaConf.merge(
-        cfg, {"activation_checkpointing": {"base": "none", "drafter": "none"}, "parallel": {"compile": False}}
-    )
-    prepare(model, cfg)
+    off = {"activation_checkpointing.base": "none", "activation_checkpointing.drafter": "none"}
+    prepare(model, with_overrides(cfg, off | {"parallel.compile": False}))
     return model.train()
 
 
@@ -218,10 +215,8 @@ def test_adapters_that_cannot_work_are_refused(tmp_path, wrong, said):
 def test_a_configuration_that_cannot_work_is_refused(wrong, said):
     cfg = load(["+experiment=starter", "pair=/nowhere", "lora.r=8"])
     assert peft_config_of(cfg.lora).r == 8
-    for name, value in wrong.items():
-        OmegaConf.update(cfg, name, value)
     with pytest.raises(ConfigError, match=said):
-        validate(cfg)
+        validate(with_overrides(cfg, wrong))
 
 
 def test_adapters_without_peft_are_refused(monkeypatch):

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from configs import compose
 from pairs import MM_TOKENS, build_pair
 from ranks import run_ranks
 from torch.distributed.fsdp import FSDPModule
 from versions import trains_towers
 
-from joint_train.config import Config
 from joint_train.distributed.mesh import init_mesh
 from joint_train.distributed.parallelize import parallelize, prepare
 from joint_train.errors import ConfigError
@@ -56,7 +55,7 @@ def text() -> dict[str, torch.Tensor]:
 
 
 def build(shape: str, towers_frozen: bool, compute: str = "float32", dtype: torch.dtype = torch.float32):
-    cfg = OmegaConf.structured(Config)
+    cfg = compose()
     cfg.freeze.towers = towers_frozen
     cfg.precision.compute = compute
     base, drafter = build_pair(shape, dtype=dtype)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import test_parallel
 import torch
-from omegaconf import DictConfig
 from pairs import build_pair
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from joint_train.config import Config
 from joint_train.distributed.mesh import init_distributed, init_mesh
 from joint_train.pair.model import Gemma4JointOutput
 from joint_train.pair.targets import joint_targets
@@ -30,13 +30,13 @@ LENGTHS = {"small": 20, "real heads": 272}
 CONTINUOUS = {"loss", "ce", "centroid_ce", "count", "left_out", "full_rows"}
 
 
-def one_rank(cfg: DictConfig) -> DeviceMesh:
+def one_rank(cfg: Config) -> DeviceMesh:
     """A mesh of this process alone: NCCL on a GPU, gloo on CPU. Another test may have ended the group before."""
     assert init_distributed(600).type == DEVICE.type
     return init_mesh(cfg.parallel)
 
 
-def configure(folder: Path, shape: str = "e2b", size: str = "small", **overrides) -> DictConfig:
+def configure(folder: Path, shape: str = "e2b", size: str = "small", **overrides) -> Config:
     """The configuration of a small pair, which is written into ``folder`` once."""
     target = folder / f"{shape} {size}".replace(" ", "_")
     if not target.exists():
@@ -87,7 +87,7 @@ def step_of(model: Gemma4WithDrafter, device: torch.device, length: int = 20, pa
     )
 
 
-def step(cfg: DictConfig, device: torch.device, sharded: bool = True, **rows) -> Step:
+def step(cfg: Config, device: torch.device, sharded: bool = True, **rows) -> Step:
     """A step of the configuration's pair, by FSDP2 on a mesh of one rank or without any of it."""
     return step_of(load_pair(cfg, one_rank(cfg) if sharded else None, device).train(), device, **rows)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from omegaconf import OmegaConf
+from configs import compose
 
 HOSTS = ("good", "bad")
 
@@ -147,8 +147,7 @@ def test_room_for_a_checkpoint(tmp_path):
     for name, size in (("base", 600), ("drafter", 40)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(bytes(size))
-    cfg = OmegaConf.create({"model": {"base": str(tmp_path / "base"), "drafter": str(tmp_path / "drafter")}})
-    cfg.precision = {"params": "float32"}
+    cfg = compose({"model.base": str(tmp_path / "base"), "model.drafter": str(tmp_path / "drafter")})
     assert checkpoint_bytes(cfg) == 320 * 4 * 3  # 320 parameters of two bytes: master weights and two moments
     cfg.model.base = "google/gemma-4-E2B"
     assert checkpoint_bytes(cfg) is None

@@ -6,13 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from configs import compose
 from pairs import build_pair, make_pair
 from torch.nn.attention import flex_attention as torch_flex
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from joint_train.config import Config
 from joint_train.distributed.parallelize import prepare
 from joint_train.errors import ConfigError
 from joint_train.evaluate.decoding import decode
@@ -301,7 +300,7 @@ def test_compiled_layers(flex_on_cpu):
     ids = torch.randint(3, 240, (2, 180), generator=torch.Generator().manual_seed(1))
     for compiled in (False, True):
         torch.compiler.reset()
-        cfg = OmegaConf.structured(Config)
+        cfg = compose()
         cfg.parallel.compile, cfg.activation_checkpointing.base = compiled, "full"
         pair = Gemma4WithDrafter(*build_pair("31b", attn_implementation=BY_LAYER_TYPE))
         with mock.patch.object(torch.nn.Module, "compile", lambda m, **o: compile_layer(m, backend="aot_eager", **o)):
@@ -340,7 +339,7 @@ def test_a_packed_step_makes_no_square_of_its_length():
 
     elements = {}
     for kind in ("auto", "sdpa"):
-        cfg = OmegaConf.structured(Config)
+        cfg = compose()
         cfg.model.attn_implementation, cfg.data.max_length, cfg.drafter.num_steps = kind, length, 1
         cfg.loss.memory_budget_mb = 1
         configs = (model.config for model in build_pair("31b"))
@@ -362,7 +361,7 @@ def test_the_plan_counts_masks_and_windows(tmp_path):
     base, drafter = make_pair(tmp_path, "31b")
     plans = {}
     for kind in ("auto", "sdpa"):
-        cfg = OmegaConf.structured(Config)
+        cfg = compose()
         cfg.model.base, cfg.model.drafter = str(base), str(drafter)
         cfg.model.attn_implementation, cfg.data.max_length = kind, 4096
         plans[kind] = make_plan(cfg, Machine(gpus=1))
@@ -410,7 +409,7 @@ def test_what_has_no_backward_is_refused():
 def test_the_choice_is_told_and_cudnn_is_off(tmp_path, caplog):
     base, drafter = make_pair(tmp_path, "e2b")
     torch.backends.cuda.enable_cudnn_sdp(True)
-    cfg = OmegaConf.structured(Config)
+    cfg = compose()
     cfg.model.base, cfg.model.drafter = str(base), str(drafter)
     for kind, said in (("auto", "attention: sdpa for all layers"), (BY_LAYER_TYPE, "attention: FlexAttention for")):
         cfg.model.attn_implementation = kind

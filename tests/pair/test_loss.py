@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from pairs import build_pair
 from torch._inductor.scheduler import Scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import joint_train.pair.loss as loss_module
+from joint_train.config import LossConfig
 from joint_train.config.values import KINDS, parse_drafter_loss, round_weights, teacher_grad
 from joint_train.pair.centroids import Centroids, routed, token_centroids
 from joint_train.pair.distribution import Distribution
@@ -823,7 +823,7 @@ def test_sum_weights():
 
 def test_drafter_loss_from_the_configuration():
     def parse(choice):
-        return parse_drafter_loss(OmegaConf.create({"drafter": choice}))
+        return parse_drafter_loss(LossConfig(drafter=choice))
 
     assert parse("nla") == {"nla": 1.0}
     assert parse({"ce": 0.1, "nla": 0.9, "kl": 0}) == {"ce": 0.1, "nla": 0.9}
@@ -839,15 +839,15 @@ def test_drafter_loss_from_the_configuration():
 
 def test_teacher_grad_from_the_configuration():
     for choice, number in ((False, 0.0), (True, 1.0), (0, 0.0), (0.3, 0.3), (2, 2.0)):
-        assert teacher_grad(OmegaConf.create({"teacher_grad": choice})) == number
+        assert teacher_grad(LossConfig(teacher_grad=choice)) == number
     for choice in (-0.1, "some", None, float("nan"), float("inf"), [1]):
         with pytest.raises(ValueError, match="loss.teacher_grad"):
-            teacher_grad(OmegaConf.create({"teacher_grad": choice}))
+            teacher_grad(LossConfig(teacher_grad=choice))
 
 
 def test_round_weights_from_the_configuration():
     def parse(choice):
-        return round_weights(OmegaConf.create({"round_weights": choice}), 3)
+        return round_weights(LossConfig(round_weights=choice), 3)
 
     assert parse(None) == [1.0, 1.0, 1.0]
     assert parse([1, 0.5, 0]) == [1.0, 0.5, 0.0]

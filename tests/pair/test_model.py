@@ -339,13 +339,10 @@ def test_a_tied_embedding_gets_the_gradients_of_an_embedding_and_a_head(case):
 @pytest.mark.parametrize("prompt_rows", [None, True])
 def test_loss_is_the_weighted_sum_of_means_over_targets(prompt_rows):
     """Against the logits, with the published recipe's cross-entropy."""
-    from omegaconf import OmegaConf
-
     from joint_train.config import LossConfig
 
     base, drafter = build_pair("e2b")
-    changes = {"drafter": "ce", "round_weights": [1.0, 0.5, 0.25], "centroid_weight": 0.0}
-    loss = OmegaConf.merge(OmegaConf.structured(LossConfig), changes)
+    loss = LossConfig(drafter="ce", round_weights=[1.0, 0.5, 0.25], centroid_weight=0.0)
     model = Gemma4WithDrafter(
         base, drafter, drafter_num_steps=3, drafter_loss_weight=0.7, prompt_rows=prompt_rows, loss=loss
     )

@@ -30,27 +30,27 @@ def test_a_generation_that_would_outlast_the_validation_is_off_with_a_sentence(p
     by_hand = forwards * (7 / 8 * layers / 350e9 + 2 * sum(n for n, _ in plan.parameters.values()) / 3350e9)
     assert plan.generation_seconds(machine, forwards) == pytest.approx(by_hand)
     assert by_hand > plan.validation_seconds(machine, cfg.eval.batches)
-    assert generation_prompts(cfg, plan, machine, "cuda") == 0
+    assert generation_prompts(cfg.eval, cfg.parallel, plan, machine, "cuda") == 0
     assert "no assisted generation" in caplog.text and "eval.prompts=8 turns it on" in caplog.text
-    assert generation_prompts(cfg, plan, machine, "cpu") == 8
+    assert generation_prompts(cfg.eval, cfg.parallel, plan, machine, "cpu") == 8
     cfg.eval.prompts = 3
-    assert generation_prompts(cfg, plan, machine, "cuda") == 3
+    assert generation_prompts(cfg.eval, cfg.parallel, plan, machine, "cuda") == 3
     cfg, plan, machine = plans["e2b"]
     assert plan.generation_seconds(machine, 8 * 64) < plan.validation_seconds(machine, 1000)
     cfg.eval.batches = 1000
-    assert generation_prompts(cfg, plan, machine, "cuda") == 8
+    assert generation_prompts(cfg.eval, cfg.parallel, plan, machine, "cuda") == 8
 
 
 def test_a_grace_period_that_a_save_outlasts_is_named_at_the_start(plans, caplog):
     cfg, plan, machine = plans["31b"]
     slow = Machine(gpus=8, disk_gb_per_second=2.0)
-    warn_of_grace(cfg, plan, slow, "cuda")
+    warn_of_grace(cfg.checkpoint, plan, slow, "cuda")
     seconds = plan.checkpoint / 2e9
     assert seconds > 120 and f"takes {seconds:.0f} s at 2 GB/s" in caplog.text
     assert f"Set checkpoint.grace_seconds={int(1.5 * seconds)}" in caplog.text
     caplog.clear()
     cfg.checkpoint.grace_seconds = 600
-    warn_of_grace(cfg, plan, slow, "cuda")
+    warn_of_grace(cfg.checkpoint, plan, slow, "cuda")
     assert caplog.text == ""
 
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from pairs import build_pair
 
 from joint_train.config.schema import OptimConfig
@@ -13,7 +12,7 @@ from joint_train.weights.composite import Gemma4WithDrafter
 
 
 def config(**values):
-    return OmegaConf.merge(OmegaConf.structured(OptimConfig), values)
+    return OptimConfig(**values)
 
 
 @pytest.fixture
