@@ -4,10 +4,12 @@
     python -m joint_train.data show FILE… [--format F] [--columns FIELD=COLUMN…] [--row 0] [--rows 2] [overrides]
     torchrun --nproc-per-node N -m joint_train.data regenerate OUT.jsonl [--max-new-tokens 512] [overrides]
 
-Without a file, check and show take the sources of the configuration. Overrides are those of the main job: ``+experiment=starter pair=DIR``, ``data=tulu3_magicoder model.base=…``.
+Without a file, check and show take the sources of the configuration. Overrides are those of the main job:
+``+experiment=starter pair=DIR``, ``data=tulu3_magicoder model.base=…``.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -96,6 +98,12 @@ def with_files(options: argparse.Namespace, arguments: list[str], split: str) ->
     """The configuration, with the files among the arguments as the sources of a split."""
     from joint_train.config import SourceConfig
 
+    groups = {field.name for field in dataclasses.fields(Config)}
+    after_columns = [
+        pair for pair in options.columns if (key := pair.split("=")[0].lstrip("+")) in groups or "." in key
+    ]
+    options.columns = [pair for pair in options.columns if pair not in after_columns]
+    arguments = arguments + after_columns
     files = [argument for argument in arguments if "=" not in argument or os.path.exists(argument)]
     overrides = [argument for argument in arguments if argument not in files]
     if files and not any(override.startswith("data.mixture=") for override in overrides):

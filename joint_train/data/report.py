@@ -181,7 +181,13 @@ def _look_at(chunk: Chunk, report: Report, overlong: str) -> None:
         if not earlier:
             tokens = chunk.tokens[start : start + length]
             where = f"{chunk.files[index]}:{documents['line'][index]}"
-            report.add_digest(tokens.tobytes() + flags.tobytes(), where)
+            report.add_digest(tokens.tobytes() + flags.tobytes() + _pictures(chunk, index), where)
+
+
+def _pictures(chunk: Chunk, document: int) -> bytes:
+    """The paths and bytes of a document's pictures."""
+    found = chunk.pictures[chunk.pictures["document"] == document] if len(chunk.pictures) else chunk.pictures
+    return b"".join(chunk.picture_data[picture["offset"] : picture["offset"] + picture["size"]] for picture in found)
 
 
 def show(console: Console, reports: list[Report]) -> None:
