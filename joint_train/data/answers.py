@@ -85,10 +85,9 @@ class Conversation:
         if self.channel is not None and "<think>" not in self.template.source:
             messages = [thinking.inline(message) for message in messages]
         self.thoughts = {at: message["reasoning"] for at, message in enumerate(messages) if "reasoning" in message}
-        self.unthought = bool(self.thoughts) and not self.thinks and thinking.is_off(self.template)
-        if self.unthought:
-            messages = [{key: value for key, value in message.items() if key != "reasoning"} for message in messages]
-        self.messages = self.template.prepared(messages)
+        kept = thinking.kept_thoughts(self.template, messages)
+        self.unthought = kept is not messages
+        self.messages = self.template.prepared(kept)
         context = set(example.get("context", ()))
         said = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
         self.trained = [index for index in said if index not in context]

@@ -182,9 +182,10 @@ def dataset_fingerprint(source: SourceConfig) -> str:
 
 
 def _not_opened(source: SourceConfig, error: Exception) -> DataError:
+    here = "" if os.path.exists(os.path.expanduser(source.path)) else "there is no file or folder of this name, and "
     return DataError(
-        f"the dataset {source.path} (subset {source.subset}, split {source.split}) can't be opened: "
-        f"{type(error).__name__}: {error}"
+        f"data source {source.path}: {here}it can't be opened as a dataset (subset {source.subset}, split "
+        f"{source.split}): {type(error).__name__}: {error}"
     )
 
 

@@ -19,7 +19,8 @@ import torch
 from rich.progress import Progress
 
 from joint_train.data import readers, sources
-from joint_train.data.render import options_of, prompt_ids
+from joint_train.data.render import options_of
+from joint_train.data.thinking import prompt_ids
 from joint_train.errors import DataError
 
 CHANNEL = re.compile(r"<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)

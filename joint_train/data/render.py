@@ -39,22 +39,6 @@ def options_of(example: dict[str, Any]) -> dict[str, Any]:
     return {"tools": example.get("tools"), **example.get("chat_template_kwargs", {})}
 
 
-def prompt_ids(tokenizer, messages: list[dict], **options) -> list[int]:
-    """The tokens that an engine is given when the assistant has to go on after these messages.
-
-    Args:
-        tokenizer: with a chat template.
-        messages: as :mod:`joint_train.data.messages` describes them.
-        options: for the template, and ``tools``.
-
-    Raises:
-        DataError: the template refuses them.
-    """
-    template = Template(tokenizer, options)
-    text = template.render(template.prepared(messages), add_generation_prompt=True)
-    return encoding(tokenizer, text).ids
-
-
 def encoding(tokenizer, text: str) -> tokenizers.Encoding:
     """The tokens of a rendered text and their places: what calling the tokenizer gives, in half the time.
 

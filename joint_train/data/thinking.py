@@ -9,7 +9,7 @@ it, and what has to be trained is put together from the served prompt, the thoug
 import re
 from dataclasses import dataclass
 
-from joint_train.data.render import Template
+from joint_train.data.render import Template, encoding
 from joint_train.errors import DataError
 
 SWITCHES = ("enable_thinking", "thinking")
@@ -87,6 +87,30 @@ def channel_of(template: Template) -> Channel | None:
     if template.source not in _CHANNELS:
         _CHANNELS[template.source] = _learn(turned(template.with_options(tools=None), True))
     return _CHANNELS[template.source]
+
+
+def kept_thoughts(template: Template, messages: list[dict]) -> list[dict]:
+    """The messages, without their reasoning if thinking is off: then it is no part of a conversation."""
+    if not any("reasoning" in message for message in messages) or thinks(template, messages) or not is_off(template):
+        return messages
+    return [{key: value for key, value in message.items() if key != "reasoning"} for message in messages]
+
+
+def prompt_ids(tokenizer, messages: list[dict], **options) -> list[int]:
+    """The tokens that an engine is given when the assistant has to go on after these messages.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: as :mod:`joint_train.data.messages` describes them.
+        options: for the template, and ``tools``.
+
+    Raises:
+        DataError: the template refuses them.
+    """
+    template = Template(tokenizer, options)
+    messages = template.prepared(kept_thoughts(template, messages))
+    text = template.render(messages, add_generation_prompt=True)
+    return encoding(tokenizer, text).ids
 
 
 def inline(message: dict) -> dict:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from joint_train.data import notices
-from joint_train.data.render import MARKS, prompt_ids
+from joint_train.data.render import MARKS
 from joint_train.data.template import ASSISTANT, LAST, encode
+from joint_train.data.thinking import prompt_ids
 from joint_train.errors import DataError
 
 # Short renditions of what released templates do, with marks around what the assistant writes.

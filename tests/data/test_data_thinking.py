@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from joint_train.config import SourceConfig
 from joint_train.data import DataError, notices
 from joint_train.data.json_files import Record
+from joint_train.data.messages import conversation as conversation_of
 from joint_train.data.template import ASSISTANT
+from joint_train.data.thinking import prompt_ids
 from joint_train.data.tokenise import encode_record
 
 TOKENIZERS = {name: make_tokenizer(template(rules)) for name, rules in VARIANTS.items()}
@@ -94,6 +96,10 @@ def pairs(name: str, row: dict, counts: Counter | None = None, thinking: bool | 
     return found
 
 
+def understand(messages: list[dict]) -> list[dict]:
+    return conversation_of(messages, arrow=False)[0]
+
+
 def ids(name: str, text: str) -> list[int]:
     return TOKENIZERS[name](text, add_special_tokens=False)["input_ids"]
 
@@ -136,6 +142,10 @@ def test_thinking_off_trains_no_thought(name):
         assert found == pairs(name, {"messages": thoughtless, "tools": TOOLS}, thinking=False), conversation
         assert counts[notices.UNTHOUGHT] == sum("reasoning_content" in message for message in messages)
         assert counts[notices.UNSHOWN_THOUGHTS] == 0
+        before = understand(messages)[:-1]
+        for tools in (None, TOOLS):
+            prompt = prompt_ids(TOKENIZERS[name], before, tools=tools, enable_thinking=False)
+            assert prompt == prompt_ids(TOKENIZERS[name], understand(thoughtless)[:-1], tools=tools)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
