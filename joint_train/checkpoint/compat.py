@@ -59,6 +59,21 @@ def fixed_differences(part: str, old: dict, new: dict) -> list[str]:
     ]
 
 
+def adapter_differences(old: dict, new: dict) -> list[str]:
+    """What two runs' configurations multiply the product of adapters by, in words where it differs: adapters trained
+    with one factor are another model with the other."""
+    before, now = (_adapter_scale(resolved(config).get("lora") or {}) for config in (old, new))
+    if before is None or now is None or before == now:
+        return []
+    return [f"the adapters' product was multiplied by {before:g}, and would now be by {now:g}"]
+
+
+def _adapter_scale(lora: dict) -> float | None:
+    if not lora.get("r"):
+        return None
+    return lora["alpha"] / (lora["r"] ** 0.5 if lora.get("rank_stabilized") else lora["r"])
+
+
 def tensor_differences(part: str, stored: dict[str, TensorStorageMetadata], tensors: dict[str, Tensor]) -> list[str]:
     """Tensors that a checkpoint and a model don't both have in one shape, in words."""
     problems = [f"{part} lacks {name} in the checkpoint" for name in tensors if name not in stored]

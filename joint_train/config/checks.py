@@ -23,8 +23,8 @@ CHOICES = {
     "precision.compute": ("auto", "bfloat16", "float32"),
     "precision.params": ("float32", "bfloat16"),
     "precision.reduce": ("float32", "bfloat16"),
-    "activation_checkpointing.base": ("none", "full", "every_n"),
-    "activation_checkpointing.drafter": ("none", "full"),
+    "activation_checkpointing.base": ("auto", "none", "every_n", "selective", "full"),
+    "activation_checkpointing.drafter": ("auto", "none", "full", "layers"),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
 }
 AT_LEAST = {
@@ -98,6 +98,7 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
             raise ConfigError(f"{name}={value}: must be at most 1.")
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
         raise ConfigError(f"optim.betas={cfg.optim.betas}: give two numbers from 0 to below 1, e.g. [0.9, 0.95].")
+    _check_second_moment(cfg)
     if not cfg.loss.temperature > 0:
         raise ConfigError(f"loss.temperature={cfg.loss.temperature}: must be above 0.")
     for name in ("model.base", "model.drafter"):
@@ -135,6 +136,20 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
         round_weights(cfg.loss, cfg.drafter.num_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _check_second_moment(cfg: Config) -> None:
+    """bfloat16 has 8 significant bits: a second moment times 0.999 rounds back to itself, and never falls."""
+    name, beta, most = cfg.optim.name, cfg.optim.betas[1], 0.99
+    compact = name == "adamw_bf16" or (cfg.precision.params == "bfloat16" and name != "adamw_8bit")
+    if compact and beta > most:
+        why = f"optim.name={name}" if name == "adamw_bf16" else f"precision.params=bfloat16 with optim.name={name}"
+        others = "optim.name=adamw_8bit or adamw" if name == "adamw_bf16" else "precision.params=float32"
+        raise ConfigError(
+            f"optim.betas={list(cfg.optim.betas)}: {why} keeps the second moment in bfloat16, where times {beta:g} "
+            "rounds back to what it was, so that it never falls again. Set "
+            f"optim.betas=[{cfg.optim.betas[0]:g}, 0.95] (at most {most:g}), or {others}."
+        )
 
 
 def _check_lora(cfg: Config) -> None:

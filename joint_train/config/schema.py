@@ -67,7 +67,7 @@ class DrafterConfig:
 @dataclass
 class FreezeConfig:
     base: bool = key(False, "train the drafter alone")
-    towers: bool = key(True, "freeze the vision and audio towers and their projections")
+    towers: bool = key(True, "freeze the vision tower and its projection; the audio tower always is frozen")
     embeddings: bool = key(False, "freeze the base's embedding tables (and the head tied to them)")
 
 
@@ -124,8 +124,10 @@ class OptimConfig:
     )
     lr: float = key(1e-5, "peak learning rate of the base")
     drafter_lr: float = key(1e-4, "peak learning rate of the drafter")
-    weight_decay: float = key(0.01, "of matrices; norms, biases and embeddings have none")
-    betas: list[float] = key([0.9, 0.95], "AdamW's")
+    weight_decay: float = key(
+        0.01, "of matrices, adapters and untied heads too; norms, biases and embedding tables have none"
+    )
+    betas: list[float] = key([0.9, 0.95], "AdamW's; with moments in bfloat16 the second is at most 0.99")
     eps: float = key(1e-8, "AdamW's")
     warmup_steps: int = key(50, "linear warm-up")
     schedule: str = key("cosine", "cosine | linear | constant, after the warm-up")
@@ -161,9 +163,14 @@ class PrecisionConfig:
 
 @dataclass
 class ActivationCheckpointingConfig:
-    base: str = key("full", "none | full: every base layer | every_n: each n-th")
+    base: str = key(
+        "auto",
+        "what of the base the backward recomputes: auto: the least that fits by the plan | none | every_n: each n-th "
+        "layer | selective: every layer, but not its attention | full: every layer",
+    )
     every_n: int = key(2, "n of every_n")
-    drafter: str = key("full", "none | full: every round")
+    drafter: str = key("auto", "auto: the least that fits by the plan | none | full: every round | layers: one by one")
+    offload: bool = key(False, "keep the inputs of what is recomputed in the host's memory, for long rows")
 
 
 @dataclass
@@ -191,7 +198,7 @@ class CheckpointConfig:
     keep_last: int = key(3, "newest checkpoints that are kept; 0 keeps all")
     keep_every: int = key(0, "also keep each checkpoint whose step is a multiple of this; 0: none")
     keep_best: str | None = key(None, "also keep the one with the lowest (or, with a leading '-', highest) metric")
-    grace_seconds: int = key(120, "time for the save after SIGTERM or SIGUSR1")
+    grace_seconds: int = key(120, "time for the save after SIGTERM, SIGUSR1, SIGHUP or Ctrl-C")
     checksums: bool = key(True, "re-read checksums when choosing the checkpoint to resume from")
     mirror: str | None = key(
         None, "also keep complete checkpoints and exports there, and resume from there, e.g. s3://bucket/run (fsspec)"

@@ -1,13 +1,16 @@
-"""What the plan of a run says about its settings, at its start."""
+"""What a run says at its start: about its settings, by its plan, and about the run that it goes on with."""
 
 import logging
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.torch_version import TorchVersion
 
-from joint_train.config import CheckpointConfig, EvalConfig, ParallelConfig
+from joint_train.config import CheckpointConfig, Config, ConfigError, EvalConfig, ParallelConfig
+from joint_train.config.typed import read
 from joint_train.plan.planner import Machine, Plan
+from joint_train.train.optim import lr_factor
 
 log = logging.getLogger(__name__)
 
@@ -69,3 +72,55 @@ def warn_of_padding(plan: Plan) -> None:
             "parallel.dp_replicate=%d",
             plan.mesh[1], 100 * plan.padding, max(1, plan.ranks // 64),
         )  # fmt: skip
+
+
+def log_recomputation(plan: Plan, machine: Machine) -> None:
+    """What ``activation_checkpointing`` is where it is auto, with a warning where even that doesn't fit."""
+    if not plan.chosen:
+        return
+    settings = " ".join(f"{key}={value}" for key, value in plan.chosen.items())
+    fits = plan.peak <= machine.usable
+    log.log(
+        logging.INFO if fits else logging.WARNING,
+        "%s, chosen by the plan: a peak of %.2f GiB of the %.2f that a rank can use%s",
+        settings, plan.peak / 2**30, machine.usable / 2**30,
+        "" if fits else ": it doesn't fit, and python -m joint_train.plan says what would",
+    )  # fmt: skip
+
+
+def warn_of_warmup(cfg: Config) -> None:
+    """Say that the learning rate never reaches its peak."""
+    if cfg.optim.warmup_steps >= cfg.max_steps:
+        share = lr_factor(cfg.max_steps - 1, cfg.optim, cfg.max_steps)
+        log.warning(
+            "optim.warmup_steps=%d isn't over before max_steps=%d: the learning rate reaches %.0f %% of its peak. "
+            "Set optim.warmup_steps below max_steps",
+            cfg.optim.warmup_steps, cfg.max_steps, 100 * share,
+        )  # fmt: skip
+
+
+def say_resumed(cfg: Config, checkpoint: Path, step: int) -> None:
+    """Say where a run goes on, and what a changed configuration does to the learning rates of its next step."""
+    log.info("resumed from step %d of %d (%s)", step, cfg.max_steps, checkpoint)
+    if step >= cfg.max_steps:
+        log.warning(
+            "%s is already at or past max_steps=%d: there is nothing left to train", checkpoint.name, cfg.max_steps
+        )
+        return
+    try:
+        before = read(checkpoint / "config.json")
+    except (OSError, ConfigError):  # of another version: it can't be known
+        return
+    old = lr_factor(step, before.optim, before.max_steps)
+    new = lr_factor(step, cfg.optim, cfg.max_steps)
+    for part, was, now in (
+        ("base", old * before.optim.lr, new * cfg.optim.lr),
+        ("drafter", old * before.optim.drafter_lr, new * cfg.optim.drafter_lr),
+    ):
+        if abs(now - was) > 1e-6 * max(now, was):
+            change = f" ({100 * (now / was - 1):+.0f} %)" if was > 0 else ""
+            log.warning(
+                "the learning rate of the %s at step %d is %.3g%s; with the configuration of the checkpoint it would "
+                "be %.3g",
+                part, step + 1, now, change, was,
+            )  # fmt: skip
