@@ -11,7 +11,7 @@ from data_helpers import make_tokenizer
 from gemma4_templates import VARIANTS, template
 
 from joint_train.config import SourceConfig
-from joint_train.data import DataError
+from joint_train.data import DataError, notices
 from joint_train.data.json_files import Record
 from joint_train.data.sources import understand
 from joint_train.data.template import encode
@@ -151,3 +151,39 @@ def test_what_was_refused_can_be_said():
     assert understand(record, SourceConfig(path="x.jsonl", ignore=["context"])).example == {"messages": QA}
     counted = understand(record, SourceConfig(path="x.jsonl", format="messages"))
     assert counted.example == {"messages": QA} and list(counted.notices) == ["unused column of content: context"]
+
+
+ANSWERS = ("weight 0", "train false", "is_trainable false", "masked true", "skip_loss true", "loss_scale 0.0")
+
+
+@pytest.mark.parametrize("said", ANSWERS)
+def test_a_message_and_a_row_that_say_that_they_are_not_trained(said):
+    name, value = said.split()
+    value = json.loads(value)
+    example, _, _ = encoded({"messages": [QA[0], {**QA[1], name: value}, *QA]})
+    assert example["context"] == [1] and name not in example["messages"][1]
+    example, text, counts = encoded({"messages": QA, name: value})
+    assert text == "" and counts == {notices.LEFT_OUT: 1}
+    example, text, counts = encoded({"messages": QA, name: not value})
+    assert text and notices.LEFT_OUT not in counts
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"messages": QA, "weight": 0.5}, "the row has weight 0.5: .*name it in the source.s ignore"),
+        ({"messages": QA, "loss_mask": [1, 0]}, "the row: loss_mask says what is trained on, but not in a way"),
+        ({"messages": [QA[0], {**QA[1], "mask": 1}]}, "message 1: mask says what is trained on, but not in a way"),
+        (
+            {"messages": [QA[0], {**QA[1], "content": [{"type": "text", "text": t, "train": t == "a"} for t in "ab"]}]},
+            "message 1: some parts of its content are trained on and others are not",
+        ),
+    ],
+)
+def test_what_is_neither_trained_nor_not_is_refused(row, message):
+    with pytest.raises(DataError, match=message):
+        encoded(row)
+    name = next((name for name in row if name != "messages"), None)
+    if name:
+        source = SourceConfig(path="x.jsonl", ignore=[name])
+        assert understand(Record("x.jsonl", 1, json.dumps(row).encode()), source).example == {"messages": QA}
