@@ -132,31 +132,30 @@ class Conversation:
         if not (before and self.template.prompts):
             return text, self._without_prompt(index, text, marks)
         prompt = self.render(before, add_generation_prompt=True)
-        opening = self._opened(prompt)
-        at = len(prompt) - len(opening)
-        if opening and text.startswith(prompt[:at]) and not text.startswith(prompt):
-            # The prompt begins the thinking, and the template renders none.
-            thought = message.get("reasoning")
-            written = f"{thought}{self.channel.closing}" if thought else self.channel.end
-            return _insert(text, self._ended(index, text, marks, at), at, opening + written, len(opening))
-        text, answer = self._after(prompt, index, text, marks)
-        if self.channel is None or opening or text.startswith(self.channel.opening, answer.start):
-            return text, answer
-        if thought := message.get("reasoning"):
-            if not self.channel.empty_at_the_end_of(prompt):
-                written = f"{self.channel.opening}{thought}{self.channel.closing}"
-                return _insert(text, answer, answer.start, written)
-        elif not self.channel.empty_at_the_end_of(prompt):
-            off = thinking.turned(self.template, False).render(before, add_generation_prompt=True)
-            if empty := self.channel.empty_at_the_end_of(off):
-                return _insert(text, answer, answer.start, empty)
-        return text, answer
+        if self.channel is None:
+            return self._after(prompt, index, text, marks)
+        return self._with_thought(self.channel, prompt, index, text, marks)
 
-    def _opened(self, prompt: str) -> str:
-        """The opening of the thinking that a prompt ends with, or an empty string."""
-        if self.channel is None or not prompt.endswith(self.channel.opening):
-            return ""
-        return self.channel.opening
+    def _with_thought(
+        self, channel: thinking.Channel, prompt: str, index: int, text: str, marks: list[Span]
+    ) -> tuple[str, Answer]:
+        """The text with the thoughts of its last answer, which the template may leave out, or with an empty one."""
+        thought = self.messages[index].get("reasoning")
+        if prompt.endswith(channel.opening):
+            at = len(prompt) - len(channel.opening)
+            if text.startswith(prompt) or not text.startswith(prompt[:at]):
+                return self._after(prompt, index, text, marks)
+            written = channel.opening + (f"{thought}{channel.closing}" if thought else channel.end)
+            return _insert(text, self._ended(index, text, marks, at), at, written, len(channel.opening))
+        text, answer = self._after(prompt, index, text, marks)
+        if text.startswith(channel.opening, answer.start) or channel.empty_at_the_end_of(prompt):
+            return text, answer
+        if thought:
+            return _insert(text, answer, answer.start, f"{channel.opening}{thought}{channel.closing}")
+        off = thinking.turned(self.template, False).render(self.messages[:index], add_generation_prompt=True)
+        if empty := channel.empty_at_the_end_of(off):
+            return _insert(text, answer, answer.start, empty)
+        return text, answer
 
     def _after(self, prompt: str, index: int, text: str, marks: list[Span]) -> tuple[str, Answer]:
         """The text, or the prompt and what follows it there, and what of it the assistant wrote."""
