@@ -347,7 +347,7 @@ def test_the_lock_of_a_process_that_died_is_free(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    "content format limit columns chat_template_kwargs max_line_bytes transformers tokenizers template vocabulary "
+    "content format limit columns ignore chat_template_kwargs max_line_bytes transformers tokenizers template vocabulary "
     "special processor".split(),
 )
 def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, monkeypatch, change):
@@ -375,7 +375,8 @@ def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, monkeypatch, change)
         (tmp_path / "preprocessor_config.json").write_text("{}")
     else:
         options = {"enable_thinking": True}
-        values = {"format": "messages", "limit": 2, "columns": {"messages": "chat"}, "chat_template_kwargs": options}
+        values = {"format": "messages", "limit": 2, "columns": {"messages": "chat"}, "ignore": ["context"]}
+        values["chat_template_kwargs"] = options
         setattr(spec, change, values[change])
     after = cache.cache_key(spec, data, tokenizer)
     assert after != before
