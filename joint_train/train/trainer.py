@@ -38,6 +38,7 @@ from joint_train.train.advice import (
     warn_of_torchrun,
     warn_of_warmup,
 )
+from joint_train.train.agreement import agree_on_configuration, agree_on_data
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.optim import build_optimizer, lr_factor, update
@@ -71,7 +72,9 @@ class Trainer:
         torch.manual_seed(cfg.seed + self.rank)
 
         check_backward(cfg.model.attn_implementation, self.device.type)
-        machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb())
+        everyone = Ranks(cfg.parallel.timeout_seconds)
+        agree_on_configuration(cfg, everyone)
+        machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
         self.plan = make_plan(cfg, machine, self.device.type)
         log_recomputation(self.plan, machine)
         self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
@@ -81,6 +84,7 @@ class Trainer:
         self.val_loader = self.drift = None
         if cfg.data.val:
             self.val_loader = build_loader(cfg, self.tokenizer, "val", self.rank, self.ranks)
+            agree_on_data(cfg, "val", self.val_loader, everyone)
         if cfg.tracking.diagnose_every:
             loader = self.build_train_loader(None) if self.val_loader is None else self.val_loader
             self.fixed_batch = self.prepare(next(iter(loader)), loader.source_names)
@@ -97,6 +101,7 @@ class Trainer:
             position, bad_steps = saved["data"], saved.get("bad_steps", 0)
             say_resumed(cfg, path, self.step)
         self.loader = self.build_train_loader(position)
+        agree_on_data(cfg, "train", self.loader, everyone)
         self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
@@ -110,15 +115,14 @@ class Trainer:
         self.spikes = LossSpikes()
         self.since = Since(self.device)
 
-    def memory_gb(self) -> float:
+    def memory_gb(self, everyone: Ranks) -> float:
         """Memory of the device, or on CPU this rank's share of the host's, in GiB: the least that any rank has."""
         if self.device.type == "cuda":
             mine = torch.cuda.get_device_properties(self.device).total_memory
         else:
             pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             mine = pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        ranks = Ranks(self.cfg.parallel.timeout_seconds)
-        return min(ranks.each("reading the size of the memory", lambda: mine)) / 2**30
+        return min(everyone.each("reading the size of the memory", lambda: mine)) / 2**30
 
     def go_on_from(self, saved: dict | None) -> None:
         """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""

@@ -17,9 +17,9 @@ from joint_train.plan.planner import make_plan
 from joint_train.weights.composite import meta_pair
 from joint_train.weights.folders import read_configs
 
-# NeMo AutoModel, pull request 2436, comment of 27 June 2026: tokens a second of each of 8 H100, gemma-4-31B-it, S = 4096,
-# one row a GPU, no drafter; by what computed attention. The recipe there (gemma4_31b_ffpa_mock_8k.yaml): FSDP2, bfloat16
-# weights and AdamW, frozen embeddings, every layer recomputed, whole logits. Assumed here: text alone (each of its rows
+# NeMo AutoModel, pull request 2436, comment of 27 June 2026: tokens a second of each of 8 H100, gemma-4-31B-it,
+# S = 4096, one row a GPU, no drafter; by what computed attention. The recipe there (gemma4_31b_ffpa_mock_8k.yaml):
+# FSDP2, bfloat16 weights and AdamW, frozen embeddings, every layer recomputed, whole logits. Assumed here: text alone (each of its rows
 # has an image), and norms as transformers writes them.
 #   FFPA: its kernels at head_dim 512 do what ffpa-attn's bench/README.md says of an H200.
 #   Flex: at head_dim 512 in blocks of 32 x 32, which no one has measured alone: what the difference from FFPA leaves.
