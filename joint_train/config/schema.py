@@ -94,6 +94,7 @@ class SourceConfig:
     streaming: bool = key(False, "read a Hugging Face dataset as a stream")
     columns: dict[str, str] = key({}, "the source's column for a field of the format, e.g. {prompt: question}")
     chat_template_kwargs: dict[str, Any] = key({}, "for the chat template, over those of all data")
+    ignore: list[str] = key([], "columns that are no part of the conversation, though their names say so")
     limit: int | None = key(None, "at most this many examples of it")
 
 

@@ -184,10 +184,10 @@ def load(folder: Path, source: SourceConfig, data: DataConfig, first: bool = Tru
         if data.on_error == "raise":
             raise DataError(meta["errors"][0])
         logger.warning(
-            "data source %r: %d bad records skipped (data.on_error=skip), the first: %s",
+            "data source %r: %s bad rows are left out (data.on_error=skip). The first of them:%s",
             name,
-            meta["skipped"],
-            "; ".join(meta["errors"][:3]),
+            f"{meta['skipped']:,}",
+            "".join(f"\n  {error}" for error in meta["errors"][:3]),
         )
     if first:
         _say(name, source, Seen.from_json(meta["seen"]))
@@ -203,9 +203,7 @@ def _say(name: str, source: SourceConfig, seen: Seen) -> None:
             f"data source {name!r}: columns name {', '.join(map(repr, nowhere))}, which no record has; they have "
             f"{', '.join(sorted(seen.columns))}"
         )
-    counts = ", ".join(f"{count:,} {format}" for format, count in seen.formats.most_common())
-    used = f"columns used: {', '.join(sorted(seen.used)) or 'none'}; unused: {', '.join(seen.unused) or 'none'}"
-    logger.info("data source %r: %s; %s", name, counts, used)
+    logger.info("data source %r: %s", name, seen.summary())
     for kind, sentence in seen.sentences():
         logger.log(
             logging.INFO if kind in notices.AS_IT_SHOULD else logging.WARNING, "data source %r: %s", name, sentence
@@ -258,6 +256,7 @@ def content_key(source: SourceConfig, data: DataConfig, tokenizer) -> str:
         "format": source.format,
         "columns": dict(source.columns),
         "chat_template_kwargs": source.chat_template_kwargs,
+        "ignore": sorted(source.ignore),
         "limit": source.limit,
         "max_line_bytes": data.max_line_bytes,
     }

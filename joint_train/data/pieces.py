@@ -103,9 +103,9 @@ def cut(source: Tokenised, data) -> Pieces:
             if data.on_error == "raise":
                 raise DataError(message)
             logger.warning(
-                "data source %r: %d examples without a target skipped, the first: %s",
+                "data source %r: %s documents without an answer are left out. The first of them:\n  %s",
                 source.name,
-                np.count_nonzero(empty),
+                f"{np.count_nonzero(empty):,}",
                 message,
             )
             keep &= ~empty
@@ -124,13 +124,16 @@ def cut(source: Tokenised, data) -> Pieces:
                 lost += 1
     if long.any():
         logger.warning(
-            "data source %r: %d of %d examples are longer than data.max_length=%d (data.overlong=%s)%s",
+            "data source %r: %s of %s documents (%s) are longer than data.max_length=%d and are %s (data.overlong=%s)"
+            "%s",
             source.name,
-            np.count_nonzero(long),
-            len(documents),
+            f"{np.count_nonzero(long):,}",
+            f"{len(documents):,}",
+            f"{np.count_nonzero(long) / len(documents):.1%}",
             data.max_length,
+            {"truncate": "cut", "split": "split", "drop": "left out"}[data.overlong],
             data.overlong,
-            f"; {lost} pieces of them without a target are left out" if lost else "",
+            f"; {lost:,} of the pieces have no answer in them and are left out" if lost else "",
         )
     table = np.concatenate(pieces)
     return Pieces(source, *table[np.lexsort((table[:, 1], table[:, 0]))].T, skipped=skipped)

@@ -19,8 +19,8 @@ import torch
 from rich.progress import Progress
 
 from joint_train.data import readers, sources
-from joint_train.data.messages import THINKING
-from joint_train.data.render import options_of, prompt_ids
+from joint_train.data.render import options_of
+from joint_train.data.thinking import prompt_ids
 from joint_train.errors import DataError
 
 CHANNEL = re.compile(r"<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
@@ -174,5 +174,5 @@ def _message(tokens: list[int], ends: set[int], tokenizer) -> dict | None:
     text = tokenizer.decode(tokens[:end])
     message = {"role": "assistant", "content": CHANNEL.sub("", text).strip()}
     if thinking := "\n".join(CHANNEL.findall(text)).strip():
-        message[THINKING[0]] = thinking
+        message["reasoning"] = thinking
     return message

@@ -78,7 +78,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package, path):
 
 
 def test_a_dataset_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(DataError, match="the dataset nobody/nothing .* can't be opened"):
+    with pytest.raises(DataError, match="data source nobody/nothing: there is no file .* can't be opened as a dataset"):
         build_loader(make_config(tmp_path, ["nobody/nothing"]), TOKENIZER, "train", 0, 1)
 
 

@@ -83,5 +83,5 @@ def test_pieces_without_a_target_are_counted(overlong, lost, caplog):
     document = [0] * LENGTH + [ASSISTANT] + [0] * (LENGTH - 1) + [0, ASSISTANT]
     data = SimpleNamespace(max_length=LENGTH, overlong=overlong, train_on="assistant", on_error="raise", unroll="all")
     assert len(cut(tokenised([document, [0, ASSISTANT]]), data)) == (1 if overlong == "truncate" else 2)
-    assert f"1 of 2 examples are longer than data.max_length={LENGTH}" in caplog.text
-    assert f"{lost} pieces of them without a target are left out" in caplog.text
+    assert f"1 of 2 documents (50.0%) are longer than data.max_length={LENGTH}" in caplog.text
+    assert f"{lost} of the pieces have no answer in them and are left out" in caplog.text
