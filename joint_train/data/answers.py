@@ -219,7 +219,7 @@ class Conversation:
         and so doesn't depend on the message. That spares three renderings."""
         message = self.messages[index]
         content = message.get("content")
-        if not isinstance(content, str) or "tool_calls" in message or any(name in message for name in THINKING):
+        if not isinstance(content, str) or "tool_calls" in message or any(name in message for name in REASONING):
             return False
         return bool(content.strip()) and text.startswith(content.strip(), at)
 
