@@ -112,8 +112,8 @@ def regenerate(
     missing = len(examples) - len(done)
     if unfinished == len(examples):
         raise DataError(
-            f"none of {unfinished} answers ended within --max-new-tokens={max_new_tokens}: none is kept and {output} isn't "
-            "written. Raise it; a base that never ends its turn wants training, or its chat template"
+            f"none of {unfinished} answers ended within --max-new-tokens={max_new_tokens}: {output} isn't written. "
+            "Raise it; a base that never ends its turn wants training, or its chat template"
         )
     if not missing:
         _put_together(examples, done, output)
