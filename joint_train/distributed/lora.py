@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from joint_train.config import LoraConfig
 from joint_train.distributed.placement import local, part_of, sharded_like
 from joint_train.errors import ConfigError
+from joint_train.torch_private import local_shape_and_offset
 
 if TYPE_CHECKING:
     import peft
@@ -156,9 +156,7 @@ def added(module: Any) -> Tensor:
     weight = module.base_layer.weight
     a, b = (gathered(part["default"].weight).float() for part in (module.lora_A, module.lora_B))
     if isinstance(weight, DTensor):
-        shape, (row, column) = compute_local_shape_and_global_offset(
-            weight.shape, weight.device_mesh, weight.placements
-        )
+        shape, (row, column) = local_shape_and_offset(weight.shape, weight.device_mesh, weight.placements)
         a, b = a[:, column : column + shape[1]], b[row : row + shape[0]]
     return module.scaling["default"] * (b @ a)
 

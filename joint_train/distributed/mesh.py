@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from joint_train.config import DIMENSIONS, ParallelConfig, mesh_shape
 from joint_train.config.values import REFUSED, mesh_sentence
 from joint_train.errors import ConfigError
+from joint_train.torch_private import set_group_timeout
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def init_mesh(parallel: ParallelConfig) -> DeviceMesh:
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=DIMENSIONS)
     for name in DIMENSIONS:
         # A mesh makes its groups with torch's default time-out; there is no public way to say another (torch 2.13).
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=parallel.timeout_seconds), mesh.get_group(name))
+        set_group_timeout(mesh.get_group(name), timedelta(seconds=parallel.timeout_seconds))
     return mesh
 
 

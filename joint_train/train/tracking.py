@@ -9,6 +9,7 @@ import logging
 import math
 import netrc
 import os
+import re
 import sys
 import threading
 import time
@@ -259,6 +260,7 @@ class ConsoleLines:
         self.first: tuple[int, float] | None = None  # the first step that was reported, and when
         self.printed = -math.inf
         self.live: Live | None = None
+        self.explained: set[str] = set()  # of validation and training: what can't be measured
         if self.console.is_terminal:
             self.bar = Progress(
                 BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
@@ -270,6 +272,10 @@ class ConsoleLines:
             self.live.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for prefix, data in (("val/", "the validation data"), ("", "this step's batches")):
+            if prefix not in self.explained and (why := without_targets(metrics, prefix)):
+                self.explained.add(prefix)
+                self.console.print(f"step {step}: in {data} {why}")
         if any(name.startswith("val/") for name in metrics):
             self.console.print(validation_line(step, metrics))
         if "base_loss" not in metrics:
@@ -285,7 +291,7 @@ class ConsoleLines:
 
     def numbers(self, step: int, metrics: Mapping[str, float]) -> str:
         """Both losses, speed and time left, in under 60 columns."""
-        text = f"base {metrics['base_loss']:.3f}  drafter {metrics.get('drafter_loss', math.nan):.3f}"
+        text = f"base {shown(metrics, 'base_loss')}  drafter {shown(metrics, 'drafter_loss')}"
         if speed := metrics.get("tokens_per_second"):
             text += f"  {short(speed)} tok/s"
         self.first = self.first or (step, time.monotonic())
@@ -298,11 +304,11 @@ class ConsoleLines:
 
     def finish(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         self.stop()
-        rows = [(name, before[key], after[key]) for key, name in SUMMARY.items() if key in before and key in after]
+        rows = [(name, key) for key, name in SUMMARY.items() if key in before and key in after]
         if rows:
             self.console.print(f"\n{'on the validation data':<32}{'before':>10}{'after':>10}")
-            for name, old, new in rows:
-                self.console.print(f"  {name:<30}{old:>10.3f}{new:>10.3f}")
+            for name, key in rows:
+                self.console.print(f"  {name:<30}{shown(before, key):>10}{shown(after, key):>10}")
         if self.exports:
             for part in ("base", "drafter"):
                 self.console.print(f"Hugging Face {part}: {self.output_dir / 'export' / part}")
@@ -316,12 +322,41 @@ class ConsoleLines:
         self.stop()
 
 
+# What is NaN over no targets, and only then: shares of counts, which are finite whatever the losses are.
+COUNTED = {"base_loss": "base_accuracy", "drafter_loss": "agreement_0", "drafter_ce": "agreement_0"}
+
+
+def shown(metrics: Mapping[str, float], name: str) -> str:
+    """A metric with three digits; "–" where there was nothing to measure, "nan" where the loss isn't a number."""
+    prefix, slash, metric = name.rpartition("/")
+    counted = metric if metric.startswith("accepted_length") else COUNTED.get(metric, "")
+    if name not in metrics or math.isnan(metrics.get(f"{prefix}{slash}{counted}", 0.0)):
+        return "–"
+    return f"{metrics[name]:.3f}"
+
+
+def without_targets(metrics: Mapping[str, float], prefix: str) -> str | None:
+    """What of the drafter there was nothing to measure by, in a sentence; None where all of it was measured."""
+    rounds = [name for name in metrics if re.fullmatch(rf"{prefix}agreement_\d+", name)]
+    empty = [name.rpartition("_")[2] for name in rounds if math.isnan(metrics[name])]
+    if empty and len(empty) == len(rounds):
+        return "no answer is long enough for a target of the drafter: there is nothing to measure it by (–)"
+    if empty:
+        return (
+            f"no answer is long enough for targets of the drafter's round {', '.join(empty)}: its loss is the mean "
+            "over the others, and its accepted length can't be measured (–)"
+        )
+    if math.isnan(metrics.get(f"{prefix}accepted_length_expected", 0.0)):
+        return "no row has a target of every round of the drafter: its accepted length can't be measured (–)"
+    return None
+
+
 def validation_line(step: int, metrics: Mapping[str, float]) -> str:
     """One line for a validation."""
     text = f"step {step}: validation"
-    for key, name, digits in (("base_loss", "base", 3), ("drafter_loss", "drafter", 3)):
-        if (value := metrics.get(f"val/{key}")) is not None:
-            text += f"  {name} {value:.{digits}f}"
+    for key, name in (("val/base_loss", "base"), ("val/drafter_loss", "drafter")):
+        if key in metrics:
+            text += f"  {name} {shown(metrics, key)}"
     if (value := metrics.get("val/tokens_per_forward")) is not None:
         text += f"  {value:.2f} tokens/forward"
     return text

@@ -5,6 +5,7 @@ config → mesh → models → data → step → checkpoint, in this order, once
 
 import logging
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -16,18 +17,21 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from joint_train.checkpoint import Checkpointer
-from joint_train.config import Config
+from joint_train.config import Config, with_overrides
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
 from joint_train.distributed.preemption import Preemption
+from joint_train.distributed.ranks import Ranks
 from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.pair.attention import check_backward
+from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.advice import (
     generation_prompts,
+    log_recomputation,
     say_resumed,
     warn_of_grace,
     warn_of_padding,
@@ -67,7 +71,10 @@ class Trainer:
         torch.manual_seed(cfg.seed + self.rank)
 
         check_backward(cfg.model.attn_implementation, self.device.type)
-        self.model = load_pair(cfg, self.mesh, self.device).train()
+        machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb())
+        self.plan = make_plan(cfg, machine, self.device.type)
+        log_recomputation(self.plan, machine)
+        self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
 
@@ -91,8 +98,6 @@ class Trainer:
             say_resumed(cfg, path, self.step)
         self.loader = self.build_train_loader(position)
         self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None)
-        machine = Machine(gpus=self.ranks)
-        self.plan = make_plan(cfg, machine, self.device.type)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
@@ -104,6 +109,16 @@ class Trainer:
         self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device, bad_steps)
         self.spikes = LossSpikes()
         self.since = Since(self.device)
+
+    def memory_gb(self) -> float:
+        """Memory of the device, or on CPU this rank's share of the host's, in GiB: the least that any rank has."""
+        if self.device.type == "cuda":
+            mine = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            mine = pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        ranks = Ranks(self.cfg.parallel.timeout_seconds)
+        return min(ranks.each("reading the size of the memory", lambda: mine)) / 2**30
 
     def go_on_from(self, saved: dict | None) -> None:
         """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""
@@ -208,12 +223,12 @@ class Trainer:
         weights = self.model.loss_weights(counts[:-1])
 
         self.optimizer.zero_grad()
-        sums: dict[str, Tensor] = {}
+        stats: JointStats | None = None
         for i, (inputs, targets, _) in enumerate(micro_batches):
             parallelize.set_last_micro_batch(self.model, i == len(micro_batches) - 1)
             out = self.model(**inputs, targets=targets, weights=weights)
             out.loss.backward()
-            add(sums, out.stats)
+            stats = out.stats if stats is None else stats + out.stats
         factor = lr_factor(self.step, cfg.optim, cfg.max_steps)
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
         norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter)
@@ -223,7 +238,7 @@ class Trainer:
         if not due(self.step, cfg.tracking.log_every) and self.step < cfg.max_steps:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
-        metrics = self.metrics(sums, self.loader.source_names) | self.bad_steps.read()
+        metrics = stats.reduced(dist.all_reduce).means(self.loader.source_names) | self.bad_steps.read()
         if self.bad_steps.exhausted():
             inputs = [{**b, "rows": t.rows, "labels": t.labels} for b, t, _ in micro_batches]
             inputs = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b in inputs]
@@ -269,46 +284,6 @@ class Trainer:
         counts = torch.cat([targets.counts, (documents > 0).sum()[None]])
         return inputs, targets.to(self.device, non_blocking=True), counts
 
-    def metrics(self, sums: dict[str, Tensor], sources: list[str], prefix: str = "") -> dict[str, float]:
-        """Means over all ranks of the sums that the joint loss reports; NaN where there was no target. Waits for the
-        device."""
-        flat = torch.cat([x.double().flatten() for x in sums.values()])
-        dist.all_reduce(flat)
-        parts = flat.cpu().split([x.numel() for x in sums.values()])
-        total = dict(zip(sums, parts, strict=True))
-        count = total["count"]
-        mean = {name: total[name] / count for name in ("loss", "ce", "top1")}
-        rounds, left_out = range(self.cfg.drafter.num_steps), total["left_out"][0]
-        named = {
-            "base_loss": mean["loss"][0],
-            "drafter_loss": mean["loss"][1:].mean(),
-            "drafter_ce": mean["ce"][1:].mean(),
-            "base_accuracy": mean["top1"][0],
-            "drafter_targets_left_out": left_out / (left_out + total["count"][1:].sum()).clamp(min=1),
-        }
-        for k in rounds:
-            named[f"drafter_loss_{k}"] = mean["loss"][1 + k]
-            named[f"drafter_ce_{k}"] = mean["ce"][1 + k]
-        for head in ("", "dense_") if "dense_agree" in total else ("",):
-            for k in rounds:
-                named[f"{head}agreement_{k}"] = total[f"{head}agree"][k] / count[1 + k]
-                for name in ("acceptance_argmax", "acceptance_sampled"):
-                    named[f"{head}{name}_{k}"] = total[head + name][k] / count[1 + k]
-            rows, walked = total["full_rows"][0], total[f"{head}walk_rows"][0]
-            named[f"{head}accepted_length_expected"] = 1 + total[f"{head}accepted"][0] / rows
-            named[f"{head}accepted_length_walked"] = 1 + total[f"{head}walk_accepted"][0] / walked
-        if "centroid_hit" in total:
-            for k in rounds:
-                named[f"centroid_hit_{k}"] = total["centroid_hit"][k] / count[1 + k]
-        if "group_base_ce" in total:
-            for i, source in enumerate(sources):
-                for part in ("base", "drafter"):
-                    targets = total[f"group_{part}_count"][i]
-                    if targets > 0:
-                        named[f"{source}/{part}_ce"] = total[f"group_{part}_ce"][i] / targets
-                named[f"{source}/targets"] = total["group_base_count"][i]
-        return {prefix + name: x.item() for name, x in named.items()}
-
     @torch.no_grad()
     def evaluate(self, generate: bool, progress: Callable[[], None] | None = None) -> dict[str, float]:
         """Validation losses and, with ``generate``, tokens per base forward in assisted generation.
@@ -327,14 +302,16 @@ class Trainer:
         self.model.eval()
         try:
             with torch.random.fork_rng(devices=[]):  # making an iterator draws from it
-                sums: dict[str, Tensor] = {}
+                stats: JointStats | None = None
                 for i, batch in enumerate(self.val_loader):
                     if i == cfg.eval.batches:
                         break
                     progress()
                     inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
-                    add(sums, self.model(**inputs, targets=targets).stats)
-            measured |= self.metrics(sums, self.val_loader.source_names, prefix="val/")
+                    found = self.model(**inputs, targets=targets).stats
+                    stats = found if stats is None else stats + found
+            means = stats.reduced(dist.all_reduce).means(self.val_loader.source_names)
+            measured |= {f"val/{name}": value for name, value in means.items()}
             if generate and self.prompts > 0:
                 prompts = validation_prompts(cfg.data, self.tokenizer, self.prompts)
                 accepted = accepted_length(
@@ -434,9 +411,3 @@ def numbers(metrics: dict[str, float | None]) -> dict[str, float]:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens at this one."""
     return every > 0 and step % every == 0
-
-
-def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    """Add the sums of another micro-batch."""
-    for name, x in more.items():
-        sums[name] = sums[name] + x if name in sums else x

@@ -75,7 +75,7 @@ def step(model: Gemma4WithDrafter, rows: dict, counts: Tensor) -> tuple[Tensor, 
     inputs = {name: x for name, x in rows.items() if name != "labels"}
     out = model(**inputs, targets=targets, weights=model.loss_weights(counts))
     out.loss.backward()
-    return out.loss.detach(), out.stats
+    return out.loss.detach(), out.stats.named()
 
 
 def all_counts(rows: dict, num_steps: int = K) -> Tensor:

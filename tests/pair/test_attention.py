@@ -188,7 +188,7 @@ def flex_on_cpu(monkeypatch):
 def step(pair: Gemma4WithDrafter, ids: torch.Tensor, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     out = pair.train()(ids, labels=ids, **inputs)
     out.loss.backward()
-    losses = torch.stack([out.loss.detach(), *(out.stats[name].sum() for name in sorted(out.stats))])
+    losses = torch.stack([out.loss.detach(), *(x.sum() for _, x in sorted(out.stats.named().items()))])
     return losses, {name: p.grad for name, p in pair.named_parameters() if p.grad is not None}
 
 
@@ -406,15 +406,50 @@ def test_what_has_no_backward_is_refused():
     check_backward("auto", "cpu")
 
 
-def test_the_choice_is_told_and_cudnn_is_off(tmp_path, caplog):
+def flags() -> dict[str, bool]:
+    names = ("flash", "mem_efficient", "math", "cudnn")
+    return {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names}
+
+
+def test_the_choice_is_told_and_building_a_pair_leaves_the_process_as_it_is(tmp_path, caplog):
     base, drafter = make_pair(tmp_path, "e2b")
-    torch.backends.cuda.enable_cudnn_sdp(True)
     cfg = compose()
     cfg.model.base, cfg.model.drafter = str(base), str(drafter)
+    before = flags(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().tolist()
+    assert before[0]["cudnn"]
     for kind, said in (("auto", "attention: sdpa for all layers"), (BY_LAYER_TYPE, "attention: FlexAttention for")):
         cfg.model.attn_implementation = kind
         with caplog.at_level(logging.INFO, "joint_train"):
             pair = load_pair(cfg, None, "cpu")
         assert said in caplog.text
         assert pair.drafter.config.get_text_config()._attn_implementation == implementation(kind, "cpu")
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert before == (flags(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().tolist())
+
+
+@pytest.mark.parametrize("efficient", [True, False])
+def test_a_step_has_every_allowed_kernel_but_cudnns(request, monkeypatch, efficient):
+    """In the forward of base, towers and drafter, and where activation checkpointing repeats them in the backward."""
+    found, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*args, **kwargs):
+        found.append(flags())
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    base, drafter = build_pair("e2b")
+    pair = Gemma4WithDrafter(
+        base, drafter, drafter_num_steps=2, base_activation_checkpointing=True, drafter_activation_checkpointing=True
+    ).train()
+    ids = torch.randint(3, 240, (2, 12), generator=torch.Generator().manual_seed(0))
+    request.addfinalizer(lambda: torch.backends.cuda.enable_mem_efficient_sdp(True))
+    torch.backends.cuda.enable_mem_efficient_sdp(efficient)
+    before = flags()
+    loss = pair(ids, labels=ids).loss
+    forward = len(found)
+    assert flags() == before
+    loss.backward()
+    assert flags() == before and before["cudnn"]
+    assert (
+        forward == len(base.model.language_model.layers) + 2 * len(drafter.model.layers) and len(found) == 2 * forward
+    )
+    assert all(kernels == {**before, "cudnn": False} for kernels in found)

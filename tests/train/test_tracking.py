@@ -316,6 +316,33 @@ def test_a_jump_of_the_loss_is_said_at_once(tmp_path):
     ]
 
 
+def test_what_cannot_be_measured_is_a_dash_and_explained_once(tmp_path):
+    nan = math.nan
+    measured = {f"agreement_{k}": 0.5 for k in range(2)} | {"accepted_length_expected": 1.5, "base_accuracy": 0.5}
+    for rounds, said in (
+        (2, "every round"),
+        (1, "round 1: its loss is the mean over the others"),
+        (0, "nothing to measure it by"),
+    ):
+        console, out = lines(config(tmp_path, "max_steps=2"))
+        short = {**measured, **{f"agreement_{k}": nan for k in range(rounds, 2)}, "accepted_length_expected": nan}
+        record = {**STEP, "drafter_loss": 6.5 if rounds else nan, **short}
+        for step in (1, 2):
+            console.log(step, record | {f"val/{name}": value for name, value in record.items()})
+        validation = {f"val/{name}": value for name, value in record.items()}
+        console.finish(
+            validation,
+            {**validation, **{f"val/{name}": value for name, value in measured.items()}, "val/drafter_loss": 6.0},
+        )
+        text = out.getvalue()
+        assert "nan" not in text and text.count(said) == 2  # of the batches and of the validation data, once each
+        assert ("drafter –" in text) == (rounds == 0)
+        assert re.search(r"accepted length, expected +– +1\.500", text)
+    console, out = lines(config(tmp_path))
+    console.log(1, {**STEP, "drafter_loss": nan, **measured})
+    assert "drafter nan" in out.getvalue() and "–" not in out.getvalue()  # a loss that diverged is no missing one
+
+
 def test_a_terminal_gets_a_bar_that_fits(tmp_path):
     console, out = lines(config(tmp_path, "max_steps=2000"), terminal=True)
     console.log(1000, STEP)
