@@ -147,7 +147,6 @@ def test_codes_of_a_command(capsys):
     "main, arguments, code",
     [
         ("joint_train.checkpoint.__main__", ["ls", "/nowhere"], 2),
-        ("joint_train.plan.__main__", ["model=gemma4_e2b"], 0),
         ("joint_train.plan.__main__", ["model=gemma4_31b", "--gpus", "1"], 3),
         ("joint_train.plan.__main__", ["model=gemma4_31b", "optim.lr=fast"], 2),
         ("joint_train.export", ["/nowhere", "/nowhere/out"], 2),
