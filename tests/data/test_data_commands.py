@@ -298,6 +298,21 @@ def test_it_goes_on_where_it_was_stopped_on_other_ranks(base, expected, tmp_path
     assert regenerate(EXAMPLES, base, TOKENIZER, output, **options)["answered"] == 0, "done is done"
 
 
+def test_nothing_that_could_be_kept_is_an_error_and_more_tokens_answer_again(base, expected, tmp_path):
+    output, options = tmp_path / "out.jsonl", dict(batch_size=7)
+    ends, base.generation_config.eos_token_id = base.generation_config.eos_token_id, -1
+    try:
+        with pytest.raises(DataError, match="none of 7 answers ended within --max-new-tokens=3: .*Raise it"):
+            regenerate(EXAMPLES, base, TOKENIZER, output, max_new_tokens=3, **options)
+    finally:
+        base.generation_config.eos_token_id = ends
+    assert not output.exists()
+    counts = regenerate(EXAMPLES, base, TOKENIZER, output, max_new_tokens=COUNT, **options)
+    assert counts["answered"] == 7 and read(output) == expected
+    with pytest.raises(DataError, match="no prompt to answer"):
+        regenerate([], base, TOKENIZER, tmp_path / "none.jsonl", max_new_tokens=3, **options)
+
+
 def test_sampling_is_a_function_of_the_seed(base, tmp_path):
     base.generation_config.eos_token_id = list(range(200))
     outputs = []
@@ -353,7 +368,7 @@ def test_the_commands(base, tmp_path, capsys):
     ]
     command.main(["show", "--rows", "1", *overrides])
     assert "position" in capsys.readouterr().out
-    command.main(["regenerate", f"{tmp_path}/out.jsonl", "--max-new-tokens", "4", *overrides])
+    assert command.main(["regenerate", f"{tmp_path}/out.jsonl", "--max-new-tokens", "4", *overrides]) == 0
     assert "3 of 3 prompts answered now" in capsys.readouterr().out
     assert [line["messages"][0] for line in read(tmp_path / "out.jsonl")] == [e["messages"][0] for e in numbered(3)]
     for arguments, message in (
