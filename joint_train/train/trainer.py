@@ -5,6 +5,7 @@ config → mesh → models → data → step → checkpoint, in this order, once
 
 import logging
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from joint_train.checkpoint import Checkpointer
-from joint_train.config import Config
+from joint_train.config import Config, with_overrides
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
@@ -30,6 +31,7 @@ from joint_train.pair.targets import JointTargets, joint_targets
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.advice import (
     generation_prompts,
+    log_recomputation,
     say_resumed,
     warn_of_grace,
     warn_of_padding,
@@ -72,7 +74,10 @@ class Trainer:
         check_backward(cfg.model.attn_implementation, self.device.type)
         everyone = Ranks(cfg.parallel.timeout_seconds)
         agree_on_configuration(cfg, everyone)
-        self.model = load_pair(cfg, self.mesh, self.device).train()
+        machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb())
+        self.plan = make_plan(cfg, machine, self.device.type)
+        log_recomputation(self.plan, machine)
+        self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
 
@@ -98,8 +103,6 @@ class Trainer:
         self.loader = self.build_train_loader(position)
         agree_on_data(cfg, "train", self.loader, everyone)
         self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None)
-        machine = Machine(gpus=self.ranks)
-        self.plan = make_plan(cfg, machine, self.device.type)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
@@ -111,6 +114,16 @@ class Trainer:
         self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device, bad_steps)
         self.spikes = LossSpikes()
         self.since = Since(self.device)
+
+    def memory_gb(self) -> float:
+        """Memory of the device, or on CPU this rank's share of the host's, in GiB: the least that any rank has."""
+        if self.device.type == "cuda":
+            mine = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            mine = pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        ranks = Ranks(self.cfg.parallel.timeout_seconds)
+        return min(ranks.each("reading the size of the memory", lambda: mine)) / 2**30
 
     def go_on_from(self, saved: dict | None) -> None:
         """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""
