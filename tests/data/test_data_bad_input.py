@@ -347,8 +347,8 @@ def test_the_lock_of_a_process_that_died_is_free(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    "content format limit columns ignore chat_template_kwargs max_line_bytes transformers tokenizers template vocabulary "
-    "special processor".split(),
+    "content format limit columns ignore chat_template_kwargs max_line_bytes transformers tokenizers template "
+    "vocabulary special processor".split(),
 )
 def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, monkeypatch, change):
     path = tmp_path / "a.jsonl"
