@@ -40,7 +40,7 @@ from joint_train.files import replace
 
 logger = logging.getLogger(__name__)
 
-VERSION = 6
+VERSION = 7
 META = "meta.json"
 REPORTED = 20
 ATTEMPTS = 3
