@@ -217,7 +217,8 @@ class _Group:
     """The tensors on the host of one function, and the function before it."""
 
     def __init__(self, before: "_Group | None"):
-        self.before, self.tensors = before, weakref.WeakSet()
+        self.before = before
+        self.tensors: weakref.WeakSet[_OnHost] = weakref.WeakSet()
 
 
 class _OnHost:

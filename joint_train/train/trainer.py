@@ -38,8 +38,10 @@ from joint_train.train.advice import (
     warn_of_torchrun,
     warn_of_warmup,
 )
+from joint_train.train.agreement import agree_on_configuration, agree_on_data
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
+from joint_train.train.length import run_steps
 from joint_train.train.optim import build_optimizer, lr_factor, update
 from joint_train.train.pace import Since
 from joint_train.train.tracking import Tracker, plain
@@ -71,7 +73,9 @@ class Trainer:
         torch.manual_seed(cfg.seed + self.rank)
 
         check_backward(cfg.model.attn_implementation, self.device.type)
-        machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb())
+        everyone = Ranks(cfg.parallel.timeout_seconds)
+        agree_on_configuration(cfg, everyone)
+        machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
         self.plan = make_plan(cfg, machine, self.device.type)
         log_recomputation(self.plan, machine)
         self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
@@ -81,6 +85,7 @@ class Trainer:
         self.val_loader = self.drift = None
         if cfg.data.val:
             self.val_loader = build_loader(cfg, self.tokenizer, "val", self.rank, self.ranks)
+            agree_on_data(cfg, "val", self.val_loader, everyone)
         if cfg.tracking.diagnose_every:
             loader = self.build_train_loader(None) if self.val_loader is None else self.val_loader
             self.fixed_batch = self.prepare(next(iter(loader)), loader.source_names)
@@ -95,14 +100,17 @@ class Trainer:
         if found:
             path, saved = found
             position, bad_steps = saved["data"], saved.get("bad_steps", 0)
-            say_resumed(cfg, path, self.step)
         self.loader = self.build_train_loader(position)
-        self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None)
+        agree_on_data(cfg, "train", self.loader, everyone)
+        self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
+        if found:
+            say_resumed(cfg, path, self.step, self.max_steps, saved.get("max_steps"))
+        self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None, self.max_steps)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
         warn_of_torchrun(cfg.checkpoint)
-        warn_of_warmup(cfg)
+        warn_of_warmup(cfg, self.max_steps)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -110,15 +118,14 @@ class Trainer:
         self.spikes = LossSpikes()
         self.since = Since(self.device)
 
-    def memory_gb(self) -> float:
+    def memory_gb(self, everyone: Ranks) -> float:
         """Memory of the device, or on CPU this rank's share of the host's, in GiB: the least that any rank has."""
         if self.device.type == "cuda":
             mine = torch.cuda.get_device_properties(self.device).total_memory
         else:
             pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             mine = pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        ranks = Ranks(self.cfg.parallel.timeout_seconds)
-        return min(ranks.each("reading the size of the memory", lambda: mine)) / 2**30
+        return min(everyone.each("reading the size of the memory", lambda: mine)) / 2**30
 
     def go_on_from(self, saved: dict | None) -> None:
         """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""
@@ -133,11 +140,11 @@ class Trainer:
         try:
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks, position)
         except OtherData as error:
-            log.warning("the data start again from the beginning: %s", error)
+            log.warning("the data and their epochs start again from the beginning: %s", error)
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks)
 
     def train(self) -> None:
-        """Run from the current step to ``max_steps``, or until the machine is taken away."""
+        """Run from the current step to the last one, or until the machine is taken away."""
         try:
             self.loop()
         except Exception:
@@ -152,11 +159,11 @@ class Trainer:
         with self.watchdog:
             with self.preemption.ends_at_once():
                 self.first_validation()
-            while self.step < cfg.max_steps:
+            while self.step < self.max_steps:
                 self.watchdog.beat()
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step(batches)
-                last = self.step == cfg.max_steps
+                last = self.step == self.max_steps
                 if due(self.step, cfg.tracking.diagnose_every):
                     metrics |= self.diagnose()
                 self.checkpointer.poll()
@@ -229,13 +236,13 @@ class Trainer:
             out = self.model(**inputs, targets=targets, weights=weights)
             out.loss.backward()
             stats = out.stats if stats is None else stats + out.stats
-        factor = lr_factor(self.step, cfg.optim, cfg.max_steps)
+        factor = lr_factor(self.step, cfg.optim, self.max_steps)
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
         norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter)
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
-        if not due(self.step, cfg.tracking.log_every) and self.step < cfg.max_steps:
+        if not due(self.step, cfg.tracking.log_every) and self.step < self.max_steps:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
         metrics = stats.reduced(dist.all_reduce).means(self.loader.source_names) | self.bad_steps.read()
@@ -251,6 +258,8 @@ class Trainer:
         metrics["loss_spike"] = float(self.spikes.observe(metrics["base_loss"]))
         self.since.add(counts[-1], waited, time.perf_counter() - started)
         tokens, waited, seconds = self.since.read()
+        if (epoch := self.loader.epoch) is not None:
+            metrics["epoch"] = epoch
         return metrics | {
             "lr": cfg.optim.lr * factor,
             "drafter_lr": cfg.optim.drafter_lr * factor,
@@ -339,7 +348,13 @@ class Trainer:
     def save(self, block: bool) -> None:
         """A checkpoint of the current step."""
         before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before, self.measured))
-        state = {"step": self.step, "before": before, "measured": measured, **self.bad_steps.read()}
+        state = {
+            "step": self.step,
+            "max_steps": self.max_steps,
+            "before": before,
+            "measured": measured,
+            **self.bad_steps.read(),
+        }
         state |= {"data": loader_position(self.loader), "unfinished": self.unfinished}
         self.tracker.sync()
         self.checkpointer.save(
