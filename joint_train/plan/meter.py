@@ -20,13 +20,15 @@ from torch.utils.flop_counter import flop_registry
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextAttention, Gemma4TextExperts
 
 from joint_train.pair import attention as attention_module
-from joint_train.pair import heads, loss, visibility
+from joint_train.pair import heads, loss, terms, visibility
 from joint_train.pair import model as model_module
 from joint_train.pair.blocks import visible
+from joint_train.pair.centroids import Centroids
 from joint_train.torch_private import TorchDispatchMode, in_backward, number_in_backward, sequence_number
 
 PRODUCTS, LOSS, NORMS, OTHERS, COPIES = "products", "loss", "norms", "element-wise", "FSDP2's copies"
 PARTS = (PRODUCTS, "sliding attention", "full attention", LOSS, NORMS, OTHERS, COPIES)
+PASSES = 3  # over the logits, of the loss's compiled kernels (counted in those that are made for sm_90)
 PRODUCT = "product"  # the kernel of a matrix product; attention's are named by `_kernel`
 
 
@@ -379,6 +381,23 @@ def stand_ins(meter: Meter, device_type: str = "cpu", flex_head_dim: int | None 
         with meter.within(LOSS):
             return _joint_loss(*args, **kwargs)
 
+    def compiled(function):
+        """What torch.compile makes of the loss's terms: its logits are read in so many passes, its results written."""
+
+        def run(*args):
+            with meter.paused():
+                results = function(*args)
+            logits = [x for x in args if isinstance(x, Tensor) and x.dim() == 2 and x.dtype == torch.float32]
+            ordered = function.__name__ == "_round" and any(isinstance(x, Centroids) for x in args)
+            read = sum(map(_size, logits)) * PASSES
+            written = [x for x in results if isinstance(x, Tensor)]
+            meter.move(LOSS, read + ordered * _size(logits[-1]) + sum(map(_size, written)), launches=10)
+            for tensor in written:
+                meter.see(tensor)
+            return results
+
+        return run
+
     played = [(attention_module, "flex", flex), (model_module, "joint_loss", joint_loss)]
     played += [(nn.functional, "scaled_dot_product_attention", attention), (Gemma4TextExperts, "forward", experts)]
     played += [(loss.Pass, "walk_chunks", _chunks(meter))]
@@ -387,7 +406,7 @@ def stand_ins(meter: Meter, device_type: str = "cpu", flex_head_dim: int | None 
         played += [(visibility, "flex_takes", lambda size, *args: size <= flex_head_dim and takes(size, *args))]
     if device_type == "cuda":
         played += [(heads, "_matmul", product), (heads, "_add_matmul", add_product)]
-        played += [(nn.functional, "rms_norm", rms_norm)]
+        played += [(nn.functional, "rms_norm", rms_norm), (terms, "compiled", compiled)]
     kept = [getattr(owner, name) for owner, name, _ in played]
     for owner, name, stand_in in played:
         setattr(owner, name, stand_in)

@@ -265,7 +265,7 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
         "parallel.compile": False,
         "model.use_liger_kernel": False,
         "loss.memory_budget_mb": memory_budget_mb(cfg.loss, device_type),
-        "loss.compile": False,
+        "loss.compile": cfg.loss.compile and device_type == "cuda",
     }
     cfg = with_overrides(cfg, as_planned)
     compute = compute_dtype(cfg.precision, device_type)

@@ -129,6 +129,17 @@ def test_loss_chunks_that_are_alike_are_counted_once(tmp_path, monkeypatch, shap
     assert short == every
 
 
+def test_a_compiled_loss_reads_logits_a_few_times():
+    """26 bytes a logit and round, 30 with ordered embeddings, against some hundred of separate operations."""
+    cfg = released("E4B", **{"data.max_length": 4096})
+    plain, compiled = (make_plan(with_overrides(cfg, {"loss.compile": way}), Machine()) for way in (False, True))
+    logits = 4096 * 262_144
+    apart = plain.work["loss"].bytes - compiled.work["loss"].bytes
+    assert apart > 4 * 60 * logits
+    assert compiled.work["loss"].flops == plain.work["loss"].flops
+    assert compiled.work["loss"].launches < 0.2 * plain.work["loss"].launches
+
+
 def test_a_plan_simulates_few_steps_whatever_the_rows(monkeypatch, capsys):
     """It took three minutes for E2B, whose rows reach 2**20 tokens."""
     calls, simulate = [], planner.simulate
@@ -178,6 +189,6 @@ def test_inputs_on_the_host_are_counted():
     inputs = 2 * length * (layers * (hidden + per_layer) + rounds * hidden)  # a round's is the state
     assert moved.host["inputs of what is recomputed"] == pytest.approx(inputs, rel=0.02)
     assert moved.transfers["to host"] == moved.transfers["to device"] == moved.host["inputs of what is recomputed"]
-    assert here.peak - moved.peak > 0.5 * inputs
+    assert here.peak - moved.peak > 0.25 * inputs  # the peak is elsewhere then
     shards = sum(moved.memory[part] for part in ("weights (this rank's shard)", "frozen towers", "optimizer states"))
     assert moved.host["staging of background saves"] == pytest.approx(shards, rel=0.1) and here.host == {}
