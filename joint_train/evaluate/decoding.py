@@ -18,6 +18,7 @@ from transformers.generation import BaseStreamer
 from joint_train.evaluate.drafting import Drafting, drafts
 from joint_train.evaluate.lockstep import Lockstep, gathered, share_of
 from joint_train.evaluate.prompts import Prompt
+from joint_train.pair.halves import input_embedding
 
 
 @dataclass
@@ -79,7 +80,7 @@ def decode(
             ``argmax`` with ``engine``, else ``biased``. Of no account to greedy decoding.
         threshold: draft no token of which the drafter is less sure.
     """
-    device = base.get_input_embeddings().weight.device
+    device = input_embedding(base).weight.device
     ids = torch.tensor([list(prompt_ids)], device=device)
     ends = [] if ignore_eos else end_tokens(base)
     config = GenerationConfig(

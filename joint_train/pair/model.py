@@ -14,8 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
-from typing import Any
-
+from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,11 +26,15 @@ from joint_train.errors import ConfigError
 from joint_train.pair.attention import CHECKPOINTING, TrainableKernels
 from joint_train.pair.centroids import Centroids, token_centroids
 from joint_train.pair.compatibility import check_pair
+from joint_train.pair.halves import input_embedding
 from joint_train.pair.loss import joint_loss
 from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets, sum_weights
 from joint_train.pair.tied import TiedGradient
 from joint_train.pair.visibility import Masks, attention_masks
+
+if TYPE_CHECKING:
+    from joint_train.pair.halves import Base, Drafter
 
 FIRST_TOKEN = {"serving": 1, "same_token": 0}  # round k of row t reads the token at t + FIRST_TOKEN + k
 
@@ -120,8 +123,8 @@ class JointModel(nn.Module):
             raise ValueError(f"rope_position={rope_position!r}: choose last_kv or next_token.")
         if not 0 <= base_grad_scale <= 1:
             raise ValueError(f"base_grad_scale={base_grad_scale}: give a number from 0 to 1.")
-        self.base = base
-        self.drafter = drafter
+        self.base = cast("Base", base)
+        self.drafter = cast("Drafter", drafter)
         self.drafter_loss_weight = float(drafter_loss_weight)
         self.drafter_num_steps = int(drafter_num_steps)
         self.freeze_base_for_drafter = bool(freeze_base_for_drafter)
@@ -139,14 +142,14 @@ class JointModel(nn.Module):
             base.requires_grad_(False)
         # A parameter that never gets a gradient never gets optimizer state, and then a resume can't find it.
         drafter.requires_grad_(True)
-        drafter.post_projection.requires_grad_(self.drafter_num_steps > 1)
-        if drafter.masked_embedding is not None:
-            drafter.masked_embedding.centroids.requires_grad_(self.loss.centroid_weight > 0)
+        self.drafter.post_projection.requires_grad_(self.drafter_num_steps > 1)
+        if self.drafter.masked_embedding is not None:
+            self.drafter.masked_embedding.centroids.requires_grad_(self.loss.centroid_weight > 0)
         if base_activation_checkpointing:
             base.gradient_checkpointing_enable(CHECKPOINTING)
-        if share_embedding_with_base and not base.get_input_embeddings().weight.is_meta:
+        if share_embedding_with_base and not input_embedding(base).weight.is_meta:
             self.share_embedding()
-        for model in (base, drafter):
+        for model in (self.base, self.drafter):
             model.within = MethodType(_within, model)
 
     @torch.no_grad()
@@ -156,7 +159,7 @@ class JointModel(nn.Module):
         Raises:
             ConfigError: if the two tables differ in shape.
         """
-        source, target = self.base.get_input_embeddings().weight, self.drafter.get_input_embeddings().weight
+        source, target = input_embedding(self.base).weight, input_embedding(self.drafter).weight
         if source.shape != target.shape:
             raise ConfigError(
                 f"share_embedding_with_base=True needs tables of one shape; the base's is {tuple(source.shape)}, the "
@@ -246,7 +249,7 @@ class JointModel(nn.Module):
     ) -> dict[str, Any]:
         """The joint forward, inside the base's FSDP forward. Only tensors leave it, so that FSDP sees its outputs."""
         base_text, drafter_text = self.base.config.get_text_config(), self.drafter.config.get_text_config()
-        embedding = self.base.get_input_embeddings()
+        embedding = input_embedding(self.base)
         shape, dtype, device = input_ids.shape, embedding.weight.dtype, input_ids.device
         masks = attention_masks(base_text, shape, dtype, device, document_ids)
         drafter_masks = masks
