@@ -143,7 +143,7 @@ class Checkpointer:
                 self._warn(note)
         path = Search(self.folder, self._ranks, use, self._warn).find(resume)
         if self._mirror and path and path.parent.resolve() == self.folder.resolve():
-            self._mirror.submit_all(self.folder, layout.step_of(path))
+            self._mirror.submit_all(self.folder, layout.step_of(path) or 0)
         return path
 
     def _load(self, path, manifest, model, optimizer, config, checksums: bool) -> dict:
@@ -226,7 +226,7 @@ class Checkpointer:
             worst = self._answers()
             self._answers = None
             if worst != BackgroundSave.RUNNING:
-                self._finish(worst)
+                self._finish(self._save, worst)
                 return
         self._answers = self._ranks.start_highest(f"saving step {self._save.step}", self._save.status())
 
@@ -238,10 +238,10 @@ class Checkpointer:
         if self._answers is not None:
             self._answers()
             self._answers = None
-        self._finish(self._ranks.highest(f"saving step {self._save.step}", self._save.status(late=True)))
+        self._finish(self._save, self._ranks.highest(f"saving step {self._save.step}", self._save.status(late=True)))
 
-    def _finish(self, status: int) -> None:
-        save, self._save = self._save, None
+    def _finish(self, save: BackgroundSave, status: int) -> None:
+        self._save = None
         if status == BackgroundSave.FAILED:
             if save.error is None:
                 save.join(_GRACE_SECONDS)
@@ -292,7 +292,7 @@ class Checkpointer:
         final = self.folder / layout.folder_name(job.step)
         temporary = ranks.first(f"making {final}", lambda: self._make_temporary(final))
         try:
-            written = {}
+            written: dict[str, list] = {}
             for part in layout.PARTS:
                 files = self._collective(
                     f"writing {final / part}",

@@ -89,7 +89,8 @@ def list_steps(checkpoints: Path) -> list[Path]:
     """Folders with a checkpoint's name, newest first, complete or not."""
     if not checkpoints.is_dir():
         return []
-    return sorted((path for path in checkpoints.iterdir() if step_of(path) is not None), key=step_of, reverse=True)
+    steps = {path: step for path in checkpoints.iterdir() if (step := step_of(path)) is not None}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from joint_train.checkpoint import compat, layout, state
 from joint_train.checkpoint.contents import model_config, some
@@ -16,8 +17,14 @@ from joint_train.checkpoint.reader import Reader, Unreadable
 from joint_train.checkpoint.search import verify_contents
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import CheckpointError
+from joint_train.pair.model import JointModel
 
 DOCUMENTS = ("config.json", "state.json", "base/config.json", "drafter/config.json")
+
+
+def stored_tensors(reader: Reader) -> dict[str, TensorStorageMetadata]:
+    """What a part of a checkpoint holds: nothing but tensors, which the reader sees to."""
+    return cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
 
 
 class Loading:
@@ -114,7 +121,7 @@ class Loading:
     def _say_rounded(self, tensors: dict[str, dict[str, torch.Tensor]], readers: dict[str, Reader]) -> None:
         """Weights that are frozen now, and kept in the dtype of compute, may have been trained in a finer one."""
         for part, of_part in tensors.items():
-            stored = readers[part].read_metadata().state_dict_metadata
+            stored = stored_tensors(readers[part])
             rounded: dict[str, list[str]] = {}
             for name, tensor in of_part.items():
                 before = stored[name].properties.dtype
@@ -124,8 +131,8 @@ class Loading:
             for both, names in rounded.items():
                 self._warn(f"weights of the {part.partition('/')[0]} were {both}, so they are rounded: {some(names)}")
 
-    def _load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, reader: Reader) -> None:
-        path, stored = self.path, reader.read_metadata().state_dict_metadata
+    def _load_optimizer(self, model: JointModel, optimizer: torch.optim.Optimizer, reader: Reader) -> None:
+        path, stored = self.path, stored_tensors(reader)
         loaded = state.new_optimizer_state(model, optimizer, stored)
         names = state.parameter_names(model)
         optimizer.state.clear()

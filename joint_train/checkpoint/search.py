@@ -45,7 +45,7 @@ class Search:
         return self._newest_good(own)
 
     def _resume_own(self, path: Path, own: list[Path]) -> Path:
-        newer = [other for other in own if layout.step_of(other) > layout.step_of(path)]
+        newer = [other for other in own if (layout.step_of(other) or 0) > (layout.step_of(path) or 0)]
         if self._ranks.first("looking for checkpoints", lambda: any((f / layout.MANIFEST).exists() for f in newer)):
             raise CheckpointError(
                 f"resume={path}, but {newer[0].name} of the same run is newer: "

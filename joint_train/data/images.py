@@ -157,8 +157,8 @@ def pixels(reference: str | bytes, folder: str) -> dict[str, np.ndarray]:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(reference) if isinstance(reference, bytes) else reference) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+        with Image.open(io.BytesIO(reference) if isinstance(reference, bytes) else reference) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
         out = processor(images=[image], return_tensors="np")
     except Exception as error:  # decoders raise errors of many kinds
         raise DataError(f"image {name_of(reference)} can't be read: {type(error).__name__}: {error}") from None

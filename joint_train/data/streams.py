@@ -124,7 +124,7 @@ class StreamPieces:
             dataset.load_state_dict(self._meta(number - 1)["state"])
             skipped = 0
         # `iter(dataset)` would give a loader process only its share of the dataset's files.
-        columns = next(itertools.islice(dataset.iter(batch_size=BLOCK), skipped, None), {})
+        columns: dict[str, list] = next(itertools.islice(dataset.iter(batch_size=BLOCK), skipped, None), {})
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         state = dataset.state_dict()
         records = (Record(self.source.path, index, row) for index, row in enumerate(rows, start=number * BLOCK + 1))

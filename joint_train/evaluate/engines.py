@@ -86,6 +86,7 @@ class Engine:
 
     name = ""
     num_steps: int  # K, drafts for a verification, as the server says
+
     def __init__(self, url: str, timeout: float = 600.0) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         key = os.environ.get("OPENAI_API_KEY")

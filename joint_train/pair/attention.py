@@ -125,7 +125,7 @@ class TrainableKernels(AbstractContextManager):
 
 
 # Of torch.utils.checkpoint, for what holds attention: it is recomputed in the backward, after the forward's choice.
-CHECKPOINTING = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), TrainableKernels())}
+CHECKPOINTING: dict[str, Any] = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), TrainableKernels())}
 
 
 @functools.cache
@@ -135,7 +135,9 @@ def compiled(backend: str = "inductor"):
     return torch.compile(flex_attention, fullgraph=True, backend=backend)
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float, window: int | None) -> Tensor:
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float | None, window: int | None
+) -> Tensor:
     """FlexAttention of ``[B, heads, S, head_dim]``, keys and values with as many heads as they have.
 
     Args:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -318,19 +319,21 @@ class JointModel(nn.Module):
         """K rounds and the losses, inside the drafter's FSDP forward; masks and rotary tables serve every round."""
         drafter, text = self.drafter, self.drafter.model
         # Once, outside of the rounds, which may be recomputed. The losses read `hidden` as it is.
-        embedded, read = (scale_gradient(x, self.base_grad_scale) for x in (embedded, hidden))
-        shared_kv = {kind: tuple(scale_gradient(x, self.base_grad_scale) for x in kv) for kind, kv in shared_kv.items()}
-        rotary = {kind: text.rotary_emb(hidden, position_ids, kind) for kind in set(text.config.layer_types)}
+        scale = self.base_grad_scale
+        embedded, read = scale_gradient(embedded, scale), scale_gradient(hidden, scale)
+        shared_kv = {kind: (scale_gradient(k, scale), scale_gradient(v, scale)) for kind, (k, v) in shared_kv.items()}
+        kinds = cast(list[str], text.config.layer_types)  # a configuration fills it where it isn't given
+        rotary = {kind: text.rotary_emb(hidden, position_ids, kind) for kind in set(kinds)}
 
         def round_of(k: int, state: Tensor) -> Tensor:
             token = shift_left(embedded, FIRST_TOKEN[self.pairing] + k)
             x = drafter.pre_projection(torch.cat([token, state], dim=-1))
-            for layer, kind in zip(text.layers, text.config.layer_types, strict=True):
+            for layer, kind in zip(text.layers, kinds, strict=True):
                 x = layer(x, shared_kv_states=shared_kv, position_embeddings=rotary[kind], attention_mask=masks[kind])
             return text.norm(x)
 
         if self.drafter_activation_checkpointing and torch.is_grad_enabled():
-            dropout = text.config.attention_dropout > 0  # the replay has to drop what the forward dropped
+            dropout = bool(text.config.attention_dropout)  # the replay has to drop what the forward dropped
             round_of = partial(checkpoint, round_of, preserve_rng_state=dropout, **CHECKPOINTING)
         state, rounds = read, []
         for k in range(self.drafter_num_steps):

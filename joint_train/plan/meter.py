@@ -3,7 +3,8 @@
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +153,7 @@ def stand_ins(meter: Meter, device_type: str = "cpu") -> Iterator[None]:
         keys = visible(key.shape[-2], window)  # of one document a row: more of them are less work
         return _Attention.apply(query, key, value, None, meter, keys)
 
-    played = [(attention_module, "flex", flex)]
+    played: list[tuple[Any, str, Callable]] = [(attention_module, "flex", flex)]
     played += [(nn.functional, "scaled_dot_product_attention", attention), (Gemma4TextExperts, "forward", _experts)]
     if device_type == "cuda":
         played += [(heads, "_matmul", product), (heads, "_add_matmul", add_product)]

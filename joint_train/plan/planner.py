@@ -172,7 +172,7 @@ class Plan:
             "network": sum(self.network_seconds(machine).values()),
             "PCIe": self.transfer_seconds(machine),
         }
-        return max(seconds, key=seconds.get)
+        return max(seconds, key=lambda what: seconds[what])
 
 
 def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, str]]:
@@ -181,7 +181,7 @@ def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, st
     Raises:
         ConfigError: if there are neither, or the pair doesn't fit together.
     """
-    m, configs, sources = cfg.model, [], []
+    m, configs, sources = cfg.model, list[PreTrainedConfig](), list[str]()
     for path, revision, overrides in (
         (m.base, m.revision, m.text_config),
         (m.drafter, m.drafter_revision, None),
@@ -196,8 +196,9 @@ def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, st
             source = f"{path}, from joint_train/weights/released.py"
         configs.append(found)
         sources.append(source)
-    check_pair(*configs)
-    return *configs, tuple(sources)
+    base, drafter = configs
+    check_pair(base, drafter)
+    return base, drafter, (sources[0], sources[1])
 
 
 def count_parameters(model: Gemma4WithDrafter) -> dict[str, tuple[int, int]]:
@@ -335,7 +336,7 @@ def can_adapt(cfg: Config) -> bool:
 def savings(cfg: Config, machine: Machine) -> dict[str, int]:
     """Settings that take less memory, those that cost the least time first, and the peak with each alone."""
     smaller_loss = min(256, memory_budget_mb(cfg.loss, "cuda"))
-    changes = [
+    changes: list[dict[str, object]] = [
         {"parallel.reshard_after_forward": True},
         {"loss.memory_budget_mb": smaller_loss},
         {"activation_checkpointing.drafter": "full"},

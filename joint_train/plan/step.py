@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -157,12 +158,13 @@ def simulate(model: Gemma4WithDrafter, cfg: Config, shard: int, device_type: str
     largest = max(layer.size for layer in units)
     late = []
     table = per_layer_table(model.base)
-    if exchanges_rows(model.base, cfg.parallel):
+    if table is not None and exchanges_rows(model.base, cfg.parallel):
         table.__class__ = _PlannedRows
-        table.meter, table.compute_dtype, table.params_dtype = meter, table.weight.dtype, DTYPES[cfg.precision.params]
-        table.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes(list(table.parameters()), shard, cfg)
+        rows = cast(_PlannedRows, table)
+        rows.meter, rows.compute_dtype, rows.params_dtype = meter, rows.weight.dtype, DTYPES[cfg.precision.params]
+        rows.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes(list(rows.parameters()), shard, cfg)
         # Each token another one, and one for the padding: the most that there can be.
-        table.lookup = even_lookup(cfg.data.micro_batch_size * cfg.data.max_length + 1, shard, "meta")
+        rows.lookup = even_lookup(cfg.data.micro_batch_size * cfg.data.max_length + 1, shard, "meta")
     elif table is not None:
         late.append(unit(PER_LAYER, list(table.parameters()), False, late=True))
         late[0].wrap(table)

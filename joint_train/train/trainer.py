@@ -226,9 +226,9 @@ class Trainer:
             return {}
         metrics = stats.reduced(dist.all_reduce).means(self.loader.source_names) | self.bad_steps.read()
         if self.bad_steps.exhausted():
-            inputs = [{**b, "rows": t.rows, "labels": t.labels} for b, t, _ in micro_batches]
-            inputs = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b in inputs]
-            folder = dump(self.output_dir, self.rank, self.step, inputs, self.model)
+            dumped = [{**b, "rows": t.rows, "labels": t.labels} for b, t, _ in micro_batches]
+            dumped = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b in dumped]
+            folder = dump(self.output_dir, self.rank, self.step, dumped, self.model)
             raise TooManyBadSteps(
                 f"{cfg.tracking.max_bad_steps} steps in a row had a loss or gradient that isn't finite "
                 f"(tracking.max_bad_steps); weights are as before them, batches and norms are in {folder}"
@@ -248,7 +248,7 @@ class Trainer:
             "memory_peak_gb": (peak_memory(self.device) - self.memory_at_start) / 2**30,
         }
 
-    def prepare(self, batch: dict[str, Tensor], sources: list[str]) -> tuple[dict[str, Tensor], JointTargets, Tensor]:
+    def prepare(self, batch: dict[str, Tensor], sources: list[str]) -> tuple[dict[str, Any], JointTargets, Tensor]:
         """Find a batch's targets while it is on the CPU, then send it to the device.
 
         Args:
@@ -264,11 +264,11 @@ class Trainer:
             del inputs["document_ids"]  # one document a row, padded on the right: no mask is needed
         if len(sources) > 1:
             inputs["groups"] = batch["source"].flatten()[targets.rows + 1]
-        inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
-        inputs["num_groups"] = len(sources)
-        inputs |= parallelize.look_up(self.model, batch["input_ids"], self.device)
+        sent: dict[str, Any] = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
+        sent["num_groups"] = len(sources)
+        sent |= parallelize.look_up(self.model, batch["input_ids"], self.device)
         counts = torch.cat([targets.counts, (documents > 0).sum()[None]])
-        return inputs, targets.to(self.device, non_blocking=True), counts
+        return sent, targets.to(self.device, non_blocking=True), counts
 
     @torch.no_grad()
     def evaluate(self, generate: bool, progress: Callable[[], None] | None = None) -> dict[str, float]:
@@ -281,7 +281,7 @@ class Trainer:
             progress: called before each batch and each forward of a generation; by default it only says that this
                 isn't a hang.
         """
-        cfg, measured = self.cfg, {}
+        cfg, measured = self.cfg, dict[str, float]()
         progress = progress or self.watchdog.beat
         if self.val_loader is None:
             return measured
