@@ -37,6 +37,8 @@ PRIVATE = {
     "torch._dynamo.config.recompile_limit": "parallel.compile=true and FlexAttention stop at too few graphs",
     "torch.utils._triton.has_triton": "model.attn_implementation=auto can't choose FlexAttention",
     "torch._C._current_graph_task_id": "joint_train.plan can't tell what activation checkpointing repeats",
+    "torch._C._current_autograd_node": "joint_train.plan can't tell which part of a step a backward belongs to",
+    "torch._C._autograd._get_sequence_nr": "joint_train.plan can't tell which part of a step a backward belongs to",
     "torch.cuda.memory._record_memory_history": "profile.steps takes no memory snapshot",
     "torch.cuda.memory._dump_snapshot": "profile.steps takes no memory snapshot",
 }
@@ -121,6 +123,17 @@ def has_triton() -> bool:
 def in_backward() -> bool:
     """Whether autograd is running a backward in this thread."""
     return find("torch._C._current_graph_task_id")() != -1
+
+
+def sequence_number() -> int:
+    """What autograd numbers the next operation of this thread with."""
+    return find("torch._C._autograd._get_sequence_nr")()
+
+
+def number_in_backward() -> int | None:
+    """The number of the operation whose backward runs in this thread."""
+    node = find("torch._C._current_autograd_node")()
+    return None if node is None else node._sequence_nr()
 
 
 def record_memory(max_entries: int | None) -> None:

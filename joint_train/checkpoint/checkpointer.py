@@ -23,7 +23,7 @@ from joint_train.checkpoint.background import BackgroundSave
 from joint_train.checkpoint.contents import check_json, model_config, plain, torch_bytes
 from joint_train.checkpoint.loading import Loading
 from joint_train.checkpoint.lock import RunLock
-from joint_train.checkpoint.mirror import Mirror, bring
+from joint_train.checkpoint.mirror import Mirror
 from joint_train.checkpoint.reader import Reader, stored_tensors
 from joint_train.checkpoint.search import Search, verify_contents
 from joint_train.config import CheckpointConfig, Config
@@ -91,7 +91,8 @@ class Checkpointer:
         ``auto``: the newest of ``output_dir`` that verifies; those passed over are named in a warning. ``never``: None.
         A path or URL: that checkpoint; but a run that has checkpoints of its own already goes on from them, so that the
         same command can be used again after a preemption. Those of ``checkpoint.mirror`` are its own: if the newest one
-        there is newer than those here, rank 0 fetches it first, while the others wait up to ``timeout_seconds``.
+        there is newer than those here, or the local copy of it is damaged, rank 0 fetches it, while the others wait up
+        to ``timeout_seconds``.
 
         Raises CheckpointError if ``output_dir`` has complete checkpoints of which none is usable, or newer ones than
         the path's, or any with ``never``: going on there would mix two histories.
@@ -136,12 +137,7 @@ class Checkpointer:
         return (path, states[-1]) if path else None
 
     def _find(self, resume: str, use: Callable[[Path, layout.Manifest], None]) -> Path | None:
-        if self.cfg.mirror or "://" in resume:
-            what = "fetching a checkpoint (parallel.timeout_seconds bounds the wait for it)"
-            resume, notes = self._ranks.first(what, lambda: bring(resume, self.folder, self._mirror))
-            for note in notes:
-                self._warn(note)
-        path = Search(self.folder, self._ranks, use, self._warn).find(resume)
+        path = Search(self.folder, self._ranks, use, self._warn, self._mirror).find(resume)
         if self._mirror and path and path.parent.resolve() == self.folder.resolve():
             self._mirror.submit_all(self.folder, layout.step_of(path) or 0)
         return path

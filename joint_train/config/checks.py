@@ -23,8 +23,8 @@ CHOICES = {
     "precision.compute": ("auto", "bfloat16", "float32"),
     "precision.params": ("float32", "bfloat16"),
     "precision.reduce": ("float32", "bfloat16"),
-    "activation_checkpointing.base": ("none", "full", "every_n"),
-    "activation_checkpointing.drafter": ("none", "full"),
+    "activation_checkpointing.base": ("auto", "none", "every_n", "selective", "full"),
+    "activation_checkpointing.drafter": ("auto", "none", "full", "layers"),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
 }
 AT_LEAST = {

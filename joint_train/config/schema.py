@@ -162,9 +162,14 @@ class PrecisionConfig:
 
 @dataclass
 class ActivationCheckpointingConfig:
-    base: str = key("full", "none | full: every base layer | every_n: each n-th")
+    base: str = key(
+        "auto",
+        "what of the base the backward recomputes: auto: the least that fits by the plan | none | every_n: each n-th "
+        "layer | selective: every layer, but not its attention | full: every layer",
+    )
     every_n: int = key(2, "n of every_n")
-    drafter: str = key("full", "none | full: every round")
+    drafter: str = key("auto", "auto: the least that fits by the plan | none | full: every round | layers: one by one")
+    offload: bool = key(False, "keep the inputs of what is recomputed in the host's memory, for long rows")
 
 
 @dataclass

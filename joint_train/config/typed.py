@@ -8,6 +8,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -96,7 +97,8 @@ def _interpolations(text: Any, values: Any, path: tuple = ()) -> Iterator[tuple[
 
 def _plain(config: Any) -> dict[str, Any]:
     plain = OmegaConf.to_container(config)
-    assert isinstance(plain, dict)
+    if not isinstance(plain, dict):
+        raise ValueError("it holds no keys")
     return {str(key): value for key, value in plain.items()}
 
 
@@ -109,9 +111,13 @@ def read_written(file: Path) -> dict[str, Any]:
     """What :func:`to_yaml` wrote, also by an earlier version: by today's names of keys, interpolations unresolved.
 
     Raises:
+        ConfigError: if it holds no configuration: bytes that aren't text, torn YAML.
         OSError: if the file can't be read.
     """
-    return renamed(_plain(OmegaConf.load(file)))
+    try:
+        return renamed(_plain(OmegaConf.load(file)))
+    except (ValueError, RecursionError, AttributeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{file} can't be read as the configuration of a run: {error}") from None
 
 
 def renamed(saved: dict[str, Any]) -> dict[str, Any]:

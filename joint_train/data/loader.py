@@ -20,7 +20,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from joint_train.config import Config, DataConfig, SourceConfig, checks
 from joint_train.data import cache, images
-from joint_train.data.cache import tokenised
+from joint_train.data.cache import cache_folder, tokenised
 from joint_train.data.formats import check_source
 from joint_train.data.pieces import Pieces, cut
 from joint_train.data.readers import source_name, sources_of
@@ -28,6 +28,7 @@ from joint_train.data.rows import Cursor, RowSequence
 from joint_train.data.streams import StreamPieces
 from joint_train.distributed.preemption import stand_apart
 from joint_train.errors import DataError, OtherData
+from joint_train.files import naming
 
 UNPACKED_MULTIPLE = 64
 POSITION, ERROR = "position", "error"
@@ -241,7 +242,9 @@ def open_source(spec: SourceConfig, data: DataConfig, tokenizer, timeout: float)
         return StreamPieces(spec, data, tokenizer, timeout)
     # The other ranks of this machine wait meanwhile: their loader processes' share of the cores is free.
     workers = data.num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    pieces = cut(tokenised(spec, data, tokenizer, workers, timeout), data)
+    with naming(cache_folder(data), "data.cache_dir"):
+        source = tokenised(spec, data, tokenizer, workers, timeout)
+    pieces = cut(source, data)
     if not len(pieces):
         raise DataError(
             f"data source {pieces.name!r}: nothing is left of its {len(pieces.source.documents)} examples with "

@@ -11,6 +11,7 @@ rows (:mod:`joint_train.distributed.rows`).
   would be gathered in every micro-batch, also of text, and held as long as the root is.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -27,12 +28,13 @@ from torch.distributed.fsdp import (
 from transformers.utils import is_liger_kernel_available
 
 from joint_train.config import Config, FreezeConfig, ParallelConfig, PrecisionConfig
+from joint_train.config.schema import ActivationCheckpointingConfig
 from joint_train.distributed.mesh import fsdp_mesh
 from joint_train.distributed.placement import placement
 from joint_train.distributed.rows import Lookup, RowShardedEmbedding, shard_rows
 from joint_train.errors import ConfigError
-from joint_train.pair.attention import CHECKPOINTING
 from joint_train.pair.model import JointModel
+from joint_train.pair.recompute import HostCopies, checkpointed
 from joint_train.torch_private import allow_graphs, initialise_fsdp
 
 if TYPE_CHECKING:
@@ -119,10 +121,7 @@ def prepare(model: JointModel, cfg: Config) -> None:
         others = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
         for part in (text, model.drafter.model):
             apply_liger_kernel(part, kernels | others)
-    if cfg.activation_checkpointing.base != "none":
-        every = cfg.activation_checkpointing.every_n if cfg.activation_checkpointing.base == "every_n" else 1
-        text.gradient_checkpointing_enable(CHECKPOINTING, every_n_layers=every)
-    model.drafter_activation_checkpointing = cfg.activation_checkpointing.drafter == "full"
+    recompute(model, cfg.activation_checkpointing)
     if cfg.parallel.compile:
         layers = (*text.layers, *model.drafter.model.layers)
         # All layers run one function, and a layer's number and kind are constants in it: each may need a graph, with
@@ -132,6 +131,22 @@ def prepare(model: JointModel, cfg: Config) -> None:
             # Static shapes: after a second length dynamo would compile for any, and then the forward and the replay of
             # activation checkpointing save different tensors under FSDP2 (torch 2.13: CheckpointError in the backward).
             layer.compile(dynamic=False)
+
+
+def recompute(model: JointModel, settings: ActivationCheckpointingConfig) -> None:
+    """Apply the ``activation_checkpointing`` group. ``auto`` is for :mod:`joint_train.plan` to decide, which knows the
+    memory: where it hasn't, everything is recomputed."""
+    text = text_model(model.base)
+    base, drafter = ("full" if way == "auto" else way for way in (settings.base, settings.drafter))
+    model.drafter_recompute = drafter
+    model.host_copies = HostCopies() if settings.offload and (base, drafter) != ("none", "none") else None
+    if base == "none":
+        return
+    text.gradient_checkpointing_enable({"use_reentrant": False}, settings.every_n if base == "every_n" else 1)
+    for layer in text.layers:
+        layer._gradient_checkpointing_func = partial(
+            checkpointed, keep_attention=base == "selective", host=model.host_copies
+        )
 
 
 def parallelize(model: JointModel, mesh: DeviceMesh, cfg: Config) -> None:

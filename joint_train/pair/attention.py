@@ -8,19 +8,18 @@ in generation, are SDPA's masks.
 
 import functools
 import logging
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedConfig
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from joint_train.errors import ConfigError
 from joint_train.pair.blocks import block_mask
+from joint_train.pair.recompute import keeping, kept
 from joint_train.torch_private import allow_graphs, has_triton
 
 log = logging.getLogger(__name__)
@@ -103,31 +102,6 @@ def _tried(size: int, dtype: torch.dtype) -> bool:
     return True
 
 
-class TrainableKernels(AbstractContextManager):
-    """Within it SDPA has the kernels that were allowed before, but not cuDNN's, and again those before after it.
-
-    cuDNN's backward gives NaN on Hopper from micro-batches of 2 on (NeMo AutoModel, issues 2208 and 3232). A backward
-    runs on its forward's kernel.
-    """
-
-    def __enter__(self) -> None:
-        flags = torch.backends.cuda
-        allowed = {
-            SDPBackend.FLASH_ATTENTION: flags.flash_sdp_enabled(),
-            SDPBackend.EFFICIENT_ATTENTION: flags.mem_efficient_sdp_enabled(),
-            SDPBackend.MATH: flags.math_sdp_enabled(),
-        }
-        self.kernels = sdpa_kernel([backend for backend, on in allowed.items() if on] or [SDPBackend.MATH])
-        self.kernels.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.kernels.__exit__(*error)
-
-
-# Of torch.utils.checkpoint, for what holds attention: it is recomputed in the backward, after the forward's choice.
-CHECKPOINTING: dict[str, Any] = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), TrainableKernels())}
-
-
 @functools.cache
 def compiled(backend: str = "inductor"):
     """FlexAttention's fused kernels. Past the limit of graphs it raises: what isn't compiled holds all the scores."""
@@ -160,11 +134,14 @@ def by_layer_type(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: FlexAttention for a ``BlockMask``, SDPA for a dense mask or none."""
     if not isinstance(attention_mask, BlockMask):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return keeping(sdpa_attention_forward)(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if dropout:
         raise ValueError(f"attention_dropout={dropout}: FlexAttention has none; set model.attn_implementation=sdpa.")
-    return flex(query, key, value, attention_mask, scaling, sliding_window).transpose(1, 2).contiguous(), None
+    out = kept(flex, query, key, value, attention_mask, scaling, sliding_window)
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(BY_LAYER_TYPE, by_layer_type)
+for name, function in (("sdpa", sdpa_attention_forward), ("flex_attention", flex_attention_forward)):
+    AttentionInterface.register(name, keeping(function))  # the same outside of what is recomputed selectively
 AttentionMaskInterface.register(BY_LAYER_TYPE, sdpa_mask)

@@ -184,8 +184,7 @@ class _Pass:
         settings = self.mix, self.centroids, caps, torch.empty(shape, dtype=self.dtype, device=self.device)
         dtypes = self.base.weight.dtype, self.drafter.weight.dtype
         terms = Compiled(*settings, dtypes) if self.compile else Buffered(*settings)
-        for start in range(0, total, self.chunk):
-            self._chunk(slice(start, min(start + self.chunk, total)), terms)
+        self.walk_chunks(terms)
 
         losses, *measures = self.sums.split([len(LOSSES), *[len(MEASURES)] * heads], dim=1)
         of_losses = dict(zip(LOSSES, losses.unbind(1), strict=True))
@@ -222,6 +221,15 @@ class _Pass:
             walk_accepted=(accepted * walked).sum(),
             walk_rows=walked.sum(),
         )
+
+    def parts(self) -> list[slice]:
+        """The targets of each chunk."""
+        total = len(self.targets.rows)
+        return [slice(start, min(start + self.chunk, total)) for start in range(0, total, self.chunk)]
+
+    def walk_chunks(self, terms: Buffered | Compiled) -> None:
+        for part in self.parts():
+            self._chunk(part, terms)
 
     def _chunk(self, part: slice, terms: Buffered | Compiled) -> None:
         rows, labels, valid = self.targets.rows[part], self.targets.labels[part], self.targets.valid[part]

@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.models.gemma4.modeling_gemma4 import get_block_sequence_ids_for_mask
 
 from joint_train.config import LossConfig, round_weights
 from joint_train.errors import ConfigError
-from joint_train.pair.attention import CHECKPOINTING, TrainableKernels
 from joint_train.pair.centroids import Centroids, token_centroids
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.halves import input_embedding
 from joint_train.pair.loss import joint_loss
+from joint_train.pair.recompute import REPLAYED, HostCopies, TrainableKernels, checkpointed
 from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets, sum_weights
 from joint_train.pair.tied import TiedGradient
@@ -130,7 +129,8 @@ class JointModel(nn.Module):
         self.drafter_num_steps = int(drafter_num_steps)
         self.freeze_base_for_drafter = bool(freeze_base_for_drafter)
         self.share_embedding_with_base = bool(share_embedding_with_base)
-        self.drafter_activation_checkpointing = bool(drafter_activation_checkpointing)
+        self.drafter_recompute = "full" if drafter_activation_checkpointing else "none"  # or layers: one at a time
+        self.host_copies: HostCopies | None = None  # of the inputs of what is recomputed
         self.pairing = pairing
         self.rope_position = rope_position
         self.base_grad_scale = float(base_grad_scale)
@@ -147,7 +147,7 @@ class JointModel(nn.Module):
         if self.drafter.masked_embedding is not None:
             self.drafter.masked_embedding.centroids.requires_grad_(self.loss.centroid_weight > 0)
         if base_activation_checkpointing:
-            base.gradient_checkpointing_enable(CHECKPOINTING)
+            base.gradient_checkpointing_enable(REPLAYED)
         if share_embedding_with_base and not input_embedding(base).weight.is_meta:
             self.share_embedding()
         for model in (self.base, self.drafter):
@@ -329,12 +329,20 @@ class JointModel(nn.Module):
             token = shift_left(embedded, FIRST_TOKEN[self.pairing] + k)
             x = drafter.pre_projection(torch.cat([token, state], dim=-1))
             for layer, kind in zip(text.layers, kinds, strict=True):
-                x = layer(x, shared_kv_states=shared_kv, position_embeddings=rotary[kind], attention_mask=masks[kind])
+                inputs = {"position_embeddings": rotary[kind], "attention_mask": masks[kind]}
+                x = run_layer(partial(layer, shared_kv_states=shared_kv, **inputs), x)
             return text.norm(x)
 
-        if self.drafter_activation_checkpointing and torch.is_grad_enabled():
+        def run_layer(layer, x: Tensor) -> Tensor:
+            return layer(x)
+
+        if self.drafter_recompute != "none" and torch.is_grad_enabled():
             dropout = bool(text.config.attention_dropout)  # the replay has to drop what the forward dropped
-            round_of = partial(checkpoint, round_of, preserve_rng_state=dropout, **CHECKPOINTING)
+            again = partial(checkpointed, host=self.host_copies, preserve_rng_state=dropout)
+            if self.drafter_recompute == "full":
+                round_of = partial(again, round_of)
+            else:
+                run_layer = again
         state, rounds = read, []
         for k in range(self.drafter_num_steps):
             rounds.append(round_of(k, state))

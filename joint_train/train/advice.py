@@ -74,6 +74,20 @@ def warn_of_padding(plan: Plan) -> None:
         )  # fmt: skip
 
 
+def log_recomputation(plan: Plan, machine: Machine) -> None:
+    """What ``activation_checkpointing`` is where it is auto, with a warning where even that doesn't fit."""
+    if not plan.chosen:
+        return
+    settings = " ".join(f"{key}={value}" for key, value in plan.chosen.items())
+    fits = plan.peak <= machine.usable
+    log.log(
+        logging.INFO if fits else logging.WARNING,
+        "%s, chosen by the plan: a peak of %.2f GiB of the %.2f that a rank can use%s",
+        settings, plan.peak / 2**30, machine.usable / 2**30,
+        "" if fits else ": it doesn't fit, and python -m joint_train.plan says what would",
+    )  # fmt: skip
+
+
 def warn_of_warmup(cfg: Config) -> None:
     """Say that the learning rate never reaches its peak."""
     if cfg.optim.warmup_steps >= cfg.max_steps:

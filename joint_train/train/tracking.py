@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from joint_train.config import Config, TrackingConfig, to_yaml, written
-from joint_train.files import code_version, replace
+from joint_train.files import code_version, naming, replace
 from joint_train.metrics import SUMMARY
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class Tracker:
         if rank != 0:
             return
         output_dir = Path(cfg.output_dir).absolute()
-        output_dir.mkdir(parents=True, exist_ok=True)
+        with naming(output_dir, "output_dir"):
+            output_dir.mkdir(parents=True, exist_ok=True)
         replace(output_dir / "config.yaml", to_yaml(cfg))
         self.sinks = [JsonLines(output_dir / "metrics.jsonl", step, unfinished), ConsoleLines(cfg, step)]
         if cfg.tracking.tensorboard:
@@ -99,7 +100,8 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, step: int, unfinished: bool = False) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        # Bytes that are no text, of a disk that failed, come back as they were in the file of what is dropped.
+        lines = path.read_text("utf-8", "surrogateescape").splitlines() if path.exists() else []
         kept, dropped = {}, []
         for line in lines:
             done = recorded_step(line)
@@ -108,25 +110,31 @@ class JsonLines:
             else:
                 dropped.append(line)
         if dropped:
-            with open(path.with_suffix(".dropped.jsonl"), "a", encoding="utf-8") as file:
+            aside = path.with_suffix(".dropped.jsonl")
+            with naming(aside, "output_dir"), open(aside, "a", encoding="utf-8", errors="surrogateescape") as file:
                 file.write("".join(line + "\n" for line in dropped))
             replace(path, "".join(line + "\n" for line in kept.values()))
-        self.file = open(path, "a", encoding="utf-8")
+        self.path = path
+        with naming(path, "output_dir"):
+            self.file = open(path, "a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         record = {"step": step, "time": round(time.time(), 3)} | {k: plain(v) for k, v in metrics.items()}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        with naming(self.path, "output_dir"):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        with naming(self.path, "output_dir"):
+            self.file.close()
 
 
 def recorded_step(line: str) -> int:
     """The step of a line of ``metrics.jsonl``, or -1 if the line isn't whole."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+        line.encode()  # not where it has bytes that are no text
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
         return -1
 
 

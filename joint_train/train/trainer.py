@@ -5,6 +5,7 @@ config → mesh → models → data → step → checkpoint, in this order, once
 
 import logging
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +17,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from joint_train.checkpoint import Checkpointer
-from joint_train.config import Config
+from joint_train.config import Config, with_overrides
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
 from joint_train.distributed.preemption import Preemption
+from joint_train.distributed.ranks import Ranks
 from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.pair.attention import check_backward
@@ -29,12 +31,14 @@ from joint_train.pair.targets import JointTargets, joint_targets
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.advice import (
     generation_prompts,
+    log_recomputation,
     say_resumed,
     warn_of_grace,
     warn_of_padding,
     warn_of_torchrun,
     warn_of_warmup,
 )
+from joint_train.train.agreement import agree_on_configuration, agree_on_data
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.optim import build_optimizer, lr_factor, update
@@ -68,13 +72,19 @@ class Trainer:
         torch.manual_seed(cfg.seed + self.rank)
 
         check_backward(cfg.model.attn_implementation, self.device.type)
-        self.model = load_pair(cfg, self.mesh, self.device).train()
+        everyone = Ranks(cfg.parallel.timeout_seconds)
+        agree_on_configuration(cfg, everyone)
+        machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
+        self.plan = make_plan(cfg, machine, self.device.type)
+        log_recomputation(self.plan, machine)
+        self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
 
         self.val_loader = self.drift = None
         if cfg.data.val:
             self.val_loader = build_loader(cfg, self.tokenizer, "val", self.rank, self.ranks)
+            agree_on_data(cfg, "val", self.val_loader, everyone)
         if cfg.tracking.diagnose_every:
             loader = self.build_train_loader(None) if self.val_loader is None else self.val_loader
             self.fixed_batch = self.prepare(next(iter(loader)), loader.source_names)
@@ -91,9 +101,8 @@ class Trainer:
             position, bad_steps = saved["data"], saved.get("bad_steps", 0)
             say_resumed(cfg, path, self.step)
         self.loader = self.build_train_loader(position)
+        agree_on_data(cfg, "train", self.loader, everyone)
         self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None)
-        machine = Machine(gpus=self.ranks)
-        self.plan = make_plan(cfg, machine, self.device.type)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
@@ -105,6 +114,15 @@ class Trainer:
         self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device, bad_steps)
         self.spikes = LossSpikes()
         self.since = Since(self.device)
+
+    def memory_gb(self, everyone: Ranks) -> float:
+        """Memory of the device, or on CPU this rank's share of the host's, in GiB: the least that any rank has."""
+        if self.device.type == "cuda":
+            mine = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            mine = pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return min(everyone.each("reading the size of the memory", lambda: mine)) / 2**30
 
     def go_on_from(self, saved: dict | None) -> None:
         """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""

@@ -62,7 +62,7 @@ def signal_in(phase: str) -> None:
 def rank_of_run(rank: int, ranks: int, store: str, log: str, overrides: list[str], phase: str | None) -> None:
     from joint_train.config import load
     from joint_train.train import trainer
-    from joint_train.weights import export
+    from joint_train.weights import placing
 
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -70,7 +70,7 @@ def rank_of_run(rank: int, ranks: int, store: str, log: str, overrides: list[str
     if phase and rank == ranks - 1:  # one rank's signal is enough, and it needn't be the first's
         signal_in(phase)
     if phase == "export, too slow":
-        export.put_in_place = lambda *args: time.sleep(30)
+        placing.put_in_place = lambda *args: time.sleep(30)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     trainer.run(load(overrides))

@@ -55,6 +55,13 @@ def test_time_limits_that_slurm_would_refuse(text):
         (["nodes=2", "gpus_per_node=4", "--", *PAIR, "parallel.dp_shard=3"], "doesn't fit 8 ranks"),
         (["time=3", "--", *PAIR], "leaves nothing to train in"),
         (["--multirun", "--", *PAIR, "loss.temperature=1,hot"], "run 1"),
+        (["name=x\ntouch owned #", "--", *PAIR], "name has a control character"),
+        (["partition=gpu\rx", "--", *PAIR], "partition has a control character"),
+        (["sbatch='--comment=a\nrm'", "--", *PAIR], "sbatch has a control character"),
+        (["srun=--a\x0b", "--", *PAIR], "srun has a control character"),
+        (["python=python\u2028", "--", *PAIR], "python has a control character"),
+        (["--", *PAIR, "output_dir='runs/a\ntouch owned'"], "has a control character"),
+        (["--", *PAIR, "tracking.name='a\x1b[2J'"], "has a control character"),
     ],
 )
 def test_a_mistake_is_refused_before_it_queues(arguments, message, sbatch, tmp_path, monkeypatch, capsys):
