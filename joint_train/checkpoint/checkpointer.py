@@ -29,6 +29,7 @@ from joint_train.checkpoint.search import Search, verify_contents
 from joint_train.config import CheckpointConfig, Config
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import CheckpointError
+from joint_train.pair.model import JointModel
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Checkpointer:
         return self._find(resume, use)
 
     def load(
-        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, config: Config | dict
+        self, path: Path, model: JointModel, optimizer: torch.optim.Optimizer | None = None, *, config: Config | dict
     ) -> dict:
         """Weights, optimizer state and random state into these objects, in place; returns the ``state`` of the save.
 
@@ -120,7 +121,7 @@ class Checkpointer:
         return self._load(path, manifest, model, optimizer, config, checksums=False)
 
     def resume(
-        self, resume: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, config: Config | dict
+        self, resume: str, model: JointModel, optimizer: torch.optim.Optimizer, *, config: Config | dict
     ) -> tuple[Path, dict] | None:
         """:meth:`find_resume` and :meth:`load` in one, which reads each file once: (the checkpoint, ``state`` of the
         save), or None to start from nothing.
@@ -160,7 +161,7 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        model: nn.Module,
+        model: JointModel,
         optimizer: torch.optim.Optimizer,
         trainer_state: dict,
         *,

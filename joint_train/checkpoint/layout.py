@@ -302,7 +302,9 @@ def _finish(folder: Path) -> list[str]:
     except IncompleteCheckpoint:
         return _discard(folder)
     except DamagedCheckpoint as error:
-        aside = _with_suffix(folder.with_name(folder_name(int(_LEFTOVER.fullmatch(folder.name)[1]))), "damaged")
+        leftover = _LEFTOVER.fullmatch(folder.name)
+        assert leftover is not None, "it is called for these names"
+        aside = _with_suffix(folder.with_name(folder_name(int(leftover[1]))), "damaged")
         folder.rename(aside)
         return [f"{error}. A killed run left it; it is set aside as {aside.name}"]
     notes = publish(folder, folder.with_name(folder_name(manifest.step)))

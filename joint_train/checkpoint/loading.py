@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from joint_train.checkpoint import compat, layout, state
@@ -39,7 +38,7 @@ class Loading:
         self.path, self.manifest, self._ranks, self._warn = path, manifest, ranks, warn
 
     def run(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any], checksums: bool
+        self, model: JointModel, optimizer: torch.optim.Optimizer | None, config: dict[str, Any], checksums: bool
     ) -> tuple[dict, dict]:
         """Load everything, in place; (the ``state`` of the save, this rank's random state).
 

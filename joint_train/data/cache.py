@@ -291,7 +291,7 @@ def write(
     temporary.mkdir()
     try:
         files = {file: index for index, file in enumerate(source_files(source))}
-        documents, pictures, errors, skipped, offset, count, picture_offset = [], [], [], 0, 0, 0, 0
+        documents, pictures, errors, skipped, offset, count, picture_offset = [], [], list[str](), 0, 0, 0, 0
         seen = Seen()
         logged = began = time.monotonic()
         with (

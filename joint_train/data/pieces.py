@@ -123,7 +123,8 @@ def cut(source: Tokenised, data) -> Pieces:
             f"; {lost} pieces of them without a target are left out" if lost else "",
         )
     table = np.concatenate(pieces)
-    return Pieces(source, *table[np.lexsort((table[:, 1], table[:, 0]))].T, skipped=skipped)
+    document, start, length = table[np.lexsort((table[:, 1], table[:, 0]))].T
+    return Pieces(source, document, start, length, skipped=skipped)
 
 
 def _parts(source: Tokenised, document: int, data) -> Iterator[tuple[int, int]]:

@@ -42,7 +42,7 @@ class RowSequence:
         self.max_length, self.packing, self.mask = data.max_length, data.packing, MASKS[data.train_on]
         self.bounds = np.cumsum(np.asarray(weights, dtype=np.float64) / np.sum(weights))
         if mixture == "epoch":
-            self.starts = np.cumsum([0, *map(len, sources)])
+            self.starts = np.cumsum([0, *(len(source) for source in sources if isinstance(source, Pieces))])
             self.windows_an_epoch = -(-int(self.starts[-1]) // WINDOW)
         self._drawn_before = (0, np.zeros(len(sources), dtype=np.int64))
         self._made: dict[int, list[np.ndarray]] = {}

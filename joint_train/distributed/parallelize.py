@@ -144,7 +144,7 @@ def recompute(model: JointModel, settings: ActivationCheckpointingConfig) -> Non
         return
     text.gradient_checkpointing_enable({"use_reentrant": False}, settings.every_n if base == "every_n" else 1)
     for layer in text.layers:
-        layer._gradient_checkpointing_func = partial(
+        layer._gradient_checkpointing_func = partial(  # type: ignore[assignment]  # of transformers, and undeclared
             checkpointed, keep_attention=base == "selective", host=model.host_copies
         )
 

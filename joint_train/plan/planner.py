@@ -7,6 +7,7 @@ which unit's weights are gathered when, and what a gradient's reduction holds. F
 The weights of a released pair needn't be there: its sizes are in :mod:`joint_train.weights.released`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
@@ -405,7 +406,7 @@ def can_adapt(cfg: Config) -> bool:
 def savings(cfg: Config, machine: Machine) -> dict[str, int]:
     """Settings that take less memory, those that cost the least time first, and the peak with each alone."""
     smaller_loss, cfg = min(256, memory_budget_mb(cfg.loss, "cuda")), pinned(cfg)
-    changes: list[dict[str, object]] = [
+    changes: list[Mapping[str, object]] = [
         {"parallel.reshard_after_forward": True},
         {"loss.memory_budget_mb": smaller_loss},
         {"activation_checkpointing.drafter": "full"},

@@ -137,6 +137,7 @@ class Watchdog:
     def __init__(self, timeout_seconds: float, rank: int) -> None:
         self.timeout, self.rank = timeout_seconds, rank
         self.last = time.monotonic()
+        self.errors = sys.__stderr__ or open(os.devnull, "w")  # a process may have been started without one
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -154,7 +155,7 @@ class Watchdog:
         """Say that the run goes on: once a step, and within what takes long between steps."""
         self.last = time.monotonic()
         # Replaces the one before.
-        faulthandler.dump_traceback_later(self.timeout, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self.timeout, exit=True, file=self.errors)
 
     def _watch(self) -> None:
         limit = 0.9 * self.timeout
@@ -169,8 +170,8 @@ class Watchdog:
             stacks = file.read()
         text = f"no progress for {silent:.0f} s (parallel.timeout_seconds={self.timeout:g}). Stacks of its threads:\n"
         lines = (text + stacks).splitlines()
-        sys.__stderr__.write("".join(f"[rank {self.rank}] {line}\n" for line in lines))
-        sys.__stderr__.flush()
+        self.errors.write("".join(f"[rank {self.rank}] {line}\n" for line in lines))
+        self.errors.flush()
         time.sleep(min(STACKS_SECONDS, 0.05 * self.timeout))
         os._exit(HUNG)
 

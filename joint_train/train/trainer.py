@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,7 +82,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
 
-        self.val_loader = self.drift = None
+        self.val_loader: BatchLoader | None = None
+        self.drift: BaseDrift | None = None
         if cfg.data.val:
             self.val_loader = build_loader(cfg, self.tokenizer, "val", self.rank, self.ranks)
             agree_on_data(cfg, "val", self.val_loader, everyone)
@@ -126,7 +128,9 @@ class Trainer:
 
     def go_on_from(self, saved: dict | None) -> None:
         """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""
-        self.step, self.before, self.measured = 0, None, None
+        self.step = 0
+        self.before: dict[str, float] | None = None  # what was validated before the first step, and last
+        self.measured: dict[str, float] | None = None
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
         if saved:
             self.step, self.before, self.measured = saved["step"], numbers(saved["before"]), numbers(saved["measured"])
@@ -180,7 +184,7 @@ class Trainer:
         if cfg.model.export.at_end:
             self.export(self.output_dir / "export")
             self.publish(self.output_dir / "export")
-        self.tracker.finish(self.before, self.measured)
+        self.tracker.finish(self.before or {}, self.measured or {})
         planned, peak = self.plan.peak / 2**30, (peak_memory(self.device) - self.memory_at_start) / 2**30
         of_what = "" if self.device.type == "cuda" else " (growth of the process, libraries' own buffers included)"
         log.info("peak memory of rank 0: %.2f GiB%s; planned: %.2f GiB", peak, of_what, planned)
@@ -227,7 +231,7 @@ class Trainer:
         weights = self.model.loss_weights(counts[:-1])
 
         self.optimizer.zero_grad()
-        stats: JointStats | None = None
+        stats: JointStats | None = None  # until the first micro-batch, which every step has
         for i, (inputs, targets, _) in enumerate(micro_batches):
             parallelize.set_last_micro_batch(self.model, i == len(micro_batches) - 1)
             out = self.model(**inputs, targets=targets, weights=weights)
@@ -242,6 +246,7 @@ class Trainer:
         if not due(self.step, cfg.tracking.log_every) and self.step < cfg.max_steps:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
+        assert stats is not None
         metrics = stats.reduced(dist.all_reduce).means(self.loader.source_names) | self.bad_steps.read()
         if self.bad_steps.exhausted():
             dumped = [{**b, "rows": t.rows, "labels": t.labels} for b, t, _ in micro_batches]
@@ -314,6 +319,7 @@ class Trainer:
                     inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
                     found = self.model(**inputs, targets=targets).stats
                     stats = found if stats is None else stats + found
+            assert stats is not None, "every rank has a batch of validation"
             means = stats.reduced(dist.all_reduce).means(self.val_loader.source_names)
             measured |= {f"val/{name}": value for name, value in means.items()}
             if generate and self.prompts > 0:
@@ -335,6 +341,7 @@ class Trainer:
         inputs, targets, _ = self.fixed_batch
         counts = targets.counts
         dist.all_reduce(counts)
+        assert self.drift is not None, "made where it is asked for"
         measured = self.drift.measure()
         measured["grad_norm_base_from_drafter"] = base_gradient_from_drafter(self.model, inputs, targets, counts)
         parallelize.reshard(self.model)
@@ -342,7 +349,7 @@ class Trainer:
 
     def save(self, block: bool) -> None:
         """A checkpoint of the current step."""
-        before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before, self.measured))
+        before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before or {}, self.measured or {}))
         state = {"step": self.step, "before": before, "measured": measured, **self.bad_steps.read()}
         state |= {"data": loader_position(self.loader), "unfinished": self.unfinished}
         self.tracker.sync()
