@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from joint_train.checkpoint import compat, layout, state
 from joint_train.checkpoint.contents import model_config, some
@@ -17,11 +16,6 @@ from joint_train.checkpoint.search import verify_contents
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import CheckpointError
 from joint_train.pair.model import JointModel
-
-
-def stored_tensors(reader: Reader) -> dict[str, TensorStorageMetadata]:
-    """What a part of a checkpoint holds: nothing but tensors, which the reader sees to."""
-    return cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
 
 
 class Loading:
@@ -131,7 +125,7 @@ class Loading:
     def _say_rounded(self, tensors: dict[str, dict[str, torch.Tensor]], readers: dict[str, Reader]) -> None:
         """Weights that are frozen now, and kept in the dtype of compute, may have been trained in a finer one."""
         for part, of_part in tensors.items():
-            stored = stored_tensors(readers[part])
+            stored = readers[part].tensors()
             rounded: dict[str, list[str]] = {}
             for name, tensor in of_part.items():
                 before = stored[name].properties.dtype
@@ -142,7 +136,7 @@ class Loading:
                 self._warn(f"weights of the {part.partition('/')[0]} were {both}, so they are rounded: {some(names)}")
 
     def _load_optimizer(self, model: JointModel, optimizer: torch.optim.Optimizer, reader: Reader) -> None:
-        path, stored = self.path, stored_tensors(reader)
+        path, stored = self.path, reader.tensors()
         loaded = state.new_optimizer_state(model, optimizer, stored)
         names = state.parameter_names(model)
         optimizer.state.clear()

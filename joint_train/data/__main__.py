@@ -150,7 +150,7 @@ def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     examples = list(prompts(sources_of(cfg.data, options.split), cfg.data))
     dtype = compute_dtype(cfg.precision, device.type)
     model = AutoModelForCausalLM.from_pretrained(resolve(*_base(cfg.model)), dtype=dtype).eval()
-    model.to(device)  # type: ignore[arg-type]  # transformers hides this method's types behind a decorator
+    model.to(device)
     counts = regenerate(
         examples,
         model,
