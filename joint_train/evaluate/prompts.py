@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from joint_train.config import DataConfig, SourceConfig
 from joint_train.data.readers import read_records, source_name, sources_of
-from joint_train.data.render import options_of, prompt_ids
+from joint_train.data.render import options_of
 from joint_train.data.sources import parse
+from joint_train.data.thinking import prompt_ids
 from joint_train.errors import ConfigError
 from joint_train.starter import examples
 

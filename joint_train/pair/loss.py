@@ -106,7 +106,7 @@ def joint_loss(
     drafter = Head(drafter_weight, drafter_states, drafter_softcap)
     routing = None if centroids is None else Head(centroids.weight, drafter_states)
     with torch.no_grad():
-        run = _Pass(base, drafter, routing, centroids, targets, weights, loss_cfg, groups, num_groups)
+        run = Pass(base, drafter, routing, centroids, targets, weights, loss_cfg, groups, num_groups)
         loss, stats = run.run()
         inputs = [base_weight, base_hidden, *drafter_hidden, drafter_weight]
         gradients = [base.gradient(), *base_states.grads, *drafter_states.grads, drafter.gradient()]
@@ -139,7 +139,7 @@ class _WithGradients(torch.autograd.Function):
         return None, None, None, base_weight, *others
 
 
-class _Pass:
+class Pass:
     """One pass over the targets. It leaves the gradients in heads and states; `run` returns the loss and the sums."""
 
     def __init__(self, base, drafter, routing, centroids, targets, weights, loss_cfg, groups, num_groups):

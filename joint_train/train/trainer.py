@@ -42,6 +42,7 @@ from joint_train.train.advice import (
 from joint_train.train.agreement import agree_on_configuration, agree_on_data
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
+from joint_train.train.length import run_steps
 from joint_train.train.optim import build_optimizer, lr_factor, update
 from joint_train.train.pace import Since
 from joint_train.train.tracking import Tracker, plain
@@ -101,15 +102,17 @@ class Trainer:
         if found:
             path, saved = found
             position, bad_steps = saved["data"], saved.get("bad_steps", 0)
-            say_resumed(cfg, path, self.step)
         self.loader = self.build_train_loader(position)
         agree_on_data(cfg, "train", self.loader, everyone)
-        self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None)
+        self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
+        if found:
+            say_resumed(cfg, path, self.step, self.max_steps, saved.get("max_steps"))
+        self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None, self.max_steps)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
         warn_of_torchrun(cfg.checkpoint)
-        warn_of_warmup(cfg)
+        warn_of_warmup(cfg, self.max_steps)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -141,11 +144,11 @@ class Trainer:
         try:
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks, position)
         except OtherData as error:
-            log.warning("the data start again from the beginning: %s", error)
+            log.warning("the data and their epochs start again from the beginning: %s", error)
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks)
 
     def train(self) -> None:
-        """Run from the current step to ``max_steps``, or until the machine is taken away."""
+        """Run from the current step to the last one, or until the machine is taken away."""
         try:
             self.loop()
         except Exception:
@@ -160,11 +163,11 @@ class Trainer:
         with self.watchdog:
             with self.preemption.ends_at_once():
                 self.first_validation()
-            while self.step < cfg.max_steps:
+            while self.step < self.max_steps:
                 self.watchdog.beat()
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step(batches)
-                last = self.step == cfg.max_steps
+                last = self.step == self.max_steps
                 if due(self.step, cfg.tracking.diagnose_every):
                     metrics |= self.diagnose()
                 self.checkpointer.poll()
@@ -237,13 +240,13 @@ class Trainer:
             out = self.model(**inputs, targets=targets, weights=weights)
             out.loss.backward()
             stats = out.stats if stats is None else stats + out.stats
-        factor = lr_factor(self.step, cfg.optim, cfg.max_steps)
+        factor = lr_factor(self.step, cfg.optim, self.max_steps)
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
         norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter)
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
-        if not due(self.step, cfg.tracking.log_every) and self.step < cfg.max_steps:
+        if not due(self.step, cfg.tracking.log_every) and self.step < self.max_steps:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
         assert stats is not None
@@ -260,6 +263,8 @@ class Trainer:
         metrics["loss_spike"] = float(self.spikes.observe(metrics["base_loss"]))
         self.since.add(counts[-1], waited, time.perf_counter() - started)
         tokens, waited, seconds = self.since.read()
+        if (epoch := self.loader.epoch) is not None:
+            metrics["epoch"] = epoch
         return metrics | {
             "lr": cfg.optim.lr * factor,
             "drafter_lr": cfg.optim.drafter_lr * factor,
@@ -350,7 +355,13 @@ class Trainer:
     def save(self, block: bool) -> None:
         """A checkpoint of the current step."""
         before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before or {}, self.measured or {}))
-        state = {"step": self.step, "before": before, "measured": measured, **self.bad_steps.read()}
+        state = {
+            "step": self.step,
+            "max_steps": self.max_steps,
+            "before": before,
+            "measured": measured,
+            **self.bad_steps.read(),
+        }
         state |= {"data": loader_position(self.loader), "unfinished": self.unfinished}
         self.tracker.sync()
         self.checkpointer.save(
