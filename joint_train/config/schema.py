@@ -6,7 +6,7 @@ misspelt key or a wrong type is an error that names it.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, get_origin
+from typing import Any, cast, get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
@@ -293,7 +293,7 @@ def _open_dictionaries(node: DictConfig, of: type) -> None:
     """Take the dictionaries out of Hydra's rule that only known keys are set: theirs are the user's."""
     for field in dataclasses.fields(of):
         if dataclasses.is_dataclass(field.type):
-            _open_dictionaries(node[field.name], field.type)
+            _open_dictionaries(node[field.name], cast(type, field.type))
         elif get_origin(field.type) is dict:
             OmegaConf.set_struct(node[field.name], False)
 
