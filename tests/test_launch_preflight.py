@@ -48,16 +48,16 @@ def break_files(preflight):
 
 
 def break_bandwidth(preflight):
-    preflight.bandwidth = lambda group: {"all-gather": 30.0, "reduce-scatter": 290.0}
+    preflight.bandwidth = lambda group, device: {"all-gather": 30.0, "reduce-scatter": 290.0}
 
 
 def break_sum(preflight):
     whole = preflight.all_reduce
-    preflight.all_reduce = lambda group, value: whole(group, value) + 1
+    preflight.all_reduce = lambda group, value, device: whole(group, value, device) + 1
 
 
 def break_network(preflight):
-    preflight.all_reduce = lambda group, value: time.sleep(60)
+    preflight.all_reduce = lambda *_: time.sleep(60)
 
 
 def break_program(preflight):
@@ -98,7 +98,7 @@ def rank_main(rank: int, port: int, folder: Path) -> None:
         preflight.ANSWER_SECONDS = preflight.COLLECTIVE_SECONDS = 2.0 if name in ("network", "program") else 20.0
         preflight.MEASURED = name in ("bandwidth", "sound")
         if name == "bandwidth":
-            preflight.bandwidth = lambda group: {"all-gather": 300.0, "reduce-scatter": 290.0}
+            preflight.bandwidth = lambda group, device: {"all-gather": 300.0, "reduce-scatter": 290.0}
         if rank == 1 and break_it:
             break_it(preflight)
         if rank == 0 and name == "program":
