@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-import hydra
-from omegaconf import DictConfig
-
 from joint_train import command
-from joint_train.config import conf_dir, help_text, validate, world_size_from_env
-from joint_train.errors import JointTrainError
+
+command.set_allocator()  # before torch is imported, which reads it once
+
+import hydra  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from joint_train.config import conf_dir, help_text, validate, world_size_from_env  # noqa: E402
+from joint_train.errors import JointTrainError  # noqa: E402
 
 
 def run(cfg: DictConfig) -> None:

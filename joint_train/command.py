@@ -4,7 +4,9 @@ Exit codes: 0; 1 where a command's own answer is no (a damaged checkpoint, a tex
 message explains, as ``argparse`` has it. Anything else is a bug and ends with its stack.
 """
 
+import importlib.metadata
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -15,6 +17,19 @@ from joint_train.errors import JointTrainError
 
 # What is said in a sentence. OSError is a file that can't be read or written: its message names it.
 EXPLAINED = (JointTrainError, HydraException, OmegaConfBaseException, OSError)
+
+
+def set_allocator() -> None:
+    """How torch's allocators of GPU and pinned memory work, unless the environment says so already. Before torch is
+    imported."""
+    if "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
+        return
+    # Sharded training allocates and frees blocks of many sizes: without this the allocator fragments.
+    settings = "expandable_segments:True"
+    if tuple(map(int, importlib.metadata.version("torch").split(".")[:2])) >= (2, 13):
+        # Otherwise a pinned buffer is rounded up to a power of two: up to twice the host memory for a shard's copy.
+        settings += ",pinned_max_round_threshold_mb:1"
+    os.environ["PYTORCH_ALLOC_CONF"] = settings
 
 
 class StderrLines(logging.Handler):

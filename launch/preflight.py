@@ -280,7 +280,10 @@ class Preflight:
                 ("node", node, range(first, first + self.local_world_size)),
                 ("all", None, range(self.world_size)),
             ):
-                total, expected = all_reduce(group, float(self.rank + 1), device), float(sum(rank + 1 for rank in ranks))
+                total, expected = (
+                    all_reduce(group, float(self.rank + 1), device),
+                    float(sum(rank + 1 for rank in ranks)),
+                )
                 wrong = f"all-reduce over {len(ranks)} ranks gave {total:g} instead of {expected:g}"
                 self._put(topic, None if total == expected else wrong)
             if MEASURED:

@@ -7,6 +7,8 @@ synchronised with, by thread.
 import threading
 from contextlib import contextmanager
 
+import torch
+
 
 class FakeStream:
     def __init__(self, cuda: "FakeCuda", device: int, name: str):
@@ -15,10 +17,21 @@ class FakeStream:
     def synchronize(self) -> None:
         self.cuda.waits.append((threading.current_thread().name, self.device_index, self.name))
 
+    def __eq__(self, other) -> bool:
+        return (self.device_index, self.name) == (other.device_index, other.name)
+
+    __hash__ = None
+
 
 class FakeCuda:
     def __init__(self, devices: int = 8):
         self._devices, self._local, self.waits = devices, threading.local(), []
+
+    def install(self, monkeypatch) -> None:
+        """Put it in the place of those parts of ``torch.cuda``."""
+        for name in dir(self):
+            if not name.startswith("_") and name not in ("install", "waits"):
+                monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
     def is_available(self) -> bool:
         return True
@@ -46,9 +59,6 @@ class FakeCuda:
             yield
         finally:
             self._local.stream = before
-
-    def set_stream(self, stream: FakeStream) -> None:
-        self._local.stream = stream
 
     def synchronize(self, device=None) -> None:
         self.waits.append((threading.current_thread().name, self.current_device(), "whole device"))

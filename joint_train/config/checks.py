@@ -27,6 +27,7 @@ CHOICES = {
     "precision.reduce": ("float32", "bfloat16"),
     "activation_checkpointing.base": ("none", "full", "every_n"),
     "activation_checkpointing.drafter": ("none", "full"),
+    "loss.compile": ("auto", True, False),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
 }
 AT_LEAST = {

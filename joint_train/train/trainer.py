@@ -24,7 +24,8 @@ from joint_train.distributed.preemption import Preemption
 from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.pair.attention import check_backward
-from joint_train.pair.targets import JointTargets, joint_targets
+from joint_train.pair.loss import run_budget_mb
+from joint_train.pair.targets import JointTargets, joint_targets, send
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.advice import generation_prompts, warn_of_grace, warn_of_padding, warn_of_torchrun
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
@@ -89,6 +90,9 @@ class Trainer:
         self.tracker = Tracker(cfg, self.rank, self.step)
         machine = Machine(gpus=self.ranks)
         self.plan = make_plan(cfg, machine, self.device.type)
+        if self.device.type == "cuda":
+            spare = torch.cuda.get_device_properties(self.device).total_memory * (1 - machine.reserve) - self.plan.peak
+            self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", spare)
         self.prompts = generation_prompts(cfg, self.plan, machine, self.device.type)
         warn_of_grace(cfg, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
@@ -190,7 +194,7 @@ class Trainer:
         micro_batches = [self.prepare(batch, self.loader.source_names) for batch in loaded]
 
         # All the counts are known before the first forward, so each loss is its share of the mean over the whole step.
-        counts = torch.stack([counts for _, _, counts in micro_batches]).sum(0).to(self.device, non_blocking=True)
+        counts = send(torch.stack([counts for _, _, counts in micro_batches]).sum(0), self.device)
         dist.all_reduce(counts)
         weights = self.model.loss_weights(counts[:-1])
 
@@ -250,11 +254,11 @@ class Trainer:
             del inputs["document_ids"]  # one document a row, padded on the right: no mask is needed
         if len(sources) > 1:
             inputs["groups"] = batch["source"].flatten()[targets.rows + 1]
-        inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
+        inputs = {name: send(x, self.device) for name, x in inputs.items()}
         inputs["num_groups"] = len(sources)
         inputs |= parallelize.look_up(self.model, batch["input_ids"], self.device)
         counts = torch.cat([targets.counts, (documents > 0).sum()[None]])
-        return inputs, targets.to(self.device, non_blocking=True), counts
+        return inputs, targets.to(self.device), counts
 
     def metrics(self, sums: dict[str, Tensor], sources: list[str], prefix: str = "") -> dict[str, float]:
         """Means over all ranks of the sums that the joint loss reports; NaN where there was no target. Waits for the
