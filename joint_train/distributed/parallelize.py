@@ -29,6 +29,7 @@ from joint_train.distributed.mesh import fsdp_mesh
 from joint_train.distributed.placement import placement
 from joint_train.distributed.rows import Lookup, RowShardedEmbedding, shard_rows
 from joint_train.errors import ConfigError
+from joint_train.pair.fused import fuse
 from joint_train.pair.model import JointModel
 
 LOOKUP = "per_layer_lookup"  # the pair's input that look_up makes
@@ -102,6 +103,9 @@ def prepare(model: JointModel, cfg: DictConfig) -> None:
         others = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
         for layers in (text, model.drafter.model):
             apply_liger_kernel(layers, kernels | others)
+    else:
+        for layers in (text, model.drafter.model):
+            fuse(layers)
     if cfg.activation_checkpointing.base != "none":
         every = cfg.activation_checkpointing.every_n if cfg.activation_checkpointing.base == "every_n" else 1
         text.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
