@@ -10,6 +10,7 @@ inductor fuses them with what is around.
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -210,7 +211,7 @@ FORWARDS = {"RMSNorm": rms_norm, "TextMLP": mlp}
 
 
 @functools.cache
-def _fused_class(cls: type) -> type | None:
+def _fused_class(cls: Any) -> type | None:
     """A class of transformers' Gemma 4 with a forward of this module; None for another class."""
     if not cls.__module__.startswith("transformers.models.gemma4"):
         return None
@@ -230,6 +231,6 @@ def fuse(model: nn.Module) -> None:
         activation = getattr(getattr(module, "config", None), "hidden_activation", "gelu_pytorch_tanh")
         if (fused := _fused_class(type(module))) is not None and activation == "gelu_pytorch_tanh":
             module.__class__ = fused
-        home = sys.modules[type(module).__module__]
+        home: Any = sys.modules[type(module).__module__]
         if home.__name__.startswith("transformers.models.gemma4") and hasattr(home, "apply_rotary_pos_emb"):
             home.apply_rotary_pos_emb = apply_rotary_pos_emb
