@@ -110,7 +110,7 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """The forward of ``Gemma4RMSNorm``, as one kernel."""
     if torch.compiler.is_compiling():
-        return type(self).written_out(self, hidden_states)
+        return type(self).written_out(self, hidden_states)  # type: ignore[attr-defined]
     return _RMSNorm.apply(hidden_states, self.weight if self.with_scale else None, self.eps)
 
 
@@ -155,7 +155,7 @@ class _GeGLU(torch.autograd.Function):
 def mlp(self: nn.Module, x: Tensor) -> Tensor:
     """The forward of ``Gemma4TextMLP``."""
     if torch.compiler.is_compiling():
-        return type(self).written_out(self, x)
+        return type(self).written_out(self, x)  # type: ignore[attr-defined]
     return self.down_proj(_GeGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
