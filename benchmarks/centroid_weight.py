@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, Gemma4AssistantForCausalLM
 
-from benchmarks.loss_sweep import last_validation, spread
+from benchmarks import results
+from benchmarks.loss_sweep import last_validation, over_seeds
 from benchmarks.runs import starter_pair, train
 
 CENTROIDS, TOP_K = 64, 4
@@ -86,6 +87,7 @@ def main():
     parser.add_argument("--recluster", action="store_true", help="also measure with clusters made anew at the end")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one run")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run")
+    results.add_option(parser)
     options = parser.parse_args()
     work = options.work_dir
     pair = starter_pair(work / "pair", timeout=options.timeout)
@@ -102,11 +104,10 @@ def main():
     alone = (f"max_steps={options.fit_steps}", "freeze.base=true", "loss.centroid_weight=1")
     run(fit.name, work / "ordered", start, *alone)
 
-    print("| loss.centroid_weight | " + " | ".join(METRICS.values()) + " |")
-    print("| --- |" + " --- |" * len(METRICS), flush=True)
+    rows = []
 
     def row(name: str, runs: list[dict[str, float]]) -> None:
-        print(f"| {name} | " + " | ".join(spread([found[m] for found in runs]) for m in METRICS) + " |", flush=True)
+        rows.append({"weight": name, **over_seeds(runs, METRICS)})
 
     measure = ("max_steps=1", "optim.lr=0", "optim.drafter_lr=0", "optim.weight_decay=0")
     row("before", [run("before", fit / "export" / "drafter", start, *measure)])
@@ -124,6 +125,8 @@ def main():
         row(str(weight), runs)
         if again:
             row(f"{weight}, clustered anew", again)
+    columns = {"weight": ("`loss.centroid_weight`", "")} | {name: (heading, ".3f") for name, heading in METRICS.items()}
+    results.finish(results.record("centroid_weight", columns, rows), options.results)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,21 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedConfig
 
+from benchmarks import results
 from joint_train.checkpoint import Checkpointer
 from joint_train.config import Config
+
+COLUMNS = {
+    "save": ("save", ""),
+    "blocked": ("blocked", ".2f s"),
+    "first": ("blocked by the first save", ".2f s"),
+    "more": ("all told", "+.2f s"),
+    "written": ("on disk after", ".1f s"),
+}
 
 
 class Half(nn.Module):
@@ -69,9 +77,9 @@ class Steps:
 
 
 def run(model, optimizer, step: Steps, folder: Path, background: bool, saves: int, every: int) -> dict:
-    cfg = OmegaConf.structured(Config)
+    cfg = Config()
     cfg.model.base, cfg.model.drafter = "base", "drafter"
-    cfg.checkpoint["async"], cfg.checkpoint.keep_last = background, 1
+    cfg.checkpoint.background, cfg.checkpoint.keep_last = background, 1
     checkpointer = Checkpointer(folder, cfg.checkpoint)
     blocked, loops, durations = [], [], []
     for save in range(saves):
@@ -105,6 +113,7 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, default=0.2)
     parser.add_argument("--on-cpu", action="store_true", help="steps that compute instead of waiting")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    results.add_option(parser)
     args = parser.parse_args()
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -139,14 +148,14 @@ def main() -> None:
         print(
             f"{size:.2f} GB a checkpoint on {dist.get_world_size()} ranks, {args.every} steps without one {plain:.1f} s"
         )
+        table: list[dict[str, results.Value]] = []
         for name, row in rows.items():
             mean = {key: sum(values[1:]) / len(values[1:]) for key, values in row.items()}
-            print(
-                f"{name:>18}: blocked {mean['blocked']:.2f} s (first {row['blocked'][0]:.2f} s), "
-                f"all told {mean['loops'] - plain:+.2f} s, on disk after {mean['written']:.1f} s"
-            )
-        at_once, background = (sum(row["blocked"][1:]) / len(row["blocked"][1:]) for row in rows.values())
-        print(f"blocked in the background / at once: {background / at_once:.2f}")
+            more = {"first": row["blocked"][0], "more": mean.pop("loops") - plain}
+            table.append({"save": name, **mean, **more})
+        at_once, background = (row["blocked"] for row in table)
+        table.append({"save": "in the background / at once", "blocked": background / at_once})
+        results.finish(results.record("checkpoint_overhead", COLUMNS, table), args.results)
     dist.destroy_process_group()
 
 

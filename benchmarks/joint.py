@@ -8,7 +8,7 @@ library. A seed is another pair of random weights and another data order. Each e
 prompts of the code: its base's loss, its greedy text, and the tokens per base forward as engines serve it. Whatever is
 finished in DIR isn't run again, so an interrupted command goes on where it was.
 
-DIR gets joint.json, joint.md and joint.svg.
+DIR gets joint.json and joint.svg.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks import results
 from benchmarks.greedy import compared, greedy_texts, variety, verifications
 from benchmarks.runs import run_module, starter_pair, train
 from joint_train.command import start
@@ -35,11 +36,25 @@ from joint_train.errors import ConfigError
 from joint_train.evaluate.measure import interval
 from joint_train.evaluate.page import figure
 from joint_train.evaluate.prompts import chat_prompt
-from joint_train.evaluate.report import number
-from joint_train.files import code_version, replace
+from joint_train.files import replace
 from joint_train.pair.model import JointModel
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.starter import chats, documented, modules, write_jsonl
+
+COLUMNS = {
+    "arm": ("arm", ""),
+    "base_steps": ("steps of the base", ".0f"),
+    "drafter_steps": ("of the drafter", ".0f"),
+    "flops_of_sequential": ("FLOPs", ".2f"),
+    "base_loss": ("base loss", ".4f"),
+    "base_loss_change": ("against base-only", "+.2%"),
+    "tokens_per_forward": ("tokens per base forward", ".2f"),
+    "gain_over_sequential": ("against sequential", "+.1%"),
+    "kl_from_base_only": ("KL from base-only", ".3f"),
+    "entropy": ("entropy", ".3f"),
+    "distinct_2": ("distinct 2-grams", ".3f"),
+    "repeated_4": ("repeated 4-grams", ".3f"),
+}
 
 
 @dataclass(frozen=True)
@@ -251,8 +266,11 @@ def load_base(folder: Path) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Each arm over all seeds. Intervals are 95 % bootstrap intervals over prompts and seeds, paired in comparisons."""
+def summary(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each arm over all seeds.
+
+    Intervals are 95 % bootstrap intervals over prompts and seeds, paired in comparisons.
+    """
 
     def column(arm: str, name: str) -> list[float]:
         return [value for seed in found[arm] for value in seed[name]]
@@ -261,11 +279,12 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]
         return sum(seed[name] for seed in found[arm]) / len(found[arm])
 
     cost = mean(REFERENCE, "flops") if REFERENCE in found else None
-    result = {}
+    rows = []
     for arm, seeds in found.items():
         loss, targets, kl, entropy = (column(arm, name) for name in ("loss", "targets", "kl", "entropy"))
         settled, verified = column(arm, "settled"), column(arm, "verifications")
         row: dict[str, Any] = {
+            "arm": arm,
             "seeds": len(seeds),
             "base_steps": mean(arm, "base_steps"),
             "drafter_steps": mean(arm, "drafter_steps"),
@@ -284,40 +303,17 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]
         if REFERENCE in found:
             columns = [settled, verified, column(REFERENCE, "settled"), column(REFERENCE, "verifications")]
             row["gain_over_sequential"] = interval(columns, lambda s, v, t, w: (s / v) / (t / w) - 1, seed=0)
-        result[arm] = row
-    return result
+        rows.append(row)
+    return rows
 
 
-def percent(value: dict[str, Any] | None, digits: int) -> str:
-    """A share with its interval, as signed percentages."""
-    if value is None or value["value"] is None:
-        return "–"
-    texts = [f"{100 * value[name]:+.{digits}f}" for name in ("value", "low", "high") if value[name] is not None]
-    return f"{texts[0]} %" if len(texts) < 3 else f"{texts[0]} % [{texts[1]}, {texts[2]}]"
-
-
-def table(arms: dict[str, dict[str, Any]]) -> str:
-    """The arms as a Markdown table."""
-    heads = ["arm", "steps: base, drafter", "FLOPs of sequential", "base loss", "against base-only"]
-    heads += ["tokens per base forward", "against sequential", "KL from base-only", "entropy"]
-    heads += ["distinct 2-grams", "repeated 4-grams"]
-    lines = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * (len(heads) - 1)]
-    for arm, row in arms.items():
-        cells = [arm, f"{row['base_steps']:.0f}, {row['drafter_steps']:.0f}"]
-        cells.append("–" if row["flops_of_sequential"] is None else f"{row['flops_of_sequential']:.2f}")
-        cells += [f"{row['base_loss']:.4f}", percent(row.get("base_loss_change"), 2)]
-        cells += [number(row["tokens_per_forward"]), percent(row.get("gain_over_sequential"), 1)]
-        cells += [f"{row[name]:.3f}" for name in ("kl_from_base_only", "entropy", "distinct_2", "repeated_4")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(arms: dict[str, dict[str, Any]]) -> str:
+def plot(rows: list[dict[str, Any]]) -> str:
     """SVG: tokens per base forward over the base's loss, an arm a point."""
 
     def draw(axes) -> None:
         drawn = set()
-        for arm, row in arms.items():
+        for row in rows:
+            arm = row["arm"]
             family = [name for name in FAMILIES if name in arm][-1]
             colour = f"C{FAMILIES.index(family)}"
             x, y = row["base_loss"], row["tokens_per_forward"]
@@ -369,13 +365,9 @@ def main(argv: list[str] | None = None) -> int:
             seed = Seed(options, number_of_seed)
             for arm in options.arms:
                 found[arm].append(seed.measure(arm))
-        arms = summary(found)
-        shown = {name: value for name, value in vars(options).items() if name not in ("work_dir", "timeout")}
-        result = {"settings": shown, "versions": code_version(), "arms": arms}
-        replace(options.work_dir / "joint.json", json.dumps(result, indent=1) + "\n")
-        replace(options.work_dir / "joint.md", table(arms))
-        replace(options.work_dir / "joint.svg", plot(arms))
-        print(table(arms), end="")
+        rows = summary(found)
+        replace(options.work_dir / "joint.svg", plot(rows))
+        results.finish(results.record("joint", COLUMNS, rows), options.work_dir / "joint.json")
 
     return start("benchmarks.joint", run)
 

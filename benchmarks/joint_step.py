@@ -13,7 +13,7 @@ both must have: the last ratio of memory leaves them out. Ours recomputes the ba
 a run does by default; the reference does with --reference-recompute. On CPU one thread computes and time is its CPU
 time, which other processes disturb little. A run that would need more memory than is free is stopped and says so.
 
-The README has a table. What grows with S is what tests/test_joint_memory.py bounds.
+The README has a table. What grows with S is what tests/pair/test_joint_memory.py bounds.
 """
 
 import argparse
@@ -28,15 +28,28 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
+from benchmarks import results
 from joint_train.config import LossConfig
 from joint_train.pair.loss import memory_budget_mb
 from joint_train.weights.composite import Gemma4WithDrafter
 
 HIDDEN, DRAFTER_HIDDEN = 1536, 256
 GIB = 2**30
+COLUMNS = {
+    "head": ("head", ""),
+    "length": ("S", ""),
+    "supervised": ("supervised", ""),
+    "gradients": ("gradients", ".2f GiB"),
+    "ours_gib": ("ours", ".2f GiB"),
+    "reference_gib": ("reference", ".2f GiB"),
+    "gib_ratio": ("memory, ratio", ".2f"),
+    "gib_ratio_beyond": ("ratio beyond gradients", ".3f"),
+    "ours_seconds": ("ours", ".2f s"),
+    "reference_seconds": ("reference", ".2f s"),
+    "seconds_ratio": ("time, ratio", ".2f"),
+}
 
 
 def build_pair(vocab_size: int, ordered: bool):
@@ -56,7 +69,7 @@ def build_pair(vocab_size: int, ordered: bool):
 
 
 def our_step(base, drafter, options):
-    cfg = OmegaConf.structured(LossConfig(drafter=options.loss, memory_budget_mb=options.budget_mb))
+    cfg = LossConfig(drafter=options.loss, memory_budget_mb=options.budget_mb)
     model = Gemma4WithDrafter(
         base,
         drafter,
@@ -204,6 +217,7 @@ def main():
     parser.add_argument("--skip-reference", action="store_true", help="measure only ours")
     parser.add_argument("--side", choices=["ours", "reference"], help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, default=0, help=argparse.SUPPRESS)
+    results.add_option(parser)
     options = parser.parse_args()
     if options.side:
         options.length, options.supervised, options.head = options.length[0], options.supervised[0], options.head[0]
@@ -213,29 +227,30 @@ def main():
     print(
         f"V = {options.vocab_size}, K = {options.rounds}, fp32, loss.drafter={options.loss}; memory above the weights"
     )
-    columns = ["head", "S", "supervised", "gradients GiB", "ours GiB", "reference GiB", "ratio"]
-    columns += ["ratio beyond gradients", "ours s", "reference s", "ratio"]
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
     sides = ["ours"] if options.skip_reference else ["ours", "reference"]
+    rows = []
     for head in options.head:
         for length in options.length:
             for supervised in options.supervised:
-                results = [fresh_process(side, options, length, supervised, head) for side in sides]
-                print(row(head, length, supervised, *results), flush=True)
+                found = {side: fresh_process(side, options, length, supervised, head) for side in sides}
+                rows.append({"head": head, "length": str(length), "supervised": f"{supervised:.0%}", **row(found)})
+                print(f"measured: {head}, S = {length}, {supervised:.0%}", file=sys.stderr, flush=True)
+    results.finish(results.record("joint_step", COLUMNS, rows), options.results)
 
 
-def row(head, length, supervised, *sides) -> str:
-    """A line of the table; a side that was not run leaves its cells empty."""
-    gradients = max(side.get("gradients", 0) for side in sides)
-    cells = [head, str(length), f"{supervised:.0%}", f"{gradients:.2f}"]
-    for key, ratios in (("gib", (0, gradients)), ("seconds", (0,))):
-        values = [side.get(key) for side in sides]
-        for side, value in zip(sides, values, strict=True):
-            cells.append(f"over {side['limit'] / GIB:.0f} GiB with weights" if value is None else f"{value:.2f}")
-        cells += [""] * (2 - len(sides))
-        both = len(values) == 2 and None not in values
-        cells += [f"{(values[0] - part) / (values[1] - part):.3f}" if both else "" for part in ratios]
-    return f"| {' | '.join(cells)} |"
+def row(sides: dict[str, dict[str, float]]) -> dict[str, results.Value]:
+    """What was measured of both sides, and the ratios; a side that wasn't run has no numbers."""
+    found: dict[str, results.Value] = {"gradients": max(side.get("gradients", 0) for side in sides.values())}
+    for name, side in sides.items():
+        too_much = f"over {side['limit'] / GIB:.0f} GiB with weights" if "limit" in side else None
+        found |= {f"{name}_gib": side.get("gib", too_much), f"{name}_seconds": side.get("seconds")}
+    ours, reference = (sides.get(name, {}) for name in ("ours", "reference"))
+    if "gib" in ours and "gib" in reference:
+        gradients = ours["gradients"]
+        found["gib_ratio"] = ours["gib"] / reference["gib"]
+        found["gib_ratio_beyond"] = (ours["gib"] - gradients) / (reference["gib"] - gradients)
+        found["seconds_ratio"] = ours["seconds"] / reference["seconds"]
+    return found
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ first builds the starter pair and, without --joint, trains its base by `--base-s
 
 import argparse
 import hashlib
-import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks import results
 from benchmarks.runs import starter_pair, train
 from joint_train.config.values import KINDS
 from joint_train.evaluate.compare import load_run
@@ -43,6 +44,7 @@ def main():
     parser.add_argument("--prompts", type=int, default=32, help="held-out prompts of a measurement")
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for one run")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run")
+    results.add_option(parser)
     options = parser.parse_args()
 
     pair = starter_pair(options.work_dir / "pair", timeout=options.timeout)
@@ -52,21 +54,21 @@ def main():
         train(base, pair, f"max_steps={options.base_steps}", *options.set, timeout=options.timeout)
         common += ["freeze.base=true", f"model.base={base}/export/base"]
 
-    print("| loss.drafter | " + " | ".join(METRICS.values()) + " |")
-    print("| --- |" + " --- |" * len(METRICS), flush=True)
+    rows = []
     for kind in options.kinds:
         runs = []
         for seed in options.seeds:
             overrides = [f"loss.drafter={kind}", f"seed={seed}", *common]
             name = hashlib.sha256(" ".join(overrides).encode()).hexdigest()[:12]
             runs.append(last_validation(options.work_dir / f"run_{name}", pair, options, *overrides))
-        print(f"| {kind} | " + " | ".join(spread([run[name] for run in runs]) for name in METRICS) + " |", flush=True)
+        rows.append({"kind": kind, **over_seeds(runs, METRICS)})
+    columns = {"kind": ("`loss.drafter`", "")} | {name: (heading, ".3f") for name, heading in METRICS.items()}
+    results.finish(results.record("loss_sweep", columns, rows), options.results)
 
 
-def spread(values: list[float]) -> str:
-    """The mean, and with several seeds the standard deviation."""
-    mean = f"{statistics.fmean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+def over_seeds(runs: list[dict[str, float]], metrics: Iterable[str]) -> dict[str, results.Value]:
+    """Each metric over the runs of several seeds."""
+    return {name: results.spread([run[name] for run in runs]) for name in metrics}
 
 
 if __name__ == "__main__":

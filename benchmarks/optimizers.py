@@ -10,8 +10,9 @@ with their standard deviations over the seeds. Every run is the main job; one th
 import argparse
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
+from benchmarks import results
 from benchmarks.runs import starter_pair, train
 
 LOSSES = ("base_loss", "drafter_loss")
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least two")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one run")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run")
+    results.add_option(parser)
     options = parser.parse_args()
     pair = starter_pair(options.work_dir / "pair", timeout=options.timeout)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in options.names}
@@ -40,15 +42,17 @@ def main() -> None:
             overrides = (f"optim.name={name}", f"seed={seed}", f"max_steps={options.steps}", *options.set)
             run = train(options.work_dir / f"{name}_{seed}", pair, *overrides, timeout=options.timeout)
             found[name].append(last_losses(run, options.steps))
-    print(f"| optim.name | {' | '.join(f'{loss} | from {options.names[0]}' for loss in LOSSES)} |")
-    print("| --- |" + " --- | --- |" * len(LOSSES))
+    rows: list[dict[str, results.Value]] = []
     for name, runs in found.items():
-        cells = []
+        row: dict[str, results.Value] = {"optimizer": name}
         for loss in LOSSES:
-            values = [run[loss] for run in runs]
             gaps = [run[loss] - first[loss] for run, first in zip(runs, found[options.names[0]], strict=True)]
-            cells += [f"{mean(values):.4f} ± {stdev(values):.4f}", f"{mean(gaps):+.4f} ± {stdev(gaps):.4f}"]
-        print(f"| {name} | {' | '.join(cells)} |")
+            row[loss], row[f"{loss}_gap"] = results.spread([run[loss] for run in runs]), results.spread(gaps)
+        rows.append(row)
+    columns = {"optimizer": ("`optim.name`", "")}
+    for loss in LOSSES:
+        columns |= {loss: (loss, ".4f"), f"{loss}_gap": (f"from {options.names[0]}", "+.4f")}
+    results.finish(results.record("optimizers", columns, rows), options.results)
 
 
 if __name__ == "__main__":

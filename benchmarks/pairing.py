@@ -9,22 +9,28 @@ engines serve. Intervals are 95 % bootstrap intervals over all prompts and seeds
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 import transformers
 
+from benchmarks import results
 from benchmarks.runs import starter_pair, train
 from joint_train.evaluate.compare import load_run
 from joint_train.evaluate.decoding import decode
 from joint_train.evaluate.measure import interval
 from joint_train.evaluate.prompts import load_prompts
-from joint_train.evaluate.report import number
 
 PAIRINGS = ("serving", "same_token")
 VIEWS = {"transformers": False, "engine": True}
+COLUMNS = {
+    "pairing": ("pairing", ""),
+    "transformers": ("tokens per base forward, transformers", ".2f"),
+    "engine": ("as engines serve", ".2f"),
+    "val/base_loss": ("base loss", ".3f"),
+    "val/drafter_loss": ("drafter loss", ".3f"),
+}
 
 
 @torch.no_grad()
@@ -51,6 +57,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one run")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run")
+    results.add_option(parser)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
 
@@ -67,19 +74,17 @@ def main() -> None:
             found[pairing].append({"seed": seed, **last, **counts})
             lengths = {v: sum(s for s, _ in counts[v]) / sum(n for _, n in counts[v]) for v in VIEWS}
             print(f"{run.name}: {lengths} {last}", file=sys.stderr, flush=True)
-    (options.work_dir / "pairing.json").write_text(json.dumps(found, indent=1) + "\n")
 
-    print("| pairing | tokens per base forward, transformers | as engines serve | base loss | drafter loss |")
-    print("| --- | --- | --- | --- | --- |")
+    rows: list[dict[str, results.Value]] = []
     for pairing, runs in found.items():
-        cells = []
+        row: dict[str, results.Value] = {"pairing": pairing}
         for view in VIEWS:
-            rows = [row for run in runs for row in run[view]]
-            cells.append(number(interval(list(zip(*rows, strict=True)), lambda s, v: s / v, seed=0)))
+            counts = [count for run in runs for count in run[view]]
+            row[view] = interval(list(zip(*counts, strict=True)), lambda s, v: s / v, seed=0)
         for metric in ("val/base_loss", "val/drafter_loss"):
-            values = [run[metric] for run in runs]
-            cells.append(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-        print(f"| {pairing} | {' | '.join(cells)} |")
+            row[metric] = results.spread([run[metric] for run in runs])
+        rows.append(row)
+    results.finish(results.record("pairing", COLUMNS, rows, runs=found), options.results)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks import results
 from benchmarks.greedy import compared, greedy_texts, verifications
 from benchmarks.joint import functions, load_base
 from joint_train.command import start
@@ -26,13 +27,17 @@ from joint_train.evaluate.compare import curve, load_run
 from joint_train.evaluate.measure import interval
 from joint_train.evaluate.page import Section, Table, figure, html, plots_available
 from joint_train.evaluate.prompts import chat_prompt
-from joint_train.evaluate.report import number
 from joint_train.files import replace
 from joint_train.pair.model import JointModel
 from joint_train.starter import chats, write_jsonl
 
 NUM_STEPS = 4
 MAX_NEW_TOKENS = 64
+COLUMNS = {
+    "pair": ("on held-out code", ""),
+    "base_loss": ("base loss", ".3f"),
+    "tokens_per_forward": ("tokens per base forward", ".2f"),
+}
 CURVES = ("base_loss", "drafter_loss", "val/base_loss", "val/accepted_length_expected")
 
 
@@ -81,8 +86,10 @@ def report(out: Path, prompts: int) -> None:
     messages = [json.loads(line)["messages"] for line in lines]
     found = {name: measure(pair, messages, max_length=128) for name, pair in pairs.items()}
 
-    heads = ["on held-out code", "base loss", "tokens per base forward"]
-    rows = [[name, f"{of['base_loss']:.3f}", number(of["tokens_per_forward"])] for name, of in found.items()]
+    heads = [heading for heading, _ in COLUMNS.values()]
+    measured = [{"pair": name, **{key: of[key] for key in list(COLUMNS)[1:]}} for name, of in found.items()]
+    result = results.record("shift", COLUMNS, measured)
+    rows = [[results.cell(row[key], form) for key, (_, form) in COLUMNS.items()] for row in measured]
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     print()
     for row in (heads, *rows):
@@ -90,6 +97,7 @@ def report(out: Path, prompts: int) -> None:
 
     page = out / "report.html"
     replace(page, document(out, found, rows, messages))
+    replace(out / "shift.json", json.dumps(result, indent=1) + "\n")
     print(f"\nreport: {page}")
 
 

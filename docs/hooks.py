@@ -1,8 +1,17 @@
-"""What the pages take from the code: a page's line ``{{ configuration }}`` or ``{{ metrics }}`` becomes tables.
+"""What the pages take from the code and from measurements.
 
-mkdocs calls ``on_page_markdown`` for each page.
+A page's line ``{{ configuration }}`` or ``{{ metrics }}`` becomes tables, and ``{{ results NAME }}`` the table of
+``docs/results/NAME.json`` with the command that made it; names of columns behind NAME choose among them. mkdocs calls
+``on_page_markdown`` for each page.
 """
 
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import results
 from joint_train.config import choices, groups, keys
 from joint_train.metrics import METRICS
 
@@ -28,7 +37,19 @@ def metrics() -> str:
     return "\n".join(lines + [f"| `{name}` | {cell(meaning)} |" for name, meaning in METRICS.items()])
 
 
+def measured(name: str, columns: list[str]) -> str:
+    result = results.read(Path(name))
+    if unknown := set(columns) - set(result["columns"]):
+        raise ValueError(f"docs/results/{name}.json has no column {', '.join(sorted(unknown))}")
+    if columns:
+        result["columns"] = {column: result["columns"][column] for column in columns}
+    commit = result["versions"]["commit"][:7]
+    about = f"`{result['command']}` ({result['date']}, commit {commit}, {result['machine']})"
+    return f"{about}\n\n{results.table(result)}"
+
+
 def on_page_markdown(markdown: str, **_) -> str:
+    markdown = re.sub(r"^\{\{ results (\S+)(.*) \}\}$", lambda m: measured(m[1], m[2].split()), markdown, flags=re.M)
     for name, made in {"configuration": configuration, "metrics": metrics}.items():
         if f"{{{{ {name} }}}}" in markdown:
             markdown = markdown.replace(f"{{{{ {name} }}}}", made())

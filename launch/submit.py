@@ -19,6 +19,7 @@ import re
 import shlex
 import subprocess
 import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from joint_train import config
+from joint_train.command import EXPLAINED_ERROR
 from joint_train.config.values import mesh_sentence
 from joint_train.errors import JointTrainError
 
@@ -69,7 +71,7 @@ class Options:
 class Run:
     directory: str
     overrides: list[str]
-    cfg: Any
+    cfg: config.Config
 
 
 class SubmitError(JointTrainError):
@@ -159,12 +161,29 @@ def plan_runs(options: Options, overrides: list[str], multirun: bool) -> list[Ru
     return runs
 
 
+def check_text(options: Options, runs: list[Run]) -> None:
+    """Refuse control characters in whatever reaches the job script: a new line would end an #SBATCH line, and what
+    follows would run as shell.
+
+    Raises:
+        SubmitError: naming the option or override.
+    """
+    texts = {field.name: str(getattr(options, field.name)) for field in dataclasses.fields(Options)}
+    for run in runs:
+        texts |= {f"the override {text!r}": text for text in run.overrides} | {"output_dir": run.directory}
+    for name, text in texts.items():
+        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text):
+            raise SubmitError(f"{name} has a control character (such as a line's end) in it: {text!r}")
+
+
 def render(options: Options, runs: list[Run], output_dir: Path, multirun: bool) -> str:
     """The job script.
 
     Raises:
-        SubmitError: when the time limit leaves no time between the start and the warning of its end.
+        SubmitError: when the time limit leaves no time between the start and the warning of its end, or a text has a
+            control character in it.
     """
+    check_text(options, runs)
     grace = max(run.cfg.checkpoint.grace_seconds for run in runs)
     warning = grace + SIGNAL_MARGIN_SECONDS
     # Slurm looks at the limits every 30 s, and warns up to 60 s early rather than late.
@@ -235,7 +254,7 @@ def snapshot(runs: list[Run], output_dir: Path, script: str) -> Path:
     for run in runs:
         run_folder = Path(run.directory) / "slurm"
         run_folder.mkdir(parents=True, exist_ok=True)
-        (run_folder / "config.yaml").write_text(OmegaConf.to_yaml(run.cfg))
+        (run_folder / "config.yaml").write_text(config.to_yaml(run.cfg))
     return folder / "job.sh"
 
 
@@ -263,7 +282,7 @@ def main(arguments: list[str]) -> int:
         script = render(options, runs, output_dir, multirun)
     except SubmitError as error:
         print(f"refused, nothing was submitted: {error}", file=sys.stderr)
-        return 2
+        return EXPLAINED_ERROR
     if "--dry-run" in flags:
         print(script)
         return 0
@@ -272,10 +291,10 @@ def main(arguments: list[str]) -> int:
         result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, timeout=120)
     except FileNotFoundError:
         print(f"sbatch is not on this machine; the script is {path}", file=sys.stderr)
-        return 1
+        return EXPLAINED_ERROR
     if result.returncode:
         print(f"sbatch refused {path}: {result.stderr.strip()}", file=sys.stderr)
-        return 1
+        return EXPLAINED_ERROR
     job = result.stdout.strip().split(";")[0]
     log = output_dir / (f"*/slurm/{job}_*.log" if multirun else f"slurm/{job}.log")
     print(f"job {job}: {len(runs)} x {options.nodes} node(s) x {options.ranks} rank(s)")

@@ -17,8 +17,6 @@ from joint_train.checkpoint.search import verify_contents
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import CheckpointError
 
-DOCUMENTS = ("config.json", "state.json", "base/config.json", "drafter/config.json")
-
 
 class Loading:
     """A load of one checkpoint. Every method is collective.
@@ -44,21 +42,23 @@ class Loading:
             CheckpointError: if the models' sizes or vocabulary aren't the checkpoint's, naming the keys.
         """
         path, files = self.path, list(self.manifest.files)
+        if absent := [name for name in layout.REQUIRED if name not in files]:
+            raise layout.damaged(path, [f"its manifest doesn't name {name}" for name in absent])
         tensor_files = [name for name in files if name.endswith(".distcp")]
         if checksums:  # of the small files before anything is made of them
             verify_contents(path, self.manifest, [n for n in files if n not in tensor_files], self._ranks)
         documents = self._ranks.first(
             f"reading {path}",
-            lambda: {n: json.loads((path / n).read_bytes()) for n in (*DOCUMENTS, compat.FROZEN_BASE) if n in files},
+            lambda: {n: self._document(n) for n in (*layout.DOCUMENTS, compat.FROZEN_BASE) if n in files},
         )
         # One rank reads the description of all ranks' shards, 160 MB of it at 512 ranks, for everyone.
         read = self._ranks.first(f"reading {path}", lambda: {p: Reader(path / p).read_metadata() for p in layout.PARTS})
         readers = {part: Reader(path / part, metadata, checksums) for part, metadata in read.items()}
-        changed = compat.differences(documents["config.json"], config)
+        changed = compat.changed_settings(documents["config.json"], config)
         for key, (before, now) in changed.items():
             self._warn(f"the configuration changed since {path.name}: {key} was {before} and is now {now}")
         tensors = state.pair_tensors(model)
-        self._check_fit(model, tensors, readers, documents, changed)
+        self._check_fit(model, tensors, readers, documents, config, changed)
         self._say_rounded(tensors, readers)
         try:
             for part, of_part in tensors.items():
@@ -72,6 +72,17 @@ class Loading:
         if checksums:
             self._compare(readers, tensor_files)
         return documents["state.json"], self._load_random(config)
+
+    def _document(self, name: str) -> dict:
+        """A JSON file of the checkpoint.
+
+        Raises:
+            DamagedCheckpoint: if it can't be read.
+        """
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise layout.damaged(self.path, [f"{name} can't be read: {error}"]) from None
 
     def _compare(self, readers: dict[str, Reader], names: list[str]) -> None:
         """Checksums taken while loading against the manifest's; files that no rank has read whole are read again."""
@@ -90,9 +101,9 @@ class Loading:
             raise layout.damaged(self.path, sorted(problems))
         verify_contents(self.path, self.manifest, [name for name in names if name not in seen], self._ranks)
 
-    def _check_fit(self, model, tensors, readers, documents, changed) -> None:
-        """The model has to be the checkpoint's: same architecture, same tensors."""
-        problems = []
+    def _check_fit(self, model, tensors, readers, documents, config, changed) -> None:
+        """The model has to be the checkpoint's: same architecture, same tensors, adapters that count as much."""
+        problems = compat.adapter_differences(documents["config.json"], config)
         for part in ("base", "drafter"):
             now = model_config(getattr(model, part))
             problems += compat.fixed_differences(part, documents[f"{part}/config.json"], now)
@@ -100,7 +111,8 @@ class Loading:
             stored = readers[part].read_metadata().state_dict_metadata
             problems += compat.tensor_differences(part.partition("/")[0], stored, tensors[part])
         if problems:
-            keys = [key for key in changed if key.startswith(("model.", "lora."))] or ["model.base", "model.drafter"]
+            keys = [key for key in changed if key.startswith(("model.", "lora.")) and key != "lora.dropout"]
+            keys = keys or ["model.base", "model.drafter"]
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise CheckpointError(
                 f"{self.path} was saved from other models than {' and '.join(keys)} give now: "
@@ -140,10 +152,18 @@ class Loading:
     def _load_random(self, config: dict) -> dict:
         path, rank = self.path, self._ranks.rank
         if self.manifest.world_size == self._ranks.size:
-            states = self._ranks.all(
-                f"reading {path / 'random.pt'}", lambda: torch.load(path / "random.pt", weights_only=True)
-            )
-            return states[rank]
+            return self._ranks.all(f"reading {path / 'random.pt'}", self._random_states)[rank]
         self._warn(f"{path.name} is of {self.manifest.world_size} ranks, now {self._ranks.size}: new random states")
         state.derive_random_state(config.get("seed", 0), self.manifest.step, rank)
         return state.random_state()
+
+    def _random_states(self) -> list[dict]:
+        """Raises DamagedCheckpoint if the file doesn't hold a state for each rank of the save."""
+        try:
+            states = torch.load(self.path / "random.pt", weights_only=True)
+            if len(states) == self.manifest.world_size:
+                return states
+            problem = f"it holds {len(states)} states"
+        except Exception as error:  # of a file that isn't what was written
+            problem = f"{type(error).__name__}: {error}"
+        raise layout.damaged(self.path, [f"random.pt can't be read: {problem}"])

@@ -15,30 +15,32 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.serialization import _get_layout
 
-from joint_train.checkpoint.layout import hex_checksum, inside
-from joint_train.errors import CheckpointError
+from joint_train.checkpoint.layout import DamagedCheckpoint, hex_checksum, inside
+from joint_train.torch_private import pickled_in_checkpoints
 
 ALLOWED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): _get_layout,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    **pickled_in_checkpoints(),
     # A folder's own name in its metadata, of which nothing is made here.
     ("pathlib", "PosixPath"): pathlib.PurePosixPath,
     ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,
     ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
 }
-for name in ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex"):
-    ALLOWED["torch.distributed.checkpoint.metadata", name] = getattr(described, name)
-for name in ("StorageMeta", "_MEM_FORMAT_ENCODING"):
+for name in (
+    "Metadata",
+    "TensorStorageMetadata",
+    "TensorProperties",
+    "ChunkStorageMetadata",
+    "MetadataIndex",
+    "StorageMeta",
+):
     ALLOWED["torch.distributed.checkpoint.metadata", name] = getattr(described, name)
 
 
-class Unreadable(CheckpointError):
+class Unreadable(DamagedCheckpoint):
     """Reading tensors failed on some rank, and so on all of them."""
 
 
@@ -93,10 +95,13 @@ class Reader(dcp.FileSystemReader):
         return {name: hex_checksum(crc) for name, (end, crc) in self._read.items() if end == sizes.get(name)}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Raises CheckpointError if it holds anything but tensors, or a file outside the folder."""
+        """Raises DamagedCheckpoint if it can't be read, holds anything but tensors, or a file outside the folder."""
         if self._metadata is None:
-            with open(self.folder / ".metadata", "rb") as file:
-                self._metadata = self._checked(file)
+            try:
+                with open(self.folder / ".metadata", "rb") as file:
+                    self._metadata = self._checked(file)
+            except OSError as error:
+                raise DamagedCheckpoint(f"{self.folder / '.metadata'} can't be read: {error.strerror}") from None
         return self._metadata
 
     def _checked(self, file: Any) -> Metadata:
@@ -108,7 +113,7 @@ class Reader(dcp.FileSystemReader):
             if outside := [of.relative_path for of in metadata.storage_data.values() if not inside(of.relative_path)]:
                 raise ValueError(f"it names {outside[0]}, which is not in the folder")
         except Exception as error:  # a damaged pickle can raise anything
-            raise CheckpointError(f"{self.folder / '.metadata'} is refused: {error}") from None
+            raise DamagedCheckpoint(f"{self.folder / '.metadata'} is refused: {error}") from None
         return metadata
 
 

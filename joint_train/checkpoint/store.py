@@ -2,25 +2,29 @@
 
 A folder there has the name it has in ``output_dir``: ``URL/checkpoints/step_00000100``, ``URL/export``. Its manifest
 ``COMPLETE`` is removed first where one is replaced, and written last, when every other object has the manifest's size:
-nothing without it counts.
+nothing without it counts. ``URL/mirror.json`` says which run's it is, and which process of that run writes to it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import socket
+import re
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
-from omegaconf import DictConfig
 
 from joint_train.checkpoint import layout
 from joint_train.checkpoint.layout import IncompleteCheckpoint, Manifest
+from joint_train.config import CheckpointConfig
 from joint_train.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 2.0  # after the first failure, and twice as long after each further one
@@ -35,15 +39,57 @@ class Store:
     """
 
     def __init__(self, url: str):
-        self.url = url.rstrip("/")
-        local = self.url.startswith(("file:", "local:")) or "://" not in self.url
-        self._fs, root = url_to_fs(self.url, **({"auto_mkdir": True} if local else {}))
-        self._root = root.rstrip("/")
+        self._address = url.rstrip("/")
+        self.url = without_secrets(self._address)
 
-    def claim(self) -> None:
-        """Write ``mirror.json``, which says whose mirror this is: that storage can be written to is known at once."""
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        local = self._address.startswith(("file:", "local:")) or "://" not in self._address
+        try:
+            fs, root = url_to_fs(self._address, **({"auto_mkdir": True} if local else {}))
+        except Exception as error:  # some protocols connect here
+            raise CheckpointError(f"{self.url} can't be opened: {type(error).__name__}: {error}") from error
+        return fs, root.rstrip("/")
+
+    @property
+    def _fs(self) -> Any:
+        return self._opened[0]
+
+    @property
+    def _root(self) -> str:
+        return self._opened[1]
+
+    def owner(self) -> dict[str, Any]:
+        """What ``mirror.json`` says; nothing if there is none, or none that can be read."""
+        path = self._path("mirror.json")
+        try:
+            owner = json.loads(self._try("reading mirror.json", lambda: self._fs.cat_file(path), True))
+        except (FileNotFoundError, ValueError, RecursionError):
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+    def claim(self, owner: dict[str, Any]) -> None:
+        """Write ``mirror.json``: that storage can be written to is known at once."""
         self._try("writing mirror.json", lambda: self._fs.pipe_file(self._path("mirror.json"), to_json(owner)))
+
+    def put_file(self, name: str, file: Path) -> None:
+        """Copy a small file, as it is now, to ``name``; one that isn't there is left out."""
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            return
+        self._try(f"uploading {name}", lambda: self._fs.pipe_file(self._path(name), data))
+
+    def get_file(self, name: str, file: Path) -> bool:
+        """Copy a small file from ``name``; whether it is there."""
+        path = self._path(name)
+        try:
+            data = self._try(f"fetching {name}", lambda: self._fs.cat_file(path), True)
+        except FileNotFoundError:
+            return False
+        file.parent.mkdir(parents=True, exist_ok=True)
+        layout.write_file(file, data)
+        return True
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, newest first; of these only names and markers were looked at."""
@@ -106,13 +152,14 @@ class Store:
             for inner in {(temporary / file).parent for file in manifest.files}:
                 layout.fsync_folder(inner)
             layout.write_file(temporary / layout.MANIFEST, marker)
-            layout.publish(temporary, final)
+            for note in layout.publish(temporary, final):
+                log.warning(note)
         except BaseException:
             layout.remove(temporary)
             raise
         return final
 
-    def thin(self, newest: int, cfg: DictConfig) -> None:
+    def thin(self, newest: int, cfg: CheckpointConfig) -> None:
         """Remove what retention gives up: of the checkpoints up to ``newest``, which is complete, and of the parts of
         older ones whose upload never finished."""
         if cfg.keep_last == 0:
@@ -168,6 +215,8 @@ class Store:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return action()
+            except CheckpointError:
+                raise
             except Exception as error:
                 gone = isinstance(error, FileNotFoundError)
                 if gone and absent:
@@ -177,6 +226,11 @@ class Store:
                     raise CheckpointError(f"{what} in {self.url} failed, attempt {attempt}: {reason}") from error
                 time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
         raise AssertionError
+
+
+def without_secrets(url: str) -> str:
+    """A URL as it may be logged: without a password, or whatever else stands before the host."""
+    return re.sub(r"(?<=://)[^/@]*@", "…@", url)
 
 
 def checkpoint_name(step: int) -> str:

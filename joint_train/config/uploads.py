@@ -1,16 +1,20 @@
 """Where a run's checkpoints and exports are copied to: what can't work there is refused before the run."""
 
+from pathlib import Path
+
 from fsspec.registry import get_filesystem_class, known_implementations
 from fsspec.utils import get_protocol
-from omegaconf import DictConfig, OmegaConf
 
+from joint_train.config.schema import Config, ExportConfig
+from joint_train.config.typed import select
 from joint_train.errors import ConfigError
 
 
-def check_uploads(cfg: DictConfig) -> None:
+def check_uploads(cfg: Config) -> None:
     """Raises ConfigError for ``checkpoint.mirror``, ``resume`` and ``model.export.push_to_hub`` that can't work."""
     for name in ("checkpoint.mirror", "resume"):
-        _check_url(name, OmegaConf.select(cfg, name))
+        _check_url(name, select(cfg, name))
+    _check_apart(cfg.checkpoint.mirror, cfg.output_dir)
     if cfg.model.export.push_to_hub:
         _check_hub(cfg.model.export)
     uploads = cfg.checkpoint.mirror or cfg.model.export.push_to_hub
@@ -39,7 +43,16 @@ def _check_url(name: str, url: str | None) -> None:
         raise ConfigError(f"{name}={url}: {protocol}:// needs a package that isn't installed: {install}") from None
 
 
-def _check_hub(export: DictConfig) -> None:
+def _check_apart(mirror: str | None, output_dir: str) -> None:
+    """Refuse a mirror that lies in the run's own folder, on whose disk it is no second copy."""
+    if mirror is None or ("://" in mirror and not mirror.startswith(("file://", "local://"))):
+        return
+    folder, run = Path(mirror.partition("://")[2] or mirror).resolve(), Path(output_dir).resolve()
+    if folder == run or run in folder.parents:
+        raise ConfigError(f"checkpoint.mirror={mirror} lies in output_dir={output_dir}: set another folder or URL.")
+
+
+def _check_hub(export: ExportConfig) -> None:
     """Refuse a push to the hub that would fail at the end of the run."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError

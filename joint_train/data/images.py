@@ -20,6 +20,8 @@ from joint_train.errors import DataError
 
 FIELDS = ("image", "path", "url", "image_url", "bytes")
 MARKER = "<image>"
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 150_000_000  # 12,000 by 12,000 fit; decoding and resizing that takes 2 to 3 GB of a worker's memory
 # What stands for media in the texts of some formats, where it begins or ends a line: elsewhere it is what it says, as
 # in a question about HTML.
 MARKERS = re.compile(r"^[ \t]*<(image|audio|video)>|<(image|audio|video)>[ \t]*$", re.MULTILINE)
@@ -157,9 +159,17 @@ def pixels(reference: str | bytes, folder: str) -> dict[str, np.ndarray]:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(reference) if isinstance(reference, bytes) else reference) as image:
+        opened = io.BytesIO(reference) if isinstance(reference, bytes) else reference
+        with Image.open(opened, formats=IMAGE_FORMATS) as image:  # others run programs, or were never looked at
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(
+                    f"image {name_of(reference)} has {image.width} x {image.height} pixels, and at most "
+                    f"{MAX_PIXELS:,} are decoded: make it smaller"
+                )
             image = ImageOps.exif_transpose(image).convert("RGB")
         out = processor(images=[image], return_tensors="np")
+    except DataError:
+        raise
     except Exception as error:  # decoders raise errors of many kinds
         raise DataError(f"image {name_of(reference)} can't be read: {type(error).__name__}: {error}") from None
     return {key: np.asarray(value[0]) for key, value in out.items()}

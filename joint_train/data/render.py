@@ -1,15 +1,16 @@
 """Chat templates, rendered: for training, for the prompts of `regenerate` and of `evaluate`, by the same call.
 
-Templates come with models, and so from strangers. They run in jinja's sandbox, as transformers has it, and not longer
-than LIMIT_SECONDS.
+Templates come with models, and so from strangers. They run in jinja's sandbox, as transformers has it, not longer than
+LIMIT_SECONDS, and with no more than LIMIT_BYTES of further memory.
 """
 
 import os
 import re
+import resource
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,6 +23,8 @@ from joint_train.errors import DataError
 
 LIMIT_SECONDS = 10.0
 """Processor time for one rendering; the usual is less than a millisecond."""
+LIMIT_BYTES = 2**30
+"""Memory that one rendering may take beyond what the process has; the usual is a few copies of the text."""
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Span = tuple[int, int]
@@ -131,7 +134,13 @@ class Template:
             _handle_signals(os.getpid())
             signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT_SECONDS)
         try:
-            yield
+            with _limited_memory() if timed else nullcontext():
+                yield
+        except MemoryError:
+            raise DataError(
+                f"the chat template of {self.name!r} takes more than {LIMIT_BYTES // 2**20} MiB of memory for one "
+                "conversation"
+            ) from None
         except _TooLong:
             raise DataError(
                 f"the chat template of {self.name!r} takes more than {LIMIT_SECONDS:.0f} s: it may never end"
@@ -141,6 +150,24 @@ class Template:
         finally:
             if timed:
                 signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+@contextmanager
+def _limited_memory() -> Iterator[None]:
+    """Let this process's address space grow by LIMIT_BYTES at most, where the system tells how large it is."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (size + LIMIT_BYTES, soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _stop(*_: Any) -> None:

@@ -12,7 +12,6 @@ import logging
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils._triton import has_triton
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -20,6 +19,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from joint_train.errors import ConfigError
 from joint_train.pair.blocks import block_mask
+from joint_train.pair.recompute import keeping, kept
+from joint_train.torch_private import allow_graphs, has_triton
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def _tried(size: int, dtype: torch.dtype) -> bool:
 @functools.cache
 def compiled(backend: str = "inductor"):
     """FlexAttention's fused kernels. Past the limit of graphs it raises: what isn't compiled holds all the scores."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    allow_graphs(GRAPHS)
     return torch.compile(flex_attention, fullgraph=True, backend=backend)
 
 
@@ -210,10 +211,11 @@ def by_layer_type(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: FlexAttention for a ``BlockMask``, SDPA for a dense mask or none."""
     if not isinstance(attention_mask, BlockMask):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return keeping(sdpa_attention_forward)(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if dropout:
         raise ValueError(f"attention_dropout={dropout}: FlexAttention has none; set model.attn_implementation=sdpa.")
-    return flex(query, key, value, attention_mask, scaling, sliding_window).transpose(1, 2).contiguous(), None
+    out = kept(flex, query, key, value, attention_mask, scaling, sliding_window)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def flex_with_options(module: nn.Module, query: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
@@ -224,5 +226,6 @@ def flex_with_options(module: nn.Module, query: Tensor, *args, **kwargs) -> tupl
 
 
 AttentionInterface.register(BY_LAYER_TYPE, by_layer_type)
-AttentionInterface.register("flex_attention", flex_with_options)
+for name, function in (("sdpa", sdpa_attention_forward), ("flex_attention", flex_with_options)):
+    AttentionInterface.register(name, keeping(function))  # the same outside of what is recomputed selectively
 AttentionMaskInterface.register(BY_LAYER_TYPE, sdpa_mask)

@@ -9,7 +9,8 @@ inductor fuses them with what is around.
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -200,7 +201,7 @@ class _Rotate(torch.autograd.Function):
 def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Tensor:
     """transformers' function of this name; ``cos`` and ``sin`` have no gradient, and are of ``x``'s dtype."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    if torch.compiler.is_compiling() or cos.dtype != x.dtype:
+    if torch.compiler.is_compiling() or _as_transformers or cos.dtype != x.dtype:
         return _rotate(x, cos, sin)
     return _Rotate.apply(x, cos, sin)
 
@@ -208,6 +209,18 @@ def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int
 # In a model
 
 FORWARDS = {"RMSNorm": rms_norm, "TextMLP": mlp}
+_as_transformers = False
+
+
+@contextmanager
+def written_out() -> Iterator[None]:
+    """Inside of it :func:`fuse` does nothing and rotations are transformers' own: what another system runs."""
+    global _as_transformers
+    before, _as_transformers = _as_transformers, True
+    try:
+        yield
+    finally:
+        _as_transformers = before
 
 
 @functools.cache
@@ -227,6 +240,8 @@ def fuse(model: nn.Module) -> None:
 
     The rotation is a function of transformers' module, and so is replaced for every model of the process.
     """
+    if _as_transformers:
+        return
     for module in model.modules():
         activation = getattr(getattr(module, "config", None), "hidden_activation", "gelu_pytorch_tanh")
         if (fused := _fused_class(type(module))) is not None and activation == "gelu_pytorch_tanh":

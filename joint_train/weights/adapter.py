@@ -9,18 +9,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from joint_train.checkpoint import load_model
+from joint_train.config import Config
 from joint_train.distributed.lora import adapted, adapters, assign, gathered, inject, peft_config_of
 from joint_train.distributed.parallelize import DTYPES, text_model
 from joint_train.distributed.ranks import together
 from joint_train.errors import WeightsError
-from joint_train.weights.export import put_in_place, sync_file
+from joint_train.files import naming
+from joint_train.weights.export import sync_files
 from joint_train.weights.loading import frozen_base
+from joint_train.weights.placing import discard, place, staged
 
 FILE = "adapter_model.safetensors"
 
@@ -30,16 +32,19 @@ def key_of(name: str) -> str:
     return f"base_model.model.{name.replace('.default.', '.')}"
 
 
-def export_adapter(base: nn.Module, out: str | os.PathLike) -> None:
+def export_adapter(base: nn.Module, out: str | os.PathLike, in_place: bool = True) -> None:
     """Write the adapters of a base, in the dtype that they are trained in. Collective.
 
     The folder is written beside `out` and renamed when it is complete. Rank 0 holds all adapters for that.
+
+    Args:
+        in_place: False leaves the complete folder staged, for :func:`joint_train.weights.placing.place`.
 
     Raises:
         OSError: if the disk is full, …; on every rank alike.
     """
     out, first = Path(out), not dist.is_initialized() or dist.get_rank() == 0
-    partial = out.with_name(f".{out.name}.partial")
+    partial = staged(out)
     tensors = {}
     for name, parameter in adapters(base).items():
         whole = gathered(parameter)
@@ -56,11 +61,20 @@ def export_adapter(base: nn.Module, out: str | os.PathLike) -> None:
             config.save_pretrained(str(partial))
         finally:
             config.inference_mode = False
-        for file in partial.iterdir():
-            sync_file(file)
-        put_in_place(partial, out)
+        sync_files(partial)
 
-    together(lambda: write() if first else None)
+    def on_first() -> None:
+        with naming(out):
+            if first:
+                write()
+
+    try:
+        together(on_first)
+        if in_place:
+            place([out])
+    except BaseException:
+        discard([out])
+        raise
 
 
 @torch.no_grad()
@@ -79,7 +93,7 @@ def load_adapter(base: nn.Module, folder: str | os.PathLike) -> None:
         assign(parameter, found[key_of(name)])
 
 
-def fill_from_checkpoint(base: PreTrainedModel, cfg: DictConfig, checkpoint: Path, source: Path) -> None:
+def fill_from_checkpoint(base: PreTrainedModel, cfg: Config, checkpoint: Path, source: Path) -> None:
     """Give a base on the meta device the adapters of a run's checkpoint, filled, on the CPU.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -9,22 +10,34 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from joint_train import checkpoint
-from joint_train.config import Config
+from joint_train.config import (
+    ActivationCheckpointingConfig,
+    Config,
+    DrafterConfig,
+    FreezeConfig,
+    LossConfig,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    group_of,
+)
+from joint_train.distributed.agreement import agree
 from joint_train.distributed.lora import adapted, initialise, inject, peft_config_of
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
-from joint_train.distributed.ranks import Ranks
+from joint_train.distributed.ranks import Ranks, together
 from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights.adapter import export_adapter, load_adapter
-from joint_train.weights.export import export_model
+from joint_train.weights.export import export_model, sync_files
 from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
-from joint_train.weights.loading import build_meta, frozen_base, materialize
+from joint_train.weights.loading import build_meta, check_weights, fingerprints, frozen_base, materialize
+from joint_train.weights.placing import check as check_folder
+from joint_train.weights.placing import discard, place, staged
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +74,10 @@ class Gemma4WithDrafter(JointModel):
         peft_config: Any = None,
         device_mesh: DeviceMesh | None = None,
         moe_mesh: Any = None,
-        distributed_config: DictConfig | dict | None = None,
+        distributed_config: ParallelConfig | dict | None = None,
         pipeline_config: Any = None,
         distributed_setup: Any = None,
-        freeze_config: DictConfig | dict | None = None,
+        freeze_config: FreezeConfig | dict | None = None,
         cache_dir: str | None = None,
         revision: str | None = None,
         drafter_revision: str | None = None,
@@ -72,7 +85,7 @@ class Gemma4WithDrafter(JointModel):
         rope_position: str = "last_kv",
         base_grad_scale: float = 1.0,
         prompt_rows: bool | None = None,
-        loss: DictConfig | dict | None = None,
+        loss: LossConfig | dict | None = None,
         **kwargs: Any,
     ) -> Gemma4WithDrafter:
         """Load a base and its drafter, sharded over a mesh if there is one.
@@ -91,10 +104,11 @@ class Gemma4WithDrafter(JointModel):
             text_config: overrides of the base's text configuration.
             device_mesh: from :func:`joint_train.distributed.mesh.init_mesh`, shared by both; ``None``: whole, on the
                 CPU.
-            distributed_config: the ``parallel`` configuration group.
+            distributed_config: the ``parallel`` configuration group, or a dictionary of its keys.
             distributed_setup: an object with ``pp_size`` and ``cp_size`` (itself or its ``mesh_context``), which must
                 be 1; its ``device_mesh`` is used if no other is given.
-            freeze_config: the ``freeze`` configuration group, for the base; the drafter is trained whole.
+            freeze_config: the ``freeze`` configuration group, or a dictionary of its keys, for the base; the drafter is
+                trained whole.
             cache_dir, revision, drafter_revision: of the hub.
             use_sdpa_patching: ``None`` or ``False``: nothing is patched here.
             peft_config: a ``LoraConfig`` of the peft library: the base is frozen, and adapters on linear layers of its
@@ -143,38 +157,35 @@ class Gemma4WithDrafter(JointModel):
         if base_path is None or drafter_path is None:
             raise ValueError("from_pretrained needs base_path (or pretrained_model_name_or_path) and drafter_path.")
 
-        cfg = OmegaConf.structured(Config)
-        given = {
-            "model": {
-                "base": str(base_path),
-                "drafter": str(drafter_path),
-                "attn_implementation": attn_implementation,
-                "use_liger_kernel": use_liger_kernel,
-                "text_config": text_config,
-                "cache_dir": cache_dir,
-                "revision": revision,
-                "drafter_revision": drafter_revision,
-            },
-            "drafter": {
-                "num_steps": drafter_num_steps,
-                "pairing": pairing,
-                "rope_position": rope_position,
-                "base_grad_scale": base_grad_scale,
-                "prompt_rows": prompt_rows,
-                "loss_weight": drafter_loss_weight,
-                "share_embedding_with_base": share_embedding_with_base,
-            },
-            "freeze": {**(freeze_config or {}), "base": freeze_base_for_drafter},
-            "parallel": distributed_config or {},
-            "precision": {"params": None if torch_dtype is None else "bfloat16"},
-            "activation_checkpointing": {
-                "base": "full" if base_activation_checkpointing else "none",
-                "drafter": "full" if drafter_activation_checkpointing else "none",
-            },
-            "loss": loss or {},
-        }
-        for group, values in given.items():
-            OmegaConf.update(cfg, group, {name: value for name, value in values.items() if value is not None})
+        cfg = Config(
+            model=ModelConfig(
+                base=str(base_path),
+                drafter=str(drafter_path),
+                attn_implementation=attn_implementation or "auto",
+                use_liger_kernel=bool(use_liger_kernel),
+                text_config=text_config or {},
+                cache_dir=cache_dir,
+                revision=revision,
+                drafter_revision=drafter_revision,
+            ),
+            drafter=DrafterConfig(
+                num_steps=drafter_num_steps,
+                pairing=pairing,
+                rope_position=rope_position,
+                base_grad_scale=base_grad_scale,
+                prompt_rows=prompt_rows,
+                loss_weight=drafter_loss_weight,
+                share_embedding_with_base=share_embedding_with_base,
+            ),
+            freeze=dataclasses.replace(group_of(FreezeConfig, freeze_config), base=freeze_base_for_drafter),
+            parallel=group_of(ParallelConfig, distributed_config),
+            precision=PrecisionConfig(params="float32" if torch_dtype is None else "bfloat16"),
+            activation_checkpointing=ActivationCheckpointingConfig(
+                base="full" if base_activation_checkpointing else "none",
+                drafter="full" if drafter_activation_checkpointing else "none",
+            ),
+            loss=group_of(LossConfig, loss),
+        )
         return load_pair(
             cfg, device_mesh, device_mesh.device_type if device_mesh is not None else "cpu", kwargs, peft_config
         )
@@ -210,17 +221,23 @@ class Gemma4WithDrafter(JointModel):
                     "and load it from there."
                 )
         folder = Path(save_directory)
-        export_model(self.base, sources[0], folder / "base", max_shard_size, kv_shared_weights=kv_shared_weights)
-        export_model(
-            self.drafter, sources[1], folder / "drafter", max_shard_size,
-            num_assistant_tokens=self.drafter_num_steps,
-        )  # fmt: skip
-        if adapted(self.base):
-            export_adapter(self.base, folder / "adapter")
-        if tokenizer is not None and not (dist.is_initialized() and dist.get_rank()):
-            for part in ("base", "drafter"):
-                if not (folder / part / "tokenizer_config.json").exists():
-                    tokenizer.save_pretrained(folder / part)
+        parts = ["base", "drafter", *(["adapter"] if adapted(self.base) else [])]
+        outs = [folder / part for part in parts]
+        try:
+            export_model(
+                self.base, sources[0], outs[0], max_shard_size, kv_shared_weights=kv_shared_weights, in_place=False
+            )
+            export_model(
+                self.drafter, sources[1], outs[1], max_shard_size, num_assistant_tokens=self.drafter_num_steps,
+                in_place=False,
+            )  # fmt: skip
+            for out in outs[2:]:
+                export_adapter(self.base, out, in_place=False)
+            together(lambda: _add_tokenizer(tokenizer, outs[:2]))
+            place(outs)
+        except BaseException:
+            discard(outs)
+            raise
 
     def load_pretrained(self, load_directory: str | os.PathLike, checkpointer: Any = None, **kwargs: Any) -> None:
         """Read weights into this pair, from what :meth:`save_pretrained` wrote or from a run's checkpoint.
@@ -238,6 +255,8 @@ class Gemma4WithDrafter(JointModel):
             checkpoint.load_model(folder, self.base, "base", frozen=self.frozen_base)
             checkpoint.load_model(folder, self.drafter, "drafter")
         elif all((folder / part / "config.json").is_file() for part in ("base", "drafter")):
+            for part in ("base", "drafter"):
+                check_folder(folder / part)
             lora = bool(adapted(self.base))
             if lora:
                 if not (folder / "adapter").is_dir():
@@ -252,8 +271,18 @@ class Gemma4WithDrafter(JointModel):
             )
 
 
+def _add_tokenizer(tokenizer: PreTrainedTokenizerBase | None, outs: list[Path]) -> None:
+    """Save a tokenizer, on rank 0, into the staged folders that have none."""
+    if tokenizer is None or (dist.is_initialized() and dist.get_rank()):
+        return
+    for out in outs:
+        if not (staged(out) / "tokenizer_config.json").exists():
+            tokenizer.save_pretrained(staged(out))
+            sync_files(staged(out))
+
+
 def load_pair(
-    cfg: DictConfig,
+    cfg: Config,
     mesh: DeviceMesh | None,
     device: torch.device | str,
     hub: dict[str, Any] | None = None,
@@ -272,8 +301,7 @@ def load_pair(
     m = cfg.model
     base_dir = resolve(m.base, m.revision, m.cache_dir, hub)
     drafter_dir = resolve(m.drafter, m.drafter_revision, m.cache_dir, hub)
-    text_config = OmegaConf.to_container(m.text_config, resolve=True)
-    configs = read_configs(base_dir, drafter_dir, text_config=text_config)
+    configs = read_configs(base_dir, drafter_dir, text_config=m.text_config)
     device = torch.device(device)
     model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params], device.type, peft_config)
     text = model.base.config.get_text_config()
@@ -283,6 +311,13 @@ def load_pair(
     model.sources = (base_dir, drafter_dir)
     if mesh is not None:
         parallelize(model, mesh, cfg)
+    ranks = Ranks(cfg.parallel.timeout_seconds) if mesh is not None else None
+    for part, folder in (("base", base_dir), ("drafter", drafter_dir)):
+        if ranks is not None:
+            files = ranks.all(f"reading {folder}", lambda of=folder: fingerprints(of))
+            mine = {f"{part}/{name}": fingerprint for name, fingerprint in files.items()}
+            agree(ranks, "weights", mine, {f"{part}/{name}": str(folder / name) for name in files})
+        check_weights(folder, ranks)
     shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
     materialize(model.base, base_dir, device, shard_device)
     materialize(model.drafter, drafter_dir, device, shard_device)
@@ -298,7 +333,7 @@ def load_pair(
 
 
 def meta_pair(
-    cfg: DictConfig,
+    cfg: Config,
     base_config: PreTrainedConfig,
     drafter_config: PreTrainedConfig,
     dtype: torch.dtype,

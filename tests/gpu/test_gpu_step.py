@@ -84,7 +84,7 @@ def test_every_attention_is_the_references(folder, on_cpu, attention, packed, co
 
 
 def test_compiled_layers_are_the_references(folder, on_cpu):
-    """With what is recomputed, as by default; tests/test_compile.py has the other choices."""
+    """With what is recomputed, as by default; tests/pair/test_compile.py has the other choices."""
     torch.compiler.reset()
     cfg = configure(folder, precision__compute="float32", parallel__compile=True)
     assert_equal(step(cfg, DEVICE), on_cpu("small"), FLOAT32)

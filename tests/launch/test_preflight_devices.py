@@ -21,6 +21,9 @@ class NCCL:
         self.cuda, self.local = cuda, threading.local()
         self.meeting, self.devices, self.bound = threading.Barrier(RANKS), {}, {}
 
+    def is_initialized(self) -> bool:
+        return False
+
     def init_process_group(self, backend: str, rank: int, world_size: int, device_id=None, **_) -> None:
         self.local.rank, self.bound[rank] = rank, (backend, device_id, self.cuda.current_device())
 
