@@ -187,11 +187,13 @@ class LossConfig:
     )
     round_weights: Any = key(None, "w_k: a list of num_steps numbers, or {decay: b} for b**k; 1 each by default")
     centroid_weight: float = key(0.1, "weight of the routing loss of ordered embeddings; 0 freezes the centroids")
-    compile: bool = key(False, "torch.compile what is computed of the logits into few kernels")
+    compile: Any = key(
+        "auto", "torch.compile what is computed of the logits into few kernels; auto: on a GPU that has Triton"
+    )
     memory_budget_mb: int | None = key(
         None,
         "logits and their gradients that are alive at once, on a rank; by default 384 on CPU and on GPU an eighth of "
-        "what is free, from 1024 to 4096",
+        "what the plan leaves free, from 1024 to 4096",
     )
 
 

@@ -136,6 +136,7 @@ class JointModel(nn.Module):
         self.base_grad_scale = float(base_grad_scale)
         self.prompt_rows = prompt_rows
         self._token_centroid: tuple[int, Tensor] | None = None  # and the version of the ordering that it is made of
+        self.loss_budget_mb: int | None = None  # of a run, where one is decided for all of it
         self.loss = loss if loss is not None else LossConfig()
         check_pair(base.config, drafter.config)
 
@@ -367,6 +368,7 @@ class JointModel(nn.Module):
                 groups=groups,
                 num_groups=num_groups,
                 tied=tied,
+                budget_mb=self.loss_budget_mb,
             )
         if return_logits:
             outputs["drafter_logits"] = [drafter.lm_head(h) for h in rounds]

@@ -27,8 +27,9 @@ from joint_train.distributed.ranks import Ranks
 from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.pair.attention import check_backward
+from joint_train.pair.loss import run_budget_mb
 from joint_train.pair.stats import JointStats
-from joint_train.pair.targets import JointTargets, joint_targets
+from joint_train.pair.targets import JointTargets, joint_targets, send
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.advice import (
     generation_prompts,
@@ -108,6 +109,8 @@ class Trainer:
         if found:
             say_resumed(cfg, path, self.step, self.max_steps, saved.get("max_steps"))
         self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None, self.max_steps)
+        if self.device.type == "cuda":
+            self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
@@ -229,7 +232,7 @@ class Trainer:
         micro_batches = [self.prepare(batch, self.loader.source_names) for batch in loaded]
 
         # All the counts are known before the first forward, so each loss is its share of the mean over the whole step.
-        counts = torch.stack([counts for _, _, counts in micro_batches]).sum(0).to(self.device, non_blocking=True)
+        counts = send(torch.stack([counts for _, _, counts in micro_batches]).sum(0), self.device)
         dist.all_reduce(counts)
         weights = self.model.loss_weights(counts[:-1])
 
@@ -292,11 +295,11 @@ class Trainer:
             del inputs["document_ids"]  # one document a row, padded on the right: no mask is needed
         if len(sources) > 1:
             inputs["groups"] = batch["source"].flatten()[targets.rows + 1]
-        sent: dict[str, Any] = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
+        sent: dict[str, Any] = {name: send(x, self.device) for name, x in inputs.items()}
         sent["num_groups"] = len(sources)
         sent |= parallelize.look_up(self.model, batch["input_ids"], self.device)
         counts = torch.cat([targets.counts, (documents > 0).sum()[None]])
-        return sent, targets.to(self.device, non_blocking=True), counts
+        return sent, targets.to(self.device), counts
 
     @torch.no_grad()
     def evaluate(self, generate: bool, progress: Callable[[], None] | None = None) -> dict[str, float]:

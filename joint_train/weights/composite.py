@@ -31,7 +31,7 @@ from joint_train.distributed.lora import adapted, initialise, inject, peft_confi
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
 from joint_train.distributed.ranks import Ranks, together
-from joint_train.pair.attention import implementation, kernels
+from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights.adapter import export_adapter, load_adapter
 from joint_train.weights.export import export_model, sync_files
@@ -309,7 +309,9 @@ def load_pair(
     device = torch.device(device)
     model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params], device.type, peft_config)
     text = model.base.config.get_text_config()
-    log.info("attention: %s", kernels(text, compute_dtype(cfg.precision, device.type), device.type))
+    compute = compute_dtype(cfg.precision, device.type)
+    check_flex(text, compute, device.type)
+    log.info("attention: %s", kernels(text, compute, device.type))
     model.sources = (base_dir, drafter_dir)
     if mesh is not None:
         parallelize(model, mesh, cfg)
