@@ -16,7 +16,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	grep -v '^torch==' constraints.txt >$(VENV)/constraints.txt
+	grep -v -E '^(torch|triton)==' constraints.txt >$(VENV)/constraints.txt
 	$(BIN)/python -m pip $(PIP) -e '.[test]' $(PINNED)
 	touch $@
 
@@ -31,7 +31,7 @@ train: install
 
 # The linters read the code as it is with the pinned torch.
 test: install $(if $(TORCH),,lint)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=20
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

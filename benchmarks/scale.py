@@ -32,17 +32,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from joint_train import config
-from joint_train.config import DIMENSIONS, Config, mesh_shape
+from joint_train.config import DIMENSIONS, Config, mesh_shape, with_overrides
 from joint_train.distributed import parallelize
 from joint_train.distributed.rows import even_lookup
 from joint_train.pair import attention as attention_module
 from joint_train.pair import heads
+from joint_train.pair.recompute import HostCopies
 from joint_train.pair.targets import joint_targets
 from joint_train.plan import meter
 from joint_train.plan.planner import GIB, Machine, make_plan, read
 from joint_train.train.optim import build_optimizer, update
 from joint_train.weights.composite import meta_pair
 
+UNCOUNTED = mock.Mock(layer_type="full_attention")  # a meter
 AS_ON_A_GPU = ["precision.compute=bfloat16", "loss.memory_budget_mb=1024", "data.train=[{path: unused}]"]
 
 
@@ -54,13 +56,23 @@ class Memory(TorchDispatchMode):
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
         self._alive: dict[int, weakref.ref] = {}
+        self._elsewhere = False
+
+    @contextlib.contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What is made inside is in another memory."""
+        self._elsewhere = True
+        try:
+            yield
+        finally:
+            self._elsewhere = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, FakeTensor):
+            if isinstance(tensor, FakeTensor) and not self._elsewhere:
                 self.see(tensor.untyped_storage())
         return out
 
@@ -130,10 +142,17 @@ def played(memory: Memory, traffic: Traffic) -> Iterator[None]:
     def attention(query, key, value, attn_mask=None, **_):
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
-        return meter._Attention.apply(query, key, value, attn_mask, mock.Mock(count=lambda *_, **__: None))
+        return meter._Attention.apply(query, key, value, attn_mask, UNCOUNTED)
 
     def flex(query, key, value, mask, scaling, window):
         return attention(query, key, value)
+
+    def rms_norm(input, normalized_shape, weight=None, eps=None):
+        return meter._RMSNorm.apply(input, weight, UNCOUNTED)
+
+    def to_host(copies, tensor):
+        with memory.elsewhere():
+            return torch.empty_like(tensor)
 
     def gather(output, input, group=None, async_op=False):
         traffic.log("all-gather", output)
@@ -152,6 +171,8 @@ def played(memory: Memory, traffic: Traffic) -> Iterator[None]:
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
         mock.patch.object(nn.functional, "scaled_dot_product_attention", attention),
         mock.patch.object(attention_module, "flex", flex),
+        mock.patch.object(nn.functional, "rms_norm", rms_norm),
+        mock.patch.object(HostCopies, "to_host", to_host),
         mock.patch.object(heads, "_matmul", plain_matmul),
         mock.patch.object(heads, "_add_matmul", lambda total, a, b, beta: None),
         mock.patch.object(dist, "all_gather_single", gather),
@@ -170,6 +191,8 @@ def played(memory: Memory, traffic: Traffic) -> Iterator[None]:
 
 def measure(cfg: Config, ranks: int) -> dict[str, float]:
     """One step of a run on rank 0 of so many ranks. Once in a process: it makes the process group."""
+    plan = make_plan(cfg, Machine(gpus=ranks))
+    cfg = with_overrides(cfg, plan.chosen)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     shape = mesh_shape(cfg.parallel, ranks, 8)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS)
@@ -216,8 +239,8 @@ def measure(cfg: Config, ranks: int) -> dict[str, float]:
         "all-gather": 2 * compute * sum(p.numel() for p in gathered) * cfg.optim.grad_accum,
         "reduce-scatter": reduce * sum(p.numel() for p in gathered if p.requires_grad) * cfg.optim.grad_accum,
     }
-    plan = make_plan(cfg, Machine(gpus=ranks))
     return {
+        "recomputed": {part: getattr(cfg.activation_checkpointing, part) for part in ("base", "drafter", "offload")},
         "ranks": ranks,
         "mesh": f"{shape[1]} x {shape[2]}",
         "peak": memory.peak,

@@ -27,3 +27,7 @@ class CheckpointError(JointTrainError, RuntimeError):
 
 class TooManyBadSteps(JointTrainError, RuntimeError):
     """The run is ended: its gradients stay without a finite norm."""
+
+
+class WriteError(JointTrainError, OSError):
+    """A file can't be written. The message names it, the reason and what to do."""

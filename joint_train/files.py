@@ -1,19 +1,65 @@
 """Small files, written whole or not at all; and the version of the code that writes them."""
 
+import errno
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from joint_train.errors import WriteError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def naming(path: Path, setting: str | None = None) -> Iterator[None]:
+    """What can't be written to, or below, a path is an error that names it.
+
+    Args:
+        setting: the key of the configuration that another folder is set with.
+
+    Raises:
+        WriteError: for an OSError.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        if error.errno is None:  # not the system's: a wait that took too long
+            raise
+        other = f"set {setting} to another folder" if setting else "use another folder"
+        if error.errno in FULL:
+            advice = f". Free space there, or {other}"
+        elif error.errno in REFUSED:
+            advice = f". Make it writable for this user, or {other}"
+        else:
+            advice = ""
+        named = WriteError(f"{error.filename or path} can't be written: {error.strerror or error}{advice}")
+        named.errno = error.errno
+        raise named from error
+
 
 def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all, also through a crash of the machine."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a file whole or not at all, also through a crash of the machine.
+
+    Raises:
+        WriteError: naming the file, what was wrong and what to do.
+    """
+    temporary = path.with_name(f".{path.name}.partial")  # a killed process leaves one, which the next one replaces
+    with naming(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def code_version() -> dict[str, str]:

@@ -11,7 +11,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # public in practice: torch's own docs
 
 TRIED = ("2.11", "2.13")
@@ -36,6 +37,8 @@ PRIVATE = {
     "torch._dynamo.config.recompile_limit": "parallel.compile=true and FlexAttention stop at too few graphs",
     "torch.utils._triton.has_triton": "model.attn_implementation=auto can't choose FlexAttention",
     "torch._C._current_graph_task_id": "joint_train.plan can't tell what activation checkpointing repeats",
+    "torch._C._current_autograd_node": "joint_train.plan can't tell which part of a step a backward belongs to",
+    "torch._C._autograd._get_sequence_nr": "joint_train.plan can't tell which part of a step a backward belongs to",
     "torch.cuda.memory._record_memory_history": "profile.steps takes no memory snapshot",
     "torch.cuda.memory._dump_snapshot": "profile.steps takes no memory snapshot",
 }
@@ -74,7 +77,7 @@ def set_group_timeout(group: Any, timeout: timedelta) -> None:
     find("torch.distributed.distributed_c10d._set_pg_timeout")(timeout, group)
 
 
-def initialise_fsdp(root: nn.Module) -> None:
+def initialise_fsdp(root: FSDPModule) -> None:
     """What FSDP2 otherwise does in a root's first forward."""
     find("torch.distributed.fsdp.FSDPModule._get_fsdp_state")(root)._lazy_init()
 
@@ -120,6 +123,17 @@ def has_triton() -> bool:
 def in_backward() -> bool:
     """Whether autograd is running a backward in this thread."""
     return find("torch._C._current_graph_task_id")() != -1
+
+
+def sequence_number() -> int:
+    """What autograd numbers the next operation of this thread with."""
+    return find("torch._C._autograd._get_sequence_nr")()
+
+
+def number_in_backward() -> int | None:
+    """The number of the operation whose backward runs in this thread."""
+    node = find("torch._C._current_autograd_node")()
+    return None if node is None else node._sequence_nr()
 
 
 def record_memory(max_entries: int | None) -> None:

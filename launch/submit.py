@@ -19,9 +19,10 @@ import re
 import shlex
 import subprocess
 import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -94,7 +95,8 @@ def parse_options(arguments: list[str]) -> Options:
     try:
         # Split at the first "=" only, and taken as text: OmegaConf's own parser would read 1:30:00 as a number.
         values = dict(argument.split("=", 1) for argument in arguments)
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.create(values)))
+        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.create(values))
+        options = cast(Options, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise SubmitError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     if options.nodes < 1 or options.gpus_per_node < 0 or options.max_restarts < 0:
@@ -160,12 +162,29 @@ def plan_runs(options: Options, overrides: list[str], multirun: bool) -> list[Ru
     return runs
 
 
+def check_text(options: Options, runs: list[Run]) -> None:
+    """Refuse control characters in whatever reaches the job script: a new line would end an #SBATCH line, and what
+    follows would run as shell.
+
+    Raises:
+        SubmitError: naming the option or override.
+    """
+    texts = {field.name: str(getattr(options, field.name)) for field in dataclasses.fields(Options)}
+    for run in runs:
+        texts |= {f"the override {text!r}": text for text in run.overrides} | {"output_dir": run.directory}
+    for name, text in texts.items():
+        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text):
+            raise SubmitError(f"{name} has a control character (such as a line's end) in it: {text!r}")
+
+
 def render(options: Options, runs: list[Run], output_dir: Path, multirun: bool) -> str:
     """The job script.
 
     Raises:
-        SubmitError: when the time limit leaves no time between the start and the warning of its end.
+        SubmitError: when the time limit leaves no time between the start and the warning of its end, or a text has a
+            control character in it.
     """
+    check_text(options, runs)
     grace = max(run.cfg.checkpoint.grace_seconds for run in runs)
     warning = grace + SIGNAL_MARGIN_SECONDS
     # Slurm looks at the limits every 30 s, and warns up to 60 s early rather than late.

@@ -12,7 +12,7 @@
 A checkpoint is written under ``step_00000100.tmp-<unique>``. Once every rank's files are on disk its manifest is
 written there, and one rename gives it its name: nothing without a whole manifest ever has a checkpoint's name. A run
 killed between manifest and rename loses nothing, the next one finishes the rename (:func:`recover`). Two more suffixes
-exist: ``.trash-`` (being removed) and ``.damaged-`` (set aside because its step was saved anew; never removed here).
+exist: ``.trash-`` (being removed) and ``.damaged-`` (set aside because it isn't usable; never removed here).
 """
 
 import errno
@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -30,9 +31,11 @@ from joint_train.errors import CheckpointError
 LAYOUT = 1
 MANIFEST = "COMPLETE"
 PARTS = ("base/model", "drafter/model", "optimizer")
+DOCUMENTS = ("config.json", "state.json", "base/config.json", "drafter/config.json")
+REQUIRED = (*DOCUMENTS, "random.pt", *(f"{part}/.metadata" for part in PARTS))
 
-_STEP = re.compile(r"step_(\d{8,})")
-_LEFTOVER = re.compile(r"step_(\d{8,})\.(tmp|trash)-\w+")
+_STEP = re.compile(r"step_([0-9]{8,})")
+_LEFTOVER = re.compile(r"step_([0-9]{8,})\.(tmp|trash)-\w+")
 
 
 class IncompleteCheckpoint(CheckpointError):
@@ -89,16 +92,23 @@ def list_steps(checkpoints: Path) -> list[Path]:
     """Folders with a checkpoint's name, newest first, complete or not."""
     if not checkpoints.is_dir():
         return []
-    return sorted((path for path in checkpoints.iterdir() if step_of(path) is not None), key=step_of, reverse=True)
+    steps = {path: step for path in checkpoints.iterdir() if (step := step_of(path)) is not None}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises IncompleteCheckpoint, DamagedCheckpoint (the manifest itself) or NewerLayout."""
     path = folder / MANIFEST
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+            raise DamagedCheckpoint(f"{path} is damaged: it isn't a file")
         raw = path.read_bytes()
     except FileNotFoundError:
         raise IncompleteCheckpoint(f"{folder} is incomplete: it has no {MANIFEST}, its save never finished") from None
+    except NotADirectoryError:
+        raise IncompleteCheckpoint(f"{folder} is incomplete: it is a file, not a checkpoint's folder") from None
+    except OSError as error:  # a loop of links, a folder of that name, a disk that fails
+        raise DamagedCheckpoint(f"{path} is damaged: it can't be read: {error.strerror}") from None
     return parse_manifest(raw, folder)
 
 
@@ -111,15 +121,22 @@ def parse_manifest(raw: bytes, folder: Path | str) -> Manifest:
     try:
         body = json.loads(raw)
         layout, checksum = body["layout"], body.pop("checksum")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path} is damaged: not a manifest ({error})") from None
-    if checksum != _json_checksum(body):
-        raise DamagedCheckpoint(f"{path} is damaged: its checksum doesn't match its contents")
-    if layout > LAYOUT:
-        raise NewerLayout(f"{folder} has layout {layout}, this joint-train reads up to {LAYOUT}: use the newer version")
-    if outside := [name for name in body.get("files", {}) if not inside(name)]:
-        raise DamagedCheckpoint(f"{path} is refused: it names {outside[0]}, which is not in the folder")
-    return Manifest(**body)
+        if checksum != _json_checksum(body):
+            raise DamagedCheckpoint(f"{path} is damaged: its checksum doesn't match its contents")
+        if layout > LAYOUT:
+            raise NewerLayout(
+                f"{folder} has layout {layout}, this joint-train reads up to {LAYOUT}: use the newer version"
+            )
+        if outside := [name for name in body.get("files", {}) if not inside(name)]:
+            raise DamagedCheckpoint(f"{path} is refused: it names {outside[0]}, which is not in the folder")
+        manifest = Manifest(**body)
+        manifest.files = {name: [int(size), str(checksum)] for name, (size, checksum) in manifest.files.items()}
+        manifest.step, manifest.world_size = int(manifest.step), int(manifest.world_size)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what is not a manifest can fail in any way, by nesting that is too deep for one
+        raise DamagedCheckpoint(f"{path} is damaged: not a manifest ({type(error).__name__}: {error})") from None
+    return manifest
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> list[str]:
@@ -130,6 +147,9 @@ def check_sizes(folder: Path, manifest: Manifest) -> list[str]:
             found = (folder / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{name} is missing")
+            continue
+        except OSError as error:
+            problems.append(f"{name} can't be read: {error.strerror}")
             continue
         if found != size:
             problems.append(f"{name} has {found} bytes instead of {size}")
@@ -260,27 +280,49 @@ def recover(checkpoints: Path) -> list[str]:
     """Finish what a killed run left half done; says what it did. Only for the holder of the run's lock.
 
     A temporary folder with a manifest was written to the last byte: it gets its name. One without, and trash, is
-    removed: the lock shows that the process which would have finished it is gone.
+    removed: the lock shows that the process which would have finished it is gone. One whose manifest or files are not
+    what was written is set aside. What can't be removed or renamed is named, and left.
     """
     done = []
     for folder in sorted(checkpoints.iterdir()):
         match = _LEFTOVER.fullmatch(folder.name)
         if not match:
             continue
-        if match[2] == "tmp" and (folder / MANIFEST).exists():
-            manifest = verify(folder, contents=False)
-            done += publish(folder, checkpoints / folder_name(manifest.step))
-            done.append(f"finished saving {folder_name(manifest.step)}")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            done.append(f"removed {folder.name}, left by a killed run")
+        try:
+            done += _finish(folder) if match[2] == "tmp" else _discard(folder)
+        except OSError as error:
+            done.append(f"{folder.name}, left by a killed run, could not be finished or removed: {error}")
     return done
+
+
+def _finish(folder: Path) -> list[str]:
+    """Give a killed save's folder its name if it is whole."""
+    try:
+        manifest = verify(folder, contents=False)
+    except IncompleteCheckpoint:
+        return _discard(folder)
+    except DamagedCheckpoint as error:
+        leftover = _LEFTOVER.fullmatch(folder.name)
+        assert leftover is not None, "it is called for these names"
+        aside = _with_suffix(folder.with_name(folder_name(int(leftover[1]))), "damaged")
+        folder.rename(aside)
+        return [f"{error}. A killed run left it; it is set aside as {aside.name}"]
+    notes = publish(folder, folder.with_name(folder_name(manifest.step)))
+    return [*notes, f"finished saving {folder_name(manifest.step)}"]
+
+
+def _discard(folder: Path) -> list[str]:
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink()
+    return [f"removed {folder.name}, left by a killed run"]
 
 
 def publish(folder: Path, final: Path) -> list[str]:
     """Give a finished temporary folder its name. What had the name (never a good one) is set aside and named."""
     notes = []
-    if final.exists():
+    if os.path.lexists(final):
         aside = _with_suffix(final, "damaged")
         final.rename(aside)
         notes.append(f"{final.name} was there already and isn't usable: set aside as {aside.name}")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from joint_train.checkpoint import compat, layout, state
 from joint_train.checkpoint.contents import model_config, some
@@ -16,8 +15,7 @@ from joint_train.checkpoint.reader import Reader, Unreadable
 from joint_train.checkpoint.search import verify_contents
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import CheckpointError
-
-DOCUMENTS = ("config.json", "state.json", "base/config.json", "drafter/config.json")
+from joint_train.pair.model import JointModel
 
 
 class Loading:
@@ -34,7 +32,7 @@ class Loading:
         self.path, self.manifest, self._ranks, self._warn = path, manifest, ranks, warn
 
     def run(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any], checksums: bool
+        self, model: JointModel, optimizer: torch.optim.Optimizer | None, config: dict[str, Any], checksums: bool
     ) -> tuple[dict, dict]:
         """Load everything, in place; (the ``state`` of the save, this rank's random state).
 
@@ -44,12 +42,14 @@ class Loading:
             CheckpointError: if the models' sizes or vocabulary aren't the checkpoint's, naming the keys.
         """
         path, files = self.path, list(self.manifest.files)
+        if absent := [name for name in layout.REQUIRED if name not in files]:
+            raise layout.damaged(path, [f"its manifest doesn't name {name}" for name in absent])
         tensor_files = [name for name in files if name.endswith(".distcp")]
         if checksums:  # of the small files before anything is made of them
             verify_contents(path, self.manifest, [n for n in files if n not in tensor_files], self._ranks)
         documents = self._ranks.first(
             f"reading {path}",
-            lambda: {n: json.loads((path / n).read_bytes()) for n in (*DOCUMENTS, compat.FROZEN_BASE) if n in files},
+            lambda: {n: self._document(n) for n in (*layout.DOCUMENTS, compat.FROZEN_BASE) if n in files},
         )
         # One rank reads the description of all ranks' shards, 160 MB of it at 512 ranks, for everyone.
         read = self._ranks.first(f"reading {path}", lambda: {p: Reader(path / p).read_metadata() for p in layout.PARTS})
@@ -72,6 +72,17 @@ class Loading:
         if checksums:
             self._compare(readers, tensor_files)
         return documents["state.json"], self._load_random(config)
+
+    def _document(self, name: str) -> dict:
+        """A JSON file of the checkpoint.
+
+        Raises:
+            DamagedCheckpoint: if it can't be read.
+        """
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise layout.damaged(self.path, [f"{name} can't be read: {error}"]) from None
 
     def _compare(self, readers: dict[str, Reader], names: list[str]) -> None:
         """Checksums taken while loading against the manifest's; files that no rank has read whole are read again."""
@@ -114,7 +125,7 @@ class Loading:
     def _say_rounded(self, tensors: dict[str, dict[str, torch.Tensor]], readers: dict[str, Reader]) -> None:
         """Weights that are frozen now, and kept in the dtype of compute, may have been trained in a finer one."""
         for part, of_part in tensors.items():
-            stored = readers[part].read_metadata().state_dict_metadata
+            stored = readers[part].tensors()
             rounded: dict[str, list[str]] = {}
             for name, tensor in of_part.items():
                 before = stored[name].properties.dtype
@@ -124,8 +135,8 @@ class Loading:
             for both, names in rounded.items():
                 self._warn(f"weights of the {part.partition('/')[0]} were {both}, so they are rounded: {some(names)}")
 
-    def _load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, reader: Reader) -> None:
-        path, stored = self.path, reader.read_metadata().state_dict_metadata
+    def _load_optimizer(self, model: JointModel, optimizer: torch.optim.Optimizer, reader: Reader) -> None:
+        path, stored = self.path, reader.tensors()
         loaded = state.new_optimizer_state(model, optimizer, stored)
         names = state.parameter_names(model)
         optimizer.state.clear()
@@ -141,10 +152,18 @@ class Loading:
     def _load_random(self, config: dict) -> dict:
         path, rank = self.path, self._ranks.rank
         if self.manifest.world_size == self._ranks.size:
-            states = self._ranks.all(
-                f"reading {path / 'random.pt'}", lambda: torch.load(path / "random.pt", weights_only=True)
-            )
-            return states[rank]
+            return self._ranks.all(f"reading {path / 'random.pt'}", self._random_states)[rank]
         self._warn(f"{path.name} is of {self.manifest.world_size} ranks, now {self._ranks.size}: new random states")
         state.derive_random_state(config.get("seed", 0), self.manifest.step, rank)
         return state.random_state()
+
+    def _random_states(self) -> list[dict]:
+        """Raises DamagedCheckpoint if the file doesn't hold a state for each rank of the save."""
+        try:
+            states = torch.load(self.path / "random.pt", weights_only=True)
+            if len(states) == self.manifest.world_size:
+                return states
+            problem = f"it holds {len(states)} states"
+        except Exception as error:  # of a file that isn't what was written
+            problem = f"{type(error).__name__}: {error}"
+        raise layout.damaged(self.path, [f"random.pt can't be read: {problem}"])

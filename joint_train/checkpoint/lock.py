@@ -38,7 +38,7 @@ class RunLock:
         self._released = threading.Event()
         self._beat: Path | None = None
         try:
-            self._file = open(self.path, "a+")
+            self._file = open(self.path, "a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise CheckpointError(f"output_dir {output_dir} can't be written: {error.strerror} ({self.path})") from None
         deadline = time.monotonic() + wait_seconds
@@ -108,7 +108,7 @@ def _taken(output_dir: Path, owner: str, file: Path) -> CheckpointError:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return path.read_text("utf-8", "replace")
     except OSError:
         return None
 

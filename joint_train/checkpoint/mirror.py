@@ -5,18 +5,29 @@ Only rank 0 uploads and fetches, since it sees the files of every rank.
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import socket
 import threading
 import time
+import uuid
 from pathlib import Path
 
 from joint_train.checkpoint import layout
 from joint_train.checkpoint.layout import DamagedCheckpoint, IncompleteCheckpoint
-from joint_train.checkpoint.store import Store, checkpoint_name, to_json
+from joint_train.checkpoint.store import Store, checkpoint_name, to_json, without_secrets
 from joint_train.config import CheckpointConfig
 from joint_train.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+
+RECORDS = ("config.yaml", "metrics.jsonl", "wandb/run_id")  # of a run, beside its checkpoints
+RUN = "run.json"  # in output_dir: the id of the run whose mirror this is
+
+
+class OtherRun(CheckpointError):
+    """The mirror is another run's, or another process writes to it now."""
 
 
 class Mirror:
@@ -26,9 +37,11 @@ class Mirror:
     """
 
     def __init__(self, cfg: CheckpointConfig):
-        """Raises CheckpointError if there is no such storage."""
+        assert cfg.mirror is not None, "made only where checkpoint.mirror is set"
         self.store, self._cfg = Store(cfg.mirror), cfg
         self.answers = False
+        self._output_dir: Path | None = None
+        self._holder = uuid.uuid4().hex  # of this process, in mirror.json
         self._waiting: list[Path] = []  # the last one goes first
         self._current: Path | None = None
         self._done: set[Path] = set()
@@ -38,14 +51,22 @@ class Mirror:
         threading.Thread(target=self._run, name="mirror", daemon=True).start()
 
     def open(self, checkpoints: Path) -> list[str]:
-        """See that the storage can be written to. If not, this is a note for a run that has something to go on from.
+        """See that the mirror is this run's and can be written to. If it can't, this is a note for a run that has
+        something to go on from.
 
         Raises:
+            OtherRun: naming the run that it belongs to.
             CheckpointError: for a run that has nothing: it may have checkpoints there.
         """
+        self._output_dir = checkpoints.parent
         try:
-            self.store.claim()
+            self._claim(checkpoints)
             self.answers = True
+            for name in RECORDS:
+                if not (self._output_dir / name).exists() and self.store.get_file(name, self._output_dir / name):
+                    log.info("fetched %s from %s", name, self.store.url)
+        except OtherRun:
+            raise
         except CheckpointError as error:
             if not layout.newest(checkpoints):
                 raise CheckpointError(
@@ -54,6 +75,38 @@ class Mirror:
                 ) from None
             return [f"checkpoint.mirror: {error}. Newer checkpoints there, if any, are not looked for"]
         return []
+
+    def _claim(self, checkpoints: Path) -> None:
+        """Make the mirror this process's. A run whose disk was lost is known by its ``output_dir``."""
+        file = checkpoints.parent / RUN
+        run, owner = _read_id(file), self.store.owner()
+        if (other := owner.get("run")) not in (None, run):
+            if run or layout.newest(checkpoints) or owner.get("output_dir") != str(checkpoints.parent):
+                raise OtherRun(
+                    f"checkpoint.mirror={self.store.url} is the mirror of another run: {_name(owner)}. Set another "
+                    f"checkpoint.mirror, or null. If it is this run's, which was in that output_dir, delete "
+                    f"{self.store.url}/mirror.json; resume={self.store.url} with another checkpoint.mirror starts a "
+                    "run of its own from its checkpoints"
+                )
+            run = str(other)
+        run = run or uuid.uuid4().hex
+        layout.write_file(file, to_json({"run": run}))
+        self.store.claim(
+            {
+                "run": run, "output_dir": str(checkpoints.parent), "host": socket.gethostname(), "pid": os.getpid(),
+                "since": time.ctime(), "holder": self._holder,
+            }
+        )  # fmt: skip
+
+    def _check_holder(self) -> None:
+        """Raises OtherRun if another process has made the mirror its own since."""
+        owner = self.store.owner()
+        if owner.get("holder") not in (None, self._holder):
+            raise OtherRun(f"{self.store.url} was taken over by {_name(owner)}: nothing more is uploaded from here")
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, newest first; none if the storage doesn't answer."""
+        return self.store.steps() if self.answers else []
 
     def submit(self, folder: Path) -> None:
         """Upload a complete checkpoint or export, and before long what failed before and is still there."""
@@ -123,8 +176,14 @@ class Mirror:
 
     def _upload(self, folder: Path) -> None:
         started = time.monotonic()
+        self._check_holder()
+        if self._output_dir is not None:
+            for name in RECORDS:
+                self.store.put_file(name, self._output_dir / name)
         if layout.step_of(folder) is None:
-            files = {str(f.relative_to(folder)): f for f in sorted(folder.rglob("*")) if f.is_file()}
+            # What an export is made of: no links, and nothing that another export has left half done.
+            found = {f.relative_to(folder): f for f in sorted(folder.rglob("*")) if f.is_file() and not f.is_symlink()}
+            files = {str(p): f for p, f in found.items() if not any(part.startswith(".") for part in p.parts)}
             sums: dict[str, list] = {name: list(layout.file_checksum(file)) for name, file in files.items()}
             self.store.upload(folder, folder.name, sums, to_json({"files": sums}))
         else:
@@ -134,56 +193,26 @@ class Mirror:
         log.info("uploaded %s to %s in %.1f s", folder.name, self.store.url, time.monotonic() - started)
         newest = max((step for path in {folder, *self._done} if (step := layout.step_of(path)) is not None), default=-1)
         if newest >= 0:
+            self._check_holder()
             self.store.thin(newest, self._cfg)
 
 
-def bring(resume: str, checkpoints: Path, mirror: Mirror | None) -> tuple[str, list[str]]:
-    """Fetch the newest good checkpoint of the mirror if it is newer than the local ones; or, for a run that has none,
-    that of ``resume`` if it is a URL, into ``output_dir/fetched``.
+def fetch_url(url: str, into: Path) -> Path:
+    """Copy a checkpoint of another run, or that run's newest, into a folder; one that is there already stays.
 
-    Returns:
-        What ``resume`` means now, and what a user should know.
+    Args:
+        url: of a run, or of its ``checkpoints/step_XXXXXXXX``.
 
     Raises:
-        CheckpointError: if the storage fails, if all that it has is damaged and there is nothing local, or with
-            ``resume=never`` if it has checkpoints.
+        CheckpointError: if there is none, it is damaged, or the storage fails.
     """
-    own, notes = layout.newest(checkpoints), []
-    if mirror is not None and mirror.answers:
-        store = mirror.store
-        newer = [step for step in store.steps() if own is None or step > (layout.step_of(own) or 0)]
-        if newer and resume == "never":
-            raise CheckpointError(
-                f"resume=never, but {store.url} has checkpoints (step {newer[0]}): set another checkpoint.mirror, or "
-                "resume=auto to go on from them"
-            )
-        for step in newer:
-            try:
-                own = store.fetch(step, checkpoints)
-            except (DamagedCheckpoint, IncompleteCheckpoint) as error:
-                notes.append(f"{error}. It is left untouched in the mirror and an older one is tried")
-                continue
-            log.info("fetched %s from %s", own.name, store.url)
-            break
-        else:
-            if newer and own is None:
-                raise CheckpointError(f"none of the checkpoints in {store.url} is usable: {'; '.join(notes)}")
-    if "://" in resume and own is not None:
-        notes.append(f"output_dir has checkpoints of its own: resuming from those and ignoring resume={resume}")
-        return "auto", notes
-    if "://" in resume:
-        return str(_from_url(resume, checkpoints.parent / "fetched")), notes
-    return resume, notes
-
-
-def _from_url(url: str, into: Path) -> Path:
     root, _, last = url.rstrip("/").rpartition("/checkpoints/")
     step = layout.step_of(Path(last)) if root else None
     store = Store(root if step is not None else url)
     if step is None and not (steps := store.steps()):
         raise CheckpointError(
-            f"resume={url}: no complete checkpoint is there. Give the URL of a run (with checkpoints/ in it) or of its "
-            "checkpoints/step_XXXXXXXX"
+            f"resume={without_secrets(url)}: no complete checkpoint is there. Give the URL of a run (with checkpoints/ "
+            "in it) or of its checkpoints/step_XXXXXXXX"
         )
     step = steps[0] if step is None else step
     into.mkdir(parents=True, exist_ok=True)
@@ -195,3 +224,16 @@ def _from_url(url: str, into: Path) -> Path:
     except (DamagedCheckpoint, IncompleteCheckpoint):
         pass
     return store.fetch(step, into)
+
+
+def _read_id(file: Path) -> str | None:
+    try:
+        return str(json.loads(file.read_bytes())["run"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _name(owner: dict) -> str:
+    """Whose a mirror is, for people."""
+    at = f"output_dir {owner.get('output_dir', 'unknown')} on {owner.get('host', 'an unknown host')}"
+    return f"{at} (process {owner.get('pid', 'unknown')}, since {owner.get('since', 'unknown')})"

@@ -11,15 +11,14 @@ import pickle
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from joint_train.checkpoint.layout import hex_checksum, inside
-from joint_train.errors import CheckpointError
+from joint_train.checkpoint.layout import DamagedCheckpoint, hex_checksum, inside
 from joint_train.torch_private import pickled_in_checkpoints
 
 ALLOWED: dict[tuple[str, str], Any] = {
@@ -41,7 +40,7 @@ for name in (
     ALLOWED["torch.distributed.checkpoint.metadata", name] = getattr(described, name)
 
 
-class Unreadable(CheckpointError):
+class Unreadable(DamagedCheckpoint):
     """Reading tensors failed on some rank, and so on all of them."""
 
 
@@ -96,11 +95,18 @@ class Reader(dcp.FileSystemReader):
         return {name: hex_checksum(crc) for name, (end, crc) in self._read.items() if end == sizes.get(name)}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Raises CheckpointError if it holds anything but tensors, or a file outside the folder."""
+        """Raises DamagedCheckpoint if it can't be read, holds anything but tensors, or a file outside the folder."""
         if self._metadata is None:
-            with open(self.folder / ".metadata", "rb") as file:
-                self._metadata = self._checked(file)
+            try:
+                with open(self.folder / ".metadata", "rb") as file:
+                    self._metadata = self._checked(file)
+            except OSError as error:
+                raise DamagedCheckpoint(f"{self.folder / '.metadata'} can't be read: {error.strerror}") from None
         return self._metadata
+
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Sizes and dtypes of what it holds; raises as :meth:`read_metadata` does."""
+        return cast(dict[str, TensorStorageMetadata], self.read_metadata().state_dict_metadata)
 
     def _checked(self, file: Any) -> Metadata:
         try:
@@ -111,10 +117,10 @@ class Reader(dcp.FileSystemReader):
             if outside := [of.relative_path for of in metadata.storage_data.values() if not inside(of.relative_path)]:
                 raise ValueError(f"it names {outside[0]}, which is not in the folder")
         except Exception as error:  # a damaged pickle can raise anything
-            raise CheckpointError(f"{self.folder / '.metadata'} is refused: {error}") from None
+            raise DamagedCheckpoint(f"{self.folder / '.metadata'} is refused: {error}") from None
         return metadata
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Sizes and dtypes of the tensors in a distributed checkpoint."""
-    return dict(Reader(folder).read_metadata().state_dict_metadata)  # type: ignore[arg-type,return-value]
+    return Reader(folder).tensors()

@@ -2,16 +2,18 @@
 
 A folder there has the name it has in ``output_dir``: ``URL/checkpoints/step_00000100``, ``URL/export``. Its manifest
 ``COMPLETE`` is removed first where one is replaced, and written last, when every other object has the manifest's size:
-nothing without it counts.
+nothing without it counts. ``URL/mirror.json`` says which run's it is, and which process of that run writes to it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import socket
+import re
 import time
 from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -21,6 +23,8 @@ from joint_train.checkpoint import layout
 from joint_train.checkpoint.layout import IncompleteCheckpoint, Manifest
 from joint_train.config import CheckpointConfig
 from joint_train.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 2.0  # after the first failure, and twice as long after each further one
@@ -35,15 +39,57 @@ class Store:
     """
 
     def __init__(self, url: str):
-        self.url = url.rstrip("/")
-        local = self.url.startswith(("file:", "local:")) or "://" not in self.url
-        self._fs, root = url_to_fs(self.url, **({"auto_mkdir": True} if local else {}))
-        self._root = root.rstrip("/")
+        self._address = url.rstrip("/")
+        self.url = without_secrets(self._address)
 
-    def claim(self) -> None:
-        """Write ``mirror.json``, which says whose mirror this is: that storage can be written to is known at once."""
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        local = self._address.startswith(("file:", "local:")) or "://" not in self._address
+        try:
+            fs, root = url_to_fs(self._address, **({"auto_mkdir": True} if local else {}))
+        except Exception as error:  # some protocols connect here
+            raise CheckpointError(f"{self.url} can't be opened: {type(error).__name__}: {error}") from error
+        return fs, root.rstrip("/")
+
+    @property
+    def _fs(self) -> Any:
+        return self._opened[0]
+
+    @property
+    def _root(self) -> str:
+        return self._opened[1]
+
+    def owner(self) -> dict[str, Any]:
+        """What ``mirror.json`` says; nothing if there is none, or none that can be read."""
+        path = self._path("mirror.json")
+        try:
+            owner = json.loads(self._try("reading mirror.json", lambda: self._fs.cat_file(path), True))
+        except (FileNotFoundError, ValueError, RecursionError):
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+    def claim(self, owner: dict[str, Any]) -> None:
+        """Write ``mirror.json``: that storage can be written to is known at once."""
         self._try("writing mirror.json", lambda: self._fs.pipe_file(self._path("mirror.json"), to_json(owner)))
+
+    def put_file(self, name: str, file: Path) -> None:
+        """Copy a small file, as it is now, to ``name``; one that isn't there is left out."""
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            return
+        self._try(f"uploading {name}", lambda: self._fs.pipe_file(self._path(name), data))
+
+    def get_file(self, name: str, file: Path) -> bool:
+        """Copy a small file from ``name``; whether it is there."""
+        path = self._path(name)
+        try:
+            data = self._try(f"fetching {name}", lambda: self._fs.cat_file(path), True)
+        except FileNotFoundError:
+            return False
+        file.parent.mkdir(parents=True, exist_ok=True)
+        layout.write_file(file, data)
+        return True
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, newest first; of these only names and markers were looked at."""
@@ -64,7 +110,7 @@ class Store:
             DamagedCheckpoint: if a local file isn't what was written.
             CheckpointError: if the storage fails, or has an object of another size.
         """
-        if self._marker(name, none=True) == marker:
+        if self._marker_or_none(name) == marker:
             return
         self._remove_marker(name)
         manifest = Manifest(0, 0, "", "", {}, files=files)
@@ -72,13 +118,13 @@ class Store:
             if problems := layout.check_files(folder, manifest, [file]):
                 raise layout.damaged(folder, problems)
             source, target = str(folder / file), self._path(name, file)
-            self._try(f"uploading {name}/{file}", lambda s=source, t=target: self._fs.put_file(s, t))
+            self._try(f"uploading {name}/{file}", partial(self._fs.put_file, source, target))
         found = self._try(f"listing {name}", lambda: self._sizes(name))
         if wrong := [file for file, (size, _) in files.items() if found.get(file) != size]:
             raise CheckpointError(f"{self.url}/{name}/{wrong[0]} has {found.get(wrong[0])} bytes after its upload")
         for extra in found.keys() - files.keys():  # of what was there before: weights that a loader might prefer
             path = self._path(name, extra)
-            self._try(f"replacing {name}", lambda p=path: self._fs.rm_file(p))
+            self._try(f"replacing {name}", partial(self._fs.rm_file, path))
         self._try(f"completing {name}", lambda: self._fs.pipe_file(self._path(name, layout.MANIFEST), marker))
 
     def fetch(self, step: int, checkpoints: Path) -> Path:
@@ -96,7 +142,7 @@ class Store:
                 source, target = self._path(checkpoint_name(step), file), temporary / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    self._try(f"fetching {file}", lambda s=source, t=str(target): self._fs.get_file(s, t), True)
+                    self._try(f"fetching {file}", partial(self._fs.get_file, source, str(target)), True)
                 except FileNotFoundError:
                     pass  # the check names it
                 else:
@@ -106,7 +152,8 @@ class Store:
             for inner in {(temporary / file).parent for file in manifest.files}:
                 layout.fsync_folder(inner)
             layout.write_file(temporary / layout.MANIFEST, marker)
-            layout.publish(temporary, final)
+            for note in layout.publish(temporary, final):
+                log.warning(note)
         except BaseException:
             layout.remove(temporary)
             raise
@@ -124,7 +171,7 @@ class Store:
             self._remove_marker(checkpoint_name(step))
             self._try(
                 f"removing {checkpoint_name(step)}",
-                lambda s=step: self._fs.rm(self._path(checkpoint_name(s)), recursive=True),
+                partial(self._fs.rm, self._path(checkpoint_name(step)), recursive=True),
             )
 
     def _folders(self) -> dict[int, bool]:
@@ -136,8 +183,12 @@ class Store:
                 names = self._fs.ls(self._path("checkpoints"), detail=False)
             except FileNotFoundError:
                 return {}
-            steps = {layout.step_of(Path(PurePosixPath(name).name)) for name in names} - {None}
-            return {step: self._fs.exists(self._path(checkpoint_name(step), layout.MANIFEST)) for step in steps}
+            steps = {layout.step_of(Path(PurePosixPath(name).name)) for name in names}
+            return {
+                step: self._fs.exists(self._path(checkpoint_name(step), layout.MANIFEST))
+                for step in steps
+                if step is not None
+            }
 
         return self._try("listing checkpoints", find)
 
@@ -146,14 +197,17 @@ class Store:
         found = self._fs.find(self._path(name), detail=True)
         return {path[len(self._path(name)) + 1 :]: entry["size"] for path, entry in found.items()}
 
-    def _marker(self, name: str, none: bool = False) -> bytes | None:
+    def _marker(self, name: str) -> bytes:
+        if (marker := self._marker_or_none(name)) is None:
+            raise IncompleteCheckpoint(f"{self.url}/{name} is incomplete: it has no {layout.MANIFEST}")
+        return marker
+
+    def _marker_or_none(self, name: str) -> bytes | None:
         path = self._path(name, layout.MANIFEST)
         try:
             return self._try(f"reading {name}/{layout.MANIFEST}", lambda: self._fs.cat_file(path), True)
         except FileNotFoundError:
-            if none:
-                return None
-            raise IncompleteCheckpoint(f"{self.url}/{name} is incomplete: it has no {layout.MANIFEST}") from None
+            return None
 
     def _remove_marker(self, name: str) -> None:
         path = self._path(name, layout.MANIFEST)
@@ -168,6 +222,8 @@ class Store:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return action()
+            except CheckpointError:
+                raise
             except Exception as error:
                 gone = isinstance(error, FileNotFoundError)
                 if gone and absent:
@@ -177,6 +233,11 @@ class Store:
                     raise CheckpointError(f"{what} in {self.url} failed, attempt {attempt}: {reason}") from error
                 time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
         raise AssertionError
+
+
+def without_secrets(url: str) -> str:
+    """A URL as it may be logged: without a password, or whatever else stands before the host."""
+    return re.sub(r"(?<=://)[^/@]*@", "…@", url)
 
 
 def checkpoint_name(step: int) -> str:

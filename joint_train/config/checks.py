@@ -1,11 +1,20 @@
 """What can't work is refused here, before a process group is made or a weight is read."""
 
+import math
 from importlib.util import find_spec
 
 from joint_train.config.schema import Config
 from joint_train.config.typed import select
 from joint_train.config.uploads import check_uploads
-from joint_train.config.values import mesh_shape, parse_drafter_loss, parse_steps, round_weights, teacher_grad
+from joint_train.config.values import (
+    mesh_shape,
+    parse_drafter_loss,
+    parse_steps,
+    round_weights,
+    run_length,
+    teacher_grad,
+    unroll_limit,
+)
 from joint_train.errors import ConfigError
 
 CHOICES = {
@@ -23,8 +32,9 @@ CHOICES = {
     "precision.compute": ("auto", "bfloat16", "float32"),
     "precision.params": ("float32", "bfloat16"),
     "precision.reduce": ("float32", "bfloat16"),
-    "activation_checkpointing.base": ("none", "full", "every_n"),
-    "activation_checkpointing.drafter": ("none", "full"),
+    "activation_checkpointing.base": ("auto", "none", "every_n", "selective", "full"),
+    "activation_checkpointing.drafter": ("auto", "none", "full", "layers"),
+    "loss.compile": ("auto", True, False),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
 }
 AT_LEAST = {
@@ -108,9 +118,13 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
         raise ConfigError(
             "data.train is empty: name a source, e.g. 'data.train=[{path: train.jsonl}]' or data=starter."
         )
+    if cfg.epochs is not None and not 0 < cfg.epochs < math.inf:
+        raise ConfigError(f"epochs={cfg.epochs}: must be above 0.")
+    unroll_limit(cfg.data.unroll)
+    max_steps, _ = run_length(cfg)
     steps = parse_steps(cfg.profile.steps)
-    if steps and steps[-1] > cfg.max_steps:
-        raise ConfigError(f"profile.steps={cfg.profile.steps}: the run ends at max_steps={cfg.max_steps}.")
+    if steps and max_steps is not None and steps[-1] > max_steps:
+        raise ConfigError(f"profile.steps={cfg.profile.steps}: the run ends at max_steps={max_steps}.")
     if cfg.parallel.cpu_offload == "all" and cfg.eval.prompts:
         raise ConfigError(
             "parallel.cpu_offload=all copies every weight to the GPU for each token of an assisted generation: set "

@@ -1,5 +1,7 @@
 """Where a run's checkpoints and exports are copied to: what can't work there is refused before the run."""
 
+from pathlib import Path
+
 from fsspec.registry import get_filesystem_class, known_implementations
 from fsspec.utils import get_protocol
 
@@ -12,6 +14,7 @@ def check_uploads(cfg: Config) -> None:
     """Raises ConfigError for ``checkpoint.mirror``, ``resume`` and ``model.export.push_to_hub`` that can't work."""
     for name in ("checkpoint.mirror", "resume"):
         _check_url(name, select(cfg, name))
+    _check_apart(cfg.checkpoint.mirror, cfg.output_dir)
     if cfg.model.export.push_to_hub:
         _check_hub(cfg.model.export)
     uploads = cfg.checkpoint.mirror or cfg.model.export.push_to_hub
@@ -38,6 +41,15 @@ def _check_url(name: str, url: str | None) -> None:
             package, f"pip install {package}"
         )
         raise ConfigError(f"{name}={url}: {protocol}:// needs a package that isn't installed: {install}") from None
+
+
+def _check_apart(mirror: str | None, output_dir: str) -> None:
+    """Refuse a mirror that lies in the run's own folder, on whose disk it is no second copy."""
+    if mirror is None or ("://" in mirror and not mirror.startswith(("file://", "local://"))):
+        return
+    folder, run = Path(mirror.partition("://")[2] or mirror).resolve(), Path(output_dir).resolve()
+    if folder == run or run in folder.parents:
+        raise ConfigError(f"checkpoint.mirror={mirror} lies in output_dir={output_dir}: set another folder or URL.")
 
 
 def _check_hub(export: ExportConfig) -> None:

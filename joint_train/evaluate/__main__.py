@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
     from joint_train.files import code_version, replace
     from joint_train.pair.compatibility import check_pair
     from joint_train.weights.folders import resolve
+    from joint_train.weights.loading import check_weights
 
     args.num_steps, args.serving = args.num_steps or step_list("1-8"), args.serving or "transformers"
     engine = args.serving == "engine"
@@ -135,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
     automatic = torch.bfloat16 if device.startswith("cuda") else torch.float32
     dtype = automatic if args.dtype in (None, "auto") else getattr(torch, args.dtype)
     folders = [resolve(args.base), resolve(args.drafter)]
+    for folder in folders:
+        check_weights(folder)
     configs = [transformers.AutoConfig.from_pretrained(folder) for folder in folders]
     for folder, config, drafts in zip(folders, configs, (False, True), strict=True):
         if hasattr(config, "backbone_hidden_size") != drafts:

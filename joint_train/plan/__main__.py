@@ -9,7 +9,7 @@ from rich.table import Table
 from joint_train import config
 from joint_train.command import TOO_LARGE, start
 from joint_train.config.values import mesh_sentence
-from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, savings
+from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, pinned, savings
 from joint_train.plan.suggest import suggest
 
 
@@ -32,45 +32,65 @@ def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -
     memory.add_row(
         f"usable of {machine.gpu_memory_gb:g} ({machine.reserve:.0%} reserved)", f"{machine.usable / GIB:.2f}"
     )
-    other = "none" if cfg.activation_checkpointing.base != "none" else "full"
-    otherwise = make_plan(config.with_overrides(cfg, {"activation_checkpointing.base": other}), machine)
-    memory.add_row(f"peak with activation_checkpointing.base={other}", f"{otherwise.peak / GIB:.2f}", style="dim")
+    for what, size in plan.host.items():
+        memory.add_row(f"of the host: {what}", f"{size / GIB:.2f}")
+    if plan.host:
+        node = sum(plan.host.values()) * min(plan.ranks, machine.gpus_per_node)
+        memory.add_row("of the host, all ranks of a node", f"{node / GIB:.2f}")
 
-    seconds = plan.seconds(machine)
+    times = Table(title="Time of a step, seconds", title_justify="left")
+    for column in ("part", "arithmetic", "memory", "takes", "share", "kernels"):
+        times.add_column(column, justify="left" if column == "part" else "right")
+    seconds, exposed = plan.seconds(machine), plan.exposed_seconds(machine)
+    for part, time in plan.times(machine).items():
+        numbers = (f"{x:.3f}" for x in (time.compute, time.memory, time.seconds))
+        times.add_row(part, *numbers, f"{time.seconds / seconds:.0%}", f"{time.launches:,}")
+    network = plan.network_seconds(machine) | {"host and back": plan.transfer_seconds(machine)}
+    times.add_row("communication that isn't hidden", "", "", f"{exposed:.3f}", f"{exposed / seconds:.0%}", "")
+    for what, taken in network.items():
+        if taken:
+            times.add_row(f"  of {what}", "", "", f"({taken:.3f})", "", "", style="dim")
+    host = plan.host_seconds(machine)
+    times.add_row("launches, by the host meanwhile", "", "", f"({host:.3f})", "", f"{plan.launches:,}", style="dim")
+    times.add_row("step", "", "", f"{seconds:.3f}", "", "", style="bold")
+
+    settings = plan.chosen or {
+        f"activation_checkpointing.{part}": getattr(cfg.activation_checkpointing, part) for part in ("base", "drafter")
+    }
     step = Table(title="Step", title_justify="left", show_header=False)
     for what, value in {
         "ranks": mesh_sentence(cfg.parallel, plan.ranks, machine.gpus_per_node),
         "tokens of a step": f"{plan.tokens:,} (S = {cfg.data.max_length}, K = {cfg.drafter.num_steps})",
         "attention": plan.attention,
+        "recomputed": f"{sentence(settings)}{' (chosen by auto)' if plan.chosen else ''}: "
+        f"{plan.recomputed / plan.flops:.0%} of all FLOPs",
         "FLOPs of a token": f"{plan.flops_per_token:.3e} (recomputation included)",
         "FLOPs of a step": f"{plan.flops * plan.ranks:.3e}",
-        "compute": f"{plan.compute_seconds(machine):.2f} s at {machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s",
-        "memory": f"{plan.memory_seconds(machine):.2f} s for {plan.traffic / GIB:,.0f} GiB at "
-        f"{machine.hbm_gb_per_second:g} GB/s, if no two operations are fused",
-        **{
-            kind: f"{taken:.2f} s for {sum(plan.communication[kind].values()) / GIB:,.1f} GiB"
-            for kind, taken in plan.network_seconds(machine).items()
-            if plan.communication[kind]
-        },
+        "moved by collectives": ", ".join(
+            f"{kind} {sum(units.values()) / GIB:,.1f} GiB" for kind, units in plan.communication.items() if units
+        )
+        or "nothing",
         **(
             {
-                "to and from the host": f"{plan.transfer_seconds(machine):.2f} s for "
-                f"{sum(plan.transfers.values()) / GIB:,.1f} GiB at {machine.pcie_gb_per_second:g} GB/s"
-                + ("" if plan.transfers_at_end else "; the update on the CPU, not counted here, comes on top"),
-                "host memory": f"{plan.host / GIB:,.1f} GiB of a rank, "
-                f"{plan.host * min(plan.ranks, machine.gpus_per_node) / GIB:,.1f} of a node",
+                "to and from the host": f"{sum(plan.transfers.values()) / GIB:,.1f} GiB at "
+                f"{machine.pcie_gb_per_second:g} GB/s"
+                + (
+                    "; the update on the CPU, not counted here, comes on top"
+                    if cfg.parallel.cpu_offload == "all"
+                    else ""
+                )
             }
-            if plan.host
+            if sum(plan.transfers.values())
             else {}
         ),
-        "exposed": f"{plan.exposed_seconds(machine):.2f} s of the communication that no computation hides",
-        "time of a step": f"{seconds:.2f} s, bound by {plan.bound(machine)}",
-        "tokens a second": f"{plan.tokens / seconds:,.0f}",
+        "time of a step": f"{seconds:.2f} s; the largest part: {plan.bound(machine)}",
+        "tokens a second": f"{plan.tokens / seconds:,.0f} ({plan.tokens / seconds / plan.ranks:,.0f} a GPU), "
+        f"MFU {plan.mfu(machine):.0%}",
         "checkpoint": f"{plan.checkpoint / GIB:.1f} GiB, {plan.checkpoint / machine.disk_gb_per_second / 1e9:.0f} s at "
         f"{machine.disk_gb_per_second:g} GB/s",
     }.items():
         step.add_row(what, value)
-    for table in (parts, memory, step):
+    for table in (parts, memory, times, step):
         console.print(table)
     if plan.padding > 0.01:
         console.print(f"Equal shards add {plan.padding:.0%} to the weights: fewer shards divide them better.")
@@ -79,7 +99,8 @@ def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -
 
     length = longest(cfg, machine, plan)
     if plan.peak <= machine.usable:
-        console.print(f"It fits. The longest rows that fit: data.max_length={length}", style="bold")
+        about = " with everything recomputed" if plan.chosen else ""
+        console.print(f"It fits. The longest rows that fit{about}: data.max_length={length}", style="bold")
         return
     console.print(f"It does not fit: {(plan.peak - machine.usable) / GIB:.2f} GiB too much.", style="bold red")
     peaks = savings(cfg, machine)
@@ -89,8 +110,14 @@ def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -
         console.print(f"  {change}: {peak / GIB:.2f} GiB{', fits' if peak <= machine.usable else ''}", highlight=False)
     first = next((change for change, peak in peaks.items() if peak <= machine.usable), None)
     console.print(
-        f"Change first: {first or min(peaks, key=peaks.get) + ' (not enough alone)'}", style="bold", highlight=False
+        f"Change first: {first or min(peaks, key=lambda change: peaks[change]) + ' (not enough alone)'}",
+        style="bold",
+        highlight=False,
     )
+
+
+def sentence(settings: dict[str, object]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +129,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu-memory-gb", type=float, default=machine.gpu_memory_gb)
     parser.add_argument("--reserve", type=float, default=machine.reserve, help="share of it that a run can't use")
     parser.add_argument("--tflops", type=float, default=machine.tflops, help="of a GPU")
-    parser.add_argument("--utilisation", type=float, default=machine.utilisation, help="share of them that is reached")
+    parser.add_argument(
+        "--utilisation", type=float, default=machine.utilisation, help="share of them that matrix products reach"
+    )
+    parser.add_argument(
+        "--flex-head-dim", type=int, default=machine.flex_head_dim, help="largest that FlexAttention runs"
+    )
+    parser.add_argument("--launch-us", type=float, default=machine.launch_us, help="of the host for each kernel")
     parser.add_argument("--hbm-gb-per-second", type=float, default=machine.hbm_gb_per_second, help="of a GPU's memory")
     parser.add_argument("--gpus-per-node", type=int, default=machine.gpus_per_node)
     parser.add_argument("--nvlink-gb-per-second", type=float, default=machine.nvlink_gb_per_second, help="of a GPU")
@@ -110,24 +143,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pcie-gb-per-second", type=float, default=machine.pcie_gb_per_second, help="of a GPU")
     parser.add_argument("--disk-gb-per-second", type=float, default=machine.disk_gb_per_second, help="of all ranks")
     parser.add_argument("--suggest", action="store_true", help="print the cheapest settings that fit, best first")
+    parser.add_argument(
+        "--base-alone", action="store_true", help="plan plain fine-tuning of the base, with whole logits, to compare"
+    )
     args = vars(parser.parse_intermixed_args(argv))
-    overrides, suggesting = args.pop("overrides"), args.pop("suggest")
+    overrides, suggesting, alone = (args.pop(name) for name in ("overrides", "suggest", "base_alone"))
 
     def run() -> int:
         cfg = config.load(["data.train=[{path: unused}]", *overrides])
-        machine = Machine(**args)
-        if suggesting:
-            found = suggest(cfg, machine)
-            for number, one in enumerate(found, 1):
-                size, time = one.plan.peak / GIB, one.plan.seconds(machine)
-                tokens = one.plan.tokens / time
-                print(f"{number}. {size:.2f} GiB, {tokens:,.0f} tokens a second: {one}")
-            if not found:
-                print("Nothing that is known here fits: use more GPUs or a smaller pair.")
-            return 0 if found else TOO_LARGE
-        plan = make_plan(cfg, machine)
-        report(cfg, machine, plan, Console())
-        return 0 if plan.peak <= machine.usable else TOO_LARGE
+        machine, number = Machine(**args), 0
+        if not suggesting:
+            plan = make_plan(cfg, machine, base_alone=alone)
+            report(cfg, machine, plan, Console())
+            return 0 if plan.peak <= machine.usable else TOO_LARGE
+        least = make_plan(pinned(cfg), machine)
+        print(f"As it is: {least.peak / GIB:.2f} GiB of {machine.usable / GIB:.2f} at least.", flush=True)
+        for number, one in enumerate(suggest(cfg, machine), 1):
+            size, tokens = one.plan.peak / GIB, one.plan.tokens / one.plan.seconds(machine)
+            print(f"{number}. {size:.2f} GiB, {tokens:,.0f} tokens a second: {one}", flush=True)
+        if not number:
+            print("Nothing that is known here fits: use more GPUs or a smaller pair.")
+        return 0 if number else TOO_LARGE
 
     return start("joint_train.plan", run)
 

@@ -7,7 +7,8 @@ which unit's weights are gathered when, and what a gradient's reduction holds. F
 The weights of a released pair needn't be there: its sizes are in :mod:`joint_train.weights.released`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
 from torch import nn
@@ -22,7 +23,10 @@ from joint_train.distributed.placement import local_numel, padding
 from joint_train.pair.attention import kernels
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.loss import memory_budget_mb
-from joint_train.plan.step import local_bytes, simulate
+from joint_train.plan.ladder import lowest, rungs
+from joint_train.plan.machine import Machine
+from joint_train.plan.meter import COPIES, Work
+from joint_train.plan.step import SAVED, local_bytes, simulate
 from joint_train.weights import released
 from joint_train.weights.composite import Gemma4WithDrafter, meta_pair
 from joint_train.weights.folders import read_config
@@ -41,27 +45,17 @@ PARTS = (
 
 
 @dataclass(frozen=True)
-class Machine:
-    """The hardware that a plan is for; the defaults are those of an H100 node."""
+class Time:
+    """Seconds of a part of a step: what its arithmetic takes, and what its memory traffic does."""
 
-    gpus: int = 8
-    gpu_memory_gb: float = 80.0  # as vendors count: units of 2**30 bytes
-    # Share of it for CUDA's context and NCCL's buffers (2 to 3 GiB), and for what the allocator keeps: it has a pool
-    # for each stream (compute, gather, reduce), and what one has freed no other can use.
-    reserve: float = 0.06
-    tflops: float = 989.0  # of a GPU, dense bfloat16
-    utilisation: float = 0.4  # share of them that a step reaches, recomputation counted as work
-    hbm_gb_per_second: float = 3350.0  # memory bandwidth of a GPU
-    gpus_per_node: int = 8
-    nvlink_gb_per_second: float = 350.0  # of a GPU to those of its node, as collectives reach it
-    network_gb_per_second: float = 45.0  # of a GPU to other nodes: 400 Gbit/s
-    pcie_gb_per_second: float = 50.0  # of a GPU to its host's memory, each way: PCIe 5.0 x16
-    disk_gb_per_second: float = 5.0  # all ranks together
+    compute: float
+    memory: float
+    launches: int
 
     @property
-    def usable(self) -> float:
-        """Bytes of a GPU that a run can fill."""
-        return self.gpu_memory_gb * 2**30 * (1 - self.reserve)
+    def seconds(self) -> float:
+        """The kernels of a part overlap one with the other, so the larger of the two counts."""
+        return max(self.compute, self.memory)
 
 
 @dataclass(frozen=True)
@@ -76,15 +70,16 @@ class Plan:
     ranks: int
     checkpoint: int  # bytes of a whole checkpoint: weights and optimizer states
     sources: tuple[str, str]  # where the sizes of base and drafter come from
-    traffic: int  # bytes of a step that a rank's operations read and write in its memory
+    work: dict[str, Work]  # of a step on a rank, by part
     communication: dict[str, dict[str, int]]  # collective -> unit -> bytes of a step, of whole buffers
     mesh: tuple[int, int]  # replicas, shards
     micro_batches: int  # of a step, on a rank
     padding: float  # what equal shards add to the sharded weights, as a share of them
-    host: int  # bytes of a rank in its host's memory: what parallel.cpu_offload moves there
-    transfers_at_end: bool  # not beside forward and backward, but in the update
+    host: dict[str, int]  # bytes of a rank in its host's memory, by what they are for
+    transfers_at_end: int  # bytes of `transfers` that are moved in the update, not beside forward and backward
     transfers: dict[str, int]  # bytes of a step between a rank's GPU and its host: "to device", "to host"
     attention: str  # what computes it
+    chosen: dict[str, object] = field(default_factory=dict)  # the settings that ``auto`` is, as overrides
 
     @property
     def peak(self) -> int:
@@ -94,13 +89,42 @@ class Plan:
     def flops_per_token(self) -> float:
         return self.flops * self.ranks / self.tokens
 
+    @property
+    def traffic(self) -> int:
+        """Bytes of a step that a rank's kernels read and write in its memory."""
+        return sum(work.bytes for work in self.work.values())
+
+    @property
+    def launches(self) -> int:
+        """Kernels of a step on a rank."""
+        return sum(work.launches for work in self.work.values())
+
+    def times(self, machine: Machine) -> dict[str, Time]:
+        """Time of each part of a step but communication."""
+        return {
+            part: Time(
+                sum(flops / machine.kernel_tflops(kernel) / 1e12 for kernel, flops in work.flops.items()),
+                work.bytes / machine.hbm_gb_per_second / 1e9,
+                work.launches,
+            )
+            for part, work in self.work.items()
+        }
+
     def compute_seconds(self, machine: Machine) -> float:
-        """Time of a step's FLOPs."""
-        return self.flops / (machine.tflops * 1e12 * machine.utilisation)
+        """Time of a step's arithmetic, each kernel at its own speed."""
+        return sum(time.compute for time in self.times(machine).values())
 
     def memory_seconds(self, machine: Machine) -> float:
-        """Time of a step's reads and writes, if no two operations are fused."""
-        return self.traffic / machine.hbm_gb_per_second / 1e9
+        """Time of a step's reads and writes."""
+        return sum(time.memory for time in self.times(machine).values())
+
+    def device_seconds(self, machine: Machine) -> float:
+        """Time of a step's kernels, without communication."""
+        return sum(time.seconds for time in self.times(machine).values())
+
+    def host_seconds(self, machine: Machine) -> float:
+        """Time that the host needs to launch a step's kernels."""
+        return self.launches * machine.launch_us / 1e6
 
     def network_seconds(self, machine: Machine) -> dict[str, float]:
         """Time of each collective's bytes, as rings take it: (n-1)/n of the buffer through a GPU's link, an all-reduce
@@ -122,8 +146,8 @@ class Plan:
         return sum(self.transfers.values()) / machine.pcie_gb_per_second / 1e9
 
     def exposed_seconds(self, machine: Machine) -> float:
-        """Communication that no computation hides: what is gathered before the first layer and reduced after the last,
-        and what is left of the rest when the computation is done."""
+        """What communication adds to a step's time: what is gathered before the first layer and reduced after the last,
+        what is left of the rest when the computation is done, and what it takes from the kernels that hide it."""
         total = self.network_seconds(machine)
         ends = 0.0
         for kind, units in (
@@ -134,11 +158,11 @@ class Plan:
             of_kind = self.communication[kind]
             if every := sum(of_kind.values()):
                 ends += total[kind] * sum(of_kind.get(unit, 0) for unit in units) / every
+        slowed = machine.overlap_cost * (sum(total.values()) - ends)
         transfers = self.transfer_seconds(machine)
-        if self.transfers_at_end:
-            ends += transfers
+        ends += self.transfers_at_end / machine.pcie_gb_per_second / 1e9
         whole = sum(total.values()) + transfers
-        return ends + max(0.0, whole - ends - self.compute_seconds(machine))
+        return ends + max(slowed, whole - ends - self.device_seconds(machine))
 
     def generation_seconds(self, machine: Machine, forwards: int) -> float:
         """Time of that many forwards of the base in a generation: each gathers the layers and reads all weights."""
@@ -151,28 +175,25 @@ class Plan:
         )
 
     def validation_seconds(self, machine: Machine, batches: int) -> float:
-        """Time of a validation's forwards, of a micro-batch each: a third of what a step computes for one."""
-        return (
-            batches
-            * (self.flops - self.recomputed)
-            / 3
-            / self.micro_batches
-            / (machine.tflops * 1e12 * machine.utilisation)
-        )
+        """Time of a validation's forwards, of a micro-batch each: a third of what a step takes for one, without what it
+        recomputes."""
+        return batches * self.seconds(machine) * (1 - self.recomputed / self.flops) / 3 / self.micro_batches
 
     def seconds(self, machine: Machine) -> float:
-        """Time of a step."""
-        return self.compute_seconds(machine) + self.exposed_seconds(machine)
+        """Time of a step: of its kernels and the communication that none of them hides, or of the host's launches."""
+        return max(self.device_seconds(machine) + self.exposed_seconds(machine), self.host_seconds(machine))
+
+    def mfu(self, machine: Machine) -> float:
+        """Model FLOPs, so without those that are repeated, as a share of what the GPU could do in a step's time."""
+        return (self.flops - self.recomputed) / self.seconds(machine) / machine.tflops / 1e12
 
     def bound(self, machine: Machine) -> str:
-        """What takes longest: compute, memory or network."""
-        seconds = {
-            "compute": self.compute_seconds(machine),
-            "memory": self.memory_seconds(machine),
-            "network": sum(self.network_seconds(machine).values()),
-            "PCIe": self.transfer_seconds(machine),
-        }
-        return max(seconds, key=seconds.get)
+        """The bottleneck: a part of the step, communication, or the host."""
+        seconds = {part: time.seconds for part, time in self.times(machine).items()}
+        seconds["communication"] = self.exposed_seconds(machine)
+        if self.host_seconds(machine) >= sum(seconds.values()):
+            return "the host, which launches the kernels"
+        return max(seconds, key=lambda what: seconds[what])
 
 
 def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, str]]:
@@ -181,7 +202,7 @@ def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, st
     Raises:
         ConfigError: if there are neither, or the pair doesn't fit together.
     """
-    m, configs, sources = cfg.model, [], []
+    m, configs, sources = cfg.model, list[PreTrainedConfig](), list[str]()
     for path, revision, overrides in (
         (m.base, m.revision, m.text_config),
         (m.drafter, m.drafter_revision, None),
@@ -196,8 +217,9 @@ def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, st
             source = f"{path}, from joint_train/weights/released.py"
         configs.append(found)
         sources.append(source)
-    check_pair(*configs)
-    return *configs, tuple(sources)
+    base, drafter = configs
+    check_pair(base, drafter)
+    return base, drafter, (sources[0], sources[1])
 
 
 def count_parameters(model: Gemma4WithDrafter) -> dict[str, tuple[int, int]]:
@@ -217,28 +239,42 @@ def mesh_sizes(cfg: Config, machine: Machine) -> tuple[int, int]:
     return ranks, mesh_shape(cfg.parallel, ranks, machine.gpus_per_node)[2]
 
 
-def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda") -> Plan:
-    """Estimate a run.
+def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda", base_alone: bool = False) -> Plan:
+    """Estimate a run. Where ``activation_checkpointing`` says auto, it is the least that fits, as ``Plan.chosen`` says.
 
     Args:
         device_type: decides what ``precision.compute=auto`` and the loss's default budget are.
+        base_alone: plan the plain fine-tuning of the base, without the drafter and with whole logits, to compare.
 
     Raises:
         ConfigError: as :func:`read`.
     """
+    choices, plans = rungs(cfg.activation_checkpointing), {}
+
+    def fits(rung: int) -> bool:
+        plans[rung] = _plan(with_overrides(cfg, choices[rung]), machine, device_type, base_alone)
+        return plans[rung].peak <= machine.usable
+
+    rung = lowest(len(choices), fits)
+    if rung not in plans:
+        fits(rung)
+    return replace(plans[rung], chosen=choices[rung])
+
+
+def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> Plan:
     base_config, drafter_config, sources = read(cfg)
     as_planned = {
         "parallel.compile": False,
         "model.use_liger_kernel": False,
         "loss.memory_budget_mb": memory_budget_mb(cfg.loss, device_type),
-        "loss.compile": False,
+        "loss.compile": cfg.loss.compile and device_type == "cuda",
     }
     cfg = with_overrides(cfg, as_planned)
     compute = compute_dtype(cfg.precision, device_type)
     model = meta_pair(cfg, base_config, drafter_config, compute, device_type)
     ranks, shard = mesh_sizes(cfg, machine)
-    step = simulate(model, cfg, shard, device_type)
-    parameters = list(model.parameters())
+    step = simulate(model, cfg, shard, device_type, machine.flex_head_dim, base_alone)
+    parameters = list((model.base if base_alone else model).parameters())
     trained = [p for p in parameters if p.requires_grad]
     dtype = DTYPES[cfg.precision.params]
 
@@ -276,11 +312,31 @@ def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda") -> Plan:
         communication["all-reduce"]["gradients"] = sum(local_numel(p.shape, shard) for p in trained) * reduce_bytes
     if shard == 1:
         communication |= {"all-gather": {}, "reduce-scatter": {}, "all-to-all": {}}
+        step.work.pop(COPIES)
+    late = 0
     if cfg.parallel.cpu_offload == "optimizer":  # to the update and back
-        transfers = {"to device": states, "to host": states}
-    tokens = cfg.data.max_length * cfg.data.micro_batch_size * cfg.optim.grad_accum * ranks
+        transfers, late = {way: size + states for way, size in transfers.items()}, 2 * states
+    work = {part: Work() for part in step.work}
+    for part, once in step.work.items():
+        work[part].add(once, cfg.optim.grad_accum)
+    if not offloaded:  # there the host updates
+        # Gradients are read for their norm, scaled, and read with weights and moments, which are written.
+        one_by_one = cfg.optim.name != "adamw" or cfg.parallel.cpu_offload == "optimizer"
+        work["update"] = Work(
+            bytes=4 * gradients + 2 * local_bytes(trained, shard, cfg) + 2 * states,
+            launches=len(trained) * (8 if one_by_one else 1) // (1 if one_by_one else 8),
+        )
     itemsize = DTYPES[cfg.precision.params].itemsize
     saved = [p for tensors in pair_tensors(model).values() for p in tensors.values() if isinstance(p, nn.Parameter)]
+    sizes = [(p, p.dtype.itemsize if id(p) in rounded else itemsize) for p in saved]
+    staged = states + sum(local_numel(p.shape, shard) * size for p, size in sizes)
+    there = {"none": 0, "optimizer": states, "all": shards + states + gradients}[cfg.parallel.cpu_offload]
+    host = {
+        "parallel.cpu_offload": there,
+        "inputs of what is recomputed": step.moved["to host", SAVED],
+        "staging of background saves": staged if cfg.checkpoint.background else 0,
+    }
+    tokens = cfg.data.max_length * cfg.data.micro_batch_size * cfg.optim.grad_accum * ranks
     return Plan(
         parameters=count_parameters(model),
         memory=memory,
@@ -288,43 +344,58 @@ def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda") -> Plan:
         recomputed=step.recomputed * cfg.optim.grad_accum,
         tokens=tokens,
         ranks=ranks,
-        checkpoint=sum(p.nbytes if id(p) in rounded else itemsize * p.numel() for p in saved)
-        + sum(bytes_of_states(p, p.numel()) for p in trained),
+        checkpoint=sum(size * p.numel() for p, size in sizes) + sum(bytes_of_states(p, p.numel()) for p in trained),
         sources=sources,
-        # AdamW reads weight, gradient and moments and writes all but the gradient; on the host, if they are there.
-        traffic=step.traffic * cfg.optim.grad_accum + (0 if offloaded else 3 * gradients + 2 * states),
+        work=work,
         communication=communication,
         mesh=(ranks // shard, shard),
         micro_batches=cfg.optim.grad_accum,
         padding=padding([p.shape for p in parameters if id(p) not in {id(other) for other in whole}], shard),
-        host={"none": 0, "optimizer": states, "all": shards + states + gradients}[cfg.parallel.cpu_offload],
+        host={what: size for what, size in host.items() if size},
         transfers=transfers,
-        transfers_at_end=cfg.parallel.cpu_offload == "optimizer",
+        transfers_at_end=late,
         attention=kernels(model.base.config.get_text_config(), compute, "meta"),
     )
 
 
 def longest(cfg: Config, machine: Machine, plan: Plan, unit: int = 256, most: int = 2**20) -> int:
-    """The largest ``data.max_length`` that fits, in multiples of `unit` and up to `most`; 0 if none does."""
+    """The largest ``data.max_length`` that fits, in multiples of `unit` and up to `most`, to 3 %; 0 if none does.
 
-    def peak(units: int) -> int:
-        return make_plan(with_overrides(cfg, {"data.max_length": units * unit}), machine).peak
+    What is recomputed by ``auto`` is then as much as can be.
+    """
+    cfg = pinned(cfg)
+    start, most = cfg.data.max_length // unit, most // unit
+    low, high = (start, None) if plan.peak <= machine.usable else (0, -(-cfg.data.max_length // unit))
+    if low >= most:
+        return cfg.data.max_length
+    peaks: dict[int, int] = {}
 
-    if plan.peak <= machine.usable:
-        low, high = (cfg.data.max_length // unit, plan.peak), None
-    else:
-        low, high = (1, peak(1)), (-(-cfg.data.max_length // unit), plan.peak)
-        if low[1] > machine.usable or high[0] == 1:
-            return 0
-    while low[0] * unit < most and (high is None or high[0] - low[0] > 1):
-        if high is None:
-            guess = max(1, 2 * low[0])
-        else:  # the peak is nearly linear in the length
-            share = (machine.usable - low[1]) / (high[1] - low[1])
-            guess = min(max(low[0] + int(share * (high[0] - low[0])), low[0] + 1), high[0] - 1)
-        point = guess, peak(guess)
-        low, high = (point, high) if point[1] <= machine.usable else (low, point)
-    return low[0] * unit or cfg.data.max_length
+    def fits(units: int) -> bool:
+        peaks[units] = make_plan(with_overrides(cfg, {"data.max_length": units * unit}), machine).peak
+        return peaks[units] <= machine.usable
+
+    guess = min(max(4 * low, 1), most) if high is None else high // 4
+    while high is None or high - low > max(1, low // 32):
+        guess = min(max(guess, low + 1), most if high is None else high - 1)
+        if fits(guess):
+            low = guess
+        else:
+            high = guess
+        if low == most:
+            break
+        apart = max(1, low // 32)
+        if len(peaks) < 2:
+            guess = 4 * low if high is None else (low + high) // 2
+        else:  # by the line through the two nearest, as the peak is nearly linear in the length; then beside it
+            (x, a), (y, b) = sorted(peaks.items(), key=lambda point: abs(point[1] - machine.usable))[:2]
+            guess = int(x + (machine.usable - a) * (y - x) / (b - a)) if a != b else 2 * max(x, y)
+            guess = guess - apart // 2 if high is not None and guess >= high else max(guess, low + apart)
+    return low * unit or (cfg.data.max_length if plan.peak <= machine.usable else 0)
+
+
+def pinned(cfg: Config) -> Config:
+    """With as much recomputed as ``auto`` can choose."""
+    return with_overrides(cfg, rungs(cfg.activation_checkpointing)[-1])
 
 
 def can_adapt(cfg: Config) -> bool:
@@ -334,12 +405,15 @@ def can_adapt(cfg: Config) -> bool:
 
 def savings(cfg: Config, machine: Machine) -> dict[str, int]:
     """Settings that take less memory, those that cost the least time first, and the peak with each alone."""
-    smaller_loss = min(256, memory_budget_mb(cfg.loss, "cuda"))
-    changes = [
+    smaller_loss, cfg = min(256, memory_budget_mb(cfg.loss, "cuda")), pinned(cfg)
+    changes: list[Mapping[str, object]] = [
         {"parallel.reshard_after_forward": True},
         {"loss.memory_budget_mb": smaller_loss},
         {"activation_checkpointing.drafter": "full"},
+        {"activation_checkpointing.drafter": "layers"},
+        {"activation_checkpointing.base": "selective"},
         {"activation_checkpointing.base": "full"},
+        {"activation_checkpointing.base": "full", "activation_checkpointing.offload": True},
         {"data.micro_batch_size": 1, "optim.grad_accum": cfg.optim.grad_accum * cfg.data.micro_batch_size},
         {"parallel.dp_shard": 2 * mesh_sizes(cfg, machine)[1]},
         {"data.max_length": max(256, cfg.data.max_length // 2)},

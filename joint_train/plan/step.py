@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,18 @@ from joint_train.distributed.parallelize import (
 )
 from joint_train.distributed.placement import local_numel
 from joint_train.distributed.rows import RowShardedEmbedding, even_lookup
+from joint_train.pair.recompute import HostCopies
 from joint_train.pair.targets import joint_targets
-from joint_train.plan.meter import Meter, stand_ins
+from joint_train.pair.visibility import attention_masks
+from joint_train.plan.meter import COPIES, LOSS, Meter, Work, stand_ins
 from joint_train.torch_private import in_backward
 from joint_train.weights.composite import Gemma4WithDrafter
 
+if TYPE_CHECKING:
+    from joint_train.pair.halves import Base
+
 PER_LAYER = "per-layer embeddings"
+SAVED = "saved inputs"
 
 
 class _Unit:
@@ -51,6 +58,7 @@ class _Unit:
         itemsize = DTYPES[cfg.precision.reduce].itemsize
         self.size = sum(padded(p, shard) * p.dtype.itemsize for p in parameters)
         self.reduced = sum(padded(p, shard) for p in self.trained) * itemsize
+        self.copied_in = sum(padded(p, shard) * p.dtype.itemsize for p in self.trained)
         self.gradient, self.accumulates = local_bytes(self.trained, shard, cfg), cfg.optim.grad_accum > 1
         self.copied = copied
         self.gathered, self.waiting = False, len(self.trained)
@@ -67,6 +75,7 @@ class _Unit:
                 self.meter.moved["to device", self.name] += self.copied
                 self.meter.hold("gathered weights", self.copied)
             self.meter.moved["all-gather", self.name] += self.size
+            self.meter.move(COPIES, 2 * self.size, launches=4)  # out of the buffer that the collective fills
             self.meter.hold("gathered weights", self.size)
             if self.copied is not None:
                 self.meter.hold("gathered weights", -self.copied)
@@ -93,6 +102,7 @@ class _Unit:
         if self.trained:
             self.meter.hold("gradient reduction", self.reduced - self.meter.held["gradient reduction"])
             self.meter.moved["reduce-scatter", self.name] += self.reduced
+            self.meter.move(COPIES, self.copied_in + self.reduced, launches=4)  # into the buffer that it reduces
             self.meter.hold("gradients", self.gradient)  # the reduced ones, beside those that they are made of
             for parameter in self.trained:
                 parameter.grad = None
@@ -122,26 +132,53 @@ class _PlannedRows(RowShardedEmbedding):
         rows.to(self.params_dtype)
 
 
+class _PlannedCopies(HostCopies):
+    """Inputs that wait on the host: what is copied, without a host."""
+
+    meter: Meter
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        self.meter.moved["to host", SAVED] += tensor.nbytes
+        with self.meter.paused():
+            return torch.empty_like(tensor)
+
+    def to_device(self, buffer: Tensor, device: torch.device) -> tuple[Tensor, None]:
+        self.meter.moved["to device", SAVED] += buffer.nbytes
+        return torch.empty_like(buffer), None
+
+    def release(self, buffer: Tensor) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Step:
     """One micro-batch on a rank: FLOPs, and what lives when most does, besides the shard and the optimizer's states."""
 
     flops: int
     recomputed: int
-    traffic: int  # bytes that the operations read and write, each its inputs and its output once
+    work: dict[str, Work]  # by part of the step
     at_peak: Counter[str]
     moved: Counter[tuple[str, str]]  # bytes by collective and unit, of the whole buffer
 
 
-def simulate(model: Gemma4WithDrafter, cfg: Config, shard: int, device_type: str = "cpu") -> Step:
+def simulate(
+    model: Gemma4WithDrafter,
+    cfg: Config,
+    shard: int,
+    device_type: str = "cpu",
+    flex_head_dim: int | None = None,
+    base_alone: bool = False,
+) -> Step:
     """Run a micro-batch on the meta device.
 
     Args:
         model: from :func:`joint_train.weights.loading.meta_pair` with this configuration, in the dtype of compute.
         shard: ranks that a weight is sharded over.
         device_type: "cuda" plays the products of cuBLAS; "cpu" runs what the CPU runs.
+        flex_head_dim: the largest that FlexAttention runs with on the device; None: any.
+        base_alone: without the drafter, and with the base's whole logits: what plain fine-tuning does.
     """
-    text, meter, units = text_model(model.base), Meter(), []
+    text, meter, units, hooks = text_model(model.base), Meter(), [], []
     offloaded = cfg.parallel.cpu_offload == "all"
     sizes = {id(p): DTYPES[cfg.precision.params].itemsize for p in model.parameters()}
     sizes |= {id(p): p.dtype.itemsize for p in rounded_parameters(model.base)}
@@ -157,12 +194,13 @@ def simulate(model: Gemma4WithDrafter, cfg: Config, shard: int, device_type: str
     largest = max(layer.size for layer in units)
     late = []
     table = per_layer_table(model.base)
-    if exchanges_rows(model.base, cfg.parallel):
+    if table is not None and exchanges_rows(model.base, cfg.parallel):
         table.__class__ = _PlannedRows
-        table.meter, table.compute_dtype, table.params_dtype = meter, table.weight.dtype, DTYPES[cfg.precision.params]
-        table.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes(list(table.parameters()), shard, cfg)
+        rows = cast(_PlannedRows, table)
+        rows.meter, rows.compute_dtype, rows.params_dtype = meter, rows.weight.dtype, DTYPES[cfg.precision.params]
+        rows.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes(list(rows.parameters()), shard, cfg)
         # Each token another one, and one for the padding: the most that there can be.
-        table.lookup = even_lookup(cfg.data.micro_batch_size * cfg.data.max_length + 1, shard, "meta")
+        rows.lookup = even_lookup(cfg.data.micro_batch_size * cfg.data.max_length + 1, shard, "meta")
     elif table is not None:
         late.append(unit(PER_LAYER, list(table.parameters()), False, late=True))
         late[0].wrap(table)
@@ -176,30 +214,51 @@ def simulate(model: Gemma4WithDrafter, cfg: Config, shard: int, device_type: str
         ordering = model.drafter.masked_embedding.token_ordering
         model._token_centroid = ordering._version, torch.empty_like(ordering)
 
+    if model.host_copies is not None:
+        model.host_copies.__class__ = _PlannedCopies
+        cast(_PlannedCopies, model.host_copies).meter = meter
+
     ids = torch.ones(cfg.data.micro_batch_size, cfg.data.max_length, dtype=torch.long)
     targets = joint_targets(ids, None, model.drafter_num_steps, model.pairing).to("meta")  # every token is one
     documents = torch.ones_like(ids, device="meta") if cfg.data.packing else None
     weights = torch.ones(1 + model.drafter_num_steps, device="meta")
     try:
-        with meter, stand_ins(meter, device_type):
+        hooks += meter.watch(model)
+        with meter, stand_ins(meter, device_type, flex_head_dim):
             for tensor in (*model.parameters(), *model.buffers()):
                 meter.ignore(tensor)
             if cfg.optim.grad_accum > 1 and not offloaded:
                 meter.hold("gradients", local_bytes([p for p in model.parameters() if p.requires_grad], shard, cfg))
             root.gather()
             meter.hold("gathered weights", largest)  # the next layer's, on their way while one is computed
-            loss = model(ids.to("meta"), document_ids=documents, targets=targets, weights=weights).loss
+            if base_alone:
+                loss = _loss_of_base(model.base, ids.to("meta"), documents, meter)
+            else:
+                loss = model(ids.to("meta"), document_ids=documents, targets=targets, weights=weights).loss
             if loss.requires_grad:
                 loss.backward()
                 meter.hold("gathered weights", -largest)
                 for waiting in late:
                     waiting.reduce()
     finally:
-        for hook in (hook for unit in units for hook in unit.hooks):
+        for hook in (*hooks, *(hook for unit in units for hook in unit.hooks)):
             hook.remove()
         for parameter in model.parameters():
             parameter.grad = None
-    return Step(meter.flops, meter.recomputed, meter.traffic, meter.at_peak, meter.moved)
+    return Step(meter.flops, meter.recomputed, meter.work, meter.at_peak, meter.moved)
+
+
+def _loss_of_base(base: "Base", ids: Tensor, documents: Tensor | None, meter: Meter) -> Tensor:
+    """Cross-entropy of the base's logits in fp32, ``[B, S, V]``."""
+    config = base.config.get_text_config()
+    masks = attention_masks(config, (ids.shape[0], ids.shape[1]), base.lm_head.weight.dtype, ids.device, documents)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    hidden = base.model(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False).last_hidden_state
+    with meter.within(LOSS):
+        logits = base.lm_head(hidden)
+        if (cap := config.final_logit_softcapping) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
 
 
 def padded(parameter: nn.Parameter, shard: int) -> int:

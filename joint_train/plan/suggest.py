@@ -4,12 +4,13 @@ What only takes time is tried first, together. What changes the training comes o
 change it least first.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
 from joint_train.config import Config, select, with_overrides
 from joint_train.pair.loss import memory_budget_mb
-from joint_train.plan.planner import Machine, Plan, can_adapt, make_plan
+from joint_train.plan.planner import Machine, Plan, can_adapt, make_plan, pinned
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ def costs_time(cfg: Config) -> list[dict[str, object]]:
     """Settings that take less memory and more time, and change no result but by rounding; the dearest first."""
     rows = cfg.data.micro_batch_size
     wanted: list[dict[str, object]] = [
+        {"activation_checkpointing.offload": True},
         {"activation_checkpointing.base": "full"},
         {"parallel.reshard_after_forward": True},
         {"data.micro_batch_size": 1, "optim.grad_accum": cfg.optim.grad_accum * rows},
-        {"activation_checkpointing.drafter": "full"},
+        {"activation_checkpointing.drafter": "layers"},
         {"loss.memory_budget_mb": min(256, memory_budget_mb(cfg.loss, "cuda"))},
     ]
     return [one for one in wanted if any(select(cfg, key) != value for key, value in one.items())]
@@ -52,7 +54,7 @@ def changes_training(cfg: Config) -> list[list[tuple[int, dict[str, object]]]]:
     if cfg.precision.params != "bfloat16":
         groups.append([(16, {"precision.params": "bfloat16"})])
     # With adapters the base learns less than in full; frozen it learns nothing.
-    instead = [(32, {"lora.r": 16})] if can_adapt(cfg) else []
+    instead: list[tuple[int, dict[str, object]]] = [(32, {"lora.r": 16})] if can_adapt(cfg) else []
     if not cfg.freeze.base and not cfg.lora.r:
         instead.append((64, {"freeze.base": True}))
     groups.append(instead)
@@ -68,39 +70,42 @@ def merged(*changes: dict[str, object]) -> dict[str, object]:
     return {key: value for change in changes for key, value in change.items()}
 
 
-def suggest(cfg: Config, machine: Machine, most: int = 3) -> list[Suggestion]:
-    """Up to `most` settings that fit, the cheapest first; none contains all the changes of another."""
+def suggest(cfg: Config, machine: Machine, most: int = 3) -> Iterator[Suggestion]:
+    """Up to `most` settings that fit, as they are found, the cheapest first; none has all the changes of another."""
 
     def tried(changes: dict[str, object]) -> Suggestion:
-        return Suggestion(changes, make_plan(with_overrides(cfg, changes) if changes else cfg, machine))
+        """With as much recomputed as auto can choose."""
+        return Suggestion(changes, make_plan(pinned(with_overrides(cfg, changes)), machine))
 
     def fits(found: Suggestion) -> bool:
         return found.plan.peak <= machine.usable
 
-    if fits(now := tried({})):
-        return [now]
-    time, groups = costs_time(cfg), changes_training(cfg)
+    def final(changes: dict[str, object]) -> Suggestion:
+        return Suggestion(changes, make_plan(with_overrides(cfg, changes), machine))
+
+    if fits(tried({})):
+        yield final({})
+        return
+    time, groups = costs_time(pinned(cfg)), changes_training(cfg)
     # The last of each group takes least memory: where all of them together don't fit, nothing does.
     if not fits(tried(merged(*time, *(group[-1][1] for group in groups)))):
-        return []
+        return
     combinations = sorted(
         ((sum(cost for cost, _ in chosen), merged(*(change for _, change in chosen)))
          for chosen in product(*groups)),
         key=lambda one: one[0],
     )  # fmt: skip
-    found: list[Suggestion] = []
     kept: list[set] = []
     for _, change in combinations:
         if any(other <= set(change.items()) for other in kept):
             continue
-        if fits(one := tried(merged(*time, change))):
+        if fits(tried(merged(*time, change))):
             needed = list(time)
             for setting in time:  # what it fits without is left out
                 without = [other for other in needed if other is not setting]
-                if fits(less := tried(merged(*without, change))):
-                    needed, one = without, less
-            found.append(one)
+                if fits(tried(merged(*without, change))):
+                    needed = without
+            yield final(merged(*needed, change))
             kept.append(set(change.items()))
-            if len(found) == most:
-                break
-    return found
+            if len(kept) == most:
+                return

@@ -23,11 +23,13 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from joint_train.config import Config, TrackingConfig, to_yaml, written
-from joint_train.files import code_version, replace
+from joint_train.config.values import run_length
+from joint_train.files import code_version, naming, replace
 from joint_train.metrics import SUMMARY
 
 log = logging.getLogger(__name__)
 
+WIDTH = 80  # of a line in a log
 CONSOLE_SECONDS = 10  # between lines in a log; a terminal is updated at every step
 CLOSE_SECONDS = 120  # for wandb's last upload: a dead network must not keep a finished run
 
@@ -41,20 +43,24 @@ class Tracker:
         step: the step that the run goes on from; 0 for a fresh one. Records after it, of a run that was cut short,
             are moved out of the way.
         unfinished: the record of ``step`` itself is still to come, so one that is there already is moved as well.
+        max_steps: the run's last step; by default that of the configuration.
 
     Raises:
         OSError: if ``output_dir`` can't be written.
         ImportError: for ``tracking.tensorboard=true`` without the tensorboard package.
     """
 
-    def __init__(self, cfg: Config, rank: int, step: int = 0, unfinished: bool = False) -> None:
+    def __init__(
+        self, cfg: Config, rank: int, step: int = 0, unfinished: bool = False, max_steps: int | None = None
+    ) -> None:
         self.sinks: list[Any] = []
         if rank != 0:
             return
         output_dir = Path(cfg.output_dir).absolute()
-        output_dir.mkdir(parents=True, exist_ok=True)
+        with naming(output_dir, "output_dir"):
+            output_dir.mkdir(parents=True, exist_ok=True)
         replace(output_dir / "config.yaml", to_yaml(cfg))
-        self.sinks = [JsonLines(output_dir / "metrics.jsonl", step, unfinished), ConsoleLines(cfg, step)]
+        self.sinks = [JsonLines(output_dir / "metrics.jsonl", step, unfinished), ConsoleLines(cfg, step, max_steps)]
         if cfg.tracking.tensorboard:
             self.sinks.append(Guarded("TensorBoard", TensorBoard(output_dir / "tensorboard", step)))
         if cfg.tracking.wandb != "disabled":
@@ -99,7 +105,8 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, step: int, unfinished: bool = False) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        # Bytes that are no text, of a disk that failed, come back as they were in the file of what is dropped.
+        lines = path.read_text("utf-8", "surrogateescape").splitlines() if path.exists() else []
         kept, dropped = {}, []
         for line in lines:
             done = recorded_step(line)
@@ -108,25 +115,31 @@ class JsonLines:
             else:
                 dropped.append(line)
         if dropped:
-            with open(path.with_suffix(".dropped.jsonl"), "a", encoding="utf-8") as file:
+            aside = path.with_suffix(".dropped.jsonl")
+            with naming(aside, "output_dir"), open(aside, "a", encoding="utf-8", errors="surrogateescape") as file:
                 file.write("".join(line + "\n" for line in dropped))
             replace(path, "".join(line + "\n" for line in kept.values()))
-        self.file = open(path, "a", encoding="utf-8")
+        self.path = path
+        with naming(path, "output_dir"):
+            self.file = open(path, "a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         record = {"step": step, "time": round(time.time(), 3)} | {k: plain(v) for k, v in metrics.items()}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        with naming(self.path, "output_dir"):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        with naming(self.path, "output_dir"):
+            self.file.close()
 
 
 def recorded_step(line: str) -> int:
     """The step of a line of ``metrics.jsonl``, or -1 if the line isn't whole."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+        line.encode()  # not where it has bytes that are no text
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
         return -1
 
 
@@ -210,12 +223,12 @@ class Wandb:
                 log.warning("wandb didn't finish in %d s; `wandb sync` its folder later", CLOSE_SECONDS)
 
 
-def wandb_mode(mode: str) -> str:
+def wandb_mode(mode: str) -> Any:
     """``tracking.wandb`` without ``auto``: ``WANDB_MODE`` if set, else online where there is a key, else offline."""
     if mode != "auto":
         return mode
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
+    if given := os.environ.get("WANDB_MODE"):
+        return given
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
@@ -253,9 +266,9 @@ class TensorBoard:
 class ConsoleLines:
     """Progress for people: a bar and the newest numbers on a terminal, a line now and then in a log; 80 columns."""
 
-    def __init__(self, cfg: Config, step: int, console: Console | None = None) -> None:
+    def __init__(self, cfg: Config, step: int, max_steps: int | None = None, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
-        self.total, self.output_dir = cfg.max_steps, Path(cfg.output_dir)
+        self.total, self.output_dir = max_steps or run_length(cfg)[0] or 0, Path(cfg.output_dir)
         self.exports = cfg.model.export.at_end
         self.first: tuple[int, float] | None = None  # the first step that was reported, and when
         self.printed = -math.inf
@@ -284,7 +297,9 @@ class ConsoleLines:
         if self.live:
             self.bar.update(self.task, completed=step, numbers=numbers)
         elif step == self.total or time.monotonic() - self.printed >= CONSOLE_SECONDS:
-            self.console.print(f"step {step:>6}/{self.total}  {numbers}")
+            head, epoch = f"step {step} of {self.total}", epoch_of(metrics)
+            fits = len(head) + len(epoch) + 2 + len(numbers) <= WIDTH
+            self.console.print(f"{head}{epoch if fits else ''}  {numbers}")
             self.printed = time.monotonic()
         if metrics.get("loss_spike"):
             self.console.print(f"step {step}: the loss jumped; see metrics.jsonl")
@@ -360,6 +375,11 @@ def validation_line(step: int, metrics: Mapping[str, float]) -> str:
     if (value := metrics.get("val/tokens_per_forward")) is not None:
         text += f"  {value:.2f} tokens/forward"
     return text
+
+
+def epoch_of(metrics: Mapping[str, float]) -> str:
+    """``, epoch 1.4`` where the data have epochs."""
+    return f", epoch {metrics['epoch']:.1f}" if "epoch" in metrics else ""
 
 
 def short(number: float) -> str:

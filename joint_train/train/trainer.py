@@ -5,10 +5,12 @@ config → mesh → models → data → step → checkpoint, in this order, once
 
 import logging
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,27 +18,32 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from joint_train.checkpoint import Checkpointer
-from joint_train.config import Config
+from joint_train.config import Config, with_overrides
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
 from joint_train.distributed.preemption import Preemption
+from joint_train.distributed.ranks import Ranks
 from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.pair.attention import check_backward
+from joint_train.pair.loss import run_budget_mb
 from joint_train.pair.stats import JointStats
-from joint_train.pair.targets import JointTargets, joint_targets
+from joint_train.pair.targets import JointTargets, joint_targets, send
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.advice import (
     generation_prompts,
+    log_recomputation,
     say_resumed,
     warn_of_grace,
     warn_of_padding,
     warn_of_torchrun,
     warn_of_warmup,
 )
+from joint_train.train.agreement import agree_on_configuration, agree_on_data
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
+from joint_train.train.length import run_steps
 from joint_train.train.optim import build_optimizer, lr_factor, update
 from joint_train.train.pace import Since
 from joint_train.train.tracking import Tracker, plain
@@ -68,13 +75,20 @@ class Trainer:
         torch.manual_seed(cfg.seed + self.rank)
 
         check_backward(cfg.model.attn_implementation, self.device.type)
-        self.model = load_pair(cfg, self.mesh, self.device).train()
+        everyone = Ranks(cfg.parallel.timeout_seconds)
+        agree_on_configuration(cfg, everyone)
+        machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
+        self.plan = make_plan(cfg, machine, self.device.type)
+        log_recomputation(self.plan, machine)
+        self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
 
-        self.val_loader = self.drift = None
+        self.val_loader: BatchLoader | None = None
+        self.drift: BaseDrift | None = None
         if cfg.data.val:
             self.val_loader = build_loader(cfg, self.tokenizer, "val", self.rank, self.ranks)
+            agree_on_data(cfg, "val", self.val_loader, everyone)
         if cfg.tracking.diagnose_every:
             loader = self.build_train_loader(None) if self.val_loader is None else self.val_loader
             self.fixed_batch = self.prepare(next(iter(loader)), loader.source_names)
@@ -89,16 +103,19 @@ class Trainer:
         if found:
             path, saved = found
             position, bad_steps = saved["data"], saved.get("bad_steps", 0)
-            say_resumed(cfg, path, self.step)
         self.loader = self.build_train_loader(position)
-        self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None)
-        machine = Machine(gpus=self.ranks)
-        self.plan = make_plan(cfg, machine, self.device.type)
+        agree_on_data(cfg, "train", self.loader, everyone)
+        self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
+        if found:
+            say_resumed(cfg, path, self.step, self.max_steps, saved.get("max_steps"))
+        self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None, self.max_steps)
+        if self.device.type == "cuda":
+            self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
         warn_of_torchrun(cfg.checkpoint)
-        warn_of_warmup(cfg)
+        warn_of_warmup(cfg, self.max_steps)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -106,9 +123,20 @@ class Trainer:
         self.spikes = LossSpikes()
         self.since = Since(self.device)
 
+    def memory_gb(self, everyone: Ranks) -> float:
+        """Memory of the device, or on CPU this rank's share of the host's, in GiB: the least that any rank has."""
+        if self.device.type == "cuda":
+            mine = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            mine = pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return min(everyone.each("reading the size of the memory", lambda: mine)) / 2**30
+
     def go_on_from(self, saved: dict | None) -> None:
         """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""
-        self.step, self.before, self.measured = 0, None, None
+        self.step = 0
+        self.before: dict[str, float] | None = None  # what was validated before the first step, and last
+        self.measured: dict[str, float] | None = None
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
         if saved:
             self.step, self.before, self.measured = saved["step"], numbers(saved["before"]), numbers(saved["measured"])
@@ -119,11 +147,11 @@ class Trainer:
         try:
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks, position)
         except OtherData as error:
-            log.warning("the data start again from the beginning: %s", error)
+            log.warning("the data and their epochs start again from the beginning: %s", error)
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks)
 
     def train(self) -> None:
-        """Run from the current step to ``max_steps``, or until the machine is taken away."""
+        """Run from the current step to the last one, or until the machine is taken away."""
         try:
             self.loop()
         except Exception:
@@ -138,11 +166,11 @@ class Trainer:
         with self.watchdog:
             with self.preemption.ends_at_once():
                 self.first_validation()
-            while self.step < cfg.max_steps:
+            while self.step < self.max_steps:
                 self.watchdog.beat()
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step(batches)
-                last = self.step == cfg.max_steps
+                last = self.step == self.max_steps
                 if due(self.step, cfg.tracking.diagnose_every):
                     metrics |= self.diagnose()
                 self.checkpointer.poll()
@@ -162,7 +190,7 @@ class Trainer:
         if cfg.model.export.at_end:
             self.export(self.output_dir / "export")
             self.publish(self.output_dir / "export")
-        self.tracker.finish(self.before, self.measured)
+        self.tracker.finish(self.before or {}, self.measured or {})
         planned, peak = self.plan.peak / 2**30, (peak_memory(self.device) - self.memory_at_start) / 2**30
         of_what = "" if self.device.type == "cuda" else " (growth of the process, libraries' own buffers included)"
         log.info("peak memory of rank 0: %.2f GiB%s; planned: %.2f GiB", peak, of_what, planned)
@@ -204,31 +232,32 @@ class Trainer:
         micro_batches = [self.prepare(batch, self.loader.source_names) for batch in loaded]
 
         # All the counts are known before the first forward, so each loss is its share of the mean over the whole step.
-        counts = torch.stack([counts for _, _, counts in micro_batches]).sum(0).to(self.device, non_blocking=True)
+        counts = send(torch.stack([counts for _, _, counts in micro_batches]).sum(0), self.device)
         dist.all_reduce(counts)
         weights = self.model.loss_weights(counts[:-1])
 
         self.optimizer.zero_grad()
-        stats: JointStats | None = None
+        stats: JointStats | None = None  # until the first micro-batch, which every step has
         for i, (inputs, targets, _) in enumerate(micro_batches):
             parallelize.set_last_micro_batch(self.model, i == len(micro_batches) - 1)
             out = self.model(**inputs, targets=targets, weights=weights)
             out.loss.backward()
             stats = out.stats if stats is None else stats + out.stats
-        factor = lr_factor(self.step, cfg.optim, cfg.max_steps)
+        factor = lr_factor(self.step, cfg.optim, self.max_steps)
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
         norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter)
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
-        if not due(self.step, cfg.tracking.log_every) and self.step < cfg.max_steps:
+        if not due(self.step, cfg.tracking.log_every) and self.step < self.max_steps:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
+        assert stats is not None
         metrics = stats.reduced(dist.all_reduce).means(self.loader.source_names) | self.bad_steps.read()
         if self.bad_steps.exhausted():
-            inputs = [{**b, "rows": t.rows, "labels": t.labels} for b, t, _ in micro_batches]
-            inputs = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b in inputs]
-            folder = dump(self.output_dir, self.rank, self.step, inputs, self.model)
+            dumped = [{**b, "rows": t.rows, "labels": t.labels} for b, t, _ in micro_batches]
+            dumped = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b in dumped]
+            folder = dump(self.output_dir, self.rank, self.step, dumped, self.model)
             raise TooManyBadSteps(
                 f"{cfg.tracking.max_bad_steps} steps in a row had a loss or gradient that isn't finite "
                 f"(tracking.max_bad_steps); weights are as before them, batches and norms are in {folder}"
@@ -237,6 +266,8 @@ class Trainer:
         metrics["loss_spike"] = float(self.spikes.observe(metrics["base_loss"]))
         self.since.add(counts[-1], waited, time.perf_counter() - started)
         tokens, waited, seconds = self.since.read()
+        if (epoch := self.loader.epoch) is not None:
+            metrics["epoch"] = epoch
         return metrics | {
             "lr": cfg.optim.lr * factor,
             "drafter_lr": cfg.optim.drafter_lr * factor,
@@ -248,7 +279,7 @@ class Trainer:
             "memory_peak_gb": (peak_memory(self.device) - self.memory_at_start) / 2**30,
         }
 
-    def prepare(self, batch: dict[str, Tensor], sources: list[str]) -> tuple[dict[str, Tensor], JointTargets, Tensor]:
+    def prepare(self, batch: dict[str, Tensor], sources: list[str]) -> tuple[dict[str, Any], JointTargets, Tensor]:
         """Find a batch's targets while it is on the CPU, then send it to the device.
 
         Args:
@@ -264,11 +295,11 @@ class Trainer:
             del inputs["document_ids"]  # one document a row, padded on the right: no mask is needed
         if len(sources) > 1:
             inputs["groups"] = batch["source"].flatten()[targets.rows + 1]
-        inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
-        inputs["num_groups"] = len(sources)
-        inputs |= parallelize.look_up(self.model, batch["input_ids"], self.device)
+        sent: dict[str, Any] = {name: send(x, self.device) for name, x in inputs.items()}
+        sent["num_groups"] = len(sources)
+        sent |= parallelize.look_up(self.model, batch["input_ids"], self.device)
         counts = torch.cat([targets.counts, (documents > 0).sum()[None]])
-        return inputs, targets.to(self.device, non_blocking=True), counts
+        return sent, targets.to(self.device), counts
 
     @torch.no_grad()
     def evaluate(self, generate: bool, progress: Callable[[], None] | None = None) -> dict[str, float]:
@@ -281,7 +312,7 @@ class Trainer:
             progress: called before each batch and each forward of a generation; by default it only says that this
                 isn't a hang.
         """
-        cfg, measured = self.cfg, {}
+        cfg, measured = self.cfg, dict[str, float]()
         progress = progress or self.watchdog.beat
         if self.val_loader is None:
             return measured
@@ -296,6 +327,7 @@ class Trainer:
                     inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
                     found = self.model(**inputs, targets=targets).stats
                     stats = found if stats is None else stats + found
+            assert stats is not None, "every rank has a batch of validation"
             means = stats.reduced(dist.all_reduce).means(self.val_loader.source_names)
             measured |= {f"val/{name}": value for name, value in means.items()}
             if generate and self.prompts > 0:
@@ -317,6 +349,7 @@ class Trainer:
         inputs, targets, _ = self.fixed_batch
         counts = targets.counts
         dist.all_reduce(counts)
+        assert self.drift is not None, "made where it is asked for"
         measured = self.drift.measure()
         measured["grad_norm_base_from_drafter"] = base_gradient_from_drafter(self.model, inputs, targets, counts)
         parallelize.reshard(self.model)
@@ -324,8 +357,14 @@ class Trainer:
 
     def save(self, block: bool) -> None:
         """A checkpoint of the current step."""
-        before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before, self.measured))
-        state = {"step": self.step, "before": before, "measured": measured, **self.bad_steps.read()}
+        before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before or {}, self.measured or {}))
+        state = {
+            "step": self.step,
+            "max_steps": self.max_steps,
+            "before": before,
+            "measured": measured,
+            **self.bad_steps.read(),
+        }
         state |= {"data": loader_position(self.loader), "unfinished": self.unfinished}
         self.tracker.sync()
         self.checkpointer.save(

@@ -6,6 +6,7 @@ peft's own ``save_pretrained`` and loading know nothing of shards.
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,13 @@ from joint_train.distributed.lora import adapted, adapters, assign, gathered, in
 from joint_train.distributed.parallelize import DTYPES, text_model
 from joint_train.distributed.ranks import together
 from joint_train.errors import WeightsError
-from joint_train.weights.export import put_in_place, sync_file
+from joint_train.files import naming
+from joint_train.weights.export import sync_files
 from joint_train.weights.loading import frozen_base
+from joint_train.weights.placing import discard, place, staged
+
+if TYPE_CHECKING:
+    import peft
 
 FILE = "adapter_model.safetensors"
 
@@ -30,16 +36,19 @@ def key_of(name: str) -> str:
     return f"base_model.model.{name.replace('.default.', '.')}"
 
 
-def export_adapter(base: nn.Module, out: str | os.PathLike) -> None:
+def export_adapter(base: nn.Module, out: str | os.PathLike, in_place: bool = True) -> None:
     """Write the adapters of a base, in the dtype that they are trained in. Collective.
 
     The folder is written beside `out` and renamed when it is complete. Rank 0 holds all adapters for that.
+
+    Args:
+        in_place: False leaves the complete folder staged, for :func:`joint_train.weights.placing.place`.
 
     Raises:
         OSError: if the disk is full, …; on every rank alike.
     """
     out, first = Path(out), not dist.is_initialized() or dist.get_rank() == 0
-    partial = out.with_name(f".{out.name}.partial")
+    partial = staged(out)
     tensors = {}
     for name, parameter in adapters(base).items():
         whole = gathered(parameter)
@@ -50,17 +59,26 @@ def export_adapter(base: nn.Module, out: str | os.PathLike) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(tensors, partial / FILE, metadata={"format": "pt"})
-        config = base.peft_config["default"]
+        config = cast("dict[str, peft.LoraConfig]", base.peft_config)["default"]
         config.inference_mode = True  # as peft writes it: who loads it doesn't train it
         try:
             config.save_pretrained(str(partial))
         finally:
             config.inference_mode = False
-        for file in partial.iterdir():
-            sync_file(file)
-        put_in_place(partial, out)
+        sync_files(partial)
 
-    together(lambda: write() if first else None)
+    def on_first() -> None:
+        with naming(out):
+            if first:
+                write()
+
+    try:
+        together(on_first)
+        if in_place:
+            place([out])
+    except BaseException:
+        discard([out])
+        raise
 
 
 @torch.no_grad()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,16 +26,22 @@ from joint_train.config import (
     PrecisionConfig,
     group_of,
 )
+from joint_train.distributed.agreement import agree
 from joint_train.distributed.lora import adapted, initialise, inject, peft_config_of
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
-from joint_train.distributed.ranks import Ranks
-from joint_train.pair.attention import implementation, kernels
+from joint_train.distributed.ranks import Ranks, together
+from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights.adapter import export_adapter, load_adapter
-from joint_train.weights.export import export_model
+from joint_train.weights.export import export_model, sync_files
 from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
-from joint_train.weights.loading import build_meta, frozen_base, materialize
+from joint_train.weights.loading import build_meta, check_weights, fingerprints, frozen_base, materialize
+from joint_train.weights.placing import check as check_folder
+from joint_train.weights.placing import discard, place, staged
+
+if TYPE_CHECKING:
+    import peft
 
 log = logging.getLogger(__name__)
 
@@ -218,17 +225,23 @@ class Gemma4WithDrafter(JointModel):
                     "and load it from there."
                 )
         folder = Path(save_directory)
-        export_model(self.base, sources[0], folder / "base", max_shard_size, kv_shared_weights=kv_shared_weights)
-        export_model(
-            self.drafter, sources[1], folder / "drafter", max_shard_size,
-            num_assistant_tokens=self.drafter_num_steps,
-        )  # fmt: skip
-        if adapted(self.base):
-            export_adapter(self.base, folder / "adapter")
-        if tokenizer is not None and not (dist.is_initialized() and dist.get_rank()):
-            for part in ("base", "drafter"):
-                if not (folder / part / "tokenizer_config.json").exists():
-                    tokenizer.save_pretrained(folder / part)
+        parts = ["base", "drafter", *(["adapter"] if adapted(self.base) else [])]
+        outs = [folder / part for part in parts]
+        try:
+            export_model(
+                self.base, sources[0], outs[0], max_shard_size, kv_shared_weights=kv_shared_weights, in_place=False
+            )
+            export_model(
+                self.drafter, sources[1], outs[1], max_shard_size, num_assistant_tokens=self.drafter_num_steps,
+                in_place=False,
+            )  # fmt: skip
+            for out in outs[2:]:
+                export_adapter(self.base, out, in_place=False)
+            together(lambda: _add_tokenizer(tokenizer, outs[:2]))
+            place(outs)
+        except BaseException:
+            discard(outs)
+            raise
 
     def load_pretrained(self, load_directory: str | os.PathLike, checkpointer: Any = None, **kwargs: Any) -> None:
         """Read weights into this pair, from what :meth:`save_pretrained` wrote or from a run's checkpoint.
@@ -246,6 +259,8 @@ class Gemma4WithDrafter(JointModel):
             checkpoint.load_model(folder, self.base, "base", frozen=self.frozen_base)
             checkpoint.load_model(folder, self.drafter, "drafter")
         elif all((folder / part / "config.json").is_file() for part in ("base", "drafter")):
+            for part in ("base", "drafter"):
+                check_folder(folder / part)
             lora = bool(adapted(self.base))
             if lora:
                 if not (folder / "adapter").is_dir():
@@ -258,6 +273,16 @@ class Gemma4WithDrafter(JointModel):
                 f"{folder} has neither base/model and drafter/model (a checkpoint) nor base/ and drafter/ with a "
                 "config.json each (an export)."
             )
+
+
+def _add_tokenizer(tokenizer: PreTrainedTokenizerBase | None, outs: list[Path]) -> None:
+    """Save a tokenizer, on rank 0, into the staged folders that have none."""
+    if tokenizer is None or (dist.is_initialized() and dist.get_rank()):
+        return
+    for out in outs:
+        if not (staged(out) / "tokenizer_config.json").exists():
+            tokenizer.save_pretrained(staged(out))
+            sync_files(staged(out))
 
 
 def load_pair(
@@ -284,10 +309,19 @@ def load_pair(
     device = torch.device(device)
     model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params], device.type, peft_config)
     text = model.base.config.get_text_config()
-    log.info("attention: %s", kernels(text, compute_dtype(cfg.precision, device.type), device.type))
+    compute = compute_dtype(cfg.precision, device.type)
+    check_flex(text, compute, device.type)
+    log.info("attention: %s", kernels(text, compute, device.type))
     model.sources = (base_dir, drafter_dir)
     if mesh is not None:
         parallelize(model, mesh, cfg)
+    ranks = Ranks(cfg.parallel.timeout_seconds) if mesh is not None else None
+    for part, folder in (("base", base_dir), ("drafter", drafter_dir)):
+        if ranks is not None:
+            files = ranks.all(f"reading {folder}", functools.partial(fingerprints, folder))
+            mine = {f"{part}/{name}": fingerprint for name, fingerprint in files.items()}
+            agree(ranks, "weights", mine, {f"{part}/{name}": str(folder / name) for name in files})
+        check_weights(folder, ranks)
     shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
     materialize(model.base, base_dir, device, shard_device)
     materialize(model.drafter, drafter_dir, device, shard_device)
@@ -322,7 +356,7 @@ def meta_pair(
         peft_config = peft_config_of(cfg.lora)
     if peft_config is not None:
         inject(base, peft_config, text_model(base))
-        injected = base.peft_config["default"]
+        injected = cast("peft.LoraConfig", base.peft_config["default"])
         injected.base_model_name_or_path, injected.revision = cfg.model.base, cfg.model.revision
     model = Gemma4WithDrafter(
         base,

@@ -6,8 +6,9 @@ first, and every rank then writes its own slices at their place, in pieces of at
     export_model(model.base, "google/gemma-4-E2B-it", "export/base")       # collective, in a run
     python -m joint_train.export OUTPUT_DIR/checkpoints/step_00000100 OUT --verify
 
-Key names are those of the folder that the model was loaded from. Its other files (tokenizer, processor, chat template,
-generation configuration) are copied, so that an engine that loads the one loads the other.
+Key names are those of the folder that the model was loaded from. What belongs to a model beside its weights (tokenizer,
+processor, chat template, generation configuration, licence) is copied, so that an engine that loads the one loads the
+other; everything else in that folder is left out, and named.
 """
 
 import json
@@ -32,9 +33,11 @@ from joint_train.checkpoint.reader import Reader
 from joint_train.distributed.lora import Merged, adapted, merged
 from joint_train.distributed.ranks import together
 from joint_train.errors import ConfigError, WeightsError
+from joint_train.files import naming
 from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.kv_shared import absent_copies
 from joint_train.weights.loading import FLOATS, Stored, match, stored_tensors
+from joint_train.weights.placing import MANIFEST, discard, place, staged
 from joint_train.weights.writing import Slot, Written, check_written, write_tensors
 
 log = logging.getLogger(__name__)
@@ -45,8 +48,11 @@ SAFETENSORS_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
-# Files of a model folder that hold weights, in any format: never copied.
+# What belongs to a model beside its weights. A model's folder may hold anything: optimizer states, logs, keys.
+MODEL_FILES = re.compile(r"\.(json|jinja|model|txt|md|tiktoken)$|^(LICENSE|NOTICE|README)\b", re.IGNORECASE)
 WEIGHT_FILES = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx)$|\.index\.json$")
+OTHER_FILES = re.compile(rf"^(trainer_state|{Path(MANIFEST).stem})\.json$")
+TEMPLATES = re.compile(r"\.jinja$")  # of a model's folders, only chat templates
 
 
 # Exporting
@@ -61,6 +67,7 @@ def export_model(
     dtype: torch.dtype = torch.bfloat16,
     num_assistant_tokens: int | None = None,
     kv_shared_weights: bool = False,
+    in_place: bool = True,
 ) -> None:
     """Write a model as a Hugging Face folder; under a process group, all ranks must call it, and share `out`'s disk.
 
@@ -75,6 +82,7 @@ def export_model(
         num_assistant_tokens: written to the generation configuration, for a drafter.
         kv_shared_weights: also write the keys' and values' weights of KV-shared layers where `source` has none, which
             nothing uses: copies of those that these layers reuse, see :mod:`joint_train.weights.kv_shared`.
+        in_place: False leaves the complete folder staged, for :func:`joint_train.weights.placing.place`.
 
     Raises:
         WeightsError: if the model's tensors are not those of `source`.
@@ -89,7 +97,7 @@ def export_model(
         together(lambda: written.extend(write_tensors(tensors, slots)))
         check_written(written)
 
-    _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill)
+    _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill, in_place)
 
 
 def export_checkpoint(
@@ -101,6 +109,7 @@ def export_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     num_assistant_tokens: int | None = None,
     kv_shared_weights: bool = False,
+    in_place: bool = True,
 ) -> None:
     """Write a distributed checkpoint of one model as a Hugging Face folder, in one process.
 
@@ -108,44 +117,98 @@ def export_checkpoint(
         checkpoint: folder of the distributed checkpoint, e.g. ``step_00000100/base/model``.
         model: the model on the meta device, for the names of its tensors and their ties. If it has adapters, they are
             on the CPU and filled, and the other weights are those of `source`.
-        source, out, max_shard_size, dtype, num_assistant_tokens, kv_shared_weights: as for :func:`export_model`.
+        source, out, max_shard_size, dtype, num_assistant_tokens, kv_shared_weights, in_place: as for
+            :func:`export_model`.
 
     Raises:
         WeightsError: if the checkpoint lacks a tensor of `source`, or has it in another shape.
     """
     source = Path(source)
     stored, names = _contents(model, source, kv_shared_weights)
+    saved = None if adapted(model) else _saved_names(checkpoint, model, names)
+    value = _values(checkpoint, model, source, stored, names)
+
+    def fill(slots: dict[str, Slot]) -> None:
+        if saved is None:
+            for key in names:
+                _mapped(slots[key]).copy_(value(key, slots[key].dtype))
+            return
+        # The checkpoint's reader copies into the tensors that it is given, converting their dtype: here, the files.
+        files = {key: _mapped(slots[key]) for key in saved}
+        wanted = {name: files[key] for key, name in saved.items()}
+        dcp.load(wanted, storage_reader=Reader(Path(checkpoint)), no_dist=True)
+        for key, name in saved.items():
+            if files[key] is not wanted[name]:  # a tied tensor that the source holds under both names
+                files[key].copy_(wanted[name])
+
+    _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill, in_place)
+
+
+def compare_checkpoint(
+    checkpoint: str | os.PathLike, model: PreTrainedModel, source: str | os.PathLike, out: str | os.PathLike
+) -> list[str]:
+    """The tensors of an export that don't have the checkpoint's values, each read again.
+
+    Args:
+        checkpoint, model, source: as for :func:`export_checkpoint`.
+        out: the exported folder.
+    """
+    stored, names = _contents(model, Path(source), False)
+    value, ours = _values(checkpoint, model, Path(source), stored, names), stored_tensors(out)
+    problems = []
+    for key in sorted(names.keys() & ours.keys()):
+        with safe_open(ours[key].file, framework="pt") as weights:
+            found = weights.get_tensor(key)
+        wanted = value(key, found.dtype)
+        if found.shape != wanted.shape or not torch.equal(_bytes(found), _bytes(wanted)):
+            problems.append(f"values of {key}")
+    return problems
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """As they are stored: NaN equals itself."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _values(
+    checkpoint: str | os.PathLike,
+    model: PreTrainedModel,
+    source: Path,
+    stored: dict[str, Stored],
+    names: dict[str, str],
+) -> Callable[[str, torch.dtype], Tensor]:
+    """A tensor of the checkpoint by the source's key, rounded to a dtype; with adapters, theirs added to the source's
+    weight in float32."""
     if modules := {f"{name}.weight": module for name, module in adapted(model).items()}:
+        copied = absent_copies(model.config, stored_tensors(source))
 
-        def fill_merged(slots: dict[str, Slot]) -> None:
-            for key, name in names.items():
-                with safe_open(stored[key].file, framework="pt") as weights:
-                    weight = weights.get_tensor(stored_key.get(key, key))
-                _mapped(slots[key]).copy_(merged(modules[name], weight) if name in modules else weight)
+        def added(key: str, dtype: torch.dtype) -> Tensor:
+            with safe_open(stored[key].file, framework="pt") as weights:
+                weight = weights.get_tensor(copied.get(key, key))
+            return (merged(modules[names[key]], weight) if names[key] in modules else weight).to(dtype)
 
-        stored_key = absent_copies(model.config, stored_tensors(source))
-        _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill_merged)
-        return
-    reader = Reader(checkpoint)
-    saved = reader.read_metadata().state_dict_metadata
+        return added
+    saved, reader = _saved_names(checkpoint, model, names), Reader(Path(checkpoint))
+
+    def read(key: str, dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(stored[key].shape, dtype=dtype)
+        dcp.load({saved[key]: tensor}, storage_reader=reader, no_dist=True)
+        return tensor
+
+    return read
+
+
+def _saved_names(checkpoint: str | os.PathLike, model: PreTrainedModel, names: dict[str, str]) -> dict[str, str]:
+    """The checkpoint's name of each tensor, by the source's key: of tied ones, whichever it has."""
+    saved = Reader(Path(checkpoint)).read_metadata().state_dict_metadata
     tensors = model.state_dict(keep_vars=True)
     aliases: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         aliases.setdefault(id(tensor), []).append(name)
-    saved_names = {key: _first(aliases[id(tensors[name])], saved) for key, name in names.items()}
-    if missing := sorted(names[key] for key, name in saved_names.items() if name is None):
+    found = {key: _first(aliases[id(tensors[name])], saved) for key, name in names.items()}
+    if missing := sorted(names[key] for key, name in found.items() if name is None):
         raise WeightsError(f"the checkpoint {checkpoint} lacks {len(missing)} tensors: {', '.join(missing[:20])}")
-
-    def fill(slots: dict[str, Slot]) -> None:
-        # The checkpoint's reader copies into the tensors that it is given, converting their dtype: here, the files.
-        files = {key: _mapped(slots[key]) for key in saved_names}
-        wanted = {name: files[key] for key, name in saved_names.items()}
-        dcp.load(wanted, storage_reader=reader, no_dist=True)
-        for key, name in saved_names.items():
-            if files[key] is not wanted[name]:  # a tied tensor that the source holds under both names
-                files[key].copy_(wanted[name])
-
-    _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill)
+    return {key: name for key, name in found.items() if name is not None}
 
 
 def verify(out: str | os.PathLike, source: str | os.PathLike, kv_shared_weights: bool = False) -> list[str]:
@@ -160,7 +223,7 @@ def verify(out: str | os.PathLike, source: str | os.PathLike, kv_shared_weights:
             a, b = getattr(ours[key], what), getattr(theirs[key], what)
             if a != b:
                 problems.append(f"{what} of {key}: {a}, in the source {b}")
-    problems += [f"file missing: {file}" for file in sorted(_other_files(source)) if not (Path(out) / file).exists()]
+    problems += [f"file missing: {file}" for file in _other_files(source)[0] if not (Path(out) / file).exists()]
     return problems
 
 
@@ -194,9 +257,10 @@ def _export(
     dtype: torch.dtype,
     num_assistant_tokens: int | None,
     fill: Callable[[dict[str, Slot]], None],
+    in_place: bool,
 ) -> None:
     """Lay the files out, let `fill` write the model's tensors into them, add the rest, and put the folder in place."""
-    partial = out.with_name(f".{out.name}.partial")
+    partial = staged(out)
     layout = {
         key: (entry.shape, dtype if entry.dtype in FLOATS else DTYPES[entry.dtype]) for key, entry in stored.items()
     }
@@ -214,15 +278,22 @@ def _export(
                 _mapped(slots[key]).copy_(weights.get_tensor(key))
         _copy_other_files(source, partial)
         _write_configs(model, source, partial, dtype, num_assistant_tokens)
-        for file in partial.rglob("*"):
-            if file.is_file():
-                sync_file(file)
-        put_in_place(partial, out)
+        sync_files(partial)
 
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    together(lambda: begin() if first else None)
-    together(lambda: fill(slots))
-    together(lambda: finish() if first else None)
+    def on_first(action: Callable[[], None]) -> None:
+        with naming(out):
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                action()
+
+    try:
+        together(lambda: on_first(begin))
+        together(lambda: fill(slots))
+        together(lambda: on_first(finish))
+        if in_place:
+            place([out])
+    except BaseException:
+        discard([out])
+        raise
 
 
 # Safetensors files, written in place
@@ -236,14 +307,15 @@ def parse_size(size: str | int) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(size).strip())
     unit = (found[2] or "B").upper() if found else None
-    if unit not in UNITS or float(found[1]) <= 0:
+    if found is None or unit not in UNITS or float(found[1]) <= 0:
         raise ConfigError(f"model.export.max_shard_size={size}: give a size such as 5GB, 500MB or 2GiB.")
     return int(float(found[1]) * UNITS[unit])
 
 
 def plan_shards(layout: dict[str, tuple[tuple[int, ...], torch.dtype]], most: int) -> list[list[str]]:
     """Distribute tensors over files of at most `most` bytes, in the order given."""
-    shards, size = [[]], 0
+    shards: list[list[str]] = [[]]
+    size = 0
     for key, (shape, dtype) in layout.items():
         nbytes = math.prod(shape) * dtype.itemsize
         if shards[-1] and size + nbytes > most:
@@ -318,21 +390,37 @@ def _mapped(slot: Slot) -> Tensor:
 # The folder around them
 
 
-def _other_files(source: str | os.PathLike) -> list[str]:
-    """What a model folder holds besides weights: its files and folders without hidden ones."""
-    return [
-        entry.name
-        for entry in os.scandir(source)
-        if not entry.name.startswith(".") and not (entry.is_file() and WEIGHT_FILES.search(entry.name))
-    ]
+def _other_files(source: str | os.PathLike) -> tuple[list[str], list[str]]:
+    """What a model's folder holds besides weights: paths of what belongs to the model, and names of what doesn't.
+
+    A link counts only inside the folder, and into the blobs of the hub's cache: what else it may lead to is not the
+    model's.
+    """
+    root = Path(os.path.realpath(source))
+    homes = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    belonging, left_out = [], []
+    for path in sorted(Path(source).iterdir()):
+        inner = sorted(path.iterdir()) if path.is_dir() and not path.is_symlink() else [path]
+        for file in inner:
+            known = TEMPLATES if file is not path else MODEL_FILES
+            if path.name.startswith(".") or file.name.startswith(".") or WEIGHT_FILES.search(file.name):
+                continue
+            at_home = any(home in Path(os.path.realpath(file)).parents for home in homes)
+            if known.search(file.name) and not OTHER_FILES.search(file.name) and at_home and file.is_file():
+                belonging.append(str(file.relative_to(source)))
+            elif file.name != MANIFEST:
+                left_out.append(str(file.relative_to(source)))
+    return belonging, left_out
 
 
 def _copy_other_files(source: Path, folder: Path) -> None:
-    for name in _other_files(source):
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
-        else:
-            shutil.copyfile(source / name, folder / name)  # follows the links of a hub snapshot
+    belonging, left_out = _other_files(source)
+    for name in belonging:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)  # follows the links of a hub snapshot
+    if left_out:
+        more = f" and {len(left_out) - 10} more" if len(left_out) > 10 else ""
+        log.info("not copied to the export, since it isn't a model's: %s%s", ", ".join(left_out[:10]), more)
 
 
 def _write_configs(
@@ -347,7 +435,7 @@ def _write_configs(
     for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
         for key in part.keys() & {"dtype", "torch_dtype"}:
             part[key] = str(dtype).removeprefix("torch.")
-    if raw != json.loads(original):
+    if raw != json.loads(original) or not (folder / "config.json").exists():
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
     if num_assistant_tokens is not None:
@@ -358,19 +446,12 @@ def _write_configs(
         file.write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def sync_file(file: Path) -> None:
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def put_in_place(partial: Path, out: Path) -> None:
-    """Rename a complete folder to its name; an older one is moved away before and removed after."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+def sync_files(folder: Path) -> None:
+    """Put what is in a folder on disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
 
 
 def _first(names: list[str], known: Iterable[str]) -> str | None:

@@ -21,6 +21,7 @@ from transformers import (
 from joint_train.distributed.ranks import together
 from joint_train.errors import ConfigError
 from joint_train.pair.compatibility import check_pair
+from joint_train.weights import placing
 
 BASES = {
     "gemma4": Gemma4ForConditionalGeneration,
@@ -55,15 +56,17 @@ def resolve(
 
     Raises:
         ConfigError: for a folder that doesn't exist, or a repository that can't be had; on every rank alike.
+        WeightsError: for a folder of an export that was never finished, or whose weights were changed since.
     """
     if Path(path).is_dir():
+        placing.check(Path(path))
         return Path(path)
     name = os.fspath(path)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise ConfigError(
             f"there is no folder {name}. Give an existing folder, or a hub id such as google/gemma-4-E2B-it."
         )
-    options = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": HUB_FILES}
+    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": HUB_FILES}
     first = not dist.is_initialized() or dist.get_node_local_rank(fallback_rank=0) == 0
     try:
         together(lambda: snapshot_download(name, **options, **(hub or {})) if first else None)
@@ -72,7 +75,9 @@ def resolve(
             f"can't get {name} (revision {revision or 'main'}) from the hub: {e}\nWithout network, give a local folder "
             "or a model.cache_dir that has the snapshot."
         ) from e
-    return Path(snapshot_download(name, local_files_only=True, **options))
+    folder = Path(snapshot_download(name, local_files_only=True, **options))
+    placing.check(folder)
+    return folder
 
 
 def read_config(

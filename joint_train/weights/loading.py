@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -25,17 +25,20 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.generic import ContextManagers
 
+from joint_train.checkpoint.layout import inside
 from joint_train.distributed.lora import folder_tensors
-from joint_train.distributed.ranks import together
+from joint_train.distributed.ranks import Ranks, together
 from joint_train.distributed.replicas import Replicas
 from joint_train.errors import WeightsError
 from joint_train.torch_private import local_shape_and_offset
+from joint_train.weights import placing
 from joint_train.weights.folders import BASES, DRAFTERS, read_config, resolve
 
 READ_BYTES = 64 * 2**20
+SAMPLE_BYTES = 4096
 # safetensors' names of the dtypes that a floating-point weight may be read from.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -64,7 +67,7 @@ def build_meta(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         if part is not None:
             part.dtype = dtype  # a part is built in its own configuration's dtype
-    with ContextManagers(cls.get_init_context(dtype, False, False, None)):
+    with ContextManagers(cast(type[PreTrainedModel], cls).get_init_context(dtype, False, False, None)):
         model = cls(config)
     model.tie_weights(recompute_mapping=False)
     return model.eval()
@@ -122,7 +125,7 @@ def _fill(
     for file in sorted({stored[key].file for key in names}) if values else ():
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118 - not a dict
-                target = tensors.get(names.get(key))
+                target = tensors.get(names[key]) if key in names else None
                 if target is not None and id(target) not in filled:
                     _read_slice(weights, key, target)
                     filled.add(id(target))
@@ -149,6 +152,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A whole model on one device: what ``from_pretrained`` gives, with this module's checks."""
     folder = resolve(path)
+    check_weights(folder)
     model = build_meta(read_config(folder), dtype, attn_implementation)
     materialize(model, folder, device)
     return model
@@ -165,7 +169,7 @@ def stored_tensors(folder: str | os.PathLike) -> dict[str, Stored]:
     if (folder / "model.safetensors").exists():
         files = {"model.safetensors"}
     elif index.exists():
-        files = set(json.loads(index.read_text())["weight_map"].values())
+        files = _index(index)
     else:
         raise WeightsError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
     if absent := sorted(file for file in files if not (folder / file).exists()):
@@ -180,6 +184,57 @@ def stored_tensors(folder: str | os.PathLike) -> dict[str, Stored]:
         except Exception as e:
             raise WeightsError(f"can't read {folder / file}: {e}") from e
     return stored
+
+
+def _index(path: Path) -> set[str]:
+    """The files that an index names.
+
+    Raises:
+        WeightsError: if it can't be read, or names a file outside its folder.
+    """
+    try:
+        files = set(json.loads(path.read_bytes())["weight_map"].values())
+        outside = [file for file in files if not inside(file)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path} can't be read as an index of weights: {type(error).__name__}: {error}") from None
+    if outside:
+        raise WeightsError(f"{path} is refused: it names {min(outside)}, which is not in the folder.")
+    return files
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """What tells the files of a model from others, by name: of weights the header, and bytes from the start, the middle
+    and the end of every tensor; of ``config.json`` all."""
+    found = {"config.json": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()}
+    for path in sorted({entry.file for entry in stored_tensors(folder).values()}):
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+            digest = hashlib.sha256(header)
+            for key, entry in sorted(json.loads(header).items()):
+                if key == "__metadata__":
+                    continue
+                start, end = entry["data_offsets"]
+                for offset in sorted({start, (start + end) // 2, max(start, end - SAMPLE_BYTES)}):
+                    file.seek(8 + length + offset)
+                    digest.update(file.read(min(SAMPLE_BYTES, end - offset)))
+        found[str(path.relative_to(folder))] = digest.hexdigest()
+    return found
+
+
+def check_weights(folder: Path, ranks: Ranks | None = None) -> None:
+    """Compare an export's weights with its checksums, where it has them; with `ranks` each reads its share. Collective
+    with them.
+
+    Raises:
+        WeightsError: naming each file whose contents are not what the export wrote, on every rank.
+    """
+    if ranks is None:
+        problems = [placing.check_contents(folder)]
+    else:
+        rank, size = ranks.rank, ranks.size
+        problems = ranks.each(f"verifying {folder}", lambda: placing.check_contents(folder, rank, size))
+    placing.refuse_changed(folder, sorted(problem for of_rank in problems for problem in of_rank))
 
 
 def frozen_base(folder: str | os.PathLike) -> dict[str, str]:
@@ -212,9 +267,10 @@ def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.Pa
     tensors = folder_tensors(model)
     conversions = get_model_conversion_mapping(model)
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     ignored = ignored_keys(model, stored)
-    names, wrong = {}, {"missing": [], "unexpected": [], "misshaped": []}
+    names: dict[str, str] = {}
+    wrong: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshaped": []}
     for key, entry in stored.items():
         name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, tensors)
         if name not in tensors and key in tensors:

@@ -13,7 +13,7 @@ import pytest
 from checkpoint_run import TIMEOUT, build_stand_in, config, train
 from ranks import run_ranks
 
-from joint_train.checkpoint import Checkpointer, CheckpointError, checkpointer, layout, store
+from joint_train.checkpoint import Checkpointer, CheckpointError, layout, search, store
 from joint_train.checkpoint.layout import DamagedCheckpoint
 from joint_train.checkpoint.store import Store
 from joint_train.config import ConfigError, validate
@@ -114,10 +114,11 @@ def test_a_mirror_is_the_run_and_a_fresh_machine_goes_on_from_it(tmp_path, url, 
     assert f"{zlib.crc32(b'weights'):08x}".encode() in there["export/COMPLETE"]
     assert b"host" in there["mirror.json"]
 
-    fresh = open_run(tmp_path / "fresh", mirror=url, keep_last=2, keep_every=10)
+    lose_disk(tmp_path / "run", tmp_path / "old")
+    fresh = open_run(tmp_path / "run", mirror=url, keep_last=2, keep_every=10)
     path = fresh.find_resume("auto")
-    assert path == tmp_path / "fresh" / "checkpoints" / layout.folder_name(23)
-    assert contents(path) == contents(tmp_path / "run" / "checkpoints" / path.name)
+    assert path == tmp_path / "run" / "checkpoints" / layout.folder_name(23)
+    assert contents(path) == contents(tmp_path / "old" / "checkpoints" / path.name)
     save(fresh, *pair, 24)
     fresh.close()
     kept = {name.split("/")[1] for name in objects(url) if name.startswith("checkpoints/")}
@@ -132,10 +133,16 @@ def test_a_mirror_is_the_run_and_a_fresh_machine_goes_on_from_it(tmp_path, url, 
     save(other, *pair, 1)
     assert other.find_resume(url) == tmp_path / "other" / "checkpoints" / layout.folder_name(1)
     other.close()
-    never = open_run(tmp_path / "never", mirror=url)
+    lose_disk(tmp_path / "run", tmp_path / "old2")
+    never = open_run(tmp_path / "run", mirror=url)
     with pytest.raises(CheckpointError, match="resume=never, but .* has checkpoints .step 24."):
         never.find_resume("never")
     never.close()
+
+
+def lose_disk(run, aside):
+    """The run's machine is replaced by one with an empty disk."""
+    run.rename(aside)
 
 
 class Killed(BaseException):
@@ -175,7 +182,8 @@ def test_a_killed_upload_is_no_checkpoint(tmp_path, server, pair, monkeypatch):
             upload(first)
         assert mirror.steps() == []
     upload(first)
-    fresh = open_run(tmp_path / "fresh", mirror=url)
+    lose_disk(tmp_path / "run", tmp_path / "old")
+    fresh = open_run(tmp_path / "run", mirror=url)
     assert layout.step_of(fresh.find_resume("auto")) == 1
     save(fresh, *pair, 3)
     fresh.close()
@@ -198,13 +206,15 @@ def test_a_corrupted_object_is_found_and_an_older_checkpoint_taken(tmp_path, ser
     with pytest.raises(DamagedCheckpoint, match="base/model/.* has checksum"):
         Store(url).fetch(2, tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["run"]
-    fresh = open_run(tmp_path / "fresh", mirror=url)
+    lose_disk(tmp_path / "run", tmp_path / "old")
+    fresh = open_run(tmp_path / "run", mirror=url)
     assert layout.step_of(fresh.find_resume("auto")) == 1
     assert "has checksum" in caplog.text and "an older one is tried" in caplog.text
     fresh.close()
     fs.rm_file(next(name for name in fs.find(f"bucket/{tmp_path.name}/checkpoints/{layout.folder_name(1)}/optimizer")))
-    none = open_run(tmp_path / "none", mirror=url)
-    with pytest.raises(CheckpointError, match="none of the checkpoints in s3://.* is usable.*optimizer/"):
+    lose_disk(tmp_path / "run", tmp_path / "old2")
+    none = open_run(tmp_path / "run", mirror=url)
+    with pytest.raises(CheckpointError, match="none of the checkpoints in .*checkpoint.mirror is usable.*optimizer/"):
         none.find_resume("auto")
     none.close()
 
@@ -229,7 +239,7 @@ def test_training_goes_on_without_the_server_and_says_so_once(tmp_path, pair, se
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         fsspec.filesystem("s3").clear_instance_cache()
         url = f"s3://bucket/{tmp_path.name}"
-        with pytest.raises(CheckpointError, match="writing mirror.json .*checkpoint.mirror=null"):
+        with pytest.raises(CheckpointError, match="mirror.json .*checkpoint.mirror=null"):
             open_run(tmp_path / "run", mirror=url)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
     fsspec.filesystem("s3").clear_instance_cache()
@@ -272,7 +282,7 @@ def test_rotation_spares_what_is_uploaded_and_the_end_waits_a_bounded_time(tmp_p
     assert [f.name for f in layout.list_steps(folder)] == [layout.folder_name(3), layout.folder_name(1)]
     begun = time.monotonic()
     run._mirror.finish(0.2)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < TIMEOUT / 2
     assert "step_00000001: not finished within 0 s" in caplog.text and "step_00000003: not begun" in caplog.text
     hold.set()
     run.close()
@@ -284,8 +294,10 @@ def on_two_machines(rank, folder, url):
     """The uninterrupted run, one that ends early, and one on a machine that has nothing but the mirror."""
     settings = {"checkpoint.mirror": url, "checkpoint.background": True}
     whole = train(rank, folder / "whole", {}, 4)
-    train(rank, folder / "first", settings, 2)
-    return whole, train(rank, folder / "fresh", settings, 4)
+    train(rank, folder / "run", settings, 2)
+    if rank == 0:
+        lose_disk(folder / "run", folder / "old")
+    return whole, train(rank, folder / "run", settings, 4)
 
 
 def test_a_resume_on_a_fresh_machine_is_the_uninterrupted_run(tmp_path, server):
@@ -300,11 +312,10 @@ def test_a_resume_on_a_fresh_machine_is_the_uninterrupted_run(tmp_path, server):
 
 def slow_fetch(rank, folder):
     """What a rank says whose rank 0 fetches for longer than it may."""
-    checkpointer.bring = lambda *args: time.sleep(3) or ("auto", [])
-    cfg = config({"checkpoint.mirror": f"file://{folder}/mirror"})
-    run = Checkpointer(folder / "run", cfg.checkpoint, timeout_seconds=1)
+    search.fetch_url = lambda *args: time.sleep(3)
+    run = Checkpointer(folder / "run", config().checkpoint, timeout_seconds=1)
     try:
-        run.find_resume("auto")
+        run.find_resume(f"file://{folder}/mirror")
     except CheckpointError as error:
         return str(error)
     finally:

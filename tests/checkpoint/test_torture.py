@@ -19,6 +19,7 @@ from ranks import CONTEXT
 from joint_train.checkpoint import Checkpointer, layout
 from joint_train.checkpoint.reader import Reader, stored_tensors
 from joint_train.checkpoint.state import load_tensors
+from joint_train.checkpoint.store import Store
 from joint_train.distributed.preemption import PREEMPTED
 
 # --- every point of a save ------------------------------------------------------------------------------------------
@@ -30,7 +31,7 @@ def in_child(function, *args) -> str:
     process = CONTEXT.Process(target=_send, args=(theirs, function, *args))
     process.start()
     theirs.close()
-    assert ours.poll(300), "no answer"
+    assert ours.poll(1800), "no answer"
     failed, result = ours.recv()
     process.join(10)
     assert not failed, result
@@ -129,6 +130,143 @@ def kill_saves(folder, background):
 def test_a_save_killed_at_every_point_of_it(tmp_path, background):
     survivors = in_child(kill_saves, tmp_path, background)
     assert len(survivors) > 40 and survivors.count(1) > 20 and survivors.count(2) > 3
+
+
+def kill_mirrored(folder, every):
+    """Save steps 2 and 3 with a mirror, killed before every so many-th operation on either; then the disk is lost."""
+    model, optimizer = build_stand_in()
+    start, live = folder / "start", folder / "live"
+    mirrored(live, 1, model, optimizer)
+    live.rename(start)
+    kills = 0
+    for number in range(1, 2000, every):
+        shutil.rmtree(live, ignore_errors=True)
+        shutil.copytree(start, live)
+
+        def attempt(number=number):
+            die_before_operation(number, live)
+            for step in (2, 3):
+                mirrored(live, step, model, optimizer)
+
+        status = forked(attempt)
+        assert status in (0, -signal.SIGKILL), status
+        store = Store(str(live / "mirror"))
+        there = store.steps()
+        assert there, "a kill left a mirror without a checkpoint"
+        for step in there:
+            layout.verify(store.fetch(step, folder / "fetched"))  # what counts there is whole
+        shutil.rmtree(folder / "fetched")
+        assert resumed(live) >= max(there)
+        shutil.rmtree(live / "run")
+        assert resumed(live) >= max(there)
+        if status == 0:
+            assert there == [3, 2]
+            return kills
+        kills += 1
+    raise AssertionError("no end")
+
+
+def mirrored(live, step, model, optimizer):
+    cfg = config({"checkpoint.keep_last": 2, "checkpoint.mirror": str(live / "mirror")})
+    checkpointer = Checkpointer(live / "run", cfg.checkpoint, timeout_seconds=30, lock_wait_seconds=0)
+    checkpointer.find_resume()
+    checkpointer.save(step, model, optimizer, {"step": step}, config=cfg)
+    checkpointer.close()
+
+
+def reopen(live):
+    """Resume a run with a mirror, as far as its checkpoint; the exit code of this process is its step."""
+    cfg = config({"checkpoint.keep_last": 2, "checkpoint.mirror": str(live / "mirror")})
+    checkpointer = Checkpointer(live / "run", cfg.checkpoint, timeout_seconds=30, lock_wait_seconds=0)
+    path = checkpointer.find_resume()
+    layout.verify(path)
+    checkpointer.close()
+    os._exit(10 + layout.step_of(path))
+
+
+def resumed(live):
+    """The step that a resume takes."""
+    return forked(lambda: reopen(live)) - 10
+
+
+def kill_fetches(folder, every):
+    """A run on an empty disk fetches from its mirror, killed before every so many-th operation."""
+    model, optimizer = build_stand_in()
+    start, live = folder / "start", folder / "live"
+    mirrored(live, 1, model, optimizer)
+    shutil.rmtree(live / "run")
+    live.rename(start)
+    for kills, number in enumerate(range(1, 1000, every)):
+        shutil.rmtree(live, ignore_errors=True)
+        shutil.copytree(start, live)
+
+        def attempt(number=number):
+            die_before_operation(number, live / "run")
+            reopen(live)
+
+        status = forked(attempt)
+        assert status in (11, -signal.SIGKILL), status
+        assert resumed(live) == 1
+        if status == 11:
+            return kills
+    raise AssertionError("no end")
+
+
+def kill_caches(folder, starter_dir, every):
+    """A source is tokenised, killed before every so many-th operation on the cache; then again, to the same batches."""
+    from transformers import AutoTokenizer
+
+    from joint_train.config import load
+    from joint_train.data import build_loader
+
+    source = folder / "rows.jsonl"
+    source.write_text("".join((starter_dir / "train.jsonl").read_text().splitlines(keepends=True)[:20]))
+    overrides = ["+experiment=starter", f"pair={starter_dir}", f"data.train=[{{path: {source}}}]", "data.num_workers=0"]
+    cfg = load([*overrides, f"data.cache_dir={folder}/cache", "data.max_length=64"])
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model.base)
+
+    def first_batch():
+        return next(iter(build_loader(cfg, tokenizer, "train", 0, 1)))["input_ids"]
+
+    expected = first_batch()
+    for kills, number in enumerate(range(1, 1000, every)):
+        shutil.rmtree(folder / "cache")
+
+        def attempt(number=number):
+            die_before_operation(number, folder / "cache")
+            first_batch()
+
+        status = forked(attempt)
+        assert status in (0, -signal.SIGKILL), status
+        assert torch.equal(first_batch(), expected)
+        if status == 0:
+            return kills
+    raise AssertionError("no end")
+
+
+def test_uploads_fetches_and_caches_killed_here_and_there(starter_dir, tmp_path):
+    for name in ("mirror", "fetch", "cache"):
+        (tmp_path / name).mkdir()
+    assert in_child(kill_mirrored, tmp_path / "mirror", 41) > 2
+    assert in_child(kill_fetches, tmp_path / "fetch", 19) > 1
+    assert in_child(kill_caches, tmp_path / "cache", starter_dir, 11) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_kills_outside_of_steps(starter_dir, tmp_path):
+    """With those of saves and recoveries above, and of exports in tests/weights/test_export_whole.py."""
+    for name in ("save", "recover", "mirror", "fetch", "cache"):
+        (tmp_path / name).mkdir()
+    kills = {
+        "saving": len(in_child(kill_saves, tmp_path / "save", False)) - 1,
+        "recovering": in_child(kill_recoveries, tmp_path / "recover") - 1,
+        "saving and uploading": in_child(kill_mirrored, tmp_path / "mirror", 3),
+        "fetching": in_child(kill_fetches, tmp_path / "fetch", 1),
+        "tokenising": in_child(kill_caches, tmp_path / "cache", starter_dir, 1),
+    }
+    print(f"{sum(kills.values())} kills outside of steps: {kills}")
+    assert sum(kills.values()) >= 100
 
 
 def kill_recoveries(folder):

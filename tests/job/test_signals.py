@@ -62,7 +62,7 @@ def signal_in(phase: str) -> None:
 def rank_of_run(rank: int, ranks: int, store: str, log: str, overrides: list[str], phase: str | None) -> None:
     from joint_train.config import load
     from joint_train.train import trainer
-    from joint_train.weights import export
+    from joint_train.weights import placing
 
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -70,14 +70,14 @@ def rank_of_run(rank: int, ranks: int, store: str, log: str, overrides: list[str
     if phase and rank == ranks - 1:  # one rank's signal is enough, and it needn't be the first's
         signal_in(phase)
     if phase == "export, too slow":
-        export.put_in_place = lambda *args: time.sleep(30)
+        placing.put_in_place = lambda *args: time.sleep(30)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     trainer.run(load(overrides))
 
 
 def run(folder, overrides: list[str], ranks: int = 1, phase: str | None = None) -> tuple[list[int], str]:
-    """Exit codes of the ranks and what they said; fails if they take more than a minute."""
+    """Exit codes of the ranks and what they said; fails if they take more than four minutes."""
     store, log = folder / f"store-{phase}", folder / f"log-{phase}"
     processes = [
         CONTEXT.Process(target=rank_of_run, args=(rank, ranks, str(store), str(log), overrides, phase))
@@ -85,10 +85,10 @@ def run(folder, overrides: list[str], ranks: int = 1, phase: str | None = None) 
     ]
     for process in processes:
         process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         if any(process.exitcode for process in processes):
-            deadline = min(deadline, time.monotonic() + 5)  # as torchrun does, which then kills the others
+            deadline = min(deadline, time.monotonic() + 60)  # as torchrun does, which then kills the others
         processes[0].join(0.1)
         time.sleep(0.1)
     codes = [process.exitcode for process in processes]

@@ -27,7 +27,8 @@ CPU = dict(device_type="cpu")
 
 def configure(folder, **settings):
     pair = {"model.base": f"{folder}/base", "model.drafter": f"{folder}/drafter"}
-    return compose({**pair, "data.max_length": 48, "loss.memory_budget_mb": 16, **settings})
+    recomputed = {f"activation_checkpointing.{part}": "full" for part in ("base", "drafter")}
+    return compose({**pair, **recomputed, "data.max_length": 48, "loss.memory_budget_mb": 16, **settings})
 
 
 def released(name, **settings):

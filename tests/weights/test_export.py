@@ -16,6 +16,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from joint_train.checkpoint import layout
 from joint_train.config import to_yaml
 from joint_train.errors import ConfigError, WeightsError
 from joint_train.export import main
@@ -107,6 +108,14 @@ def test_round_trip_of_sharded_weights(pairs, tmp_path, world, replicate, shapes
         assert generation["num_assistant_tokens"] == 3
 
 
+def complete(step: Path) -> None:
+    """Give what is in a folder the manifest of a checkpoint."""
+    files = {
+        str(file.relative_to(step)): list(layout.file_checksum(file)) for file in step.rglob("*") if file.is_file()
+    }
+    layout.write_file(step / "COMPLETE", layout.Manifest(10, 1, "", "", {}, files=files).to_bytes())
+
+
 def write_checkpoint(rank, root, run):
     from joint_train.distributed.mesh import init_mesh
 
@@ -118,7 +127,7 @@ def write_checkpoint(rank, root, run):
         dcp.save(get_model_state_dict(model), checkpoint_id=step / part / "model")
     if rank == 0:
         (Path(run) / "config.yaml").write_text(to_yaml(cfg))
-        (step / "COMPLETE").touch()
+        complete(step)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -206,8 +215,10 @@ def test_models_without_shared_keys_and_values_have_none_to_write(pairs, tmp_pat
     assert_same_tensors(tmp_path / "same", pairs / folder)
 
 
-def test_other_files_go_along(e2b, tmp_path):
-    source, blobs = e2b[0], tmp_path / "blobs"
+def test_other_files_go_along(e2b, tmp_path, caplog):
+    source, blobs = tmp_path / "models--a--b/snapshots/1f", tmp_path / "models--a--b/blobs"
+    source.parent.mkdir(parents=True)
+    e2b[0].rename(source)
     blobs.mkdir()
     for name in ("tokenizer.json", "processor_config.json"):
         (blobs / name).write_text(f"{name}!")
@@ -217,11 +228,24 @@ def test_other_files_go_along(e2b, tmp_path):
     (source / "templates/tools.jinja").write_text("{{ tools }}")
     for name in ("pytorch_model.bin", "model.gguf", "pytorch_model.bin.index.json", ".hidden"):
         (source / name).write_text("weights")
-    export_model(load_model(source, torch.float32), source, tmp_path / "out")
+    secret, outside = tmp_path / "secret", tmp_path / "outside"
+    secret.write_text("of somebody else")
+    outside.mkdir()
+    (outside / "key.jinja").write_text("of somebody else")
+    (source / "README.md").symlink_to(secret)
+    (source / "linked").symlink_to(outside)
+    (source / "loop.json").symlink_to("loop.json")
+    for name in ("global_step8/zero_pp_rank_0_optim_states.pt", "checkpoint-8/model.safetensors", "run/wandb.json",
+                 "optimizer/__0_0.distcp", "optimizer.npz", "trainer_state.json"):  # fmt: skip
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    with caplog.at_level("INFO"):
+        export_model(load_model(source, torch.float32), source, tmp_path / "out")
+    assert "not copied to the export" in caplog.text and "README.md" in caplog.text and "optimizer.npz" in caplog.text
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert names == {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "processor_config.json",
-        "chat_template.jinja", "templates/tools.jinja",
+        "chat_template.jinja", "templates/tools.jinja", "joint_train_export.json",
     }  # fmt: skip
     assert not (tmp_path / "out/tokenizer.json").is_symlink()
     assert (tmp_path / "out/tokenizer.json").read_text() == "tokenizer.json!"
@@ -386,7 +410,7 @@ def test_command_line_errors(tmp_path, capsys):
         assert main([str(step), str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert error.startswith("joint_train.export: ") and message in error
-        (step / "COMPLETE").touch()
+        complete(step)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -145,7 +145,9 @@ def test_peft_and_plain_transformers_load_what_was_exported(run):
     folders, out, _, logits = run
     ids = batch()["input_ids"]
     assert sorted(os.listdir(out / "export")) == ["adapter", "base", "drafter"]
-    assert sorted(os.listdir(out / "export/adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(out / "export/adapter")) == [
+        "adapter_config.json", "adapter_model.safetensors", "joint_train_export.json",
+    ]  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
     with torch.no_grad():
         without = base(ids).logits
