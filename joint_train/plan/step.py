@@ -210,7 +210,8 @@ def simulate(
         model._token_centroid = ordering._version, torch.empty_like(ordering)
 
     if model.host_copies is not None:
-        model.host_copies.__class__, model.host_copies.meter = _PlannedCopies, meter
+        model.host_copies.__class__ = _PlannedCopies
+        vars(model.host_copies)["meter"] = meter
 
     ids = torch.ones(cfg.data.micro_batch_size, cfg.data.max_length, dtype=torch.long)
     targets = joint_targets(ids, None, model.drafter_num_steps, model.pairing).to("meta")  # every token is one
