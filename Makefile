@@ -16,7 +16,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	grep -v '^torch==' constraints.txt >$(VENV)/constraints.txt
+	grep -v -E '^(torch|triton)==' constraints.txt >$(VENV)/constraints.txt
 	$(BIN)/python -m pip $(PIP) -e '.[test]' $(PINNED)
 	touch $@
 

@@ -1,11 +1,15 @@
 """A training step on one GPU at released widths: time, memory, and what of it is the loss and attention.
 
-    python -m benchmarks.gpu [--out DIR] [overrides]      # E2B and E4B, two groups of layers each, S = 512 and 2048
+    python -m benchmarks.gpu [--out DIR] [overrides]      # E2B and E4B, two groups of layers each
+    python -m benchmarks.gpu --against nemo               # NeMo AutoModel's step beside it, if it is installed
     python -m benchmarks.gpu --device cpu --small         # the same code on tiny widths, in seconds; no numbers to keep
 
 Ours is the step of a run: FSDP2 on one rank, packed rows (or one document, `--documents 1`), forward and backward with
 what is recomputed, clipping and update. The reference is that of benchmarks.joint_step, where every logit exists:
-weights in the dtype of compute, no masters, no update, nothing recomputed unless --reference-recompute.
+weights in the dtype of compute, no masters, no update, nothing recomputed unless --reference-recompute. NeMo's is
+its composite model with its masked cross-entropy on the same row and pair: transformers' layers as they are, recomputed
+(as the published recipe has it), weights in the dtype of compute and torch's fused AdamW on them. S = 8192 is measured
+packed alone. The tables are written anew after every row.
 
 Times are medians after a warm-up. The loss takes its gradients in the forward, so its time is that of one call;
 attention's is between its inputs and its output, forward, recomputed and backward. Both are measured in steps of
@@ -25,6 +29,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -40,6 +45,8 @@ from benchmarks.joint_step import reference_step
 from joint_train.config import Config, load, with_overrides
 from joint_train.distributed.mesh import init_distributed, init_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, look_up, parallelize, share_streams
+from joint_train.files import replace
+from joint_train.pair import fused
 from joint_train.pair import model as pair_model
 from joint_train.pair.targets import joint_targets
 from joint_train.plan import step as plan_step
@@ -48,7 +55,7 @@ from joint_train.plan.planner import GIB, Machine, Plan, make_plan, read
 from joint_train.train.optim import build_optimizer, update
 from joint_train.train.trainer import TFLOPS, utilisation
 from joint_train.weights.composite import Gemma4WithDrafter, meta_pair
-from joint_train.weights.loading import _fill_computed_buffers
+from joint_train.weights.loading import _fill_computed_buffers, build_meta
 from joint_train.weights.released import released_config
 
 HBM = {"B200": 8000.0, "H200": 4800.0, "H100": 3350.0, "A100": 2039.0}  # GB/s, by the vendor's data sheets
@@ -329,6 +336,40 @@ def measure_reference(cfg: Config, device: torch.device, options) -> dict:
     return {"ms": found, "peak": peak(device)}
 
 
+def measure_nemo(cfg: Config, device: torch.device, options) -> dict:
+    """The published recipe's step on the same row; nothing but ``error`` where memory is too small for it."""
+    from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
+    from nemo_automodel.components.models.gemma4_drafter.composite import Gemma4WithDrafter as Composite
+
+    ids, rounds = rows(cfg, 1)[0].to(device), cfg.drafter.num_steps
+    compute = compute_dtype(cfg.precision, device.type)
+    # Labels are shifted, as its collate functions do: position t has the token after it.
+    labels = [torch.cat([ids[:, 1 + k :], ids.new_full((1, 1 + k), -100)], 1) for k in range(rounds)]
+    start_of_peak(device)
+    try:
+        base, drafter = (build_meta(config, compute, "sdpa") for config in read(cfg)[:2])
+        base.config.get_text_config().use_cache = True  # as its recipe says
+        pair = fill(Gemma4WithDrafter(base, drafter, drafter_num_steps=rounds), device)
+        model = Composite(pair.base, pair.drafter, drafter_num_steps=rounds, base_activation_checkpointing=True).train()
+        loss = MaskedCrossEntropy()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+        def forward_backward() -> None:
+            optimizer.zero_grad()
+            out = model(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=device)[None])
+            total = loss(out.logits, labels[0], num_label_tokens=ids.shape[1] - 1)
+            drafted = [
+                loss(x, y, num_label_tokens=ids.shape[1] - 1) for x, y in zip(out.drafter_logits, labels, strict=True)
+            ]
+            (total + out.drafter_loss_weight * sum(drafted)).backward()
+
+        with fused.written_out():
+            both, updated = milliseconds([forward_backward, optimizer.step], device, options)
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    return {"ms": both, "update": updated, "peak": peak(device)}
+
+
 # Tables
 
 
@@ -371,14 +412,17 @@ def report(found: list[dict]) -> str:
         cells = [number(ours["ms"]), number(ours["update"]), number(1000 * one["length"] / whole, ",.0f")]
         cells += [number(one["mfu"], ".1%"), number(ours["peak"], ".2f"), number(one["planned"], ".2f")]
         steps.append(line([*name, "ours", *cells, *part, *bound]))
-        if reference := one.get("reference"):
-            if "error" in reference:
-                cells = [reference["error"]] + [""] * 9
+        for other, title in (("reference", "reference"), ("nemo", "NeMo AutoModel")):
+            if not (theirs := one.get(other)):
+                continue
+            if "error" in theirs:
+                cells = [theirs["error"]] + [""] * 9
             else:
-                speed = 1000 * one["length"] / reference["ms"]
-                cells = [number(reference["ms"]), "", number(speed, ",.0f"), "", number(reference["peak"], ".2f")]
-                cells += [""] * 5
-            steps.append(line([*name, "reference", *cells]))
+                update_ms = theirs.get("update")
+                speed = 1000 * one["length"] / (theirs["ms"] + (update_ms or 0))
+                cells = [number(theirs["ms"]), number(update_ms), number(speed, ",.0f"), ""]
+                cells += [number(theirs["peak"], ".2f")] + [""] * 5
+            steps.append(line([*name, title, *cells]))
         for which in ("loss", "attention"):
             if which in ours:
                 bound = [number(bounds.get(which, {}).get(kind), ".2f") for kind in ("compute", "memory")]
@@ -423,7 +467,17 @@ def measure(name: str, folder: Path, length: int, documents: int, mesh: DeviceMe
     if documents == 1 and not options.skip_reference:
         found["reference"] = measure_reference(cfg, device, options)
         free()
+    if documents == 1 and options.against == "nemo":
+        found["nemo"] = measure_nemo(cfg, device, options)
+        free()
     return found
+
+
+def write(options, text: str, found: list[dict]) -> None:
+    """The tables and what they are made of, in place of those before."""
+    if options.out:
+        replace(options.out / "gpu.md", text + "\n")
+        replace(options.out / "gpu.json", json.dumps(found, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -433,12 +487,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="as for python -m joint_train, e.g. loss.drafter=kl")
     parser.add_argument("--pairs", nargs="+", default=["E2B", "E4B"], choices=["E2B", "E4B"])
     parser.add_argument("--groups", type=int, default=2, help="groups of sliding layers and a full one: 5 and 6 layers")
-    parser.add_argument("--lengths", type=int, nargs="+", help="S; by default 512 and 2048, or 48 with --small")
+    parser.add_argument("--lengths", type=int, nargs="+", help="S; by default 8192 (packed alone), 2048 and 512, or 48")
     parser.add_argument("--documents", type=int, nargs="+", default=[1, 4], help="in a row, packed if more than 1")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="tiny widths, to see that it runs")
     parser.add_argument("--steps", type=int, help="measured; by default 10, or 2 with --small")
     parser.add_argument("--warmup", type=int, help="steps before; by default 3, or 1 with --small")
+    parser.add_argument("--against", choices=["nemo"], help="measure nemo-automodel's step as well")
     parser.add_argument("--skip-reference", action="store_true")
     parser.add_argument("--reference-recompute", action="store_true", help="activation checkpointing there too")
     parser.add_argument("--tflops", type=float, help="the card's peak in bfloat16, where it is not known")
@@ -447,13 +502,19 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     options.steps = options.steps or (2 if options.small else 10)
     options.warmup = (1 if options.small else 3) if options.warmup is None else options.warmup
-    lengths = options.lengths or ([48] if options.small else [512, 2048])
+    lengths = options.lengths or ([48] if options.small else [8192, 2048, 512])
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu: torch sees no GPU. --device cpu --small shows that it runs.", file=sys.stderr)
         return 2
     if options.device == "cpu" and torch.cuda.is_available():
         print("benchmarks.gpu: --device cpu on a machine with a GPU needs CUDA_VISIBLE_DEVICES=''.", file=sys.stderr)
         return 2
+
+    if options.against == "nemo" and find_spec("nemo_automodel") is None:
+        print("benchmarks.gpu: --against nemo needs its package: pip install nemo-automodel", file=sys.stderr)
+        return 2
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
 
     device, found = init_distributed(600), []
     try:
@@ -465,16 +526,16 @@ def main(argv: list[str] | None = None) -> int:
                 mesh = init_mesh(cfg.parallel)
                 for length in lengths:
                     for documents in options.documents:
+                        if length == 8192 and documents == 1 and not options.lengths:
+                            continue  # its reference doesn't fit, and a run packs
                         found.append(measure(name, folder, length, documents, mesh, device, options))
+                        text = f"{heading(device, cfg, options)}\n\n{report(found)}"
+                        write(options, text, found)
                         print(f"measured: {name}, S = {length}, documents {documents}", file=sys.stderr, flush=True)
+                        print(report(found[-1:]), file=sys.stderr, flush=True)
     finally:
         dist.destroy_process_group()
-    text = f"{heading(device, cfg, options)}\n\n{report(found)}"
     print(text)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "gpu.md").write_text(text + "\n")
-        (options.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

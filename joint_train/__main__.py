@@ -9,15 +9,18 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf.errors import OmegaConfBaseException
-
 from joint_train import command
-from joint_train.config import Config, composed_by_hydra, conf_dir, help_text
-from joint_train.errors import ConfigError, JointTrainError
+
+command.set_allocator()  # before torch is imported, which reads it once
+
+import hydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+
+from joint_train.config import Config, composed_by_hydra, conf_dir, help_text  # noqa: E402
+from joint_train.errors import ConfigError, JointTrainError  # noqa: E402
 
 
 def run(cfg: Config) -> None:

@@ -1,6 +1,7 @@
 """How every command starts and ends: logging, an error said in a sentence, the exit code."""
 
 import ctypes
+import importlib.metadata
 import logging
 import multiprocessing
 import os
@@ -29,6 +30,19 @@ EXIT_CODES = {
 
 # What is said in a sentence. OSError is a file that can't be read or written: its message names it.
 EXPLAINED = (JointTrainError, HydraException, OmegaConfBaseException, OSError)
+
+
+def set_allocator() -> None:
+    """How torch's allocators of GPU and pinned memory work, unless the environment says so already. Before torch is
+    imported."""
+    if "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
+        return
+    # Sharded training allocates and frees blocks of many sizes: without this the allocator fragments.
+    settings = "expandable_segments:True"
+    if tuple(map(int, importlib.metadata.version("torch").split(".")[:2])) >= (2, 13):
+        # Otherwise a pinned buffer is rounded up to a power of two: up to twice the host memory for a shard's copy.
+        settings += ",pinned_max_round_threshold_mb:1"
+    os.environ["PYTORCH_ALLOC_CONF"] = settings
 
 
 class StderrLines(logging.Handler):

@@ -21,9 +21,6 @@ if [[ -n ${NCCL_SOCKET_IFNAME:-} ]]; then
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$NCCL_SOCKET_IFNAME}
 fi
 
-# Sharded training allocates and frees blocks of many sizes: without this the allocator fragments.
-export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-
 # Tokenizer threads deadlock in forked loader processes.
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 

@@ -67,14 +67,11 @@ def clock() -> float:
 
 def check_device(local_rank: int, local_world_size: int) -> str | None:
     """What is wrong with this rank's device, if anything: it is missing, or a product of small integers is inexact."""
-    device = torch.device("cpu")
     if int(os.environ.get("GPUS_PER_NODE", 0)) and not torch.cuda.is_available():
         return f"no GPU is visible to torch {torch.__version__}: nvidia-smi there says whether the driver sees one"
-    if torch.cuda.is_available():
-        if torch.cuda.device_count() <= local_rank:
-            return f"{torch.cuda.device_count()} GPUs are visible to {local_world_size} ranks"
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
+    if torch.cuda.is_available() and torch.cuda.device_count() <= local_rank:
+        return f"{torch.cuda.device_count()} GPUs are visible to {local_world_size} ranks"
+    device = device_of(local_rank)
     a = torch.arange(256, device=device, dtype=torch.float32).remainder(7).repeat(256, 1)
     product = (a @ a.T).cpu()
     expected = float((torch.arange(256).remainder(7) ** 2).sum())
@@ -82,18 +79,24 @@ def check_device(local_rank: int, local_world_size: int) -> str | None:
     return f"a matrix product on {device} is wrong in {wrong} of {product.numel()} places" if wrong else None
 
 
-def all_reduce(group: dist.ProcessGroup | None, value: float) -> float:
+def device_of(local_rank: int) -> torch.device:
+    """The rank's device, which becomes the current one of the calling thread: in a new thread CUDA's is the first."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def all_reduce(group: dist.ProcessGroup | None, value: float, device: torch.device) -> float:
     """The sum of ``value`` over the group; nan if the elements of the reduced tensor (16 MiB) disagree."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     tensor = torch.full((1 << 22,), value, device=device)
     dist.all_reduce(tensor, group=group)
     low, high = float(tensor.min()), float(tensor.max())
     return low if low == high else float("nan")
 
 
-def bandwidth(group: dist.ProcessGroup | None) -> dict[str, float]:
+def bandwidth(group: dist.ProcessGroup | None, device: torch.device) -> dict[str, float]:
     """GB/s of a rank, (n-1)/n of the buffer over the time, in all-gather and reduce-scatter over the group."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     ranks = dist.get_world_size(group)
     whole = torch.zeros(BANDWIDTH_BYTES // 2 // ranks * ranks, dtype=torch.bfloat16, device=device)
     part = torch.zeros(len(whole) // ranks, dtype=torch.bfloat16, device=device)
@@ -265,14 +268,16 @@ class Preflight:
             return
         topic = "node"
         try:
+            device = device_of(self.local_rank)
             if dist.is_initialized():  # left by a check that failed: this one is asked again
                 dist.destroy_process_group()
             dist.init_process_group(
-                "nccl" if torch.cuda.is_available() else "gloo",
+                "nccl" if device.type == "cuda" else "gloo",
                 store=dist.PrefixStore("collectives", self.store),
                 rank=self.rank,
                 world_size=self.world_size,
                 timeout=timedelta(seconds=self.collective_seconds),
+                device_id=device if device.type == "cuda" else None,
             )
             node, _ = dist.new_subgroups(self.local_world_size)
             first = self.rank - self.local_rank
@@ -280,12 +285,15 @@ class Preflight:
                 ("node", node, range(first, first + self.local_world_size)),
                 ("all", None, range(self.world_size)),
             ):
-                total, expected = all_reduce(group, float(self.rank + 1)), float(sum(rank + 1 for rank in ranks))
+                total, expected = (
+                    all_reduce(group, float(self.rank + 1), device),
+                    float(sum(rank + 1 for rank in ranks)),
+                )
                 wrong = f"all-reduce over {len(ranks)} ranks gave {total:g} instead of {expected:g}"
                 self._put(topic, None if total == expected else wrong)
             if MEASURED:
                 topic, groups = "bandwidth", {"node": node, "all": None}
-                self._put(topic, {name: bandwidth(group) for name, group in groups.items()})
+                self._put(topic, {name: bandwidth(group, device) for name, group in groups.items()})
             dist.destroy_process_group()
         except Exception as error:
             self._put(topic, f"{type(error).__name__}: {error}")

@@ -89,7 +89,7 @@ def summarize(folder: Path, metrics: tuple[str, ...] = METRICS, sort: str | None
     differing = [key for key in keys if len({str(settings[run].get(key)) for run in runs}) > 1]
     shown = [name for name in metrics if any(name in newest[run] for run in runs)]
     if sort is not None:
-        runs.sort(key=lambda run: newest[run].get(sort) if newest[run].get(sort) is not None else math.inf)
+        runs.sort(key=lambda run: math.inf if (value := newest[run].get(sort)) is None else value)
 
     table = Table(title=str(folder), title_justify="left")
     table.add_column("run")

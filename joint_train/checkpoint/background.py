@@ -1,6 +1,9 @@
 """A save that goes on while the training does."""
 
 import threading
+from contextlib import nullcontext
+
+import torch
 
 from joint_train.errors import CheckpointError
 
@@ -13,13 +16,19 @@ class BackgroundSave:
     def __init__(self, step: int, write):
         self.step = step
         self.error: BaseException | None = None
+        # In a new thread CUDA's device is the first and its stream the one of the training, and torch's checkpoint
+        # writer waits for the current stream after each large tensor.
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         # A daemon: a process that has to go isn't held up by a write that hangs.
         self._thread = threading.Thread(target=self._run, args=(write,), name=f"save-{step}", daemon=True)
         self._thread.start()
 
     def _run(self, write) -> None:
         try:
-            write()
+            if self._device is not None:
+                torch.cuda.set_device(self._device)
+            with nullcontext() if self._device is None else torch.cuda.stream(torch.cuda.Stream(self._device)):
+                write()
         except BaseException as error:
             self.error = error
 

@@ -34,6 +34,7 @@ CHOICES = {
     "precision.reduce": ("float32", "bfloat16"),
     "activation_checkpointing.base": ("auto", "none", "every_n", "selective", "full"),
     "activation_checkpointing.drafter": ("auto", "none", "full", "layers"),
+    "loss.compile": ("auto", True, False),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
 }
 AT_LEAST = {

@@ -6,7 +6,7 @@ misspelt key or a wrong type is an error that names it.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, get_origin
+from typing import Any, cast, get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
@@ -187,11 +187,13 @@ class LossConfig:
     )
     round_weights: Any = key(None, "w_k: a list of num_steps numbers, or {decay: b} for b**k; 1 each by default")
     centroid_weight: float = key(0.1, "weight of the routing loss of ordered embeddings; 0 freezes the centroids")
-    compile: bool = key(False, "torch.compile what is computed of the logits into few kernels")
+    compile: Any = key(
+        "auto", "torch.compile what is computed of the logits into few kernels; auto: on a GPU that has Triton"
+    )
     memory_budget_mb: int | None = key(
         None,
         "logits and their gradients that are alive at once, on a rank; by default 384 on CPU and on GPU an eighth of "
-        "what is free, from 1024 to 4096",
+        "what the plan leaves free, from 1024 to 4096",
     )
 
 
@@ -293,7 +295,7 @@ def _open_dictionaries(node: DictConfig, of: type) -> None:
     """Take the dictionaries out of Hydra's rule that only known keys are set: theirs are the user's."""
     for field in dataclasses.fields(of):
         if dataclasses.is_dataclass(field.type):
-            _open_dictionaries(node[field.name], field.type)
+            _open_dictionaries(node[field.name], cast(type, field.type))
         elif get_origin(field.type) is dict:
             OmegaConf.set_struct(node[field.name], False)
 

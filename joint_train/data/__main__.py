@@ -180,7 +180,8 @@ def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(cfg)
     examples = list(prompts(sources_of(cfg.data, options.split), cfg.data))
     dtype = compute_dtype(cfg.precision, device.type)
-    model = AutoModelForCausalLM.from_pretrained(resolve(*_base(cfg.model)), dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(resolve(*_base(cfg.model)), dtype=dtype).eval()
+    model.to(device)
     counts = regenerate(
         examples,
         model,

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def tokenised(source: SourceConfig, data: DataConfig, tokenizer, num_workers: in
     # Only when it is tokenised it shows whether a source has pictures, and so what its folder is called.
     for _ in range(ATTEMPTS):
         folder = root / cache_key(source, data, tokenizer)
-        once(folder, lambda progressed, folder=folder: build(folder, progressed), timeout)
+        once(folder, partial(build, folder), timeout)
         if folder == root / cache_key(source, data, tokenizer):
             break
     else:
@@ -378,7 +378,7 @@ def write(
     temporary.mkdir()
     try:
         files = {file: index for index, file in enumerate(source_files(source))}
-        documents, places, errors, skipped, offset, count, picture_offset = [], [], [], 0, 0, 0, 0
+        documents, places, errors, skipped, offset, count, picture_offset = [], [], list[str](), 0, 0, 0, 0
         paths: dict[str, None] = {}
         seen = Seen()
         logged = began = time.monotonic()
@@ -422,8 +422,8 @@ def write(
             replace(pictures, json.dumps(list(paths)))
             folder = folder.with_name(_with_pictures(pictures))
         _rename(temporary, folder)
-        for name, (_, checksum) in sizes.items():
-            remember(folder / name, folder.parent, checksum)
+        for name, file in written.items():
+            remember(folder / name, folder.parent, file.hash.hexdigest())
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -203,8 +203,8 @@ def pixels(reference: str | bytes, folder: str) -> dict[str, np.ndarray]:
                     f"image {name_of(reference)} has {image.width} x {image.height} pixels, and at most "
                     f"{MAX_PIXELS:,} are decoded: make it smaller"
                 )
-            image = ImageOps.exif_transpose(image).convert("RGB")
-        out = processor(images=[image], return_tensors="np")
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        out = processor(images=[upright], return_tensors="np")
     except DataError:
         raise
     except Exception as error:  # decoders raise errors of many kinds

@@ -8,7 +8,6 @@ of parts ``{"type": "text", "text": …}`` and ``{"type": "image", …}``), and 
 import difflib
 import json
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from joint_train.data import fields as names
@@ -256,7 +255,7 @@ def _call(call: Any, where: str, arrow: bool) -> dict:
         raise DataError(f"{where} has no function with a name")
     arguments = function.get("arguments", function.get("parameters"))
     written = isinstance(arguments, str)
-    if written:
+    if isinstance(arguments, str):
         arguments = from_json(arguments, f"{where}: arguments") if arguments.strip() else {}
     if arguments is None:
         arguments = {}
@@ -334,8 +333,8 @@ def _name_results(messages: list[dict]) -> None:
         if message["role"] != "tool":
             calls = list(message.get("tool_calls", []))
             continue
-        matches: Callable[[dict], bool] = lambda call, m=message: call.get("id") == m.get("tool_call_id")  # noqa: E731
-        call = next(filter(matches, calls), None) if "tool_call_id" in message else None
+        matching = [call for call in calls if call.get("id") == message.get("tool_call_id")]
+        call = next(iter(matching), None) if "tool_call_id" in message else None
         call = call or next(iter(calls), None)
         if call is not None:
             calls.remove(call)

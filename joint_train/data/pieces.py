@@ -136,7 +136,8 @@ def cut(source: Tokenised, data) -> Pieces:
             f"; {lost:,} of the pieces have no answer in them and are left out" if lost else "",
         )
     table = np.concatenate(pieces)
-    return Pieces(source, *table[np.lexsort((table[:, 1], table[:, 0]))].T, skipped=skipped)
+    document, start, length = table[np.lexsort((table[:, 1], table[:, 0]))].T
+    return Pieces(source, document, start, length, skipped=skipped)
 
 
 def _unrolled(source: Tokenised, data) -> np.ndarray:

@@ -221,8 +221,10 @@ def _compiled(source: str) -> jinja2.Template:
         return allowed(kind(), name, None)
 
     def is_safe_attribute(thing: Any, name: str, value: Any) -> bool:
+        if type(thing) not in PLAIN:
+            return allowed(thing, name, value)
         # Of these nothing but their type counts.
-        return of_kind(type(thing), name) if type(thing) in PLAIN else allowed(thing, name, value)
+        return of_kind(type(thing), name)  # type: ignore[arg-type]  # mypy doesn't know that classes are hashable
 
     compiled.environment.is_safe_attribute = is_safe_attribute
     return compiled

@@ -110,11 +110,11 @@ class RowSequence:
 
     def documents_a_row(self) -> float:
         """About how many documents a row has, by the mean length of those of the sources that aren't streams."""
-        known = [i for i, size in enumerate(self.sizes) if size]
+        known = {i: size for i, size in enumerate(self.sizes) if size}
         if not (self.packing and known):
             return 1.0
-        lengths = [float(self.sources[i].lengths_of(np.arange(self.sizes[i])).mean()) for i in known]
-        return self.max_length / float(np.average(lengths, weights=self.shares[known]))
+        lengths = [float(self.sources[i].lengths_of(np.arange(size)).mean()) for i, size in known.items()]
+        return self.max_length / float(np.average(lengths, weights=self.shares[list(known)]))
 
     def block(self, number: int) -> list[Document]:
         """The documents of a part of the interleaving, about ``BLOCK`` of them."""

@@ -48,7 +48,12 @@ def _sources(sequence: RowSequence) -> Table:
     for source, share in zip(sequence.sources, sequence.shares, strict=True):
         if isinstance(source, Pieces):
             documents = source.source.documents
-            counts = (len(documents), int(documents["length"].sum()), len(source), source.skipped)
+            counts: tuple[int | str, ...] = (
+                len(documents),
+                int(documents["length"].sum()),
+                len(source),
+                source.skipped,
+            )
         else:
             counts = ("stream", "", "", source.skipped)
         # In an epoch mixture a source's share is that of its examples.

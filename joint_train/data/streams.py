@@ -70,8 +70,8 @@ class StreamPieces:
                 found = range(*np.searchsorted(lines, [line, line + 1]).tolist())
                 drawn += [(at, lap, number << 32 | piece) for piece in found]
             position += take
-        at, laps, piece = np.asarray(drawn, dtype=np.int64).reshape(-1, 3).T
-        return at, laps, piece
+        places, laps, piece = np.asarray(drawn, dtype=np.int64).reshape(-1, 3).T
+        return places, laps, piece
 
     def lengths_of(self, pieces: np.ndarray) -> np.ndarray:
         """Tokens of some pieces."""
@@ -130,7 +130,7 @@ class StreamPieces:
             dataset.load_state_dict(self._meta(number - 1)["state"])
             skipped = 0
         # `iter(dataset)` would give a loader process only its share of the dataset's files.
-        columns = next(itertools.islice(dataset.iter(batch_size=BLOCK), skipped, None), {})
+        columns: dict[str, list] = next(itertools.islice(dataset.iter(batch_size=BLOCK), skipped, None), {})
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         state = dataset.state_dict()
         records = (Record(self.source.path, index, row) for index, row in enumerate(rows, start=number * BLOCK + 1))

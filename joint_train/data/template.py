@@ -107,7 +107,8 @@ def _tokens(text: Text, tokenizer) -> tuple[list[int], list[list[Span]]]:
 
 def _cuts_a_token(encoded: Encoding, at: int) -> bool:
     token = encoded.char_to_token(at) if at else None
-    return token is not None and encoded.token_to_chars(token)[0] < at
+    place = None if token is None else encoded.token_to_chars(token)
+    return place is not None and place[0] < at
 
 
 def _token_runs(encoded: Encoding, spans: list[Span], begun: int) -> list[Span]:

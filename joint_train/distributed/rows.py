@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextScaledWordEmbedding
 
 from joint_train.distributed.placement import sharded_like
+from joint_train.pair.targets import send
 from joint_train.torch_private import local_shape_and_offset
 
 
@@ -45,9 +46,7 @@ class Lookup:
 
     def to(self, device: torch.device) -> "Lookup":
         """The same with its tensors on a device; nothing waits for it."""
-        pin = device.type == "cuda"  # from other memory a copy waits for the device
-        tensors = (x.pin_memory() if pin else x for x in (self.ids, self.wanted))
-        ids, wanted = (x.to(device, non_blocking=True) for x in tensors)
+        ids, wanted = (send(x, device) for x in (self.ids, self.wanted))
         return dataclasses.replace(self, ids=ids, wanted=wanted)
 
 

@@ -29,6 +29,56 @@ FLEX = (BY_LAYER_TYPE, "flex_attention")
 GRAPHS = 128  # of FlexAttention in a process: by head_dim, heads, mask, with a gradient or without, one length or any
 
 
+@functools.cache
+def _properties(index: int | None):
+    return torch.cuda.get_device_properties(index)
+
+
+def _tiles(forward: tuple[int, int, int, int], backward: tuple[int, int, int]) -> dict[str, int]:
+    """FlexAttention's ``kernel_options`` for (queries, keys, stages, warps) and (queries and keys, stages, warps)."""
+    names = [f"fwd_{name}" for name in ("BLOCK_M", "BLOCK_N", "num_stages", "num_warps")]
+    names += [f"bwd_{name}" for name in ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2", "num_stages", "num_warps")]
+    return dict(zip(names, (*forward, *4 * backward[:1], *backward[1:]), strict=True))
+
+
+# Options of FlexAttention in half precision by the largest head_dim that they are for, the fastest first, and the bytes
+# of shared memory that a block then takes, the more of forward and backward: from compute capability 9.0 on and before
+# it, where Triton pipelines otherwise. The bytes are the compiler's, and a test compiles for them. Inductor's own tiles
+# take 263,168 bytes at head_dim 512, more than any card has; at 256 its backward spills registers with 4 warps.
+KERNEL_OPTIONS: dict[int, tuple[tuple[int, int, dict[str, int]], ...]] = {
+    256: (
+        (197_888, 152_576, {"bwd_num_warps": 8}),
+        (69_888, 69_888, _tiles((64, 32, 2, 4), (32, 1, 4))),
+    ),
+    512: (
+        (197_920, 135_424, _tiles((64, 32, 2, 8), (32, 1, 8))),
+        (67_584, 67_584, _tiles((32, 32, 1, 4), (16, 1, 4))),
+    ),
+}
+
+
+def options_for(size: int, dtype: torch.dtype, shared: int | None, major: int = 9) -> dict[str, int]:
+    """The first of :data:`KERNEL_OPTIONS` that fit; none where inductor's own are right: small or fp32 heads.
+
+    Args:
+        size: head_dim.
+        shared: most bytes of shared memory of a block on the card; None, not known: what takes least.
+        major: of the card's compute capability.
+    """
+    known = next((options for most, options in KERNEL_OPTIONS.items() if most // 2 < size <= most), ())
+    if dtype.itemsize != 2 or not known:
+        return {}
+    needed = ((hopper if major >= 9 else before, options) for hopper, before, options in known)
+    return next((options for taken, options in needed if shared is not None and taken <= shared), known[-1][-1])
+
+
+@torch.compiler.assume_constant_result  # in a layer that is compiled
+def kernel_options(size: int, dtype: torch.dtype, index: int | None) -> dict[str, int]:
+    """:func:`options_for` the CUDA device of a number, by what the driver says of it."""
+    card = _properties(index)
+    return options_for(size, dtype, getattr(card, "shared_memory_per_block_optin", None), card.major)
+
+
 def implementation(name: str, device_type: str) -> str:
     """``model.attn_implementation`` with ``auto`` resolved: by layer type on a GPU that has Triton, else ``sdpa``."""
     if name != "auto":
@@ -72,6 +122,28 @@ def check_backward(name: str, device_type: str) -> None:
         )
 
 
+def check_flex(config: PreTrainedConfig, dtype: torch.dtype, device_type: str) -> None:
+    """Refuse ``model.attn_implementation=flex_attention`` where a layer type can't have it: nothing takes its place.
+
+    Args:
+        config: the base's text configuration, of the model that was built.
+        dtype: of compute.
+        device_type: as in :func:`kernels`.
+
+    Raises:
+        ConfigError: naming the layers and what to set instead.
+    """
+    if config._attn_implementation != "flex_attention":
+        return
+    for kind in sorted(set(config.layer_types)):
+        if not flex_takes(size := head_dim(config, kind), dtype, device_type):
+            raise ConfigError(
+                f"model.attn_implementation=flex_attention: FlexAttention with head_dim {size} ({kind} layers) doesn't "
+                f"run on this GPU in {str(dtype).removeprefix('torch.')}. Set model.attn_implementation=auto, which "
+                "takes SDPA for those layers."
+            )
+
+
 def head_dim(config: PreTrainedConfig, layer_type: str) -> int:
     """head_dim of the layers of a type; 0 without one."""
     layers = zip(config.layer_types, range(len(config.layer_types)), strict=True)
@@ -85,16 +157,18 @@ def flex_takes(size: int, dtype: torch.dtype, device_type: str) -> bool:
 
 @functools.cache
 def _tried(size: int, dtype: torch.dtype) -> bool:
-    def attend(query: Tensor, key: Tensor, mask: BlockMask) -> Tensor:  # its shapes don't count among the run's
-        return flex_attention(query, key, key, block_mask=mask, scale=1.0, enable_gqa=True)
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:  # with shapes of its own
+        options = kernel_options(size, dtype, query.device.index)
+        return flex_attention(query, key, value, block_mask=mask, scale=1.0, enable_gqa=True, kernel_options=options)
 
     try:
         with torch.enable_grad():
-            query, key = (
-                torch.zeros(1, heads, 256, size, dtype=dtype, device="cuda", requires_grad=True) for heads in (2, 1)
+            # Keys that aren't the values: those that are need less shared memory.
+            query, key, value = (
+                torch.zeros(1, heads, 256, size, dtype=dtype, device="cuda", requires_grad=True) for heads in (2, 1, 1)
             )
             mask = block_mask(lambda b, h, q, k: q >= k, 256, query.device)
-            torch.compile(attend, fullgraph=True)(query, key, mask).sum().backward()
+            torch.compile(attend, fullgraph=True)(query, key, value, mask).sum().backward()
             torch.cuda.synchronize()
     except Exception as error:  # whatever the compiler, the card's shared memory or the driver has against it
         log.warning("FlexAttention with head_dim %d doesn't run on this GPU: %s", size, str(error).split("\n")[0])
@@ -109,14 +183,21 @@ def compiled(backend: str = "inductor"):
     return torch.compile(flex_attention, fullgraph=True, backend=backend)
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float, window: int | None) -> Tensor:
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float | None, window: int | None
+) -> Tensor:
     """FlexAttention of ``[B, heads, S, head_dim]``, keys and values with as many heads as they have.
 
     Args:
         window: that `mask` has, for those who count what is computed.
     """
     function = compiled() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
-    return function(query, key, value, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    grouped, options = query.shape[1] != key.shape[1], _options(query)
+    return function(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped, kernel_options=options)
+
+
+def _options(query: Tensor) -> dict[str, int] | None:
+    return kernel_options(query.shape[-1], query.dtype, query.device.index) if query.is_cuda else None
 
 
 def by_layer_type(
@@ -139,7 +220,14 @@ def by_layer_type(
     return out.transpose(1, 2).contiguous(), None
 
 
+def flex_with_options(module: nn.Module, query: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    """transformers' ``flex_attention``, with tiles that fit the card unless others are given."""
+    if kwargs.get("kernel_options") is None:
+        kwargs["kernel_options"] = _options(query)
+    return flex_attention_forward(module, query, *args, **kwargs)
+
+
 AttentionInterface.register(BY_LAYER_TYPE, by_layer_type)
-for name, function in (("sdpa", sdpa_attention_forward), ("flex_attention", flex_attention_forward)):
+for name, function in (("sdpa", sdpa_attention_forward), ("flex_attention", flex_with_options)):
     AttentionInterface.register(name, keeping(function))  # the same outside of what is recomputed selectively
 AttentionMaskInterface.register(BY_LAYER_TYPE, sdpa_mask)

@@ -18,6 +18,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._triton import has_triton
 
 from joint_train.config import LossConfig, parse_drafter_loss, teacher_grad
 from joint_train.pair.centroids import Centroids
@@ -31,6 +32,13 @@ from joint_train.pair.tied import TiedGradient
 from joint_train.pair.walk import decoding_rows
 
 
+def compiles(loss_cfg: LossConfig, device_type: str) -> bool:
+    """``loss.compile``, auto being yes on a GPU that has Triton."""
+    if loss_cfg.compile == "auto":
+        return device_type == "cuda" and has_triton()
+    return bool(loss_cfg.compile)
+
+
 def memory_budget_mb(loss_cfg: LossConfig, device_type: str) -> int:
     """``loss.memory_budget_mb``, by default at least 1024 on a GPU: every chunk reads the head and its fp32 gradient
     once, so a chunk of few rows waits for memory; a CPU is slow enough for 384."""
@@ -39,14 +47,16 @@ def memory_budget_mb(loss_cfg: LossConfig, device_type: str) -> int:
     return 384 if device_type == "cpu" else 1024
 
 
-def free_budget_mb(loss_cfg: LossConfig, device: torch.device) -> int:
-    """The budget on a device: where none is set on a GPU, an eighth of its free memory, from 1024 to 4096 MB."""
-    budget = memory_budget_mb(loss_cfg, device.type)
-    if device.type != "cuda" or loss_cfg.memory_budget_mb is not None:
+def run_budget_mb(loss_cfg: LossConfig, device_type: str, spare: float) -> int:
+    """The budget of a whole run: where none is set on a GPU, an eighth of `spare` bytes, from 1024 to 4096 MB.
+
+    A chunk's rows decide in which order sums are taken. So `spare` is what the plan leaves of the card, not what the
+    allocator has free at a time: a resumed run computes what an uninterrupted one does.
+    """
+    budget = memory_budget_mb(loss_cfg, device_type)
+    if device_type != "cuda" or loss_cfg.memory_budget_mb is not None:
         return budget
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(budget, min(free // 8 // 2**20, 4096))
+    return max(budget, min(int(spare) // 8 // 2**20, 4096))
 
 
 def chunk_rows(most: int, total: int) -> int:
@@ -73,6 +83,7 @@ def joint_loss(
     groups: Tensor | None = None,
     num_groups: int = 0,
     tied: TiedGradient | None = None,
+    budget_mb: int | None = None,
 ) -> tuple[Tensor, JointStats]:
     """``sum_i weights[i] * (loss sum of the base or of round i-1 over its targets)``, and what there is to report.
 
@@ -96,6 +107,7 @@ def joint_loss(
         train_base: False treats `base_hidden` and `base_weight` as constants.
         tied: takes the gradient of `base_weight` on to the look-up in the embedding tied to it, which then returns it;
             only where that look-up's backward follows, so where `base_hidden` requires a gradient.
+        budget_mb: of a chunk, see :func:`run_budget_mb`; by default that of :func:`memory_budget_mb`.
         groups, num_groups: int64 `[P]` below `num_groups`, e.g. the source of each target, for the sums of each.
 
     Returns:
@@ -106,11 +118,11 @@ def joint_loss(
     drafter = Head(drafter_weight, drafter_states, drafter_softcap)
     routing = None if centroids is None else Head(centroids.weight, drafter_states)
     with torch.no_grad():
-        run = Pass(base, drafter, routing, centroids, targets, weights, loss_cfg, groups, num_groups)
+        run = Pass(base, drafter, routing, centroids, targets, weights, loss_cfg, groups, num_groups, budget_mb)
         loss, stats = run.run()
         inputs = [base_weight, base_hidden, *drafter_hidden, drafter_weight]
         gradients = [base.gradient(), *base_states.grads, *drafter_states.grads, drafter.gradient()]
-        if routing is not None:
+        if routing is not None and centroids is not None:
             inputs, gradients = [*inputs, centroids.weight], [*gradients, routing.gradient()]
     if any(gradient is not None for gradient in gradients):
         leave = tied if base_states.grads[0] is not None else None
@@ -142,7 +154,7 @@ class _WithGradients(torch.autograd.Function):
 class Pass:
     """One pass over the targets. It leaves the gradients in heads and states; `run` returns the loss and the sums."""
 
-    def __init__(self, base, drafter, routing, centroids, targets, weights, loss_cfg, groups, num_groups):
+    def __init__(self, base, drafter, routing, centroids, targets, weights, loss_cfg, groups, num_groups, budget_mb):
         self.base, self.drafter, self.routing, self.centroids = base, drafter, routing, centroids
         self.targets, self.groups, self.num_groups = targets, groups, num_groups
         self.num_steps, self.dtype, self.device = len(drafter.states.hidden), base.dtype, base.weight.device
@@ -152,13 +164,14 @@ class Pass:
         # The argmax has no derivative: only a distance between the distributions can train the teacher.
         of_teacher = teacher_grad(loss_cfg) if base.needs_backward(0) and mix else 0.0
         self.mix = Mix(mix, data_weight, argmax_weight, float(loss_cfg.temperature), of_teacher)
-        self.centroid_weight, self.compile = float(loss_cfg.centroid_weight), bool(loss_cfg.compile)
+        self.centroid_weight, self.compile = float(loss_cfg.centroid_weight), compiles(loss_cfg, self.device.type)
 
         self.buffers = 5 + (of_teacher > 0)
         temporary = temporaries(mix)
         temporary += 4 if mix and self.mix.temperature != 1 else 0
         row_bytes = (self.buffers + temporary) * base.weight.shape[0] * self.dtype.itemsize
-        most = int(free_budget_mb(loss_cfg, self.device) * 2**20) // row_bytes
+        budget = memory_budget_mb(loss_cfg, self.device.type) if budget_mb is None else budget_mb
+        most = int(budget * 2**20) // row_bytes
         self.chunk = chunk_rows(most, len(targets.rows))
 
     def run(self) -> tuple[Tensor, JointStats]:
@@ -262,7 +275,7 @@ class Pass:
                 agreed[into, k] = agree
             if self.drafter.needs_backward(k):
                 self.drafter.backward(found.grad, state, k, states)
-            if self.routing:
+            if scores is not None:
                 centroid = self.centroids.token_centroid[labels]
                 self._route(k, states, state, Distribution.of(scores), centroid, mask[:, 1 + k], scales[:, 1 + k])
 
@@ -273,6 +286,7 @@ class Pass:
         """The routing loss of round k: cross-entropy of q, over the centroids, with the token's `centroid`."""
         ce, rank = q.cross_entropy(centroid), (q.logits > pick(q.logits, centroid)[:, None]).sum(-1)
         hit = rank < self.centroids.top_k
+        assert self.routed is not None, "made with the routing's head"
         for total, value in ((self.routed.ce, ce), (self.routed.hit, hit)):
             total[k] += (value * mask).sum()
         if self.centroid_weight and self.routing.needs_backward(k):
@@ -283,7 +297,7 @@ class Pass:
     def _add(self, index: int, mask: Tensor, part: Part, groups: Tensor | None) -> None:
         """Add what the base (0) or a round (1 + k) gives, of the rows in `mask`."""
         self.sums[index, : len(part.sums)] += part.sums
-        if (of := self.sources) is not None:
+        if (of := self.sources) is not None and groups is not None:
             ce, count = (of.drafter_ce, of.drafter_count) if index else (of.base_ce, of.base_count)
             ce.index_add_(0, groups, part.ce * mask)
             count.index_add_(0, groups, mask)

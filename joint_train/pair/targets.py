@@ -23,10 +23,19 @@ class JointTargets:
         """int64 `[1+K]`: targets of the base and of each round."""
         return self.valid.sum(0)
 
-    def to(self, device, non_blocking: bool = False) -> "JointTargets":
+    def to(self, device: torch.device | str) -> "JointTargets":
+        """The same on a device; nothing waits for it."""
         tensors = (self.rows, self.labels, self.valid, self.left_out)
-        rows, labels, valid, left_out = (x.to(device, non_blocking=non_blocking) for x in tensors)
+        rows, labels, valid, left_out = (send(x, torch.device(device)) for x in tensors)
         return JointTargets(rows, labels, valid, self.offset, self.batch_rows, left_out)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without a wait: from memory that isn't pinned a copy to a GPU waits for all that is under
+    way there."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # itself, where it is already
+    return tensor.to(device, non_blocking=True)
 
 
 def joint_targets(
@@ -92,5 +101,5 @@ def sum_weights(counts: Tensor, rounds: Sequence[float], loss_weight: float) -> 
         float32 `[1+K]`, on the device of `counts`.
     """
     scale = torch.tensor([1.0, *(loss_weight * w for w in rounds)], dtype=torch.float32)
-    scale = scale.to(counts.device, non_blocking=True)
+    scale = send(scale, counts.device)
     return torch.where(counts > 0, scale / counts.clamp(min=1), 0.0)

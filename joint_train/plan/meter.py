@@ -10,9 +10,10 @@ import math
 import weakref
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -398,7 +399,10 @@ def stand_ins(meter: Meter, device_type: str = "cpu", flex_head_dim: int | None 
 
         return run
 
-    played = [(attention_module, "flex", flex), (model_module, "joint_loss", joint_loss)]
+    played: list[tuple[Any, str, Callable]] = [
+        (attention_module, "flex", flex),
+        (model_module, "joint_loss", joint_loss),
+    ]
     played += [(nn.functional, "scaled_dot_product_attention", attention), (Gemma4TextExperts, "forward", experts)]
     played += [(loss.Pass, "walk_chunks", _chunks(meter))]
     if flex_head_dim is not None:

@@ -223,12 +223,12 @@ class Wandb:
                 log.warning("wandb didn't finish in %d s; `wandb sync` its folder later", CLOSE_SECONDS)
 
 
-def wandb_mode(mode: str) -> str:
+def wandb_mode(mode: str) -> Any:
     """``tracking.wandb`` without ``auto``: ``WANDB_MODE`` if set, else online where there is a key, else offline."""
     if mode != "auto":
         return mode
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
+    if given := os.environ.get("WANDB_MODE"):
+        return given
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]

@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,9 @@ from joint_train.distributed.ranks import Ranks
 from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.pair.attention import check_backward
+from joint_train.pair.loss import run_budget_mb
 from joint_train.pair.stats import JointStats
-from joint_train.pair.targets import JointTargets, joint_targets
+from joint_train.pair.targets import JointTargets, joint_targets, send
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.advice import (
     generation_prompts,
@@ -82,7 +84,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
 
-        self.val_loader = self.drift = None
+        self.val_loader: BatchLoader | None = None
+        self.drift: BaseDrift | None = None
         if cfg.data.val:
             self.val_loader = build_loader(cfg, self.tokenizer, "val", self.rank, self.ranks)
             agree_on_data(cfg, "val", self.val_loader, everyone)
@@ -106,6 +109,8 @@ class Trainer:
         if found:
             say_resumed(cfg, path, self.step, self.max_steps, saved.get("max_steps"))
         self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None, self.max_steps)
+        if self.device.type == "cuda":
+            self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
@@ -129,7 +134,9 @@ class Trainer:
 
     def go_on_from(self, saved: dict | None) -> None:
         """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""
-        self.step, self.before, self.measured = 0, None, None
+        self.step = 0
+        self.before: dict[str, float] | None = None  # what was validated before the first step, and last
+        self.measured: dict[str, float] | None = None
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
         if saved:
             self.step, self.before, self.measured = saved["step"], numbers(saved["before"]), numbers(saved["measured"])
@@ -183,7 +190,7 @@ class Trainer:
         if cfg.model.export.at_end:
             self.export(self.output_dir / "export")
             self.publish(self.output_dir / "export")
-        self.tracker.finish(self.before, self.measured)
+        self.tracker.finish(self.before or {}, self.measured or {})
         planned, peak = self.plan.peak / 2**30, (peak_memory(self.device) - self.memory_at_start) / 2**30
         of_what = "" if self.device.type == "cuda" else " (growth of the process, libraries' own buffers included)"
         log.info("peak memory of rank 0: %.2f GiB%s; planned: %.2f GiB", peak, of_what, planned)
@@ -225,12 +232,12 @@ class Trainer:
         micro_batches = [self.prepare(batch, self.loader.source_names) for batch in loaded]
 
         # All the counts are known before the first forward, so each loss is its share of the mean over the whole step.
-        counts = torch.stack([counts for _, _, counts in micro_batches]).sum(0).to(self.device, non_blocking=True)
+        counts = send(torch.stack([counts for _, _, counts in micro_batches]).sum(0), self.device)
         dist.all_reduce(counts)
         weights = self.model.loss_weights(counts[:-1])
 
         self.optimizer.zero_grad()
-        stats: JointStats | None = None
+        stats: JointStats | None = None  # until the first micro-batch, which every step has
         for i, (inputs, targets, _) in enumerate(micro_batches):
             parallelize.set_last_micro_batch(self.model, i == len(micro_batches) - 1)
             out = self.model(**inputs, targets=targets, weights=weights)
@@ -245,11 +252,12 @@ class Trainer:
         if not due(self.step, cfg.tracking.log_every) and self.step < self.max_steps:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
+        assert stats is not None
         metrics = stats.reduced(dist.all_reduce).means(self.loader.source_names) | self.bad_steps.read()
         if self.bad_steps.exhausted():
-            inputs = [{**b, "rows": t.rows, "labels": t.labels} for b, t, _ in micro_batches]
-            inputs = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b in inputs]
-            folder = dump(self.output_dir, self.rank, self.step, inputs, self.model)
+            dumped = [{**b, "rows": t.rows, "labels": t.labels} for b, t, _ in micro_batches]
+            dumped = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b in dumped]
+            folder = dump(self.output_dir, self.rank, self.step, dumped, self.model)
             raise TooManyBadSteps(
                 f"{cfg.tracking.max_bad_steps} steps in a row had a loss or gradient that isn't finite "
                 f"(tracking.max_bad_steps); weights are as before them, batches and norms are in {folder}"
@@ -271,7 +279,7 @@ class Trainer:
             "memory_peak_gb": (peak_memory(self.device) - self.memory_at_start) / 2**30,
         }
 
-    def prepare(self, batch: dict[str, Tensor], sources: list[str]) -> tuple[dict[str, Tensor], JointTargets, Tensor]:
+    def prepare(self, batch: dict[str, Tensor], sources: list[str]) -> tuple[dict[str, Any], JointTargets, Tensor]:
         """Find a batch's targets while it is on the CPU, then send it to the device.
 
         Args:
@@ -287,11 +295,11 @@ class Trainer:
             del inputs["document_ids"]  # one document a row, padded on the right: no mask is needed
         if len(sources) > 1:
             inputs["groups"] = batch["source"].flatten()[targets.rows + 1]
-        inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
-        inputs["num_groups"] = len(sources)
-        inputs |= parallelize.look_up(self.model, batch["input_ids"], self.device)
+        sent: dict[str, Any] = {name: send(x, self.device) for name, x in inputs.items()}
+        sent["num_groups"] = len(sources)
+        sent |= parallelize.look_up(self.model, batch["input_ids"], self.device)
         counts = torch.cat([targets.counts, (documents > 0).sum()[None]])
-        return inputs, targets.to(self.device, non_blocking=True), counts
+        return sent, targets.to(self.device), counts
 
     @torch.no_grad()
     def evaluate(self, generate: bool, progress: Callable[[], None] | None = None) -> dict[str, float]:
@@ -304,7 +312,7 @@ class Trainer:
             progress: called before each batch and each forward of a generation; by default it only says that this
                 isn't a hang.
         """
-        cfg, measured = self.cfg, {}
+        cfg, measured = self.cfg, dict[str, float]()
         progress = progress or self.watchdog.beat
         if self.val_loader is None:
             return measured
@@ -319,6 +327,7 @@ class Trainer:
                     inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
                     found = self.model(**inputs, targets=targets).stats
                     stats = found if stats is None else stats + found
+            assert stats is not None, "every rank has a batch of validation"
             means = stats.reduced(dist.all_reduce).means(self.val_loader.source_names)
             measured |= {f"val/{name}": value for name, value in means.items()}
             if generate and self.prompts > 0:
@@ -340,6 +349,7 @@ class Trainer:
         inputs, targets, _ = self.fixed_batch
         counts = targets.counts
         dist.all_reduce(counts)
+        assert self.drift is not None, "made where it is asked for"
         measured = self.drift.measure()
         measured["grad_norm_base_from_drafter"] = base_gradient_from_drafter(self.model, inputs, targets, counts)
         parallelize.reshard(self.model)
@@ -347,7 +357,7 @@ class Trainer:
 
     def save(self, block: bool) -> None:
         """A checkpoint of the current step."""
-        before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before, self.measured))
+        before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before or {}, self.measured or {}))
         state = {
             "step": self.step,
             "max_steps": self.max_steps,

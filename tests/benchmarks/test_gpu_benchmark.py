@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -80,3 +82,62 @@ def test_the_reference_has_our_loss(cfg, monkeypatch):
         rounds=ROUNDS, freeze_base=False, loss="kl", reference_recompute=False
     ))(ids, ids)  # fmt: skip
     assert F.l1_loss(losses[0], ours.loss.detach()) < 1e-4 * ours.loss.detach()
+
+
+def stand_in_for_nemo(monkeypatch) -> list:
+    """Modules with the names and the arguments of NeMo AutoModel's; it has a number of losses for each step."""
+    calls: list = []
+
+    class Composite(torch.nn.Module):
+        def __init__(self, base, drafter, *, drafter_num_steps, base_activation_checkpointing):
+            super().__init__()
+            assert base_activation_checkpointing
+            self.base, self.drafter, self.rounds = base, drafter, drafter_num_steps
+
+        def forward(self, input_ids, position_ids):
+            logits = self.base(input_ids=input_ids, position_ids=position_ids).logits
+            drafted = [logits * (k + 2) for k in range(self.rounds)]
+            return SimpleNamespace(logits=logits, drafter_logits=drafted, drafter_loss_weight=0.5)
+
+    class MaskedCrossEntropy:
+        def __call__(self, logits, labels, num_label_tokens):
+            calls.append((labels, num_label_tokens))
+            return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / num_label_tokens
+
+    for name, contents in {
+        "nemo_automodel.components.loss.masked_ce": {"MaskedCrossEntropy": MaskedCrossEntropy},
+        "nemo_automodel.components.models.gemma4_drafter.composite": {"Gemma4WithDrafter": Composite},
+    }.items():
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:end]), module := ModuleType(".".join(parts[:end])))
+        vars(module).update(contents)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: name == "nemo_automodel")
+    return calls
+
+
+def test_nemo_is_measured_beside_ours_and_rows_are_written_as_they_come(tmp_path, capsys, monkeypatch):
+    calls, kept, measure = stand_in_for_nemo(monkeypatch), [], gpu.measure
+
+    def noted(*args):
+        kept.append((tmp_path / "gpu.md").read_text() if (tmp_path / "gpu.md").exists() else "")
+        return measure(*args)
+
+    monkeypatch.setattr(gpu, "measure", noted)
+    arguments = ["--device", "cpu", "--small", "--pairs", "E2B", "--out", str(tmp_path), "--skip-reference"]
+    assert gpu.main([*arguments, "--lengths", "24", "40", "--documents", "1", "--against", "nemo"]) == 0
+    assert "" == kept[0] and "| E2B | 10 | 24 | 1 | ours |" in kept[1] and "| 40 |" not in kept[1]
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| E2B | 10 |" in line]
+    assert [(row[2], row[4]) for row in rows] == [
+        ("24", "ours"), ("24", "NeMo AutoModel"), ("40", "ours"), ("40", "NeMo AutoModel")
+    ]  # fmt: skip
+    assert all(float(row[5]) > 0 and float(row[6]) > 0 for row in rows)
+    labels, tokens = zip(*calls, strict=True)
+    assert set(tokens) == {23, 39}
+    # Base and first round predict the next token, each further round one later.
+    assert [int((y != -100).sum()) for y in labels[:3]] == [23, 23, 22]
+
+
+def test_without_nemo_it_says_so(capsys):
+    assert gpu.main(["--device", "cpu", "--small", "--against", "nemo"]) == 2
+    assert "pip install nemo-automodel" in capsys.readouterr().err

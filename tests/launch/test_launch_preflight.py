@@ -49,16 +49,16 @@ def break_files(preflight):
 
 
 def break_bandwidth(preflight):
-    preflight.bandwidth = lambda group: {"all-gather": 30.0, "reduce-scatter": 290.0}
+    preflight.bandwidth = lambda group, device: {"all-gather": 30.0, "reduce-scatter": 290.0}
 
 
 def break_sum(preflight):
     whole = preflight.all_reduce
-    preflight.all_reduce = lambda group, value: whole(group, value) + 1
+    preflight.all_reduce = lambda group, value, device: whole(group, value, device) + 1
 
 
 def break_network(preflight):
-    preflight.all_reduce = lambda group, value: time.sleep(60)
+    preflight.all_reduce = lambda *_: time.sleep(60)
 
 
 def break_program(preflight):
@@ -125,7 +125,7 @@ def rank_main(rank: int, port: int, folder: Path) -> None:
         preflight.MAX_SKEW_SECONDS = 0.5 if name == "busy" else preflight.MAX_SKEW_SECONDS
         preflight.MEASURED = name in ("bandwidth", "sound")
         if name == "bandwidth":
-            preflight.bandwidth = lambda group: {"all-gather": 300.0, "reduce-scatter": 290.0}
+            preflight.bandwidth = lambda group, device: {"all-gather": 300.0, "reduce-scatter": 290.0}
         if name == "network":  # only the rank that hangs is to be late, however busy the machine is
             gather = preflight.Preflight._gather
 

@@ -54,3 +54,35 @@ def test_what_is_missing_is_said_and_nothing_is_installed(tmp_path):
 def test_without_a_gpu_it_says_so():
     done = run(device="cuda")
     assert done.returncode == 2 and "needs a GPU, and torch" in done.stderr
+
+
+WAYS_TO_END = """
+import os, time, pytest
+pytestmark = pytest.mark.gpu
+def test_ligers_kernels_are_the_references(): pass
+def test_hangs(): time.sleep(600)
+def test_crashes(): os.abort()
+def test_fails(): assert os.getpid() == 0
+def test_passes(): pass
+def test_a_run_is_finite_and_learns(): pass
+"""
+
+
+def test_one_that_hangs_or_crashes_costs_itself_only(tmp_path):
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/gpu/conftest.py").read_text())
+    (tmp_path / "test_ways.py").write_text(WAYS_TO_END)
+    environment = os.environ | {"JOINT_TRAIN_GPU_SUITE_TEST_SECONDS": "3"}
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", str(tmp_path), "-o", "timeout=0"]
+    command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    found = re.findall(r"^\S*test_ways.py::(\w+) (PASSED|FAILED)", done.stdout, re.MULTILINE)
+    assert found == [
+        ("test_a_run_is_finite_and_learns", "PASSED"),
+        ("test_hangs", "FAILED"),
+        ("test_crashes", "FAILED"),
+        ("test_fails", "FAILED"),
+        ("test_passes", "PASSED"),
+        ("test_ligers_kernels_are_the_references", "PASSED"),
+    ], done.stdout + done.stderr
+    assert "test_hangs took longer than 3 s" in done.stdout and "test_crashes ended its process" in done.stdout
+    assert "3 failed, 3 passed" in done.stdout and done.returncode == 1

@@ -87,6 +87,16 @@ def test_a_rank_that_ends_itself_leaves_the_others_time_for_their_stacks(monkeyp
     assert "test_a_rank_that_ends_itself" in capfd.readouterr().err
 
 
+def test_the_watchdog_works_in_a_process_without_standard_error(monkeypatch):
+    done = []
+    monkeypatch.setattr(guards.sys, "__stderr__", None)
+    monkeypatch.setattr(guards.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(guards.os, "_exit", done.append)
+    with guards.Watchdog(600, rank=1) as watchdog:
+        watchdog._end(550.0)
+    assert done == [guards.HUNG]
+
+
 SCENARIOS = """
 import ctypes, os, sys, tempfile, time, json
 from joint_train.train.guards import Watchdog
