@@ -272,7 +272,7 @@ def loader_position(loader: BatchLoader) -> dict:
 def _check(data: DataConfig, split: str, epochs: float | None) -> None:
     for key, choices in CHOICES.items():
         if getattr(data, key) not in choices:
-            raise DataError(f"data.{key}={getattr(data, key)!r} is none of {', '.join(choices)}")
+            raise DataError(f"data.{key}={getattr(data, key)!r} is none of {', '.join(map(str, choices))}")
     specs = data.train if split == "train" else data.val
     if not specs:
         raise DataError(f"data.{split} has no source: choose one of conf/data, or list sources with a path each")
