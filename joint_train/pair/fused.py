@@ -9,7 +9,7 @@ inductor fuses them with what is around.
 
 import functools
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -157,7 +157,8 @@ def mlp(self: nn.Module, x: Tensor) -> Tensor:
     """The forward of ``Gemma4TextMLP``."""
     if torch.compiler.is_compiling():
         return type(self).written_out(self, x)  # type: ignore[attr-defined]
-    return self.down_proj(_GeGLU.apply(self.gate_proj(x), self.up_proj(x)))
+    layers: Any = self
+    return layers.down_proj(_GeGLU.apply(layers.gate_proj(x), layers.up_proj(x)))
 
 
 # Rotation
@@ -244,7 +245,7 @@ def fuse(model: nn.Module) -> None:
         return
     for module in model.modules():
         activation = getattr(getattr(module, "config", None), "hidden_activation", "gelu_pytorch_tanh")
-        kind: Hashable = type(module)
+        kind: Any = type(module)
         if (fused := _fused_class(kind)) is not None and activation == "gelu_pytorch_tanh":
             module.__class__ = fused
         home: Any = sys.modules[type(module).__module__]
