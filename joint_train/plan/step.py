@@ -216,11 +216,7 @@ def simulate(
 
     if model.host_copies is not None:
         model.host_copies.__class__ = _PlannedCopies
-<<<<<<< HEAD
-        vars(model.host_copies)["meter"] = meter
-=======
         cast(_PlannedCopies, model.host_copies).meter = meter
->>>>>>> main
 
     ids = torch.ones(cfg.data.micro_batch_size, cfg.data.max_length, dtype=torch.long)
     targets = joint_targets(ids, None, model.drafter_num_steps, model.pairing).to("meta")  # every token is one
