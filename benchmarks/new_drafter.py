@@ -40,7 +40,9 @@ def main() -> None:
                 drafter = options.work_dir / f"{name}_{seed}"
                 if not drafter.exists():
                     shape = ["--hidden-size", "64", "--layers", "sliding", "full", "--intermediate-size", "192"]
-                    run_module("joint_train.drafter", "new", str(base), str(drafter), *shape, *arguments)
+                    run_module(
+                        "joint_train.drafter", "new", str(base), str(drafter), "--seed", str(seed), *shape, *arguments
+                    )
                 overrides = ["freeze.base=true", f"model.base={base}", f"model.drafter={drafter}", f"seed={seed}"]
                 overrides += [f"max_steps={steps}", *options.set]
                 run = options.work_dir / f"{name}_{seed}_{steps}"
