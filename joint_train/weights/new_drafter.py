@@ -135,10 +135,10 @@ def new_drafter(
 ) -> PreTrainedModel:
     """A drafter of this configuration, its weights in float32.
 
-    With ``projected`` its head is the base's embedding seen along the embedding's first principal directions
-    ``P [H_b, H_d]``, and the projections into and out of the drafter begin as ``P^T`` and ``P``: so a state of the base
-    arrives as what the head can tell of it. Query norms are those of the base's layers whose keys are read. The layers
-    are random, and what they add begins small. Otherwise all weights are random.
+    With ``projected`` its head is the base's embedding seen along the embedding's first ``H_d`` principal directions, so
+    that like tokens begin alike; else it is random. (Projections into and out of the drafter along the same directions
+    were tried as well and learnt more slowly than random ones: ``benchmarks.new_drafter``.) Query norms are those of the
+    base's layers whose keys are read. The layers are random, and what they add begins small.
 
     Args:
         base: the base's configuration.
@@ -162,11 +162,7 @@ def new_drafter(
         layer.self_attn.q_norm.weight.copy_(base_weights.query_norm(kind))
     head = drafter.get_input_embeddings().weight
     if projected:
-        directions = base_weights.principal_directions(text.hidden_size)  # [H_b, H_d]
-        base_weights.project_embedding(directions, head)
-        state = directions.T * (text.hidden_size / 2) ** 0.5  # two halves of one size make a state of size 1
-        drafter.pre_projection.weight.copy_(torch.cat([state, state], dim=1))
-        drafter.post_projection.weight.copy_(directions * (config.backbone_hidden_size / text.hidden_size) ** 0.5)
+        base_weights.project_embedding(base_weights.principal_directions(text.hidden_size), head)
     if drafter.masked_embedding is not None:
         ordering, centroids = balanced_clusters(head, config.num_centroids, seed)
         drafter.masked_embedding.token_ordering.copy_(ordering)

@@ -76,11 +76,6 @@ def test_the_head_is_the_bases_embedding_along_its_principal_directions(tmp_path
     head = made.lm_head.weight.detach().numpy()
     np.testing.assert_allclose(np.abs(head), np.abs(expected), rtol=1e-3, atol=1e-4)  # a direction's sign is free
     assert np.square(head).sum(1).mean() == pytest.approx(1)
-    # In and out of the drafter along the same directions: a state within their span comes back in its direction.
-    state = torch.from_numpy(np.linalg.svd(table, full_matrices=False)[2][:16].sum(0))
-    there = made.pre_projection(torch.cat([state * 0, state]))
-    back = made.post_projection(there)
-    assert torch.cosine_similarity(back, state, dim=0) > 0.9999
 
 
 def test_queries_begin_as_those_that_the_bases_keys_were_made_for(tmp_path):
