@@ -135,10 +135,10 @@ def new_drafter(
 ) -> PreTrainedModel:
     """A drafter of this configuration, its weights in float32.
 
-    With ``projected`` its head is the base's embedding seen along the embedding's first ``H_d`` principal directions, so
-    that like tokens begin alike; else it is random. (Projections into and out of the drafter along the same directions
-    were tried as well and learnt more slowly than random ones: ``benchmarks.new_drafter``.) Query norms are those of the
-    base's layers whose keys are read. The layers are random, and what they add begins small.
+    With ``projected`` its head is the base's embedding seen along the embedding's first ``H_d`` principal directions,
+    so that like tokens begin alike; else it is random. (Projections into and out of the drafter along the same
+    directions were tried as well, and learnt more slowly than random ones.) Query norms are those of the base's layers
+    whose keys are read. The layers are random, and what they add begins small.
 
     Args:
         base: the base's configuration.
