@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedConfig
@@ -78,9 +77,9 @@ class Steps:
 
 
 def run(model, optimizer, step: Steps, folder: Path, background: bool, saves: int, every: int) -> dict:
-    cfg = OmegaConf.structured(Config)
+    cfg = Config()
     cfg.model.base, cfg.model.drafter = "base", "drafter"
-    cfg.checkpoint["async"], cfg.checkpoint.keep_last = background, 1
+    cfg.checkpoint.background, cfg.checkpoint.keep_last = background, 1
     checkpointer = Checkpointer(folder, cfg.checkpoint)
     blocked, loops, durations = [], [], []
     for save in range(saves):

@@ -31,21 +31,20 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import transformers
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 
 from benchmarks.joint_step import reference_step
-from joint_train.config import load
+from joint_train.config import Config, load, with_overrides
 from joint_train.distributed.mesh import init_distributed, init_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, look_up, parallelize, share_streams
 from joint_train.pair import model as pair_model
 from joint_train.pair.targets import joint_targets
 from joint_train.plan import step as plan_step
 from joint_train.plan.meter import Meter
-from joint_train.plan.planner import GIB, Machine, Plan, make_plan, read, with_overrides
+from joint_train.plan.planner import GIB, Machine, Plan, make_plan, read
 from joint_train.train.optim import build_optimizer, update
 from joint_train.train.trainer import TFLOPS, utilisation
 from joint_train.weights.composite import Gemma4WithDrafter, meta_pair
@@ -86,7 +85,7 @@ def write_configs(name: str, folder: Path, groups: int = 2, small: bool = False)
         config.save_pretrained(folder / part)
 
 
-def configure(folder: Path, length: int, *overrides: str) -> DictConfig:
+def configure(folder: Path, length: int, *overrides: str) -> Config:
     """A run of that pair on one rank, with a row of ``length`` in a micro-batch."""
     settings = [f"model.base={folder}/base", f"model.drafter={folder}/drafter", "data.train=[{path: unused}]"]
     settings += [
@@ -115,7 +114,7 @@ def fill(model: Gemma4WithDrafter, device: torch.device) -> Gemma4WithDrafter:
     return model.train()
 
 
-def build(cfg: DictConfig, device: torch.device, mesh: DeviceMesh | None) -> Gemma4WithDrafter:
+def build(cfg: Config, device: torch.device, mesh: DeviceMesh | None) -> Gemma4WithDrafter:
     """The pair of :func:`configure` with random weights: sharded as in a run, or whole without a mesh."""
     model = meta_pair(cfg, *read(cfg)[:2], DTYPES[cfg.precision.params], device.type)
     if mesh is not None:
@@ -129,7 +128,7 @@ def build(cfg: DictConfig, device: torch.device, mesh: DeviceMesh | None) -> Gem
 class OurStep:
     """The step of a run on one micro-batch: :meth:`forward_backward`, then :meth:`update`."""
 
-    def __init__(self, cfg: DictConfig, device: torch.device, mesh: DeviceMesh, documents: int = 1):
+    def __init__(self, cfg: Config, device: torch.device, mesh: DeviceMesh, documents: int = 1):
         self.cfg, self.model = cfg, build(cfg, device, mesh)
         self.optimizer = build_optimizer(self.model, cfg.optim)
         self.ids, self.documents, self.positions = rows(cfg, documents)
@@ -153,7 +152,7 @@ class OurStep:
         update(self.optimizer, self.model, optim.max_grad_norm, 1.0, optim.drafter_max_grad_norm)
 
 
-def rows(cfg: DictConfig, documents: int) -> tuple[Tensor, Tensor, Tensor]:
+def rows(cfg: Config, documents: int) -> tuple[Tensor, Tensor, Tensor]:
     """Random ids, documents of equal lengths and positions, ``[1, S]`` each; every token is supervised."""
     length, vocabulary = cfg.data.max_length, read(cfg)[0].get_text_config().vocab_size
     ids = torch.randint(3, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
@@ -263,7 +262,7 @@ def shares(step: OurStep, device: torch.device, options) -> dict[str, float]:
     return {part: statistics.median(times) for part, times in found.items()}
 
 
-def planned(cfg: DictConfig, device: torch.device) -> tuple[Plan, dict[str, tuple[int, int]]]:
+def planned(cfg: Config, device: torch.device) -> tuple[Plan, dict[str, tuple[int, int]]]:
     """The plan of the step on one rank, and (FLOPs, bytes) of its loss and of its attention."""
     meters: list[Meter] = []
 
@@ -298,7 +297,7 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def measure_ours(cfg: DictConfig, device: torch.device, mesh: DeviceMesh, documents: int, options) -> dict:
+def measure_ours(cfg: Config, device: torch.device, mesh: DeviceMesh, documents: int, options) -> dict:
     start_of_peak(device)
     step = OurStep(cfg, device, mesh, documents)
     both, updated = milliseconds([step.forward_backward, step.update], device, options)
@@ -306,7 +305,7 @@ def measure_ours(cfg: DictConfig, device: torch.device, mesh: DeviceMesh, docume
     return found if cfg.parallel.compile else found | shares(step, device, options)  # no marks in compiled layers
 
 
-def measure_reference(cfg: DictConfig, device: torch.device, options) -> dict:
+def measure_reference(cfg: Config, device: torch.device, options) -> dict:
     """The reference on the same row; nothing but ``error`` where memory is too small for it."""
     compute = "bfloat16" if compute_dtype(cfg.precision, device.type) == torch.bfloat16 else "float32"
     plain = {f"activation_checkpointing.{part}": "none" for part in ("base", "drafter")}
@@ -387,7 +386,7 @@ def report(found: list[dict]) -> str:
     return "\n".join([*steps, "", *of_parts])
 
 
-def heading(device: torch.device, cfg: DictConfig, options) -> str:
+def heading(device: torch.device, cfg: Config, options) -> str:
     cuda = f", CUDA {torch.version.cuda}" if device.type == "cuda" else ""
     about = f"{card(device)}; torch {torch.__version__}{cuda}, transformers {transformers.__version__}"
     dtype = str(compute_dtype(cfg.precision, device.type)).removeprefix("torch.")

@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 from benchmarks import results
@@ -70,7 +69,7 @@ def build_pair(vocab_size: int, ordered: bool):
 
 
 def our_step(base, drafter, options):
-    cfg = OmegaConf.structured(LossConfig(drafter=options.loss, memory_budget_mb=options.budget_mb))
+    cfg = LossConfig(drafter=options.loss, memory_budget_mb=options.budget_mb)
     model = Gemma4WithDrafter(
         base,
         drafter,

@@ -23,7 +23,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,7 +32,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from joint_train import config
-from joint_train.config import DIMENSIONS, mesh_shape
+from joint_train.config import DIMENSIONS, Config, mesh_shape
 from joint_train.distributed import parallelize
 from joint_train.distributed.rows import even_lookup
 from joint_train.pair import attention as attention_module
@@ -169,7 +168,7 @@ def played(memory: Memory, traffic: Traffic) -> Iterator[None]:
         yield
 
 
-def measure(cfg: DictConfig, ranks: int) -> dict[str, float]:
+def measure(cfg: Config, ranks: int) -> dict[str, float]:
     """One step of a run on rank 0 of so many ranks. Once in a process: it makes the process group."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     shape = mesh_shape(cfg.parallel, ranks, 8)
@@ -204,13 +203,13 @@ def measure(cfg: DictConfig, ranks: int) -> dict[str, float]:
                 optimizer.zero_grad()
                 for i in range(cfg.optim.grad_accum):
                     parallelize.set_last_micro_batch(model, i == cfg.optim.grad_accum - 1)
-                    if parallelize.exchanges_rows(model.base, cfg):
+                    if parallelize.exchanges_rows(model.base, cfg.parallel):
                         inputs[parallelize.LOOKUP] = even_lookup(ids.numel() + 1, shape[2], "cpu")
                     out = model(**inputs, targets=targets, weights=weights)
                     out.loss.backward()
                     del out
                 update(optimizer, model, cfg.optim.max_grad_norm, 1.0)
-    table = parallelize.per_layer_table(model.base) if parallelize.exchanges_rows(model.base, cfg) else None
+    table = parallelize.per_layer_table(model.base) if parallelize.exchanges_rows(model.base, cfg.parallel) else None
     gathered = [p for p in model.parameters() if isinstance(p, DTensor) and (table is None or p is not table.weight)]
     compute, reduce = 2, parallelize.DTYPES[cfg.precision.reduce].itemsize
     least = {

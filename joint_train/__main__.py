@@ -7,17 +7,20 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
 
 from joint_train import command
-from joint_train.config import conf_dir, help_text, validate, world_size_from_env
-from joint_train.errors import JointTrainError
+from joint_train.config import Config, composed_by_hydra, conf_dir, help_text
+from joint_train.errors import ConfigError, JointTrainError
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: Config) -> None:
     """Train as configured, on this rank."""
     # torch and transformers take seconds to import
     from joint_train.train import trainer
@@ -29,15 +32,20 @@ def run(cfg: DictConfig) -> None:
 
 
 @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+def main(composed: Any) -> None:
     rank = int(os.environ.get("RANK", 0))
     command.start_logging(rank)
     # Writes the first failed rank's traceback to where torchrun looks for it.
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
-        validate(cfg, world_size_from_env())
-        record(run)(cfg)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise ConfigError(
+                "--multirun would train all its runs in one process and one output_dir. Start a command for each, "
+                "e.g. `for lr in 1e-5 3e-5; do torchrun … -m joint_train optim.lr=$lr output_dir=outputs/lr-$lr; "
+                "done`; on Slurm `python -m launch.submit --multirun … -- optim.lr=1e-5,3e-5` submits a job for each."
+            )
+        record(run)(composed_by_hydra(composed))
     except JointTrainError as error:
         refuse(error, rank)
 
@@ -62,7 +70,11 @@ def leave(code: int | str | None) -> NoReturn:
     ending ("terminate called without an active exception"): a run that had finished would count as a crash."""
     if isinstance(code, str):
         print(code, file=sys.stderr)
-        code = 1
+        code = command.EXPLAINED_ERROR
+    # torch's handler raises where a loader's process is killed; and torchrun signals those that end last.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     for worker in multiprocessing.active_children():  # of the data loaders: Python's own ending would end them
         worker.kill()
         worker.join(5)
@@ -81,12 +93,20 @@ def print_help() -> None:
     print(help_text(wanted).strip("\n"))
 
 
+def hydra_explained(end: SystemExit) -> bool:
+    """Whether Hydra ended the process for an error of the command line or the files, which it has printed."""
+    return end.code == 1 and isinstance(end.__context__, (HydraException, OmegaConfBaseException))
+
+
 if __name__ == "__main__":
     if {"--help", "-h"} & set(sys.argv):
         sys.exit(command.start("joint_train", print_help))
-    else:
-        try:
-            main()
-            leave(0)
-        except SystemExit as end:
-            leave(end.code)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank ends with its torchrun: it saves, see distributed/preemption.py
+        command.end_with_parent(signal.SIGINT)
+    try:
+        main()
+        leave(command.DONE)
+    except KeyboardInterrupt:  # before there is anything to save
+        leave(command.INTERRUPTED)
+    except SystemExit as end:
+        leave(command.EXPLAINED_ERROR if hydra_explained(end) else end.code)

@@ -1,10 +1,10 @@
-"""How every command starts and ends: logging, an error said in a sentence, the exit code.
+"""How every command starts and ends: logging, an error said in a sentence, the exit code."""
 
-Exit codes: 0; 1 where a command's own answer is no (a damaged checkpoint, a text that differs); 2 for an error that the
-message explains, as ``argparse`` has it. Anything else is a bug and ends with its stack.
-"""
-
+import ctypes
 import logging
+import multiprocessing
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -12,6 +12,20 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from joint_train.errors import JointTrainError
+
+DONE, NO, EXPLAINED_ERROR, TOO_LARGE, HUNG, PREEMPTED, OVERRUN, INTERRUPTED = 0, 1, 2, 3, 70, 85, 86, 130
+EXIT_CODES = {
+    DONE: "the work is done",
+    NO: "the command's own answer is no (a damaged checkpoint, a bad row, texts that differ, an unhealthy host); or a "
+    "bug, which ends with its stack",
+    EXPLAINED_ERROR: "an error that the message on stderr explains",
+    TOO_LARGE: "`joint_train.plan`: the run doesn't fit",
+    HUNG: "the watchdog ended a run that made no progress for `parallel.timeout_seconds`",
+    PREEMPTED: "a signal stopped the run, and it is saved or had nothing to save: run the same command again",
+    OVERRUN: "a signal stopped the run, and `checkpoint.grace_seconds` were over before the save was done: the newest "
+    "complete checkpoint stands; run the same command again",
+    INTERRUPTED: "Ctrl-C ended a command that has nothing to save, or a second one a run that was still saving",
+}
 
 # What is said in a sentence. OSError is a file that can't be read or written: its message names it.
 EXPLAINED = (JointTrainError, HydraException, OmegaConfBaseException, OSError)
@@ -48,7 +62,28 @@ def start(name: str, main: Callable[[], int | None], rank: int = 0) -> int:
     """
     start_logging(rank)
     try:
-        return main() or 0
+        return main() or DONE
     except EXPLAINED as error:
         print(f"{f'[rank {rank}] ' if rank else ''}{name}: {error}", file=sys.stderr)
-        return 2
+        return EXPLAINED_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux has it
+
+
+def end_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> None:
+    """Have the kernel send this process a signal when its parent ends, however that ends; Linux only.
+
+    More exactly when the thread that started this process ends: only for processes that a main thread starts.
+
+    Args:
+        parent: its process id, where it is known; that of ``multiprocessing`` or what it is now by default.
+    """
+    started, parent = multiprocessing.parent_process() if parent is None else None, parent or os.getppid()
+    if _prctl is None:
+        return
+    _prctl(1, number)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent or (started is not None and not started.is_alive()):  # it was faster
+        os.kill(os.getpid(), number)

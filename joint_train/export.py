@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from joint_train.command import start
+from joint_train.config import Config, read
 from joint_train.errors import ConfigError
 from joint_train.weights.adapter import export_adapter, fill_from_checkpoint
 from joint_train.weights.export import export_checkpoint, verify
@@ -63,14 +63,13 @@ def export_run(
         ("drafter", drafter or cfg.model.drafter, cfg.model.drafter_revision, cfg.drafter.num_steps),
     ):
         source = resolve(path, revision, cfg.model.cache_dir)
-        overrides = OmegaConf.to_container(cfg.model.text_config) if part == "base" else None
+        overrides = cfg.model.text_config if part == "base" else None
         model = build_meta(read_config(source, text_config=overrides), torch.bfloat16)
-        if part == "base" and OmegaConf.select(cfg, "lora.r"):  # a run of before the group existed has none
+        if part == "base" and cfg.lora.r:
             fill_from_checkpoint(model, cfg, checkpoint, source)
             export_adapter(model, out / "adapter")
         size = max_shard_size or cfg.model.export.max_shard_size
-        # A run of before the key existed has none in its configuration.
-        unused = bool(OmegaConf.select(cfg, "model.export.kv_shared_weights")) or kv_shared_weights
+        unused = cfg.model.export.kv_shared_weights or kv_shared_weights
         export_checkpoint(
             checkpoint / part / "model", model, source, out / part, size,
             num_assistant_tokens=tokens, kv_shared_weights=unused,
@@ -84,7 +83,7 @@ def export_run(
     return status
 
 
-def run_config(checkpoint: Path) -> DictConfig:
+def run_config(checkpoint: Path) -> Config:
     """The configuration of the run that wrote a checkpoint.
 
     Raises:
@@ -95,7 +94,7 @@ def run_config(checkpoint: Path) -> DictConfig:
     file = checkpoint.resolve().parent.parent / "config.yaml"
     if not file.exists():
         raise ConfigError(f"no configuration of the run at {file}: keep the checkpoint in its OUTPUT_DIR/checkpoints.")
-    return OmegaConf.load(file)
+    return read(file)
 
 
 if __name__ == "__main__":

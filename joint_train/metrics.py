@@ -1,15 +1,13 @@
 """The metrics of a run: what each is called and what it means."""
 
-METRICS = {
-    "step": "optimizer steps done",
-    "time": "seconds since 1970 when the line was written",
+TARGET_METRICS = {
     "base_loss": "cross-entropy of the base, mean over the step's targets on all ranks",
     "base_accuracy": "share of targets that the base's most likely token hits",
-    "drafter_loss": "the drafter's loss (`loss.drafter`), mean over its rounds",
+    "drafter_loss": "the drafter's loss (`loss.drafter`), mean over those of its rounds that have targets",
     "drafter_loss_{k}": "that of round k, from 0",
-    "drafter_ce": "the drafter's cross-entropy with the text's token, whatever it is trained on; mean over its rounds",
+    "drafter_ce": "the drafter's cross-entropy with the text's token, whatever it is trained on; mean as above",
     "drafter_ce_{k}": "cross-entropy of round k with the text's token",
-    "drafter_targets_left_out": "share of the drafter's targets where no decoding comes (`drafter.prompt_rows`)",
+    "drafter_targets_left_out": "share of the drafter's targets that decoding never visits (`drafter.prompt_rows`)",
     "agreement_{k}": "share of targets where round k's most likely token is the base's: greedy decoding accepts it",
     "acceptance_argmax_{k}": "chance that sampling (temperature 1) accepts round k's most likely token, p(argmax q)",
     "acceptance_sampled_{k}": "that for a draft which is a sample of q itself: the sum over tokens of min(p, q)",
@@ -17,6 +15,17 @@ METRICS = {
     "accepted_length_walked": "that over the rows where decoding would stop: it skips those inside an accepted run",
     "dense_{metric}": "agreement, acceptance or accepted length, if all tokens were candidates (ordered embeddings)",
     "centroid_hit_{k}": "share of targets whose centroid is among the top ones of round k (ordered embeddings)",
+    "{source}/base_ce": "cross-entropy of the base on one source's targets, where there are several sources",
+    "{source}/drafter_ce": "that of the drafter, all rounds together",
+    "{source}/targets": "how many targets of it the step had",
+}
+"""Those over a step's targets, from :meth:`joint_train.pair.stats.JointStats.means`; ``{k}`` is a round, from 0. A mean
+over nothing is NaN, and null in metrics.jsonl."""
+
+METRICS = {
+    "step": "optimizer steps done",
+    "time": "seconds since 1970 when the line was written",
+    **TARGET_METRICS,
     "grad_norm": "L2 norm of the gradients of both models together, before clipping",
     "grad_norm_base": "that of the base alone",
     "grad_norm_drafter": "that of the drafter alone",
@@ -37,11 +46,8 @@ METRICS = {
     "loss_spike": "1 where the loss is far above its recent past",
     "val/{metric}": "any of the losses above on the validation data",
     "val/tokens_per_forward": "tokens per base forward in assisted generation on validation prompts",
-    "{source}/base_ce": "cross-entropy of the base on one source's targets, where there are several sources",
-    "{source}/drafter_ce": "that of the drafter, all rounds together",
-    "{source}/targets": "how many targets of it the step had",
 }
-"""Every metric's meaning; ``{k}`` is a round, from 0."""
+"""Every metric's meaning."""
 
 SUMMARY = {
     "val/base_loss": "base loss",

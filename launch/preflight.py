@@ -6,7 +6,8 @@ Every rank reports to the launcher's key-value store, over TCP and apart from an
 the verdict, and every wait has an end. Checked are, in this order: every rank answers; its device is there and computes
 right; it may open enough files; versions are equal; clocks agree; the output folder is one shared folder, writable,
 with room for a checkpoint; all-reduce agrees, first within each node and then over all ranks; on GPUs no host gathers
-and reduces much slower than the others. The exit code is 0 or 1.
+and reduces much slower than the others. The exit code is 0 or 1, and 2
+for a configuration that is refused.
 """
 
 import hashlib
@@ -27,9 +28,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 
 from joint_train import config
+from joint_train.command import start
 
 ANSWER_SECONDS = 120.0
 COLLECTIVE_SECONDS = 120.0
@@ -124,7 +125,7 @@ def check_files(ranks: int) -> str | None:
     return f"{most} files may be open at most (ulimit -Hn), {ranks} ranks need about {needed}: raise it on this host"
 
 
-def checkpoint_bytes(cfg: DictConfig) -> int | None:
+def checkpoint_bytes(cfg: config.Config) -> int | None:
     """Bytes of one checkpoint at most: weights and AdamW's two moments of every parameter, in ``precision.params``.
 
     None when the pair is a hub id rather than a folder, so that its size isn't known here.
@@ -185,6 +186,7 @@ class Preflight:
         self._put("host", self.host)
         self._put("files", check_files(self.world_size))
         self._put("versions", versions())
+        self.earliest = clock()  # before rank 0 has all answers, and says what time it is
         self._put("disk", write_probe(self.output_dir, probe) if self.local_rank == 0 else None)
         # A collective can hang in native code: it runs in a thread that may be left behind.
         threading.Thread(target=self._compare, daemon=True).start()
@@ -212,11 +214,9 @@ class Preflight:
                 return problems
         self.store.set("clock", repr(clock()))
         answers, problems = self._gather("clock", self.answer_seconds)
-        problems += [
-            f"{self._who(rank)}: its clock is {skew:+.1f} s from that of {self.host}"
-            for rank, skew in answers.items()
-            if abs(skew) > MAX_SKEW_SECONDS
-        ]
+        for rank, (least, most) in answers.items():
+            if (skew := max(least, min(most, 0.0))) and abs(skew) > MAX_SKEW_SECONDS:
+                problems.append(f"{self._who(rank)}: its clock is {skew:+.1f} s from that of {self.host}")
         answers, late = self._gather("folder", self.answer_seconds + SHARED_FOLDER_SECONDS)
         problems += late + [f"{self._who(rank)}: {text}" for rank, text in answers.items() if text]
         if problems:
@@ -254,14 +254,19 @@ class Preflight:
 
     def _compare(self) -> None:
         """The checks that need the other ranks: clock, shared folder, collectives."""
-        if not self._wait("clock", 4 * self.answer_seconds):
+        # Rank 0 said its time after the last look that didn't find it, and before the one that did: a rank that is slow
+        # knows less of its clock, and isn't blamed for that.
+        if (since := self._set_since("clock", 4 * self.answer_seconds)) is None:
             return
-        self._put("clock", clock() - float(self.store.get("clock")))
+        time_of_first = float(self.store.get("clock"))
+        self._put("clock", [max(since, self.earliest) - time_of_first, clock() - time_of_first])
         self._put("folder", self._check_folder() if self.local_rank == 0 else None)
         if not self._wait("collectives", 2 * self.answer_seconds + SHARED_FOLDER_SECONDS):
             return
         topic = "node"
         try:
+            if dist.is_initialized():  # left by a check that failed: this one is asked again
+                dist.destroy_process_group()
             dist.init_process_group(
                 "nccl" if torch.cuda.is_available() else "gloo",
                 store=dist.PrefixStore("collectives", self.store),
@@ -322,13 +327,23 @@ class Preflight:
         self.store.set(f"{topic}/{self.rank}", json.dumps(value))
 
     def _wait(self, key: str, seconds: float) -> bool:
+        return self._set_since(key, seconds) is not None
+
+    def _set_since(self, key: str, seconds: float) -> float | None:
+        """Wait for a key; by this rank's clock a time at which it may not have been there yet, None if it never came.
+
+        That is the last look that didn't find it, or 0 if the first one did.
+        """
         # Polling, because a blocking wait would keep the store from the other thread.
-        deadline = time.monotonic() + seconds
-        while not self.store.check([key]):
+        deadline, before = time.monotonic() + seconds, 0.0
+        while True:
+            looked = clock()
+            if self.store.check([key]):
+                return before
             if time.monotonic() > deadline:
-                return False
+                return None
+            before = looked
             time.sleep(0.05)
-        return True
 
     def _who(self, rank: int) -> str:
         """The rank and its host, by its own word or else by Slurm's list of nodes."""
@@ -357,7 +372,7 @@ def main(overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    code = start("launch.preflight", lambda: main(sys.argv[1:]), int(os.environ.get("RANK", 0)))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a collective that hangs would keep the interpreter from ending

@@ -30,6 +30,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from joint_train import config
+from joint_train.command import EXPLAINED_ERROR
 from joint_train.config.values import mesh_sentence
 from joint_train.errors import JointTrainError
 
@@ -69,7 +70,7 @@ class Options:
 class Run:
     directory: str
     overrides: list[str]
-    cfg: Any
+    cfg: config.Config
 
 
 class SubmitError(JointTrainError):
@@ -235,7 +236,7 @@ def snapshot(runs: list[Run], output_dir: Path, script: str) -> Path:
     for run in runs:
         run_folder = Path(run.directory) / "slurm"
         run_folder.mkdir(parents=True, exist_ok=True)
-        (run_folder / "config.yaml").write_text(OmegaConf.to_yaml(run.cfg))
+        (run_folder / "config.yaml").write_text(config.to_yaml(run.cfg))
     return folder / "job.sh"
 
 
@@ -263,7 +264,7 @@ def main(arguments: list[str]) -> int:
         script = render(options, runs, output_dir, multirun)
     except SubmitError as error:
         print(f"refused, nothing was submitted: {error}", file=sys.stderr)
-        return 2
+        return EXPLAINED_ERROR
     if "--dry-run" in flags:
         print(script)
         return 0
@@ -272,10 +273,10 @@ def main(arguments: list[str]) -> int:
         result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, timeout=120)
     except FileNotFoundError:
         print(f"sbatch is not on this machine; the script is {path}", file=sys.stderr)
-        return 1
+        return EXPLAINED_ERROR
     if result.returncode:
         print(f"sbatch refused {path}: {result.stderr.strip()}", file=sys.stderr)
-        return 1
+        return EXPLAINED_ERROR
     job = result.stdout.strip().split(";")[0]
     log = output_dir / (f"*/slurm/{job}_*.log" if multirun else f"slurm/{job}.log")
     print(f"job {job}: {len(runs)} x {options.nodes} node(s) x {options.ranks} rank(s)")

@@ -9,11 +9,15 @@ settings in which the runs differ have a column each.
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
+
+from joint_train.command import start
+from joint_train.config import read_written
+from joint_train.errors import DataError
 
 METRICS = (
     "base_loss",
@@ -29,7 +33,7 @@ NOT_SETTINGS = ("output_dir", "resume", "tracking.name")
 def read_metrics(file: Path) -> dict[str, float | None]:
     """The newest value of each metric, from the run's whole history; empty if there is none.
 
-    A last line that is still being written is left out. Raises ValueError naming file and line for any other bad line.
+    A last line that is still being written is left out. Raises DataError naming file and line for any other bad line.
     """
     newest: dict[str, float | None] = {}
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
@@ -38,7 +42,7 @@ def read_metrics(file: Path) -> dict[str, float | None]:
             newest |= json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines) or line.endswith("\n"):
-                raise ValueError(f"{file}, line {number}: not JSON ({error})") from error
+                raise DataError(f"{file}, line {number}: not JSON ({error})") from error
     return newest
 
 
@@ -46,7 +50,7 @@ def read_settings(run: Path) -> dict[str, object]:
     """The run's configuration, flat, by dotted key; as it ran or else as it was submitted."""
     for file in (run / "config.yaml", run / "slurm" / "config.yaml"):
         if file.exists():
-            return flatten(OmegaConf.to_container(OmegaConf.load(file), resolve=False))
+            return flatten(read_written(file))
     return {}
 
 
@@ -104,14 +108,18 @@ def summarize(folder: Path, metrics: tuple[str, ...] = METRICS, sort: str | None
     return table
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sort", help="metric, lowest first")
     parser.add_argument("--metrics", default=",".join(METRICS), help="columns, separated by commas")
     arguments = parser.parse_args()
-    Console().print(summarize(arguments.folder, tuple(arguments.metrics.split(",")), arguments.sort))
+
+    def run() -> None:
+        Console().print(summarize(arguments.folder, tuple(arguments.metrics.split(",")), arguments.sort))
+
+    return start("launch.summary", run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

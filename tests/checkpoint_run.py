@@ -9,7 +9,7 @@ import random
 import numpy as np
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
+from configs import compose
 from pairs import build_pair
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -26,19 +26,18 @@ from joint_train.weights.composite import Gemma4WithDrafter
 TIMEOUT = 60
 
 
-def config(overrides: dict | None = None) -> DictConfig:
-    cfg = OmegaConf.structured(Config)
-    cfg.model.base, cfg.model.drafter = "base", "drafter"
-    cfg.drafter.num_steps = 2
-    cfg.loss.drafter = "ce"
-    cfg.optim.lr = cfg.optim.drafter_lr = 1e-3
-    cfg.checkpoint.every = 2
-    for name, value in (overrides or {}).items():
-        OmegaConf.update(cfg, name, value)
-    return cfg
+def config(overrides: dict | None = None) -> Config:
+    settings = {
+        "drafter.num_steps": 2,
+        "loss.drafter": "ce",
+        "optim.lr": 1e-3,
+        "optim.drafter_lr": 1e-3,
+        "checkpoint.every": 2,
+    }
+    return compose(settings | (overrides or {}))
 
 
-def build(cfg: DictConfig, shape: str = "e2b", seed: int = 0, **pair):
+def build(cfg: Config, shape: str = "e2b", seed: int = 0, **pair):
     base, drafter = build_pair(shape, seed=seed, **pair)
     model = Gemma4WithDrafter(
         base,

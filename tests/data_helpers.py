@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from configs import compose
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -65,11 +65,12 @@ def write_jsonl(path: Path, examples: list) -> str:
     return str(path)
 
 
-def make_config(tmp_path: Path, train: list, val: list = (), **data) -> DictConfig:
+def make_config(tmp_path: Path, train: list, val: list = (), **data) -> Config:
     """A configuration on these sources (paths, or dictionaries of ``SourceConfig``)."""
     sources = {
         split: [source if isinstance(source, dict) else {"path": source} for source in paths]
         for split, paths in (("train", train), ("val", val))
     }
     options = {"max_length": 64, "num_workers": 0, "cache_dir": str(tmp_path / "cache"), **sources, **data}
-    return OmegaConf.merge(OmegaConf.structured(Config), {"data": options, "parallel": {"timeout_seconds": 60}})
+    settings = {f"data.{key}": value for key, value in options.items()} | {"parallel.timeout_seconds": 60}
+    return compose(settings, check=False)  # the loader refuses what it can't use, too

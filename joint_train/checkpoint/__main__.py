@@ -14,6 +14,7 @@ from rich.table import Table
 from joint_train.checkpoint import layout
 from joint_train.checkpoint.lock import RunLock
 from joint_train.command import start
+from joint_train.config import resolved
 from joint_train.errors import CheckpointError
 
 METRICS_SHOWN = 4
@@ -101,7 +102,7 @@ def _prune(args, console: Console) -> int:
     newest = layout.newest(folder)
     if newest is None:
         raise CheckpointError(f"no complete checkpoint in {folder}: nothing is removed")
-    rules = json.loads((newest / "config.json").read_text()).get("checkpoint", {})
+    rules = resolved(json.loads((newest / "config.json").read_text())).get("checkpoint", {})
     for name, default in (("keep_last", 0), ("keep_every", 0), ("keep_best", None)):
         given = getattr(args, name)
         rules[name] = rules.get(name, default) if given is None else given

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -27,6 +26,7 @@ from joint_train.checkpoint.lock import RunLock
 from joint_train.checkpoint.mirror import Mirror, bring
 from joint_train.checkpoint.reader import Reader, stored_tensors
 from joint_train.checkpoint.search import Search, verify_contents
+from joint_train.config import CheckpointConfig, Config
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import CheckpointError
 
@@ -58,7 +58,7 @@ class Checkpointer:
     def __init__(
         self,
         output_dir: str | Path,
-        checkpoint_cfg: DictConfig,
+        checkpoint_cfg: CheckpointConfig,
         *,
         timeout_seconds: float = 1800,
         lock_wait_seconds: float = 30,
@@ -73,7 +73,7 @@ class Checkpointer:
         self.timeout_seconds = timeout_seconds
         self._ranks = Ranks(timeout_seconds)
         # A background save talks while the training loop does.
-        self._writer_ranks = Ranks(timeout_seconds, own_group=True) if checkpoint_cfg["async"] else self._ranks
+        self._writer_ranks = Ranks(timeout_seconds, own_group=True) if checkpoint_cfg.background else self._ranks
         self._staging = state.Staging()
         self._plans = uuid.uuid4().hex  # this run's plans: another one in this process has others
         self._save: BackgroundSave | None = None
@@ -104,7 +104,7 @@ class Checkpointer:
         return self._find(resume, use)
 
     def load(
-        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, config: DictConfig | dict
+        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, config: Config | dict
     ) -> dict:
         """Weights, optimizer state and random state into these objects, in place; returns the ``state`` of the save.
 
@@ -119,7 +119,7 @@ class Checkpointer:
         return self._load(path, manifest, model, optimizer, config, checksums=False)
 
     def resume(
-        self, resume: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, config: DictConfig | dict
+        self, resume: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, config: Config | dict
     ) -> tuple[Path, dict] | None:
         """:meth:`find_resume` and :meth:`load` in one, which reads each file once: (the checkpoint, ``state`` of the
         save), or None to start from nothing.
@@ -168,14 +168,14 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         trainer_state: dict,
         *,
-        config: DictConfig | dict,
+        config: Config | dict,
         metrics: dict[str, float] | None = None,
         block: bool = False,
     ) -> None:
         """Save the run after ``step``; a step that is saved already is left alone.
 
-        With ``checkpoint.async`` this returns as soon as the shards are copied to CPU memory and the rest is done in
-        the background, unless ``block``. A save that is still being written is waited for first.
+        With ``checkpoint.background`` this returns as soon as the shards are copied to CPU memory and the rest is done
+        in the background, unless ``block``. A save that is still being written is waited for first.
 
         ``trainer_state`` is plain JSON and the same on every rank; ``metrics`` are what ``checkpoint.keep_best`` names.
         """
@@ -185,7 +185,7 @@ class Checkpointer:
         check_json(trainer_state, "state")
         tensors = {**state.pair_tensors(model), "optimizer": state.optimizer_tensors(model, optimizer)}
         shards = {part: state.local_shards(of_part) for part, of_part in tensors.items()}
-        background = self.cfg["async"] and not block
+        background = self.cfg.background and not block
         config = plain(config)
         documents = {
             "config.json": config,
@@ -287,7 +287,7 @@ class Checkpointer:
         return notes
 
     def _write(self, job: _Job, ranks: Ranks) -> None:
-        """Write everything, agree that it is on disk, then let it appear. Runs in the background with ``async``."""
+        """Write everything, agree that it is on disk, then let it appear. In the background where that is set."""
         started = time.monotonic()
         final = self.folder / layout.folder_name(job.step)
         temporary = ranks.first(f"making {final}", lambda: self._make_temporary(final))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from joint_train.config import renamed, resolved
 from joint_train.errors import CheckpointError
 
 # Keys of a model's Hugging Face configuration that its weights are bound to, even where shapes happen to agree.
@@ -35,6 +36,20 @@ def differences(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
     return {key: (old.get(key), new.get(key)) for key in keys}
 
 
+def changed_settings(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
+    """:func:`differences` between two runs' configurations, the old one by today's names of keys.
+
+    What interpolations stand for is compared, as far as it can be resolved here; what was written is shown.
+    """
+    old = renamed(old)
+    written = dict(_flat(old)), dict(_flat(new))
+    found = differences(resolved(old), resolved(new))
+    return {
+        key: tuple(text.get(key, value) for text, value in zip(written, values, strict=True))
+        for key, values in found.items()
+    }
+
+
 def fixed_differences(part: str, old: dict, new: dict) -> list[str]:
     """Differences between two Hugging Face configurations that rule a resume out, in words."""
     return [
@@ -42,6 +57,21 @@ def fixed_differences(part: str, old: dict, new: dict) -> list[str]:
         for key, (before, now) in differences(old, new).items()
         if key.rpartition(".")[2] in FIXED
     ]
+
+
+def adapter_differences(old: dict, new: dict) -> list[str]:
+    """What two runs' configurations multiply the product of adapters by, in words where it differs: adapters trained
+    with one factor are another model with the other."""
+    before, now = (_adapter_scale(resolved(config).get("lora") or {}) for config in (old, new))
+    if before is None or now is None or before == now:
+        return []
+    return [f"the adapters' product was multiplied by {before:g}, and would now be by {now:g}"]
+
+
+def _adapter_scale(lora: dict) -> float | None:
+    if not lora.get("r"):
+        return None
+    return lora["alpha"] / (lora["r"] ** 0.5 if lora.get("rank_stabilized") else lora["r"])
 
 
 def tensor_differences(part: str, stored: dict[str, TensorStorageMetadata], tensors: dict[str, Tensor]) -> list[str]:

@@ -5,15 +5,15 @@ import json
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from joint_train.config import Config, written
 from joint_train.errors import CheckpointError
 
 
-def plain(config: DictConfig | dict) -> dict:
-    """As it will be read back from JSON."""
-    return json.loads(json.dumps(OmegaConf.to_container(OmegaConf.create(config), resolve=True)))
+def plain(config: Config | dict) -> dict:
+    """A run's configuration as it will be read back from JSON, interpolations unresolved."""
+    return json.loads(json.dumps(written(config)))
 
 
 def model_config(module: nn.Module) -> dict:

@@ -54,11 +54,11 @@ class Loading:
         # One rank reads the description of all ranks' shards, 160 MB of it at 512 ranks, for everyone.
         read = self._ranks.first(f"reading {path}", lambda: {p: Reader(path / p).read_metadata() for p in layout.PARTS})
         readers = {part: Reader(path / part, metadata, checksums) for part, metadata in read.items()}
-        changed = compat.differences(documents["config.json"], config)
+        changed = compat.changed_settings(documents["config.json"], config)
         for key, (before, now) in changed.items():
             self._warn(f"the configuration changed since {path.name}: {key} was {before} and is now {now}")
         tensors = state.pair_tensors(model)
-        self._check_fit(model, tensors, readers, documents, changed)
+        self._check_fit(model, tensors, readers, documents, config, changed)
         self._say_rounded(tensors, readers)
         try:
             for part, of_part in tensors.items():
@@ -90,9 +90,9 @@ class Loading:
             raise layout.damaged(self.path, sorted(problems))
         verify_contents(self.path, self.manifest, [name for name in names if name not in seen], self._ranks)
 
-    def _check_fit(self, model, tensors, readers, documents, changed) -> None:
-        """The model has to be the checkpoint's: same architecture, same tensors."""
-        problems = []
+    def _check_fit(self, model, tensors, readers, documents, config, changed) -> None:
+        """The model has to be the checkpoint's: same architecture, same tensors, adapters that count as much."""
+        problems = compat.adapter_differences(documents["config.json"], config)
         for part in ("base", "drafter"):
             now = model_config(getattr(model, part))
             problems += compat.fixed_differences(part, documents[f"{part}/config.json"], now)
@@ -100,7 +100,8 @@ class Loading:
             stored = readers[part].read_metadata().state_dict_metadata
             problems += compat.tensor_differences(part.partition("/")[0], stored, tensors[part])
         if problems:
-            keys = [key for key in changed if key.startswith(("model.", "lora."))] or ["model.base", "model.drafter"]
+            keys = [key for key in changed if key.startswith(("model.", "lora.")) and key != "lora.dropout"]
+            keys = keys or ["model.base", "model.drafter"]
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise CheckpointError(
                 f"{self.path} was saved from other models than {' and '.join(keys)} give now: "

@@ -10,11 +10,10 @@ import threading
 import time
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from joint_train.checkpoint import layout
 from joint_train.checkpoint.layout import DamagedCheckpoint, IncompleteCheckpoint
 from joint_train.checkpoint.store import Store, checkpoint_name, to_json
+from joint_train.config import CheckpointConfig
 from joint_train.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -26,7 +25,7 @@ class Mirror:
     The thread is a daemon: a process that has to go isn't held up by storage that hangs.
     """
 
-    def __init__(self, cfg: DictConfig):
+    def __init__(self, cfg: CheckpointConfig):
         """Raises CheckpointError if there is no such storage."""
         self.store, self._cfg = Store(cfg.mirror), cfg
         self.answers = False

@@ -15,26 +15,29 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.serialization import _get_layout
 
 from joint_train.checkpoint.layout import hex_checksum, inside
 from joint_train.errors import CheckpointError
+from joint_train.torch_private import pickled_in_checkpoints
 
 ALLOWED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): _get_layout,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    **pickled_in_checkpoints(),
     # A folder's own name in its metadata, of which nothing is made here.
     ("pathlib", "PosixPath"): pathlib.PurePosixPath,
     ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,
     ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
 }
-for name in ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex"):
-    ALLOWED["torch.distributed.checkpoint.metadata", name] = getattr(described, name)
-for name in ("StorageMeta", "_MEM_FORMAT_ENCODING"):
+for name in (
+    "Metadata",
+    "TensorStorageMetadata",
+    "TensorProperties",
+    "ChunkStorageMetadata",
+    "MetadataIndex",
+    "StorageMeta",
+):
     ALLOWED["torch.distributed.checkpoint.metadata", name] = getattr(described, name)
 
 

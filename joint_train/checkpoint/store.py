@@ -16,10 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
-from omegaconf import DictConfig
 
 from joint_train.checkpoint import layout
 from joint_train.checkpoint.layout import IncompleteCheckpoint, Manifest
+from joint_train.config import CheckpointConfig
 from joint_train.errors import CheckpointError
 
 ATTEMPTS = 3
@@ -112,7 +112,7 @@ class Store:
             raise
         return final
 
-    def thin(self, newest: int, cfg: DictConfig) -> None:
+    def thin(self, newest: int, cfg: CheckpointConfig) -> None:
         """Remove what retention gives up: of the checkpoints up to ``newest``, which is complete, and of the parts of
         older ones whose upload never finished."""
         if cfg.keep_last == 0:

@@ -4,14 +4,36 @@ Nothing here imports torch, so that ``--help`` and a misspelt key answer at once
 """
 
 from joint_train.config.checks import validate
-from joint_train.config.compose import conf_dir, load, world_size_from_env
+from joint_train.config.compose import composed_by_hydra, conf_dir, load, world_size_from_env
 from joint_train.config.help import choices, groups, help_text, keys
 from joint_train.config.schema import (
+    ActivationCheckpointingConfig,
+    CheckpointConfig,
     Config,
     DataConfig,
     DrafterConfig,
+    EvalConfig,
+    ExportConfig,
+    FreezeConfig,
+    LoraConfig,
     LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
     SourceConfig,
+    TrackingConfig,
+)
+from joint_train.config.typed import (
+    group_of,
+    read,
+    read_written,
+    renamed,
+    resolved,
+    select,
+    to_yaml,
+    with_overrides,
+    written,
 )
 from joint_train.config.values import (
     DIMENSIONS,
@@ -27,14 +49,27 @@ from joint_train.errors import ConfigError
 __all__ = [
     "DIMENSIONS",
     "KINDS",
+    "ActivationCheckpointingConfig",
+    "CheckpointConfig",
     "Config",
     "ConfigError",
     "DataConfig",
     "DrafterConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "FreezeConfig",
+    "LoraConfig",
     "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
     "SourceConfig",
+    "TrackingConfig",
     "choices",
+    "composed_by_hydra",
     "conf_dir",
+    "group_of",
     "groups",
     "help_text",
     "keys",
@@ -42,8 +77,16 @@ __all__ = [
     "mesh_shape",
     "parse_drafter_loss",
     "parse_steps",
+    "read",
+    "read_written",
+    "renamed",
+    "resolved",
     "round_weights",
+    "select",
     "teacher_grad",
+    "to_yaml",
     "validate",
+    "with_overrides",
     "world_size_from_env",
+    "written",
 ]

@@ -1,11 +1,9 @@
 """What can't work is refused here, before a process group is made or a weight is read."""
 
-import dataclasses
 from importlib.util import find_spec
 
-from omegaconf import DictConfig, OmegaConf
-
 from joint_train.config.schema import Config
+from joint_train.config.typed import select
 from joint_train.config.uploads import check_uploads
 from joint_train.config.values import mesh_shape, parse_drafter_loss, parse_steps, round_weights, teacher_grad
 from joint_train.errors import ConfigError
@@ -70,18 +68,17 @@ AT_LEAST = {
 }
 
 
-def validate(cfg: DictConfig, world_size: int | None = None, node: int | None = None) -> None:
+def validate(cfg: Config, world_size: int | None = None, node: int | None = None) -> None:
     """Refuse what can't work, before a process group is made or a weight is read.
 
     Args:
-        cfg: the composed configuration.
+        cfg: the configuration, see :func:`joint_train.config.typed.typed`.
         world_size: number of ranks, where it is known; the mesh has to fit it.
         node: ranks on a node; by default what torchrun says.
 
     Raises:
         ConfigError: naming the key, the reason and what to set instead.
     """
-    _check_keys(cfg, Config)
     mesh_shape(cfg.parallel, world_size, node)
     if cfg.model.dtype != "bfloat16":
         raise ConfigError(
@@ -90,21 +87,22 @@ def validate(cfg: DictConfig, world_size: int | None = None, node: int | None = 
             "precision.params."
         )
     for name, choices in CHOICES.items():
-        if (value := OmegaConf.select(cfg, name)) not in choices:
+        if (value := select(cfg, name)) not in choices:
             raise ConfigError(f"{name}={value}: choose one of {', '.join(choices)}.")
     for name, least in AT_LEAST.items():
-        value = OmegaConf.select(cfg, name)
+        value = select(cfg, name)
         if value is not None and not value >= least:  # NaN is refused, too
             raise ConfigError(f"{name}={value}: must be at least {least}.")
     for name in ("optim.min_lr_ratio", "drafter.base_grad_scale"):
-        if (value := OmegaConf.select(cfg, name)) > 1:
+        if (value := select(cfg, name)) > 1:
             raise ConfigError(f"{name}={value}: must be at most 1.")
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
         raise ConfigError(f"optim.betas={cfg.optim.betas}: give two numbers from 0 to below 1, e.g. [0.9, 0.95].")
+    _check_second_moment(cfg)
     if not cfg.loss.temperature > 0:
         raise ConfigError(f"loss.temperature={cfg.loss.temperature}: must be above 0.")
     for name in ("model.base", "model.drafter"):
-        if OmegaConf.is_missing(OmegaConf.select(cfg, name.split(".")[0]), name.split(".")[1]):
+        if not select(cfg, name):
             raise ConfigError(f"{name} is not set: a folder or a hub id, e.g. {name}=/models/gemma-4-pair")
     if not cfg.data.train:
         raise ConfigError(
@@ -140,7 +138,21 @@ def validate(cfg: DictConfig, world_size: int | None = None, node: int | None = 
         raise ConfigError(str(error)) from None
 
 
-def _check_lora(cfg: DictConfig) -> None:
+def _check_second_moment(cfg: Config) -> None:
+    """bfloat16 has 8 significant bits: a second moment times 0.999 rounds back to itself, and never falls."""
+    name, beta, most = cfg.optim.name, cfg.optim.betas[1], 0.99
+    compact = name == "adamw_bf16" or (cfg.precision.params == "bfloat16" and name != "adamw_8bit")
+    if compact and beta > most:
+        why = f"optim.name={name}" if name == "adamw_bf16" else f"precision.params=bfloat16 with optim.name={name}"
+        others = "optim.name=adamw_8bit or adamw" if name == "adamw_bf16" else "precision.params=float32"
+        raise ConfigError(
+            f"optim.betas={list(cfg.optim.betas)}: {why} keeps the second moment in bfloat16, where times {beta:g} "
+            "rounds back to what it was, so that it never falls again. Set "
+            f"optim.betas=[{cfg.optim.betas[0]:g}, 0.95] (at most {most:g}), or {others}."
+        )
+
+
+def _check_lora(cfg: Config) -> None:
     """Adapters need their package, and a base that isn't trained in another way."""
     lora = cfg.lora
     if lora.r == 0:
@@ -163,14 +175,3 @@ def _check_lora(cfg: DictConfig) -> None:
         raise ConfigError(f"lora.dropout={lora.dropout}: must be below 1.")
     if not lora.target_modules:
         raise ConfigError("lora.target_modules is empty: name linear layers of the decoder, e.g. [q_proj, v_proj].")
-
-
-def _check_keys(cfg: DictConfig, schema: type, prefix: str = "") -> None:
-    """Hydra lets ``+key=value`` add a key that nothing reads."""
-    fields = {field.name: field.type for field in dataclasses.fields(schema)}
-    for name in cfg:
-        if name not in fields:
-            reason = ": adapters are the group lora" if name == "peft" else ""
-            raise ConfigError(f"{prefix}{name} is not a key{reason}. Known here: {', '.join(fields)}.")
-        if dataclasses.is_dataclass(fields[name]):
-            _check_keys(cfg[name], fields[name], f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""From the files of ``conf/`` and the command line to a checked configuration."""
+"""From the files of ``conf/`` and the command line to the typed, checked configuration."""
 
 import os
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from joint_train.config.checks import validate
+from joint_train.config.schema import Config
+from joint_train.config.typed import typed
 
 
 def conf_dir() -> Path:
@@ -16,19 +18,30 @@ def conf_dir() -> Path:
     return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
 
 
-def load(overrides: Sequence[str] = (), world_size: int | None = None, node: int | None = None) -> DictConfig:
+def load(
+    overrides: Sequence[str] = (), world_size: int | None = None, node: int | None = None, check: bool = True
+) -> Config:
     """Compose ``conf/config.yaml`` with command-line overrides, and validate the result.
 
     Args:
         overrides: as on the command line.
         world_size, node: as for :func:`validate`.
+        check: whether to validate; a command that needs neither a drafter nor sources leaves it out.
 
     Raises:
-        ConfigError: as :func:`validate`; Hydra's own errors for an unknown key or a wrong type.
+        ConfigError: as :func:`typed` and :func:`validate`; Hydra's own errors for an unknown key or a wrong type.
     """
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("config", list(overrides))
-    validate(cfg, world_size, node)
+        cfg = typed(compose("config", list(overrides)))
+    if check:
+        validate(cfg, world_size, node)
+    return cfg
+
+
+def composed_by_hydra(composed: DictConfig) -> Config:
+    """What ``hydra.main`` hands over, as :func:`load` makes it: typed, and validated for the launcher's ranks."""
+    cfg = typed(composed)
+    validate(cfg, world_size_from_env())
     return cfg
 
 

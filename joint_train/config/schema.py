@@ -6,10 +6,10 @@ misspelt key or a wrong type is an error that names it.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
 
 def key(default: Any, help: str) -> Any:
@@ -67,7 +67,7 @@ class DrafterConfig:
 @dataclass
 class FreezeConfig:
     base: bool = key(False, "train the drafter alone")
-    towers: bool = key(True, "freeze the vision and audio towers and their projections")
+    towers: bool = key(True, "freeze the vision tower and its projection; the audio tower always is frozen")
     embeddings: bool = key(False, "freeze the base's embedding tables (and the head tied to them)")
 
 
@@ -123,8 +123,10 @@ class OptimConfig:
     )
     lr: float = key(1e-5, "peak learning rate of the base")
     drafter_lr: float = key(1e-4, "peak learning rate of the drafter")
-    weight_decay: float = key(0.01, "of matrices; norms, biases and embeddings have none")
-    betas: list[float] = key([0.9, 0.95], "AdamW's")
+    weight_decay: float = key(
+        0.01, "of matrices, adapters and untied heads too; norms, biases and embedding tables have none"
+    )
+    betas: list[float] = key([0.9, 0.95], "AdamW's; with moments in bfloat16 the second is at most 0.99")
     eps: float = key(1e-8, "AdamW's")
     warmup_steps: int = key(50, "linear warm-up")
     schedule: str = key("cosine", "cosine | linear | constant, after the warm-up")
@@ -184,23 +186,19 @@ class LossConfig:
     )
 
 
+@dataclass
 class CheckpointConfig:
     every: int = key(500, "steps between checkpoints; the last step is always saved")
     keep_last: int = key(3, "newest checkpoints that are kept; 0 keeps all")
     keep_every: int = key(0, "also keep each checkpoint whose step is a multiple of this; 0: none")
     keep_best: str | None = key(None, "also keep the one with the lowest (or, with a leading '-', highest) metric")
-    grace_seconds: int = key(120, "time for the save after SIGTERM or SIGUSR1")
+    grace_seconds: int = key(120, "time for the save after SIGTERM, SIGUSR1, SIGHUP or Ctrl-C")
     checksums: bool = key(True, "re-read checksums when choosing the checkpoint to resume from")
     mirror: str | None = key(
         None, "also keep complete checkpoints and exports there, and resume from there, e.g. s3://bucket/run (fsspec)"
     )
     upload_wait_seconds: int = key(900, "longest wait for uploads at the end of a run; less after a signal")
-    # `async` is a Python keyword and the documented name of the key: it can only be declared this way.
-    __annotations__["async"] = bool
-    vars()["async"] = key(False, "train on while a checkpoint is written")
-
-
-CheckpointConfig = dataclass(init=False, repr=False, eq=False)(CheckpointConfig)
+    background: bool = key(False, "train on while a checkpoint is written")
 
 
 @dataclass
@@ -258,5 +256,36 @@ class Config:
         "auto: newest complete checkpoint of output_dir and checkpoint.mirror | never | a checkpoint folder or URL",
     )
 
+    def __post_init__(self) -> None:
+        self.interpolations: dict[tuple[str | int, ...], tuple[str, Any]] = {}
+        """Where the configuration was composed with interpolations such as ``${oc.env:HF_TOKEN}``: their text, which is
+        what is written to disk, and the value that it stands for. Not a key."""
 
-ConfigStore.instance().store(name="schema", node=Config)
+
+RENAMED = {"checkpoint.async": "checkpoint.background"}
+"""Earlier names of keys, which are still taken."""
+
+
+def schema() -> DictConfig:
+    """What Hydra merges files and overrides onto: :class:`Config`, where a dictionary takes any key, and with the
+    earlier names of keys, unset."""
+    node = OmegaConf.structured(Config)
+    for old in RENAMED:
+        group, _, name = old.rpartition(".")
+        parent = OmegaConf.select(node, group)
+        with open_dict(parent):
+            parent[name] = None
+    _open_dictionaries(node, Config)
+    return node
+
+
+def _open_dictionaries(node: DictConfig, of: type) -> None:
+    """Take the dictionaries out of Hydra's rule that only known keys are set: theirs are the user's."""
+    for field in dataclasses.fields(of):
+        if dataclasses.is_dataclass(field.type):
+            _open_dictionaries(node[field.name], field.type)
+        elif get_origin(field.type) is dict:
+            OmegaConf.set_struct(node[field.name], False)
+
+
+ConfigStore.instance().store(name="schema", node=schema())

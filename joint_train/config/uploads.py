@@ -2,15 +2,16 @@
 
 from fsspec.registry import get_filesystem_class, known_implementations
 from fsspec.utils import get_protocol
-from omegaconf import DictConfig, OmegaConf
 
+from joint_train.config.schema import Config, ExportConfig
+from joint_train.config.typed import select
 from joint_train.errors import ConfigError
 
 
-def check_uploads(cfg: DictConfig) -> None:
+def check_uploads(cfg: Config) -> None:
     """Raises ConfigError for ``checkpoint.mirror``, ``resume`` and ``model.export.push_to_hub`` that can't work."""
     for name in ("checkpoint.mirror", "resume"):
-        _check_url(name, OmegaConf.select(cfg, name))
+        _check_url(name, select(cfg, name))
     if cfg.model.export.push_to_hub:
         _check_hub(cfg.model.export)
     uploads = cfg.checkpoint.mirror or cfg.model.export.push_to_hub
@@ -39,7 +40,7 @@ def _check_url(name: str, url: str | None) -> None:
         raise ConfigError(f"{name}={url}: {protocol}:// needs a package that isn't installed: {install}") from None
 
 
-def _check_hub(export: DictConfig) -> None:
+def _check_hub(export: ExportConfig) -> None:
     """Refuse a push to the hub that would fail at the end of the run."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError

@@ -5,8 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-from omegaconf import DictConfig
-
+from joint_train.config.schema import LossConfig, ParallelConfig
 from joint_train.errors import ConfigError
 
 KINDS = ("ce", "ce_argmax", "kl", "reverse_kl", "js", "tv", "nla", "lk_hybrid")
@@ -24,9 +23,9 @@ REFUSED = {
 }
 
 
-def parse_drafter_loss(loss_cfg) -> dict[str, float]:
+def parse_drafter_loss(loss: LossConfig) -> dict[str, float]:
     """``loss.drafter`` as ``{kind: weight}`` without zero weights; ValueError if it isn't a kind or a mix of kinds."""
-    choice = loss_cfg.drafter
+    choice = loss.drafter
     mix = {choice: 1.0} if isinstance(choice, str) else choice
     hint = f"one of {', '.join(KINDS)}, or a weighted mix of them such as {{ce: 0.1, nla: 0.9}}"
     if not isinstance(mix, Mapping) or any(kind not in KINDS for kind in mix):
@@ -40,15 +39,15 @@ def parse_drafter_loss(loss_cfg) -> dict[str, float]:
     return mix
 
 
-def teacher_grad(loss_cfg) -> float:
+def teacher_grad(loss: LossConfig) -> float:
     """``loss.teacher_grad`` as a number, true as 1 and false as 0; ValueError unless it is a number of 0 or more."""
-    choice = loss_cfg.teacher_grad
+    choice = loss.teacher_grad
     return float(choice) if isinstance(choice, bool) else _number("loss.teacher_grad", choice)
 
 
-def round_weights(loss_cfg, num_steps: int) -> list[float]:
+def round_weights(loss: LossConfig, num_steps: int) -> list[float]:
     """``loss.round_weights`` as one number for each of the `num_steps` rounds; ValueError names the key."""
-    choice = loss_cfg.round_weights
+    choice = loss.round_weights
     if choice is None:
         return [1.0] * num_steps
     if isinstance(choice, Mapping):
@@ -66,7 +65,7 @@ def round_weights(loss_cfg, num_steps: int) -> list[float]:
     return weights
 
 
-def _number(key: str, value) -> float:
+def _number(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"{key} is {value!r}, must be a number of 0 or more")
     return float(value)
@@ -119,7 +118,9 @@ def node_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 8))
 
 
-def mesh_shape(parallel: DictConfig, world_size: int | None, node: int | None = None) -> tuple[int, int, int, int, int]:
+def mesh_shape(
+    parallel: ParallelConfig, world_size: int | None, node: int | None = None
+) -> tuple[int, int, int, int, int]:
     """Sizes of :data:`DIMENSIONS`.
 
     Args:
@@ -132,9 +133,9 @@ def mesh_shape(parallel: DictConfig, world_size: int | None, node: int | None = 
         ConfigError: for pp, cp or tp above 1, and for a mesh that doesn't fit the world size.
     """
     for name, why in REFUSED.items():
-        if parallel[name] != 1:
+        if (size := getattr(parallel, name)) != 1:
             raise ConfigError(
-                f"parallel.{name}={parallel[name]} is not supported: {why}. Set parallel.{name}=1 and use "
+                f"parallel.{name}={size} is not supported: {why}. Set parallel.{name}=1 and use "
                 "parallel.dp_shard (FSDP2) and parallel.dp_replicate (HSDP) instead."
             )
     replicate, shard = parallel.dp_replicate, parallel.dp_shard
@@ -163,7 +164,7 @@ def mesh_shape(parallel: DictConfig, world_size: int | None, node: int | None = 
     return 1, replicate, shard, 1, 1
 
 
-def mesh_sentence(parallel: DictConfig, world_size: int, node: int | None = None) -> str:
+def mesh_sentence(parallel: ParallelConfig, world_size: int, node: int | None = None) -> str:
     """What the mesh is, and who chose it."""
     _, replicate, shard, _, _ = mesh_shape(parallel, world_size, node)
     said = f"weights are sharded over {shard} of {world_size} ranks" + (f", {replicate} replicas" * (replicate > 1))

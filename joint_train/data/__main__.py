@@ -12,11 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
-
 from joint_train.command import start
-from joint_train.config import conf_dir
+from joint_train.config import Config, ModelConfig, load
 from joint_train.errors import ConfigError
 from joint_train.files import replace
 
@@ -52,10 +49,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def load_config(overrides: list[str]) -> DictConfig:
+def load_config(overrides: list[str]) -> Config:
     """The configuration; unlike the main job's it needs no drafter."""
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("config", overrides)
+    return load(overrides, check=False)
 
 
 def main(arguments: list[str]) -> int:
@@ -68,7 +64,7 @@ def main(arguments: list[str]) -> int:
         if options.command == "check":
             return run_check(options, options.overrides + more)
         cfg = load_config(options.overrides + more)
-        if cfg.data.tokenizer is None and OmegaConf.is_missing(cfg.model, "base"):
+        if cfg.data.tokenizer is None and not cfg.model.base:
             raise ConfigError("model.base is not set (or data.tokenizer, for show)")
         {"show": run_show, "regenerate": run_regenerate}[options.command](cfg, options)
         return None
@@ -76,17 +72,17 @@ def main(arguments: list[str]) -> int:
     return start("joint_train.data", run, int(os.environ.get("RANK", 0)))
 
 
-def load_tokenizer(cfg: DictConfig):
+def load_tokenizer(cfg: Config):
     """The tokenizer of the data, as the main job loads it."""
     from transformers import AutoTokenizer
 
     from joint_train.weights.folders import resolve
 
-    return AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(*_base(cfg)))
+    return AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(*_base(cfg.model)))
 
 
-def _base(cfg: DictConfig) -> tuple[str, str | None, str | None]:
-    return cfg.model.base, cfg.model.revision, cfg.model.cache_dir
+def _base(model: ModelConfig) -> tuple[str, str | None, str | None]:
+    return model.base, model.revision, model.cache_dir
 
 
 def run_check(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -109,7 +105,7 @@ def run_check(options: argparse.Namespace, arguments: list[str]) -> int:
         raise ConfigError("no file is named, and data.train has no source")
     for spec in specs:
         check_source(spec.path, spec.format, spec.columns)
-    has_tokenizer = cfg.data.tokenizer is not None or not OmegaConf.is_missing(cfg.model, "base")
+    has_tokenizer = cfg.data.tokenizer is not None or bool(cfg.model.base)
     tokenizer = load_tokenizer(cfg) if has_tokenizer else None
     if tokenizer is None:
         print("no tokenizer (data.tokenizer, model.base): only whether the rows are understood", file=sys.stderr)
@@ -123,7 +119,7 @@ def run_check(options: argparse.Namespace, arguments: list[str]) -> int:
     return int(any(found.bad for found in reports))
 
 
-def run_show(cfg: DictConfig, options: argparse.Namespace) -> None:
+def run_show(cfg: Config, options: argparse.Namespace) -> None:
     """``show``."""
     from rich.console import Console
 
@@ -136,7 +132,7 @@ def run_show(cfg: DictConfig, options: argparse.Namespace) -> None:
     show(Console(), cfg.drafter, sequence, tokenizer, options.row, options.rows, options.at)
 
 
-def run_regenerate(cfg: DictConfig, options: argparse.Namespace) -> None:
+def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     """``regenerate``, on each rank."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -153,7 +149,7 @@ def run_regenerate(cfg: DictConfig, options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(cfg)
     examples = list(prompts(sources_of(cfg.data, options.split), cfg.data))
     dtype = compute_dtype(cfg.precision, device.type)
-    model = AutoModelForCausalLM.from_pretrained(resolve(*_base(cfg)), dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(resolve(*_base(cfg.model)), dtype=dtype).to(device).eval()
     counts = regenerate(
         examples,
         model,

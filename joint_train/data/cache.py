@@ -27,7 +27,8 @@ import numpy as np
 import tokenizers
 import transformers
 
-from joint_train.data import notices, readers, sources
+from joint_train.config import DataConfig, SourceConfig
+from joint_train.data import notices, readers
 from joint_train.data.json_files import Record
 from joint_train.data.seen import Seen
 from joint_train.data.tokenise import DOCUMENT, PICTURE, tokenise
@@ -99,12 +100,12 @@ class Tokenised:
         return f"{self.files[self.documents['file'][document]]}:{self.documents['line'][document]}"
 
 
-def cache_folder(data) -> Path:
+def cache_folder(data: DataConfig) -> Path:
     """Where tokenised data is kept: ``data.cache_dir``."""
     return Path(data.cache_dir or Path.home() / ".cache" / "joint_train" / "data").expanduser()
 
 
-def tokenised(source, data, tokenizer, num_workers: int, timeout: float) -> Tokenised:
+def tokenised(source: SourceConfig, data: DataConfig, tokenizer, num_workers: int, timeout: float) -> Tokenised:
     """A source's tokens, from the cache or made now.
 
     Args:
@@ -131,7 +132,7 @@ def tokenised(source, data, tokenizer, num_workers: int, timeout: float) -> Toke
     return cached
 
 
-def load(folder: Path, source, data, first: bool = True) -> Tokenised:
+def load(folder: Path, source: SourceConfig, data: DataConfig, first: bool = True) -> Tokenised:
     """What :func:`write` wrote.
 
     Args:
@@ -158,7 +159,7 @@ def load(folder: Path, source, data, first: bool = True) -> Tokenised:
     return Tokenised(name, folder, documents, pictures, source_files(source), meta["skipped"], meta["errors"])
 
 
-def _say(name: str, source, seen: Seen) -> None:
+def _say(name: str, source: SourceConfig, seen: Seen) -> None:
     if not seen.formats:
         return
     nowhere = sorted(set(source.columns.values()) - seen.columns)
@@ -176,7 +177,7 @@ def _say(name: str, source, seen: Seen) -> None:
         )
 
 
-def cache_key(source, data, tokenizer) -> str:
+def cache_key(source: SourceConfig, data: DataConfig, tokenizer) -> str:
     """A hash of everything that a source's tokens depend on."""
     parts = {
         "version": VERSION,
@@ -186,7 +187,7 @@ def cache_key(source, data, tokenizer) -> str:
         "content": _content(source),
         "format": source.format,
         "columns": dict(source.columns),
-        "chat_template_kwargs": sources.plain(source.chat_template_kwargs),
+        "chat_template_kwargs": source.chat_template_kwargs,
         "limit": source.limit,
         "max_line_bytes": data.max_line_bytes,
     }
@@ -209,12 +210,12 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def source_files(source) -> list[str]:
+def source_files(source: SourceConfig) -> list[str]:
     """What the records of a source name as their file."""
     return readers.local_files(source) or [source.path]
 
 
-def _content(source) -> list:
+def _content(source: SourceConfig) -> list:
     files = readers.local_files(source)
     if not files:
         return [source.path, source.subset, source.split, readers.dataset_fingerprint(source)]

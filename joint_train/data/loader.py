@@ -13,22 +13,27 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from joint_train.config import checks
-from joint_train.data import images
+from joint_train.config import Config, DataConfig, SourceConfig, checks
+from joint_train.data import cache, images
 from joint_train.data.cache import tokenised
 from joint_train.data.formats import check_source
 from joint_train.data.pieces import Pieces, cut
 from joint_train.data.readers import source_name, sources_of
 from joint_train.data.rows import Cursor, RowSequence
 from joint_train.data.streams import StreamPieces
-from joint_train.distributed.preemption import leave_process_group
+from joint_train.distributed.preemption import stand_apart
 from joint_train.errors import DataError, OtherData
 
 UNPACKED_MULTIPLE = 64
 POSITION, ERROR = "position", "error"
+SETTINGS = ("max_length", "packing", "overlong", "train_on", "mixture", "shuffle")
+VERSIONS = ("the version of tokenised data", "transformers", "tokenizers")
+TOKENIZER, SOURCES = "tokenizer", "sources"
 CHOICES = {key.removeprefix("data."): of for key, of in checks.CHOICES.items() if key.startswith("data.")}
 
 
@@ -38,11 +43,14 @@ class BatchLoader(StatefulDataLoader):
     Attributes:
         source_names: what the batches' ``source`` counts.
         position: of the last batch that was yielded (see :func:`loader_position`).
+        made_of: what its rows are made of, see :func:`describe`.
     """
 
-    def __init__(self, batches: "RankBatches", num_workers: int, timeout: float, pin_memory: bool, position: dict):
+    def __init__(
+        self, batches: "RankBatches", num_workers: int, timeout: float, pin_memory: bool, position: dict, made_of: dict
+    ):
         self.source_names = [source.name for source in batches.sequence.sources]
-        self.position = position
+        self.position, self.made_of = position, made_of
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 deprecates.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
@@ -54,7 +62,7 @@ class BatchLoader(StatefulDataLoader):
                 timeout=timeout if num_workers else 0,
                 pin_memory=pin_memory,
                 collate_fn=_identity,
-                worker_init_fn=leave_process_group,
+                worker_init_fn=stand_apart,
             )
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -161,7 +169,9 @@ class RankBatches(torch.utils.data.Dataset):
         return {"pixel_values": torch.stack(values), "image_position_ids": torch.stack(positions)}
 
 
-def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, position: dict | None = None) -> BatchLoader:
+def build_loader(
+    cfg: Config, tokenizer, split: str, dp_rank: int, dp_size: int, position: dict | None = None
+) -> BatchLoader:
     """The loader of a rank.
 
     ``train`` has no end. ``val`` is one pass over the validation sources in an order that doesn't depend on the seed;
@@ -201,25 +211,26 @@ def build_loader(cfg, tokenizer, split: str, dp_rank: int, dp_size: int, positio
         shuffle=data.shuffle,
     )
     fingerprint = _fingerprint(cfg, split, [source.key for source in sources])
+    made_of = describe(cfg, specs, sources, tokenizer)
     start = {"rows": 0, "window": 0, "row": 0, "data": fingerprint}
     if position is not None:
         if position["data"] != fingerprint:
+            why = difference(position.get("made_of"), made_of)
             raise OtherData(
-                "the checkpoint's data position belongs to other data: its sources, the tokenizer, the seed or one of "
-                "the data settings that make rows (max_length, packing, overlong, train_on, mixture, shuffle, weights) "
-                "differ from this run's, or this version of joint-train prepares rows in another way. Set them as they "
-                "were, or start a run of its own (another output_dir) from the exported models"
+                f"the checkpoint's data position belongs to other data: {why}. "
+                "To go on with its data, set that as it was; or start a run of its own (another output_dir) from the "
+                "exported models"
             )
-        start = dict(position)
+        start = {name: position[name] for name in start}
     last = count = None
     if not train:
         last = sequence.rows_an_epoch()
         count = -(-last // (dp_size * data.micro_batch_size))
     batches = RankBatches(sequence, start, dp_rank, dp_size, data.micro_batch_size, count, last, tokenizer)
-    return BatchLoader(batches, data.num_workers, timeout, torch.cuda.is_available(), start)
+    return BatchLoader(batches, data.num_workers, timeout, torch.cuda.is_available(), start, made_of)
 
 
-def open_source(spec, data, tokenizer, timeout: float) -> Pieces | StreamPieces:
+def open_source(spec: SourceConfig, data: DataConfig, tokenizer, timeout: float) -> Pieces | StreamPieces:
     """What of a source goes into rows. All of it is tokenised first, unless it is a stream without a limit.
 
     Raises:
@@ -241,13 +252,13 @@ def open_source(spec, data, tokenizer, timeout: float) -> Pieces | StreamPieces:
 
 def loader_position(loader: BatchLoader) -> dict:
     """The position after the last batch that the loader yielded: plain, and the same on every rank."""
-    return dict(loader.position)
+    return {**loader.position, "made_of": loader.made_of}
 
 
-def _check(data, split: str) -> None:
+def _check(data: DataConfig, split: str) -> None:
     for key, choices in CHOICES.items():
-        if data[key] not in choices:
-            raise DataError(f"data.{key}={data[key]!r} is none of {', '.join(choices)}")
+        if getattr(data, key) not in choices:
+            raise DataError(f"data.{key}={getattr(data, key)!r} is none of {', '.join(choices)}")
     specs = data.train if split == "train" else data.val
     if not specs:
         raise DataError(f"data.{split} has no source: choose one of conf/data, or list sources with a path each")
@@ -268,10 +279,56 @@ def _check(data, split: str) -> None:
             )
 
 
-def _fingerprint(cfg, split: str, keys: list[str]) -> str:
+def _fingerprint(cfg: Config, split: str, keys: list[str]) -> str:
     """A hash of all that the sequence of rows depends on."""
     data = cfg.data
-    settings = ("max_length", "packing", "overlong", "train_on", "mixture", "shuffle")
     weights = [spec.weight for spec in (data.train if split == "train" else data.val)]
-    parts = [keys, weights, cfg.seed, [data[key] for key in settings]]
+    parts = [keys, weights, cfg.seed, [getattr(data, key) for key in SETTINGS]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def describe(cfg, specs, sources, tokenizer) -> dict[str, Any]:
+    """What the sequence of rows depends on, in plain values by name: of two such, :func:`difference` says what differs.
+
+    Args:
+        specs, sources: of a split, and what was made of them.
+    """
+    return {
+        **{f"data.{key}": getattr(cfg.data, key) for key in SETTINGS},
+        "seed": cfg.seed,
+        **dict(zip(VERSIONS, (cache.VERSION, transformers.__version__, tokenizers.__version__), strict=True)),
+        TOKENIZER: cache.tokenizer_fingerprint(tokenizer)[:16],
+        SOURCES: {source.name: [source.key, spec.weight] for spec, source in zip(specs, sources, strict=True)},
+    }
+
+
+def difference(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
+    """In words what differs between two of :func:`describe`; ``before`` is None in checkpoints that don't hold it."""
+    if before is None:
+        return (
+            "its sources, the tokenizer, the seed or one of the settings that make rows "
+            f"({', '.join(SETTINGS)}, weights), or the version of joint-train that prepared them; which one, a "
+            "checkpoint of this age doesn't say"
+        )
+    plain = [name for name in now if name not in (TOKENIZER, SOURCES) and before.get(name) != now[name]]
+    found = [f"{name} was {before.get(name)} and is now {now[name]}" for name in plain]
+    prepared = [name for name in plain if name in VERSIONS]  # each of these changes every source
+    if before[TOKENIZER] != now[TOKENIZER]:
+        prepared.append(TOKENIZER)
+        found.append("the tokenizer, its chat template or its image processor is another one")
+    old, new = before[SOURCES], now[SOURCES]
+    found += [f"source {name!r} is gone" for name in old if name not in new]
+    found += [f"source {name!r} is new" for name in new if name not in old]
+    found += [
+        f"the weight of source {name!r} was {old[name][1]:g} and is now {new[name][1]:g}"
+        for name in new
+        if name in old and old[name][1] != new[name][1]
+    ]
+    changed = [name for name in new if name in old and old[name][0] != new[name][0]]
+    if changed and not prepared:
+        which = ", ".join(map(repr, changed))
+        found.append(
+            f"the files of source {which} have other contents, or its format, columns, limit, chat_template_kwargs or "
+            "data.max_line_bytes are others"
+        )
+    return "; ".join(found) or "the order of its sources"

@@ -1,35 +1,32 @@
 """From sources to records: files of every kind that is read, and Hugging Face datasets."""
 
 import csv
+import dataclasses
 import glob
 import io
 import itertools
 import os
 from collections.abc import Iterator
 
-from omegaconf import OmegaConf
-
-from joint_train.config import SourceConfig
+from joint_train.config import DataConfig, SourceConfig
 from joint_train.data.json_files import OPENERS, READ_ERRORS, Record, extension, need, opened, read_json, read_lines
 from joint_train.errors import DataError
 
 
-def source_name(source) -> str:
+def source_name(source: SourceConfig) -> str:
     """The source's name in the metrics: ``name``, or the file's stem, or the last part of a dataset's id."""
     return source.name or os.path.basename(os.path.normpath(source.path)).split(".")[0]
 
 
-def sources_of(data, split: str) -> list:
+def sources_of(data: DataConfig, split: str) -> list[SourceConfig]:
     """The sources of a split, each with the ``chat_template_kwargs`` of all data under its own."""
-    common = data.chat_template_kwargs
-    specs = data.train if split == "train" else data.val
     return [
-        OmegaConf.merge(spec, {"chat_template_kwargs": OmegaConf.merge(common, spec.chat_template_kwargs)})
-        for spec in specs
+        dataclasses.replace(spec, chat_template_kwargs=data.chat_template_kwargs | spec.chat_template_kwargs)
+        for spec in (data.train if split == "train" else data.val)
     ]
 
 
-def local_files(source) -> list[str]:
+def local_files(source: SourceConfig) -> list[str]:
     """The source's files in a fixed order; empty if it is a dataset's id or folder instead.
 
     Raises:
@@ -59,7 +56,7 @@ def _kind(path: str) -> str | None:
     return EXTENSIONS.get(extension(path))
 
 
-def read_records(source, max_line_bytes: int) -> Iterator[Record]:
+def read_records(source: SourceConfig, max_line_bytes: int) -> Iterator[Record]:
     """The source's records in the order of its files, at most ``source.limit`` of them."""
     files = local_files(source)
     if not files:
@@ -135,7 +132,7 @@ def _saved(path: str) -> bool:
     return any(os.path.exists(os.path.join(path, name)) for name in ("dataset_info.json", "dataset_dict.json"))
 
 
-def open_dataset(source):
+def open_dataset(source: SourceConfig):
     """The source's Hugging Face dataset; iterable if ``source.streaming``.
 
     Raises:
@@ -154,7 +151,7 @@ def open_dataset(source):
         raise _not_opened(source, error) from error
 
 
-def dataset_fingerprint(source) -> str:
+def dataset_fingerprint(source: SourceConfig) -> str:
     """A hash of a dataset's content, or of its files' revisions if it is streamed.
 
     Raises:
@@ -172,13 +169,13 @@ def dataset_fingerprint(source) -> str:
     return repr(files.origin_metadata)
 
 
-def _not_opened(source, error: Exception) -> DataError:
+def _not_opened(source: SourceConfig, error: Exception) -> DataError:
     return DataError(
         f"the dataset {source.path} (subset {source.subset}, split {source.split}) can't be opened: "
         f"{type(error).__name__}: {error}"
     )
 
 
-def _read_dataset(source) -> Iterator[Record]:
+def _read_dataset(source: SourceConfig) -> Iterator[Record]:
     for number, row in enumerate(open_dataset(source), start=1):
         yield Record(source.path, number, dict(row))

@@ -4,8 +4,7 @@ import json
 import os
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from joint_train.config import SourceConfig
 from joint_train.data import formats, images
 from joint_train.data.formats import Adapted
 from joint_train.data.json_files import Record
@@ -13,7 +12,7 @@ from joint_train.data.messages import kind_of
 from joint_train.errors import DataError
 
 
-def parse(record: Record, source) -> dict[str, Any]:
+def parse(record: Record, source: SourceConfig) -> dict[str, Any]:
     """The example of a record (see :mod:`joint_train.data.formats`); its images, if there are any, in ``images``.
 
     Raises:
@@ -22,7 +21,7 @@ def parse(record: Record, source) -> dict[str, Any]:
     return understand(record, source).example
 
 
-def understand(record: Record, source) -> Adapted:
+def understand(record: Record, source: SourceConfig) -> Adapted:
     """The example of a record, with its format and the columns that it was made of.
 
     Raises:
@@ -31,23 +30,18 @@ def understand(record: Record, source) -> Adapted:
     try:
         row = row_of(record)
         arrow = not isinstance(record.data, bytes)
-        adapted = formats.adapt(row, source.format, dict(source.columns), arrow)
+        adapted = formats.adapt(row, source.format, source.columns, arrow)
         example = adapted.example
         if "messages" in example:
             messages, found = images.take(example["messages"], adapted.listed, os.path.dirname(record.file))
             example["messages"] = messages
             if found:
                 example["images"] = found
-            if options := plain(source.chat_template_kwargs):
+            if options := source.chat_template_kwargs:
                 example[formats.OPTIONS] = {**options, **example.get(formats.OPTIONS, {})}
         return adapted
     except DataError as error:
         raise DataError(f"{record.file}:{record.line}: {error}") from None
-
-
-def plain(options: Any) -> dict[str, Any]:
-    """A part of the configuration as a dictionary."""
-    return OmegaConf.to_container(options) if OmegaConf.is_config(options) else options
 
 
 def row_of(record: Record) -> dict[str, Any]:

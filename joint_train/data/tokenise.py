@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
-from joint_train.config import SourceConfig
+from joint_train.config import DataConfig, SourceConfig
 from joint_train.data import formats, images, sources, template
 from joint_train.data.formats import Adapted
 from joint_train.data.json_files import Record
@@ -63,10 +62,8 @@ class Chunk:
 class Tokenise(torch.utils.data.Dataset):
     """What a worker does: lists of records in, chunks out."""
 
-    def __init__(self, source, on_error: str, tokenizer):
-        # Reading a key of a DictConfig takes as long as parsing a short line.
-        self.source = SourceConfig(**OmegaConf.to_container(source))
-        self.on_error, self.tokenizer = on_error, tokenizer
+    def __init__(self, source: SourceConfig, on_error: str, tokenizer):
+        self.source, self.on_error, self.tokenizer = source, on_error, tokenizer
 
     def __getitem__(self, records: list[Record]) -> Chunk:
         encoded: list[template.Document] = []
@@ -109,7 +106,7 @@ class Tokenise(torch.utils.data.Dataset):
 
 
 def encode_record(
-    record: Record, source, tokenizer, notices: Counter[str] | None = None
+    record: Record, source: SourceConfig, tokenizer, notices: Counter[str] | None = None
 ) -> list[tuple[template.Document, list[tuple[int, int, str | bytes]]]]:
     """The documents of a record, each with (position, soft tokens, path or bytes) of its images.
 
@@ -142,7 +139,12 @@ def encode_example(
 
 
 def tokenise(
-    records: Iterable[Record], source, data, tokenizer, num_workers: int, on_error: str | None = None
+    records: Iterable[Record],
+    source: SourceConfig,
+    data: DataConfig,
+    tokenizer,
+    num_workers: int,
+    on_error: str | None = None,
 ) -> Iterator[Chunk]:
     """The tokens of records, chunk by chunk in their order.
 

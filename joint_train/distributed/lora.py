@@ -16,14 +16,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from joint_train.config import Config
+from joint_train.config import LoraConfig
 from joint_train.distributed.placement import local, part_of, sharded_like
 from joint_train.errors import ConfigError
+from joint_train.torch_private import local_shape_and_offset
 
 if TYPE_CHECKING:
     import peft
@@ -39,7 +38,7 @@ REFUSED = (
 )  # fmt: skip
 
 
-def peft_config_of(cfg: DictConfig) -> "peft.LoraConfig":
+def peft_config_of(cfg: LoraConfig) -> "peft.LoraConfig":
     """The ``lora`` group in peft's terms."""
     import peft
 
@@ -77,7 +76,7 @@ def inject(base: nn.Module, config: "peft.LoraConfig", text: nn.Module) -> None:
             "at the start."
         )
     if config.target_modules is None:
-        config.target_modules = list(OmegaConf.structured(Config).lora.target_modules)
+        config.target_modules = LoraConfig().target_modules
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)
     if config.exclude_modules is None and any(re.fullmatch(TOWERS, name) for name, _ in base.named_modules()):
@@ -157,9 +156,7 @@ def added(module: Any) -> Tensor:
     weight = module.base_layer.weight
     a, b = (gathered(part["default"].weight).float() for part in (module.lora_A, module.lora_B))
     if isinstance(weight, DTensor):
-        shape, (row, column) = compute_local_shape_and_global_offset(
-            weight.shape, weight.device_mesh, weight.placements
-        )
+        shape, (row, column) = local_shape_and_offset(weight.shape, weight.device_mesh, weight.placements)
         a, b = a[:, column : column + shape[1]], b[row : row + shape[0]]
     return module.scaling["default"] * (b @ a)
 

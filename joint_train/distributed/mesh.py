@@ -8,12 +8,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from joint_train.config import DIMENSIONS, mesh_shape
+from joint_train.config import DIMENSIONS, ParallelConfig, mesh_shape
 from joint_train.config.values import REFUSED, mesh_sentence
 from joint_train.errors import ConfigError
+from joint_train.torch_private import set_group_timeout
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def init_distributed(timeout_seconds: int) -> torch.device:
     return device
 
 
-def init_mesh(parallel: DictConfig) -> DeviceMesh:
+def init_mesh(parallel: ParallelConfig) -> DeviceMesh:
     """The mesh of :data:`DIMENSIONS` over all ranks; every group has ``parallel.timeout_seconds``."""
     shape = mesh_shape(parallel, dist.get_world_size())
     if shape[1] != parallel.dp_replicate:
@@ -49,7 +49,7 @@ def init_mesh(parallel: DictConfig) -> DeviceMesh:
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=DIMENSIONS)
     for name in DIMENSIONS:
         # A mesh makes its groups with torch's default time-out; there is no public way to say another (torch 2.13).
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=parallel.timeout_seconds), mesh.get_group(name))
+        set_group_timeout(mesh.get_group(name), timedelta(seconds=parallel.timeout_seconds))
     return mesh
 
 

@@ -25,20 +25,22 @@ def block_size(shape: Iterable[int]) -> int:
 
 
 def without_decay(module: nn.Module) -> set[int]:
-    """``id`` of each weight that has no decay: norms, biases, scales and embedding tables (and heads tied to them)."""
+    """``id`` of each weight that has no decay: norms, biases, scales and embedding tables (and heads tied to them), of
+    tokens as well as of an image's positions. A head of its own is decayed as any matrix."""
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    tables |= {id(p) for name, p in module.named_parameters() if "embedding_table" in name}
     return {id(p) for p in module.parameters() if p.ndim <= 1 or id(p) in tables}
 
 
 def moved_by_muon(module: nn.Module) -> list[nn.Parameter]:
     """The trained weights that ``optim.name=muon`` moves by Muon: matrices of linear layers.
 
-    Not tables and heads, not the routing of ordered embeddings, which is a head as well, and not experts, which are
-    three-dimensional.
+    Not tables and heads (tied or not), not the routing of ordered embeddings, which is a head as well, and not experts,
+    which are three-dimensional.
     """
     spared = without_decay(module)
-    named = module.named_parameters()
-    return [p for n, p in named if p.requires_grad and p.ndim == 2 and id(p) not in spared and "centroids" not in n]
+    matrices = [(n, p) for n, p in module.named_parameters() if p.requires_grad and p.ndim == 2 and id(p) not in spared]
+    return [p for n, p in matrices if "lm_head" not in n and "centroids" not in n]
 
 
 def state_bytes(name: str, shape: Iterable[int], numel: int, dtype: torch.dtype) -> int:

@@ -12,7 +12,6 @@ rows (:mod:`joint_train.distributed.rows`).
 """
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -25,17 +24,20 @@ from torch.distributed.fsdp import (
 )
 from transformers.utils import is_liger_kernel_available
 
+from joint_train.config import Config, FreezeConfig, ParallelConfig, PrecisionConfig
 from joint_train.distributed.mesh import fsdp_mesh
 from joint_train.distributed.placement import placement
 from joint_train.distributed.rows import Lookup, RowShardedEmbedding, shard_rows
 from joint_train.errors import ConfigError
+from joint_train.pair.attention import CHECKPOINTING
 from joint_train.pair.model import JointModel
+from joint_train.torch_private import allow_graphs, initialise_fsdp
 
 LOOKUP = "per_layer_lookup"  # the pair's input that look_up makes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def compute_dtype(precision: DictConfig, device_type: str) -> torch.dtype:
+def compute_dtype(precision: PrecisionConfig, device_type: str) -> torch.dtype:
     """``precision.compute``, with auto being bfloat16 on GPU and float32 on CPU (where bfloat16 is 7 times slower)."""
     auto = "bfloat16" if device_type == "cuda" else "float32"
     return DTYPES[auto if precision.compute == "auto" else precision.compute]
@@ -48,8 +50,13 @@ def text_model(base: nn.Module) -> nn.Module:
 
 def towers(base: nn.Module) -> list[nn.Module]:
     """The base's vision and audio towers and their projections, as far as it has them."""
-    names = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
-    return [tower for name in names if (tower := getattr(base.model, name, None)) is not None]
+    names = ("vision_tower", "embed_vision")
+    return [tower for name in names if (tower := getattr(base.model, name, None)) is not None] + audio_towers(base)
+
+
+def audio_towers(base: nn.Module) -> list[nn.Module]:
+    """Those of them that only sound reaches."""
+    return [tower for name in ("audio_tower", "embed_audio") if (tower := getattr(base.model, name, None)) is not None]
 
 
 def per_layer_table(base: nn.Module) -> nn.Embedding | None:
@@ -57,9 +64,9 @@ def per_layer_table(base: nn.Module) -> nn.Embedding | None:
     return getattr(text_model(base), "embed_tokens_per_layer", None)
 
 
-def exchanges_rows(base: nn.Module, cfg: DictConfig) -> bool:
+def exchanges_rows(base: nn.Module, parallel: ParallelConfig) -> bool:
     """Whether the per-layer embeddings are row-sharded. In CPU memory they aren't: there is no exchange from there."""
-    return per_layer_table(base) is not None and cfg.parallel.cpu_offload != "all"
+    return per_layer_table(base) is not None and parallel.cpu_offload != "all"
 
 
 def whole_parameters(base: nn.Module) -> list[nn.Parameter]:
@@ -72,12 +79,14 @@ def rounded_parameters(base: nn.Module) -> list[nn.Parameter]:
     return [p for p in base.parameters() if not p.requires_grad]
 
 
-def freeze(model: JointModel, cfg: DictConfig) -> None:
-    """Apply the ``freeze`` group to the base (``freeze.base`` is the composite's own argument)."""
+def freeze(model: JointModel, cfg: FreezeConfig) -> None:
+    """Apply the ``freeze`` group to the base (``freeze.base`` is the composite's own argument).
+
+    What only sound reaches is frozen always: there is no data for it.
+    """
     base = model.base
-    if cfg.towers:
-        for tower in towers(base):
-            tower.requires_grad_(False)
+    for tower in towers(base) if cfg.towers else audio_towers(base):
+        tower.requires_grad_(False)
     if cfg.embeddings:
         base.get_input_embeddings().requires_grad_(False)
         base.lm_head.requires_grad_(False)
@@ -85,7 +94,7 @@ def freeze(model: JointModel, cfg: DictConfig) -> None:
             table.requires_grad_(False)
 
 
-def prepare(model: JointModel, cfg: DictConfig) -> None:
+def prepare(model: JointModel, cfg: Config) -> None:
     """What comes before sharding, and is there without it: freezing, kernels, checkpointing, compilation.
 
     Raises:
@@ -104,20 +113,20 @@ def prepare(model: JointModel, cfg: DictConfig) -> None:
             apply_liger_kernel(layers, kernels | others)
     if cfg.activation_checkpointing.base != "none":
         every = cfg.activation_checkpointing.every_n if cfg.activation_checkpointing.base == "every_n" else 1
-        text.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+        text.gradient_checkpointing_enable(CHECKPOINTING, every_n_layers=every)
     model.drafter_activation_checkpointing = cfg.activation_checkpointing.drafter == "full"
     if cfg.parallel.compile:
         layers = (*text.layers, *model.drafter.model.layers)
         # All layers run one function, and a layer's number and kind are constants in it: each may need a graph, with
         # and without a gradient. Past the limit a layer would run uncompiled, in the forward but not in its replay.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(layers))
+        allow_graphs(4 * len(layers))
         for layer in layers:
             # Static shapes: after a second length dynamo would compile for any, and then the forward and the replay of
             # activation checkpointing save different tensors under FSDP2 (torch 2.13: CheckpointError in the backward).
             layer.compile(dynamic=False)
 
 
-def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
+def parallelize(model: JointModel, mesh: DeviceMesh, cfg: Config) -> None:
     """Shard the pair in place; works on the meta device.
 
     Args:
@@ -143,7 +152,7 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: DictConfig) -> None:
     for layer in text.layers:
         fully_shard(layer, reshard_after_forward=cfg.parallel.reshard_after_forward, **options)
     table, ignored = per_layer_table(model.base), whole
-    if exchanges_rows(model.base, cfg):
+    if exchanges_rows(model.base, cfg.parallel):
         shard_rows(table, options["mesh"], compute, cfg.parallel.timeout_seconds)
         ignored = whole | {table.weight}
         model.register_forward_pre_hook(_hand_over_lookup, with_kwargs=True)
@@ -179,7 +188,7 @@ def share_streams(model: JointModel) -> None:
     """
     roots = [model.base, model.drafter]
     for root in roots:
-        root._get_fsdp_state()._lazy_init()  # a context that is shared earlier would be made anew (torch 2.13)
+        initialise_fsdp(root)  # a context that is shared earlier would be made anew (torch 2.13)
     share_comm_ctx(roots)
     text_model(model.base).layers[-1].set_modules_to_forward_prefetch([model.drafter])
 

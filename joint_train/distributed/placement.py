@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from joint_train.torch_private import local_shape_and_offset
 
 WASTE = 1 / 8  # of a weight, that padding may add before another dimension is cut
 
@@ -47,11 +49,23 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def counts_here(tensor: Tensor) -> bool:
+    """Whether this rank's shard counts in a sum over all ranks, so that each element counts once.
+
+    Of what is sharded that is so on one of the replicas, of what every rank has whole on rank 0.
+    """
+    if not isinstance(tensor, DTensor):
+        return not dist.is_initialized() or dist.get_rank() == 0
+    mesh = tensor.device_mesh
+    dimensions = [d for d, placed in enumerate(tensor.placements) if not placed.is_shard()]
+    return all(mesh.get_local_rank(d) == 0 for d in dimensions)
+
+
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part, a view, of a tensor that every rank has whole, cut as `like` is; all of it if that is whole."""
     if not isinstance(like, DTensor):
         return whole
-    shape, start = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    shape, start = local_shape_and_offset(like.shape, like.device_mesh, like.placements)
     return whole[tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))]
 
 

@@ -1,6 +1,7 @@
 """Stopping a run in good order when the machine is taken away.
 
-SIGTERM or SIGUSR1 to any rank: all ranks finish the step they are in, save, and exit with :data:`PREEMPTED`:
+SIGTERM, SIGUSR1, SIGHUP (a terminal that is closed) or SIGINT (Ctrl-C) to any rank: all ranks finish the step they are
+in, save, and exit with :data:`PREEMPTED`:
 
     with Preemption(cfg.checkpoint.grace_seconds) as preemption:
         for step in …:
@@ -9,6 +10,9 @@ SIGTERM or SIGUSR1 to any rank: all ranks finish the step they are in, save, and
                 checkpointer.save(…, block=True)
                 checkpointer.close()
                 preemption.exit()
+
+A second Ctrl-C ends the process at once. SIGINT and SIGHUP that the parent has had ignored (``nohup``, a shell's
+background job) stay ignored.
 
 Before the first step, and wherever else nothing would be lost, a signal ends the process at once, with the same code:
 
@@ -29,8 +33,11 @@ What a launcher has to know:
 - torchrun never returns a worker's exit code. It exits with 1: after ``SignalException`` if it got the signal itself,
   after ``ChildFailedError`` (whose ``failures[rank].exitcode`` is 85) if a worker did. A launcher that needs the
   difference calls ``torch.distributed.launcher.api.elastic_launch`` and catches the two, or starts the ranks itself.
-- torchrun signals a worker's whole process group. Data loader processes have to live until the step is done:
-  :func:`leave_process_group`.
+- torchrun hands the first Ctrl-C to its workers, and ends at a second one without waiting for them. Its workers get a
+  SIGINT when it ends, however that happens (``joint_train.__main__``): a rank's first one makes it save, as where
+  torchrun was killed, and its second one ends it.
+- torchrun signals a worker's whole process group. Data loader processes have to live until the step is done, and no
+  longer than their rank: :func:`stand_apart`, and a hook for those that are just being forked.
 """
 
 import os
@@ -45,19 +52,20 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from joint_train.command import INTERRUPTED, OVERRUN, PREEMPTED, end_with_parent
 from joint_train.distributed.ranks import control_group
 
-PREEMPTED = 85
-OVERRUN = 86
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 
 
-def leave_process_group(_worker_id: int = 0) -> None:
+def stand_apart(_worker_id: int = 0) -> None:
     """For ``DataLoader(worker_init_fn=…)``: signals to a rank's process group don't reach the loader's processes.
 
-    Its own rank still can end them, and they notice within seconds when it is gone.
+    Its own rank still can end them, and when that ends, they do.
     """
     os.setpgid(0, 0)
+    end_with_parent()
 
 
 class Preemption:
@@ -71,6 +79,7 @@ class Preemption:
         self.grace_seconds = grace_seconds
         self.timeout_seconds = timeout_seconds
         self._signalled = False
+        self._interrupts = 0
         self._saved = False
         self._at_once = False
         self._until: float | None = None
@@ -82,7 +91,8 @@ class Preemption:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        ignored = [number for number in MAY_BE_IGNORED if signal.getsignal(number) == signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS if number not in ignored}
         _active.add(self)
         threading.Thread(target=self._watch, name="preemption", daemon=True).start()
         return self
@@ -91,7 +101,7 @@ class Preemption:
         _active.discard(self)
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._saved else handler)  # torchrun signals who ends last
         if not self._saved:
             self._called_off.set()
         os.close(self._write)  # the watching thread, if it still reads, reads the end
@@ -131,23 +141,31 @@ class Preemption:
     def exit(self) -> NoReturn:
         """End the process with :data:`PREEMPTED`: the run is saved. What is left of the countdown bounds the ending."""
         self._saved = True
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a loader's process is killed
         sys.exit(PREEMPTED)
 
     def _note(self, _number, _frame) -> None:
         self._signalled = True
 
     def _watch(self) -> None:
-        while True:
-            numbers = os.read(self._read, 64)
-            if not numbers:
-                break
-            if any(number in SIGNALS for number in numbers):
-                self._signalled = True
-                if self._at_once:
-                    self._end_at_once()
-                self._count_down()
-                break
+        while numbers := os.read(self._read, 64):
+            for number in numbers:
+                if number in SIGNALS:
+                    self._arrived(number)
         os.close(self._read)
+
+    def _arrived(self, number: int) -> None:
+        self._signalled = True
+        self._interrupts += number == signal.SIGINT
+        if self._at_once:
+            self._end_at_once()
+        if self._interrupts > 1 and not self._saved:
+            said = "interrupted again: the run ends here, and the newest complete checkpoint stands"
+            print(said, file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)
+        if self._until is None:
+            self._until = time.monotonic() + self.grace_seconds
+            threading.Thread(target=self._count_down, name="grace", daemon=True).start()
 
     @staticmethod
     def _end_at_once() -> NoReturn:
@@ -156,8 +174,8 @@ class Preemption:
         os._exit(PREEMPTED)
 
     def _count_down(self) -> None:
-        self._until = time.monotonic() + self.grace_seconds
-        print(f"signalled to stop: saving within {self.grace_seconds:g} s", file=sys.stderr, flush=True)
+        again = "; Ctrl-C again ends at once" if self._interrupts else ""
+        print(f"signalled to stop: saving within {self.grace_seconds:g} s{again}", file=sys.stderr, flush=True)
         if self._called_off.wait(self.grace_seconds):
             return
         if not self._saved:
@@ -173,13 +191,35 @@ class Preemption:
 _active: set[Preemption] = set()
 
 
-def _after_fork() -> None:
-    """A forked child isn't the rank: it dies of a signal as usual, and may not write to its parent's pipe."""
+_fork = threading.local()  # of the thread that is forking: what it had blocked, its process, whether it is the main one
+
+
+def _before_fork() -> None:
+    """A signal to the group waits until the child has left it: it would die, and the rank would take that for an
+    error."""
+    if _active:
+        _fork.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        _fork.process, _fork.main = os.getpid(), threading.current_thread() is threading.main_thread()
+
+
+def _after_fork_in_parent() -> None:
+    if _active:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _fork.blocked)
+
+
+def _after_fork_in_child() -> None:
+    """A forked child isn't the rank: it ends with it, dies of a signal as usual unless that is to the whole group, and
+    may not write to its parent's pipe."""
     if _active:
         _active.clear()
         signal.set_wakeup_fd(-1)
+        os.setpgid(0, 0)
         for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # drops what came before
             signal.signal(number, signal.SIG_DFL)
+        if _fork.main:
+            end_with_parent(parent=_fork.process)
+        signal.pthread_sigmask(signal.SIG_SETMASK, _fork.blocked)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

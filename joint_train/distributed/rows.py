@@ -16,12 +16,13 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextScaledWordEmbedding
 
 from joint_train.distributed.placement import sharded_like
+from joint_train.torch_private import local_shape_and_offset
 
 
 @dataclasses.dataclass
@@ -104,7 +105,7 @@ class RowShardedEmbedding(Gemma4TextScaledWordEmbedding):
             lookup = self.look_up(input_ids).to(input_ids.device)
         rows = _Rows.apply(self.weight, self, lookup)
         index = torch.searchsorted(lookup.ids, input_ids).clamp(max=len(lookup.ids) - 1)
-        out = nn.functional.embedding(index, rows, lookup.padding if lookup.padding >= 0 else None)
+        out = _Picked.apply(rows, index, lookup.padding)
         # An id that wasn't asked for would read another's row: NaN, so that the loss says that something is wrong.
         scale = self.embed_scale.to(out.dtype).where(lookup.ids[index] == input_ids, float("nan"))
         return out * scale[..., None]
@@ -156,6 +157,24 @@ class _Rows(torch.autograd.Function):
         return None, None, None
 
 
+class _Picked(torch.autograd.Function):
+    """``rows[index]``. The gradients of a row are summed in fp32: in bfloat16 a sum of ones stops growing at 256."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor, padding: int) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count, ctx.padding = len(rows), padding
+        return nn.functional.embedding(index, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        sums = torch.ops.aten.embedding_dense_backward(wide, index, ctx.count, ctx.padding, False)
+        return sums.to(grad.dtype), None, None
+
+
 def shard_rows(table: nn.Embedding, mesh: DeviceMesh, compute_dtype: torch.dtype, timeout_seconds: int) -> None:
     """Make a :class:`RowShardedEmbedding` of a table in place; works on the meta device.
 
@@ -167,7 +186,7 @@ def shard_rows(table: nn.Embedding, mesh: DeviceMesh, compute_dtype: torch.dtype
     """
     weight = table.weight
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
-    shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+    shape, offset = local_shape_and_offset(weight.shape, mesh, placements)
     local = weight.detach()[offset[0] : offset[0] + shape[0]].clone()
     table.__class__ = RowShardedEmbedding
     table = cast(RowShardedEmbedding, table)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from joint_train.config import read_written
 from joint_train.errors import ConfigError
 from joint_train.evaluate.page import Section, Table, figure, html, plots_available
 from joint_train.files import replace
@@ -59,7 +58,7 @@ def load_run(folder: Path, name: str) -> Run:
         raise ConfigError(
             f"{folder} is not a run: it has no metrics.jsonl with records. Give an OUTPUT_DIR of joint_train."
         )
-    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) if (folder / "config.yaml").exists() else {}
+    config = read_written(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
     return Run(name, folder, dict(flatten(config)), records)
 
 

@@ -8,10 +8,9 @@ from importlib import resources
 from itertools import islice
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from joint_train.config import SourceConfig
+from joint_train.config import DataConfig, SourceConfig
 from joint_train.data.readers import read_records, source_name, sources_of
 from joint_train.data.render import options_of, prompt_ids
 from joint_train.data.sources import parse
@@ -31,9 +30,9 @@ class Prompt:
     category: str
 
 
-def validation_prompts(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
+def validation_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
     """The first prompts of a run's validation sources, taken from each in turn; the same on every rank."""
-    streams = [source_prompts(source, tokenizer, cfg.data.max_line_bytes) for source in sources_of(cfg.data, "val")]
+    streams = [source_prompts(source, tokenizer, data.max_line_bytes) for source in sources_of(data, "val")]
     prompts: list[Prompt] = []
     while streams and len(prompts) < count:
         stream = streams.pop(0)
@@ -60,9 +59,7 @@ def load_prompts(
         prompts = [chat_prompt(chat["messages"], tokenizer, STARTER, **options) for chat in held_out[:limit]]
     else:
         file = resources.files(__package__) / "prompts.jsonl" if name == GENERAL else Path(name)
-        source = OmegaConf.structured(
-            SourceConfig(path=str(file), name=name if name == GENERAL else None, chat_template_kwargs=options)
-        )
+        source = SourceConfig(path=str(file), name=name if name == GENERAL else None, chat_template_kwargs=options)
         prompts = list(islice(source_prompts(source, tokenizer), limit))
     if not prompts:
         raise ConfigError(f"no prompts in {name}")
@@ -70,7 +67,7 @@ def load_prompts(
 
 
 def source_prompts(
-    source: DictConfig, tokenizer: PreTrainedTokenizerBase, max_line_bytes: int = 1 << 24
+    source: SourceConfig, tokenizer: PreTrainedTokenizerBase, max_line_bytes: int = 1 << 24
 ) -> Iterator[Prompt]:
     """Yield the prompts of a data source: a chat up to its last assistant turn, or the beginning of a text.
 

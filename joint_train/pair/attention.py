@@ -8,17 +8,20 @@ in generation, are SDPA's masks.
 
 import functools
 import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils._triton import has_triton
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from joint_train.errors import ConfigError
 from joint_train.pair.blocks import block_mask
+from joint_train.torch_private import allow_graphs, has_triton
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +103,35 @@ def _tried(size: int, dtype: torch.dtype) -> bool:
     return True
 
 
+class TrainableKernels(AbstractContextManager):
+    """Within it SDPA has the kernels that were allowed before, but not cuDNN's, and again those before after it.
+
+    cuDNN's backward gives NaN on Hopper from micro-batches of 2 on (NeMo AutoModel, issues 2208 and 3232). A backward
+    runs on its forward's kernel.
+    """
+
+    def __enter__(self) -> None:
+        flags = torch.backends.cuda
+        allowed = {
+            SDPBackend.FLASH_ATTENTION: flags.flash_sdp_enabled(),
+            SDPBackend.EFFICIENT_ATTENTION: flags.mem_efficient_sdp_enabled(),
+            SDPBackend.MATH: flags.math_sdp_enabled(),
+        }
+        self.kernels = sdpa_kernel([backend for backend, on in allowed.items() if on] or [SDPBackend.MATH])
+        self.kernels.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.kernels.__exit__(*error)
+
+
+# Of torch.utils.checkpoint, for what holds attention: it is recomputed in the backward, after the forward's choice.
+CHECKPOINTING = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), TrainableKernels())}
+
+
 @functools.cache
 def compiled(backend: str = "inductor"):
     """FlexAttention's fused kernels. Past the limit of graphs it raises: what isn't compiled holds all the scores."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    allow_graphs(GRAPHS)
     return torch.compile(flex_attention, fullgraph=True, backend=backend)
 
 

@@ -13,23 +13,25 @@ as many products with the heads again.
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from joint_train.config import parse_drafter_loss, teacher_grad
+from joint_train.config import LossConfig, parse_drafter_loss, teacher_grad
 from joint_train.pair.centroids import Centroids
 from joint_train.pair.distribution import Distribution, add_label_gradient, pick
 from joint_train.pair.divergence import temporaries
 from joint_train.pair.heads import Head, States
+from joint_train.pair.stats import DraftStats, JointStats, RoutingStats, SourceStats
 from joint_train.pair.targets import JointTargets
 from joint_train.pair.terms import LOSSES, MEASURES, Buffered, Compiled, Mix, Part
 from joint_train.pair.tied import TiedGradient
 from joint_train.pair.walk import decoding_rows
 
 
-def memory_budget_mb(loss_cfg, device_type: str) -> int:
+def memory_budget_mb(loss_cfg: LossConfig, device_type: str) -> int:
     """``loss.memory_budget_mb``, by default at least 1024 on a GPU: every chunk reads the head and its fp32 gradient
     once, so a chunk of few rows waits for memory; a CPU is slow enough for 384."""
     if loss_cfg.memory_budget_mb is not None:
@@ -37,7 +39,7 @@ def memory_budget_mb(loss_cfg, device_type: str) -> int:
     return 384 if device_type == "cpu" else 1024
 
 
-def free_budget_mb(loss_cfg, device: torch.device) -> int:
+def free_budget_mb(loss_cfg: LossConfig, device: torch.device) -> int:
     """The budget on a device: where none is set on a GPU, an eighth of its free memory, from 1024 to 4096 MB."""
     budget = memory_budget_mb(loss_cfg, device.type)
     if device.type != "cuda" or loss_cfg.memory_budget_mb is not None:
@@ -63,7 +65,7 @@ def joint_loss(
     drafter_weight: Tensor,
     targets: JointTargets,
     weights: Tensor,
-    loss_cfg,
+    loss_cfg: LossConfig,
     softcap: float | None = None,
     drafter_softcap: float | None = None,
     centroids: Centroids | None = None,
@@ -71,7 +73,7 @@ def joint_loss(
     groups: Tensor | None = None,
     num_groups: int = 0,
     tied: TiedGradient | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, JointStats]:
     """``sum_i weights[i] * (loss sum of the base or of round i-1 over its targets)``, and what there is to report.
 
     Gradients are taken in the forward, chunk by chunk; the backward only scales them, so it can run once. Inputs that
@@ -94,31 +96,10 @@ def joint_loss(
         train_base: False treats `base_hidden` and `base_weight` as constants.
         tied: takes the gradient of `base_weight` on to the look-up in the embedding tied to it, which then returns it;
             only where that look-up's backward follows, so where `base_hidden` requires a gradient.
-        groups, num_groups: int64 `[P]` below `num_groups`, e.g. the source of each target, for the `group_*` sums.
+        groups, num_groups: int64 `[P]` below `num_groups`, e.g. the source of each target, for the sums of each.
 
     Returns:
-        The loss (0-dimensional) and detached sums, all on the device:
-
-        ==================== ======= ====================================================================
-        loss                 [1+K]   what is trained, without `weights` and without the routing loss
-        ce                   [1+K]   cross-entropy with the data's token
-        top1                 [1+K]   rows whose argmax is the data's token
-        agree                [K]     rows whose argmax is the base's argmax
-        acceptance_argmax    [K]     p(argmax q): how often sampling at temperature 1 accepts the drafter's argmax
-        acceptance_sampled   [K]     sum_v min(p, q): how often it accepts a draft that is a sample of q
-        count                [1+K]   rows in these sums
-        left_out             []      `targets.left_out`: rows that aren't, as no decoding comes to them
-        accepted, full_rows  []      drafter rows with all K rounds valid: tokens accepted by greedy decoding
-                                     (leading rounds that agree with the base), and how many such rows
-        walk_accepted,       []      the same over those of these rows that decoding of the text visits, see
-        walk_rows                    :func:`joint_train.pair.walk.decoding_rows`
-        dense_*                      with centroids: what agree, acceptance_*, accepted and walk_* would be, were every
-                                     token a candidate. Without `dense_` these are then what engines serve: q over the
-                                     tokens of the top k centroids (:func:`joint_train.pair.centroids.routed`)
-        centroid_ce          [K]     with centroids: routing cross-entropy
-        centroid_hit         [K]     with centroids: rows whose token's centroid is among the top k
-        group_base_ce, group_drafter_ce, group_base_count, group_drafter_count: [G] with groups (rounds added)
-        ==================== ======= ====================================================================
+        The loss (0-dimensional), and what was measured; both on the device.
     """
     base_states, drafter_states = States([base_hidden], train_base), States(drafter_hidden)
     base = Head(base_weight, base_states, softcap, train_base)
@@ -180,25 +161,23 @@ class _Pass:
         most = int(free_budget_mb(loss_cfg, self.device) * 2**20) // row_bytes
         self.chunk = chunk_rows(most, len(targets.rows))
 
-    def run(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self) -> tuple[Tensor, JointStats]:
         rounds, total, vocabulary = self.num_steps, len(self.targets.rows), self.base.weight.shape[0]
 
         def zeros(*shape, dtype=self.dtype):
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        heads = ("", "dense_") if self.routing else ("",)  # of the drafter: what is served, and all the tokens
-        # Of the base (the losses alone) and of each round.
-        self.names = [*LOSSES, *(head + name for head in heads for name in MEASURES)]
-        self.sums = zeros(1 + rounds, len(self.names))
-        sizes = {"centroid_ce": rounds, "centroid_hit": rounds} if self.routing else {}
+        # Of the base (the losses alone) and of each round: the losses, and the measures of each head of the drafter.
+        heads = 2 if self.routing else 1  # what is served and, where that isn't all the tokens, all of them
+        self.sums = zeros(1 + rounds, len(LOSSES) + heads * len(MEASURES))
+        self.routed = RoutingStats(zeros(rounds), zeros(rounds)) if self.routing else None
+        self.sources = None
         if self.groups is not None:
-            sums = ("group_base_ce", "group_drafter_ce", "group_base_count", "group_drafter_count")
-            sizes |= dict.fromkeys(sums, self.num_groups)
-        self.stats = {name: zeros(size) for name, size in sizes.items()}
+            self.sources = SourceStats(*(zeros(self.num_groups) for _ in fields(SourceStats)))
         # By row of the drafter; the last row takes the rounds that aren't valid.
         by_row = (self.targets.batch_rows + 1, rounds)
         self.seen = zeros(*by_row, dtype=torch.bool)
-        self.agreed = {head: zeros(*by_row, dtype=torch.bool) for head in heads}
+        self.agreed = [zeros(*by_row, dtype=torch.bool) for _ in range(heads)]
 
         caps = self.base.softcap, self.drafter.softcap
         shape = (2 if self.compile else self.buffers, min(self.chunk, total), vocabulary)
@@ -208,19 +187,41 @@ class _Pass:
         for start in range(0, total, self.chunk):
             self._chunk(slice(start, min(start + self.chunk, total)), terms)
 
-        losses, measures = self.sums[:, : len(LOSSES)], self.sums[1:, len(LOSSES) :]
-        self.stats |= dict(zip(self.names, [*losses.unbind(1), *measures.unbind(1)], strict=True))
+        losses, *measures = self.sums.split([len(LOSSES), *[len(MEASURES)] * heads], dim=1)
+        of_losses = dict(zip(LOSSES, losses.unbind(1), strict=True))
+        loss = (self.weights * of_losses["loss"]).sum()
+        if self.routed is not None:
+            loss = loss + self.centroid_weight * (self.weights[1:] * self.routed.ce).sum()
         full = self.seen[:-1].all(-1)
-        loss = (self.weights * self.stats["loss"]).sum()
-        if self.routing:
-            loss = loss + self.centroid_weight * (self.weights[1:] * self.stats["centroid_ce"]).sum()
-        self.stats |= {"count": self.targets.counts, "left_out": self.targets.left_out, "full_rows": full.sum()}
-        for head, agreed in self.agreed.items():
-            accepted = agreed[:-1].long().cumprod(-1).sum(-1)
-            walked = full & decoding_rows(self.targets.rows, accepted)
-            self.stats[f"{head}accepted"] = (accepted * full).sum()
-            self.stats |= {f"{head}walk_accepted": (accepted * walked).sum(), f"{head}walk_rows": walked.sum()}
-        return loss, self.stats
+        drafts = [self._drafts(*found, full) for found in zip(measures, self.agreed, strict=True)]
+        stats = JointStats(
+            **of_losses,
+            count=self.targets.counts,
+            left_out=self.targets.left_out,
+            full_rows=full.sum(),
+            drafts=drafts[0],
+            dense=drafts[1] if len(drafts) > 1 else None,
+            routing=self.routed,
+            sources=self.sources,
+        )
+        return loss, stats
+
+    def _drafts(self, measures: Tensor, agreed: Tensor, full: Tensor) -> DraftStats:
+        """Of one head of the drafter.
+
+        Args:
+            measures: ``[1+K, MEASURES]``.
+            agreed: ``[rows + 1, K]``, where the round's argmax is the base's.
+            full: ``[rows]``, which have all K rounds.
+        """
+        accepted = agreed[:-1].long().cumprod(-1).sum(-1)
+        walked = full & decoding_rows(self.targets.rows, accepted)
+        return DraftStats(
+            **dict(zip(MEASURES, measures[1:].unbind(1), strict=True)),
+            accepted=(accepted * full).sum(),
+            walk_accepted=(accepted * walked).sum(),
+            walk_rows=walked.sum(),
+        )
 
     def _chunk(self, part: slice, terms: Buffered | Compiled) -> None:
         rows, labels, valid = self.targets.rows[part], self.targets.labels[part], self.targets.valid[part]
@@ -249,7 +250,7 @@ class _Pass:
             self._add(1 + k, mask[:, 1 + k], found, groups)
             into = torch.where(ok, states, self.targets.batch_rows)
             self.seen[:, k].index_fill_(0, into, True)  # by index, True would be copied to the device: a wait
-            for agreed, agree in zip(self.agreed.values(), found.agree, strict=True):
+            for agreed, agree in zip(self.agreed, found.agree, strict=True):
                 agreed[into, k] = agree
             if self.drafter.needs_backward(k):
                 self.drafter.backward(found.grad, state, k, states)
@@ -264,8 +265,8 @@ class _Pass:
         """The routing loss of round k: cross-entropy of q, over the centroids, with the token's `centroid`."""
         ce, rank = q.cross_entropy(centroid), (q.logits > pick(q.logits, centroid)[:, None]).sum(-1)
         hit = rank < self.centroids.top_k
-        for name, value in (("centroid_ce", ce), ("centroid_hit", hit)):
-            self.stats[name][k] += (value * mask).sum()
+        for total, value in ((self.routed.ce, ce), (self.routed.hit, hit)):
+            total[k] += (value * mask).sum()
         if self.centroid_weight and self.routing.needs_backward(k):
             grad = torch.zeros_like(q.probs)
             add_label_gradient(grad, q, centroid, self.centroid_weight * scale)
@@ -274,7 +275,7 @@ class _Pass:
     def _add(self, index: int, mask: Tensor, part: Part, groups: Tensor | None) -> None:
         """Add what the base (0) or a round (1 + k) gives, of the rows in `mask`."""
         self.sums[index, : len(part.sums)] += part.sums
-        if groups is not None:
-            model = "drafter" if index else "base"
-            self.stats[f"group_{model}_ce"].index_add_(0, groups, part.ce * mask)
-            self.stats[f"group_{model}_count"].index_add_(0, groups, mask)
+        if (of := self.sources) is not None:
+            ce, count = (of.drafter_ce, of.drafter_count) if index else (of.base_ce, of.base_count)
+            ce.index_add_(0, groups, part.ce * mask)
+            count.index_add_(0, groups, mask)

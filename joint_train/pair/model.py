@@ -17,7 +17,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -25,9 +24,11 @@ from transformers.models.gemma4.modeling_gemma4 import get_block_sequence_ids_fo
 
 from joint_train.config import LossConfig, round_weights
 from joint_train.errors import ConfigError
+from joint_train.pair.attention import CHECKPOINTING, TrainableKernels
 from joint_train.pair.centroids import Centroids, token_centroids
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.loss import joint_loss
+from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets, sum_weights
 from joint_train.pair.tied import TiedGradient
 from joint_train.pair.visibility import Masks, attention_masks
@@ -47,7 +48,7 @@ class Gemma4JointOutput:
         hidden_states: the base's hidden states, of which ``[-1]`` is the final one after the norm, ``[B, S, H_b]``;
             the others only with ``output_hidden_states=True``.
         loss: scalar, ``L_base + lambda * sum_k w_k * L_k``, when labels are given.
-        stats: detached sums behind the loss and its metrics, see :func:`joint_train.pair.loss.joint_loss`.
+        stats: the sums behind the loss and its metrics, detached, when labels are given.
         targets: what the sums were taken over; ``targets.counts`` are their denominators.
     """
 
@@ -56,7 +57,7 @@ class Gemma4JointOutput:
     drafter_loss_weight: float = 1.0
     hidden_states: tuple[Tensor, ...] | None = None
     loss: Tensor | None = None
-    stats: dict[str, Tensor] = field(default_factory=dict)
+    stats: JointStats | None = None
     targets: JointTargets | None = None
 
 
@@ -108,7 +109,7 @@ class JointModel(nn.Module):
         rope_position: str = "last_kv",
         base_grad_scale: float = 1.0,
         prompt_rows: bool | None = None,
-        loss: DictConfig | None = None,
+        loss: LossConfig | None = None,
     ) -> None:
         super().__init__()
         if drafter_num_steps < 1:
@@ -119,8 +120,6 @@ class JointModel(nn.Module):
             raise ValueError(f"rope_position={rope_position!r}: choose last_kv or next_token.")
         if not 0 <= base_grad_scale <= 1:
             raise ValueError(f"base_grad_scale={base_grad_scale}: give a number from 0 to 1.")
-        # cuDNN's backward gives NaN on Hopper from micro-batches of 2 on (NeMo AutoModel, issues 2208 and 3232).
-        torch.backends.cuda.enable_cudnn_sdp(False)
         self.base = base
         self.drafter = drafter
         self.drafter_loss_weight = float(drafter_loss_weight)
@@ -133,7 +132,7 @@ class JointModel(nn.Module):
         self.base_grad_scale = float(base_grad_scale)
         self.prompt_rows = prompt_rows
         self._token_centroid: tuple[int, Tensor] | None = None  # and the version of the ordering that it is made of
-        self.loss = loss if loss is not None else OmegaConf.structured(LossConfig)
+        self.loss = loss if loss is not None else LossConfig()
         check_pair(base.config, drafter.config)
 
         if freeze_base_for_drafter:
@@ -144,7 +143,7 @@ class JointModel(nn.Module):
         if drafter.masked_embedding is not None:
             drafter.masked_embedding.centroids.requires_grad_(self.loss.centroid_weight > 0)
         if base_activation_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.gradient_checkpointing_enable(CHECKPOINTING)
         if share_embedding_with_base and not base.get_input_embeddings().weight.is_meta:
             self.share_embedding()
         for model in (base, drafter):
@@ -222,9 +221,10 @@ class JointModel(nn.Module):
         loss_inputs = None if targets is None else (targets, weights, groups, num_groups)
         # Bound to the function, not passed: FSDP rounds a forward's arguments to the dtype of compute.
         joint = partial(self._joint, loss_inputs)
-        outputs = self.base.within(
-            joint, input_ids, position_ids, document_ids, base_inputs, return_logits, output_hidden_states
-        )
+        with TrainableKernels():
+            outputs = self.base.within(
+                joint, input_ids, position_ids, document_ids, base_inputs, return_logits, output_hidden_states
+            )
         return Gemma4JointOutput(**outputs, drafter_loss_weight=self.drafter_loss_weight, targets=targets)
 
     def loss_weights(self, counts: Tensor) -> Tensor:
@@ -328,7 +328,7 @@ class JointModel(nn.Module):
 
         if self.drafter_activation_checkpointing and torch.is_grad_enabled():
             dropout = text.config.attention_dropout > 0  # the replay has to drop what the forward dropped
-            round_of = partial(checkpoint, round_of, use_reentrant=False, preserve_rng_state=dropout)
+            round_of = partial(checkpoint, round_of, preserve_rng_state=dropout, **CHECKPOINTING)
         state, rounds = read, []
         for k in range(self.drafter_num_steps):
             rounds.append(round_of(k, state))

@@ -17,6 +17,7 @@ from joint_train.pair.centroids import Centroids, routed
 from joint_train.pair.distribution import Distribution, add_label_gradient, overlap, pick
 from joint_train.pair.divergence import Divergence
 from joint_train.pair.heads import before_softcap, softcapped
+from joint_train.torch_private import mark_rows_dynamic
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def _any_number_of_rows(*tensors: Tensor | None) -> None:
     """The last chunk has fewer rows than the others, and each step other numbers: one kernel is for all of them."""
     for tensor in tensors:
         if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            mark_rows_dynamic(tensor)
 
 
 def _capped(product: Tensor, cap: float | None) -> Tensor:

@@ -3,18 +3,17 @@
 import argparse
 import sys
 
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from joint_train import config
-from joint_train.command import start
+from joint_train.command import TOO_LARGE, start
 from joint_train.config.values import mesh_sentence
-from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, savings, with_overrides
+from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, savings
 from joint_train.plan.suggest import suggest
 
 
-def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> None:
+def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -> None:
     """Print a plan."""
     parts = Table(title="Parameters", title_justify="left")
     for column in ("part", "all", "trained", "frozen"):
@@ -34,8 +33,8 @@ def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> N
         f"usable of {machine.gpu_memory_gb:g} ({machine.reserve:.0%} reserved)", f"{machine.usable / GIB:.2f}"
     )
     other = "none" if cfg.activation_checkpointing.base != "none" else "full"
-    changed = make_plan(with_overrides(cfg, {"activation_checkpointing.base": other}), machine)
-    memory.add_row(f"peak with activation_checkpointing.base={other}", f"{changed.peak / GIB:.2f}", style="dim")
+    otherwise = make_plan(config.with_overrides(cfg, {"activation_checkpointing.base": other}), machine)
+    memory.add_row(f"peak with activation_checkpointing.base={other}", f"{otherwise.peak / GIB:.2f}", style="dim")
 
     seconds = plan.seconds(machine)
     step = Table(title="Step", title_justify="left", show_header=False)
@@ -95,7 +94,7 @@ def report(cfg: DictConfig, machine: Machine, plan: Plan, console: Console) -> N
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0 if the run fits, 3 if it doesn't and 2 for an error."""
+    """Returns an exit code, see :data:`joint_train.command.EXIT_CODES`."""
     machine = Machine()
     parser = argparse.ArgumentParser(prog="python -m joint_train.plan", description="Say what a run would need.")
     parser.add_argument("overrides", nargs="*", help="as for python -m joint_train, e.g. model=gemma4_31b")
@@ -125,10 +124,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{number}. {size:.2f} GiB, {tokens:,.0f} tokens a second: {one}")
             if not found:
                 print("Nothing that is known here fits: use more GPUs or a smaller pair.")
-            return 0 if found else 3
+            return 0 if found else TOO_LARGE
         plan = make_plan(cfg, machine)
         report(cfg, machine, plan, Console())
-        return 0 if plan.peak <= machine.usable else 3
+        return 0 if plan.peak <= machine.usable else TOO_LARGE
 
     return start("joint_train.plan", run)
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
 from joint_train.pair import attention as attention_module
 from joint_train.pair import heads
 from joint_train.pair.blocks import visible
+from joint_train.torch_private import TorchDispatchMode, in_backward
 
 
 class Meter(TorchDispatchMode):
@@ -90,10 +90,6 @@ class Meter(TorchDispatchMode):
         if total > self.peak:
             self.peak = total
             self.at_peak = self.held + Counter({"activations": self.live})
-
-
-def in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _describe(value):

@@ -7,15 +7,14 @@ which unit's weights are gathered when, and what a gradient's reduction holds. F
 The weights of a released pair needn't be there: its sizes are in :mod:`joint_train.weights.released`.
 """
 
-import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedConfig
 
 from joint_train.checkpoint.state import pair_tensors
+from joint_train.config import Config, select, with_overrides
 from joint_train.config.values import mesh_shape
 from joint_train.distributed.moments import moved_by_muon, state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
@@ -176,7 +175,7 @@ class Plan:
         return max(seconds, key=seconds.get)
 
 
-def read(cfg: DictConfig) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, str]]:
+def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, str]]:
     """The pair's configurations, and where they come from: the released sizes, or else a folder or the hub.
 
     Raises:
@@ -184,7 +183,7 @@ def read(cfg: DictConfig) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str
     """
     m, configs, sources = cfg.model, [], []
     for path, revision, overrides in (
-        (m.base, m.revision, OmegaConf.to_container(m.text_config)),
+        (m.base, m.revision, m.text_config),
         (m.drafter, m.drafter_revision, None),
     ):
         found = released.released_config(path, overrides)
@@ -211,14 +210,14 @@ def count_parameters(model: Gemma4WithDrafter) -> dict[str, tuple[int, int]]:
     return {part: (every, trained) for part, (every, trained) in parts.items() if every}
 
 
-def mesh_sizes(cfg: DictConfig, machine: Machine) -> tuple[int, int]:
+def mesh_sizes(cfg: Config, machine: Machine) -> tuple[int, int]:
     """(ranks, ranks that a weight is sharded over)."""
     replicate, shard = cfg.parallel.dp_replicate, cfg.parallel.dp_shard
     ranks = replicate * shard if shard > 0 else max(replicate, machine.gpus - machine.gpus % replicate)
     return ranks, mesh_shape(cfg.parallel, ranks, machine.gpus_per_node)[2]
 
 
-def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> Plan:
+def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda") -> Plan:
     """Estimate a run.
 
     Args:
@@ -229,11 +228,12 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
     """
     base_config, drafter_config, sources = read(cfg)
     as_planned = {
-        "parallel": {"compile": False},
-        "model": {"use_liger_kernel": False},
-        "loss": {"memory_budget_mb": memory_budget_mb(cfg.loss, device_type), "compile": False},
+        "parallel.compile": False,
+        "model.use_liger_kernel": False,
+        "loss.memory_budget_mb": memory_budget_mb(cfg.loss, device_type),
+        "loss.compile": False,
     }
-    cfg = OmegaConf.merge(cfg, as_planned)
+    cfg = with_overrides(cfg, as_planned)
     compute = compute_dtype(cfg.precision, device_type)
     model = meta_pair(cfg, base_config, drafter_config, compute, device_type)
     ranks, shard = mesh_sizes(cfg, machine)
@@ -304,7 +304,7 @@ def make_plan(cfg: DictConfig, machine: Machine, device_type: str = "cuda") -> P
     )
 
 
-def longest(cfg: DictConfig, machine: Machine, plan: Plan, unit: int = 256, most: int = 2**20) -> int:
+def longest(cfg: Config, machine: Machine, plan: Plan, unit: int = 256, most: int = 2**20) -> int:
     """The largest ``data.max_length`` that fits, in multiples of `unit` and up to `most`; 0 if none does."""
 
     def peak(units: int) -> int:
@@ -327,19 +327,12 @@ def longest(cfg: DictConfig, machine: Machine, plan: Plan, unit: int = 256, most
     return low[0] * unit or cfg.data.max_length
 
 
-def with_overrides(cfg: DictConfig, changes: dict) -> DictConfig:
-    changed = copy.deepcopy(cfg)
-    for key, value in changes.items():
-        OmegaConf.update(changed, key, value)
-    return changed
-
-
-def can_adapt(cfg: DictConfig) -> bool:
+def can_adapt(cfg: Config) -> bool:
     """Whether adapters in the place of a trained base are a choice that is left."""
     return not cfg.lora.r and not cfg.freeze.base and cfg.freeze.towers and find_spec("peft") is not None
 
 
-def savings(cfg: DictConfig, machine: Machine) -> dict[str, int]:
+def savings(cfg: Config, machine: Machine) -> dict[str, int]:
     """Settings that take less memory, those that cost the least time first, and the peak with each alone."""
     smaller_loss = min(256, memory_budget_mb(cfg.loss, "cuda"))
     changes = [
@@ -360,7 +353,7 @@ def savings(cfg: DictConfig, machine: Machine) -> dict[str, int]:
     ]
     peaks = {}
     for change in changes:
-        if any(OmegaConf.select(cfg, key) != value for key, value in change.items()):
+        if any(select(cfg, key) != value for key, value in change.items()):
             name = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
             peaks[name] = make_plan(with_overrides(cfg, change), machine).peak
     return peaks

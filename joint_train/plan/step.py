@@ -4,9 +4,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from joint_train.config import Config
 from joint_train.distributed.parallelize import (
     DTYPES,
     exchanges_rows,
@@ -18,7 +18,8 @@ from joint_train.distributed.parallelize import (
 from joint_train.distributed.placement import local_numel
 from joint_train.distributed.rows import RowShardedEmbedding, even_lookup
 from joint_train.pair.targets import joint_targets
-from joint_train.plan.meter import Meter, in_backward, stand_ins
+from joint_train.plan.meter import Meter, stand_ins
+from joint_train.torch_private import in_backward
 from joint_train.weights.composite import Gemma4WithDrafter
 
 PER_LAYER = "per-layer embeddings"
@@ -41,7 +42,7 @@ class _Unit:
         stays: bool,
         late: bool,
         meter: Meter,
-        cfg: DictConfig,
+        cfg: Config,
         shard: int,
         copied: int | None,
     ):
@@ -132,7 +133,7 @@ class Step:
     moved: Counter[tuple[str, str]]  # bytes by collective and unit, of the whole buffer
 
 
-def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int, device_type: str = "cpu") -> Step:
+def simulate(model: Gemma4WithDrafter, cfg: Config, shard: int, device_type: str = "cpu") -> Step:
     """Run a micro-batch on the meta device.
 
     Args:
@@ -156,7 +157,7 @@ def simulate(model: Gemma4WithDrafter, cfg: DictConfig, shard: int, device_type:
     largest = max(layer.size for layer in units)
     late = []
     table = per_layer_table(model.base)
-    if exchanges_rows(model.base, cfg):
+    if exchanges_rows(model.base, cfg.parallel):
         table.__class__ = _PlannedRows
         table.meter, table.compute_dtype, table.params_dtype = meter, table.weight.dtype, DTYPES[cfg.precision.params]
         table.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes(list(table.parameters()), shard, cfg)
@@ -206,6 +207,6 @@ def padded(parameter: nn.Parameter, shard: int) -> int:
     return local_numel(parameter.shape, shard) * shard
 
 
-def local_bytes(parameters: list[nn.Parameter], shard: int, cfg: DictConfig) -> int:
+def local_bytes(parameters: list[nn.Parameter], shard: int, cfg: Config) -> int:
     """Bytes of a rank's shards, padding included, in ``precision.params``."""
     return sum(local_numel(p.shape, shard) for p in parameters) * DTYPES[cfg.precision.params].itemsize

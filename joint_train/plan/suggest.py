@@ -7,10 +7,9 @@ change it least first.
 from dataclasses import dataclass
 from itertools import product
 
-from omegaconf import DictConfig, OmegaConf
-
+from joint_train.config import Config, select, with_overrides
 from joint_train.pair.loss import memory_budget_mb
-from joint_train.plan.planner import Machine, Plan, can_adapt, make_plan, with_overrides
+from joint_train.plan.planner import Machine, Plan, can_adapt, make_plan
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Suggestion:
         return " ".join(f"{key}={str(value).lower()}" for key, value in self.changes.items()) or "as it is"
 
 
-def costs_time(cfg: DictConfig) -> list[dict[str, object]]:
+def costs_time(cfg: Config) -> list[dict[str, object]]:
     """Settings that take less memory and more time, and change no result but by rounding; the dearest first."""
     rows = cfg.data.micro_batch_size
     wanted: list[dict[str, object]] = [
@@ -34,10 +33,10 @@ def costs_time(cfg: DictConfig) -> list[dict[str, object]]:
         {"activation_checkpointing.drafter": "full"},
         {"loss.memory_budget_mb": min(256, memory_budget_mb(cfg.loss, "cuda"))},
     ]
-    return [one for one in wanted if any(OmegaConf.select(cfg, key) != value for key, value in one.items())]
+    return [one for one in wanted if any(select(cfg, key) != value for key, value in one.items())]
 
 
-def changes_training(cfg: DictConfig) -> list[list[tuple[int, dict[str, object]]]]:
+def changes_training(cfg: Config) -> list[list[tuple[int, dict[str, object]]]]:
     """Groups of alternatives with their costs, those that take less memory last: a judgement of how much each changes
     what is learnt.
 
@@ -69,7 +68,7 @@ def merged(*changes: dict[str, object]) -> dict[str, object]:
     return {key: value for change in changes for key, value in change.items()}
 
 
-def suggest(cfg: DictConfig, machine: Machine, most: int = 3) -> list[Suggestion]:
+def suggest(cfg: Config, machine: Machine, most: int = 3) -> list[Suggestion]:
     """Up to `most` settings that fit, the cheapest first; none contains all the changes of another."""
 
     def tried(changes: dict[str, object]) -> Suggestion:

@@ -1,13 +1,16 @@
-"""What the plan of a run says about its settings, at its start."""
+"""What a run says at its start: about its settings, by its plan, and about the run that it goes on with."""
 
 import logging
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from torch.torch_version import TorchVersion
 
+from joint_train.config import CheckpointConfig, Config, ConfigError, EvalConfig, ParallelConfig
+from joint_train.config.typed import read
 from joint_train.plan.planner import Machine, Plan
+from joint_train.train.optim import lr_factor
 
 log = logging.getLogger(__name__)
 
@@ -15,18 +18,20 @@ PROMPTS = 8  # validation prompts in an assisted generation
 MOST_PADDING = 0.1  # of the sharded weights
 
 
-def generation_prompts(cfg: DictConfig, plan: Plan, machine: Machine, device_type: str) -> int:
+def generation_prompts(
+    cfg: EvalConfig, parallel: ParallelConfig, plan: Plan, machine: Machine, device_type: str
+) -> int:
     """``eval.prompts``; where it is null 8, or none if generating would take longer than validating."""
-    if cfg.eval.prompts is not None:
-        return cfg.eval.prompts
-    if cfg.parallel.cpu_offload == "all":
+    if cfg.prompts is not None:
+        return cfg.prompts
+    if parallel.cpu_offload == "all":
         log.info(
             "no assisted generation in this run's validations: parallel.cpu_offload=all would copy every weight "
             "to the GPU for each token"
         )
         return 0
-    generation = plan.generation_seconds(machine, -(-PROMPTS // plan.ranks) * cfg.eval.max_new_tokens)
-    validation = plan.validation_seconds(machine, cfg.eval.batches)
+    generation = plan.generation_seconds(machine, -(-PROMPTS // plan.ranks) * cfg.max_new_tokens)
+    validation = plan.validation_seconds(machine, cfg.batches)
     if device_type == "cpu" or generation <= validation:  # the plan knows no CPU's speed
         return PROMPTS
     log.info(
@@ -37,28 +42,24 @@ def generation_prompts(cfg: DictConfig, plan: Plan, machine: Machine, device_typ
     return 0
 
 
-def warn_of_grace(cfg: DictConfig, plan: Plan, machine: Machine, device_type: str) -> None:
+def warn_of_grace(cfg: CheckpointConfig, plan: Plan, machine: Machine, device_type: str) -> None:
     """Say at the start that a save won't fit into the time that a signal leaves, rather than when it comes."""
     seconds = plan.checkpoint / machine.disk_gb_per_second / 1e9
-    if device_type != "cpu" and seconds > cfg.checkpoint.grace_seconds:
+    if device_type != "cpu" and seconds > cfg.grace_seconds:
         log.warning(
             "checkpoint.grace_seconds=%d is too short: a checkpoint of %.0f GB takes %.0f s at %g GB/s, and one that "
             "isn't done in time is lost. Set checkpoint.grace_seconds=%d, and the launcher's limits above it",
-            cfg.checkpoint.grace_seconds, plan.checkpoint / 1e9, seconds, machine.disk_gb_per_second, 1.5 * seconds,
+            cfg.grace_seconds, plan.checkpoint / 1e9, seconds, machine.disk_gb_per_second, 1.5 * seconds,
         )  # fmt: skip
 
 
-def warn_of_torchrun(cfg: DictConfig) -> None:
+def warn_of_torchrun(cfg: CheckpointConfig) -> None:
     """Say where torchrun kills a run before ``checkpoint.grace_seconds`` are over: before torch 2.13."""
-    if (
-        dist.is_torchelastic_launched()
-        and torch.__version__ < TorchVersion("2.13")
-        and cfg.checkpoint.grace_seconds > 30
-    ):
+    if dist.is_torchelastic_launched() and torch.__version__ < TorchVersion("2.13") and cfg.grace_seconds > 30:
         log.warning(
             "torchrun of torch %s kills a run 30 s after a signal: a save on preemption has that long, and not "
             "checkpoint.grace_seconds=%d. torch 2.13 can wait for it.",
-            torch.__version__, cfg.checkpoint.grace_seconds,
+            torch.__version__, cfg.grace_seconds,
         )  # fmt: skip
 
 
@@ -71,3 +72,41 @@ def warn_of_padding(plan: Plan) -> None:
             "parallel.dp_replicate=%d",
             plan.mesh[1], 100 * plan.padding, max(1, plan.ranks // 64),
         )  # fmt: skip
+
+
+def warn_of_warmup(cfg: Config) -> None:
+    """Say that the learning rate never reaches its peak."""
+    if cfg.optim.warmup_steps >= cfg.max_steps:
+        share = lr_factor(cfg.max_steps - 1, cfg.optim, cfg.max_steps)
+        log.warning(
+            "optim.warmup_steps=%d isn't over before max_steps=%d: the learning rate reaches %.0f %% of its peak. "
+            "Set optim.warmup_steps below max_steps",
+            cfg.optim.warmup_steps, cfg.max_steps, 100 * share,
+        )  # fmt: skip
+
+
+def say_resumed(cfg: Config, checkpoint: Path, step: int) -> None:
+    """Say where a run goes on, and what a changed configuration does to the learning rates of its next step."""
+    log.info("resumed from step %d of %d (%s)", step, cfg.max_steps, checkpoint)
+    if step >= cfg.max_steps:
+        log.warning(
+            "%s is already at or past max_steps=%d: there is nothing left to train", checkpoint.name, cfg.max_steps
+        )
+        return
+    try:
+        before = read(checkpoint / "config.json")
+    except (OSError, ConfigError):  # of another version: it can't be known
+        return
+    old = lr_factor(step, before.optim, before.max_steps)
+    new = lr_factor(step, cfg.optim, cfg.max_steps)
+    for part, was, now in (
+        ("base", old * before.optim.lr, new * cfg.optim.lr),
+        ("drafter", old * before.optim.drafter_lr, new * cfg.optim.drafter_lr),
+    ):
+        if abs(now - was) > 1e-6 * max(now, was):
+            change = f" ({100 * (now / was - 1):+.0f} %)" if was > 0 else ""
+            log.warning(
+                "the learning rate of the %s at step %d is %.3g%s; with the configuration of the checkpoint it would "
+                "be %.3g",
+                part, step + 1, now, change, was,
+            )  # fmt: skip

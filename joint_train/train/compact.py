@@ -8,13 +8,13 @@ other ranks have others, and it can't leave out a step unless the host waits for
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from joint_train.distributed.moments import block_size
 from joint_train.distributed.placement import local
 from joint_train.errors import ConfigError
+from joint_train.torch_private import local_shape_and_offset
 
 
 class CompactAdamW(Optimizer):
@@ -72,7 +72,7 @@ class CompactAdamW(Optimizer):
         if not isinstance(parameter, DTensor):
             return torch.zeros(shape, **options)
         mesh, placements = parameter.device_mesh, parameter.placements
-        own, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
+        own, _ = local_shape_and_offset(shape, mesh, placements)
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
             torch.zeros(own, **options), mesh, placements, run_check=False, shape=shape, stride=stride

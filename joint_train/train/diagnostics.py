@@ -3,11 +3,10 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from joint_train.distributed.lora import ADAPTER, adapted, added
 from joint_train.distributed.parallelize import reshard
-from joint_train.distributed.placement import local
+from joint_train.distributed.placement import counts_here, local
 from joint_train.pair.model import JointModel
 from joint_train.pair.targets import JointTargets
 from joint_train.train.optim import total_norm
@@ -29,11 +28,8 @@ class BaseDrift:
 
     def __init__(self, model: JointModel, inputs: dict, targets: JointTargets) -> None:
         self.model, self.inputs, self.rows = model, inputs, targets.rows[:POSITIONS]
-        counted = [  # what is whole on every rank counts once
-            p
-            for name, p in model.base.named_parameters()
-            if not ADAPTER.search(name) and (isinstance(p, DTensor) or not dist.get_rank())
-        ]
+        named = model.base.named_parameters()
+        counted = [p for name, p in named if not ADAPTER.search(name) and counts_here(p)]
         self.size = sum(local(p).detach().bfloat16().float().square().sum().double().cpu() for p in counted)
         self.start = {p: local(p).detach().to("cpu", torch.bfloat16, copy=True) for p in counted if p.requires_grad}
         self.log_probs = self._log_probs()
@@ -56,13 +52,14 @@ class BaseDrift:
         for parameter, start in self.start.items():
             sums[0] += (local(parameter).detach().float().cpu() - start.float()).square().sum()
         for module in adapted(self.model.base).values():
-            sums[0] += added(module).square().sum().cpu()
+            change = added(module)  # on every rank: it is collective
+            sums[0] += counts_here(module.base_layer.weight) * change.square().sum().cpu()
         sums[1] = self.size
         log_probs = self._log_probs()
         sums[2] = (self.log_probs.exp() * (self.log_probs - log_probs)).sum()
         sums[3] = len(self.rows)
         sums = sums.to(log_probs.device)
-        dist.all_reduce(sums)  # with HSDP each shard is there several times, above and below the line
+        dist.all_reduce(sums)
         moved, size, divergence, rows = sums.tolist()
         return {"base_drift": (moved / size) ** 0.5, "base_drift_kl": divergence / max(1, rows)}
 

@@ -32,11 +32,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from joint_train.command import HUNG
 from joint_train.config import parse_steps
+from joint_train.torch_private import dump_memory, record_memory
 
 log = logging.getLogger(__name__)
 
-HUNG = 70  # exit code of a process that its watchdog ended
 STACKS_SECONDS = 2  # the other ranks' stacks get on screen before a launcher that saw this one end stops them
 
 
@@ -211,7 +212,7 @@ class StepProfiler:
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if torch.cuda.is_available():
-            torch.cuda.memory._record_memory_history(max_entries=200_000)
+            record_memory(200_000)
         self.profile = torch.profiler.profile(record_shapes=True, profile_memory=True, with_stack=True)
         self.profile.start()
 
@@ -221,7 +222,7 @@ class StepProfiler:
         self.profile.stop()
         self.profile.export_chrome_trace(str(self.folder / f"rank_{self.rank}.trace.json.gz"))
         if torch.cuda.is_available():
-            torch.cuda.memory._dump_snapshot(str(self.folder / f"rank_{self.rank}.memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
+            dump_memory(str(self.folder / f"rank_{self.rank}.memory.pickle"))
+            record_memory(None)
         self.profile = None
         log.info("profile of steps %d-%d: %s", self.steps[0], self.steps[-1], self.folder)

@@ -2,8 +2,10 @@
 
 Muon (https://kellerjordan.github.io/posts/muon/) moves a matrix by its momentum with all singular values brought near
 1, by torch's Newton-Schulz iteration. That takes whole matrices: of as many as there are shards, each rank gets one, in
-bfloat16 as the iteration computes, and the others get their rows of the result from it. So the result doesn't depend on
-the number of ranks.
+bfloat16 as the iteration computes, and the others get their rows of the result from it. So the same gradients have the
+same update on any number of ranks. Gradients that differ in their last bits, as sums in another order do, may fall on
+either side of a rounding to bfloat16, and the iteration amplifies that in directions of small singular values: real
+runs on 1 and 2 ranks differ by a few percent of an update.
 
 The update is multiplied by 0.2 sqrt(max(rows, columns)), so that its size is that of AdamW's (arXiv 2502.16982, section
 2.2) and a learning rate serves for both.
@@ -15,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _adjust_lr
-from torch.optim._muon import _zeropower_via_newtonschulz as orthogonalised
 
 from joint_train.distributed.placement import local, part_of
+from joint_train.torch_private import newton_schulz
 from joint_train.train.compact import CompactAdamW
 
 MOMENTUM = 0.95
+COEFFICIENTS, STEPS, EPS = (3.4445, -4.775, 2.0315), 5, 1e-7  # of the iteration, as Muon's author and torch have them
 
 
 class Muon(CompactAdamW):
@@ -57,7 +59,7 @@ class Muon(CompactAdamW):
             for owner, (parameter, _) in enumerate(batch):
                 whole = self._direction(parameter)
                 if owner == rank:
-                    mine = orthogonalised(whole, (DEFAULT_A, DEFAULT_B, DEFAULT_C), DEFAULT_NS_STEPS, EPS)
+                    mine = newton_schulz(whole, COEFFICIENTS, STEPS, EPS)
             for owner, (parameter, group) in enumerate(batch):
                 change = torch.empty(parameter.shape, dtype=torch.bfloat16, device=local(parameter).device)
                 if mine is not None and owner == rank:
@@ -80,7 +82,7 @@ class Muon(CompactAdamW):
         """Add a whole change ``[rows, columns]`` to this rank's shard."""
         weight, change = local(parameter), part_of(change, parameter)
         moved = weight * (1 - group["lr"] * group["weight_decay"])
-        moved -= _adjust_lr(group["lr"], "match_rms_adamw", parameter.shape) * change.to(weight.dtype)
+        moved -= group["lr"] * 0.2 * max(parameter.shape) ** 0.5 * change.to(weight.dtype)
         self._keep(weight, moved)
         self.state[parameter]["step"] += 1 if self.found_inf is None else (self.found_inf == 0)
 

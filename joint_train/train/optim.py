@@ -5,35 +5,41 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
+from joint_train.config import OptimConfig
 from joint_train.distributed.moments import moved_by_muon, without_decay
+from joint_train.distributed.parallelize import towers
+from joint_train.distributed.placement import local
 from joint_train.pair.model import JointModel
+from joint_train.torch_private import norms as norm_of_each
 from joint_train.train.compact import CompactAdamW
 from joint_train.train.muon import Muon
 
 
-def build_optimizer(model: JointModel, cfg: DictConfig, on_host: bool = False) -> AdamW | CompactAdamW:
-    """Up to four groups: base and drafter, each with and without weight decay.
+def build_optimizer(model: JointModel, cfg: OptimConfig, on_host: bool = False) -> AdamW | CompactAdamW:
+    """Groups of base and drafter, each with and without weight decay, and apart what some steps have no gradient of.
 
     Args:
         cfg: the ``optim`` group.
         on_host: keep the states in CPU memory though the weights aren't there: ``parallel.cpu_offload=optimizer``.
 
-    Norms, biases, scales and embedding tables (with the heads tied to them) have no decay, as is customary.
+    Norms, biases, scales and embedding tables (with the heads tied to them) have no decay, as is customary; LoRA
+    adapters have.
     """
     groups = []
+    sometimes = without_gradient_in_some_steps(model)
     for (_, module), lr in zip(model.parts(), (cfg.lr, cfg.drafter_lr), strict=True):
         spared = without_decay(module)
-        trained = [p for p in module.parameters() if p.requires_grad]
-        decayed = [p for p in trained if id(p) not in spared]
-        rest = [p for p in trained if id(p) in spared]
-        groups.append({"params": decayed, "lr": lr, "peak_lr": lr, "weight_decay": cfg.weight_decay})
-        groups.append({"params": rest, "lr": lr, "peak_lr": lr, "weight_decay": 0.0})
-    groups = [g for g in groups if g["params"]]
+        sorted_out: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for p in module.parameters():
+            if p.requires_grad:
+                sorted_out.setdefault((id(p) in sometimes, id(p) in spared), []).append(p)
+        for (apart, without), params in sorted(sorted_out.items(), key=lambda item: item[0]):
+            decay = 0.0 if without else cfg.weight_decay
+            groups.append({"params": params, "lr": lr, "peak_lr": lr, "weight_decay": decay, "apart": apart})
     if cfg.name == "muon":
         matrices = [p for _, module in model.parts() for p in moved_by_muon(module)]
         return Muon(groups, matrices, tuple(cfg.betas), cfg.eps)
@@ -43,24 +49,39 @@ def build_optimizer(model: JointModel, cfg: DictConfig, on_host: bool = False) -
     return AdamW(groups, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
 
 
-def lr_factor(step: int, cfg: DictConfig, max_steps: int) -> float:
-    """Learning rate of step 0, 1, … over its peak: linear warm-up, then ``schedule`` down to ``min_lr_ratio``."""
+def without_gradient_in_some_steps(model: JointModel) -> set[int]:
+    """``id`` of each weight whose gradient is 0, or missing, in steps of some data: the towers' without an image, the
+    drafter's ``post_projection`` where all answers are too short for a second round.
+
+    Such a step must leave them as they are: decay would shrink them, for as long as there is no such data.
+    """
+    modules = (*towers(model.base), model.drafter.post_projection)
+    return {id(p) for module in modules for p in module.parameters()}
+
+
+def lr_factor(step: int, cfg: OptimConfig, max_steps: int) -> float:
+    """Learning rate of step 0, 1, … over its peak: linear warm-up, then ``schedule`` down to ``min_lr_ratio``, which is
+    that of the last step, ``max_steps - 1``."""
     if step < cfg.warmup_steps:
         return (step + 1) / (cfg.warmup_steps + 1)
-    done = min(1.0, (step - cfg.warmup_steps) / max(1, max_steps - cfg.warmup_steps))
+    done = min(1.0, (step - cfg.warmup_steps) / max(1, max_steps - 1 - cfg.warmup_steps))
     shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[cfg.schedule]
     return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape if cfg.schedule != "constant" else 1.0
 
 
 def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
-    """L2 norm of all gradients together, over all ranks: a scalar; 0, on the CPU, if there is none.
+    """L2 norm of all gradients together, over all ranks: a scalar, fp32 or wider; 0, on the CPU, if there is none.
 
     It is on the device of the mesh also where the gradients are in CPU memory (``parallel.cpu_offload=all``), so that
     it is reduced on the network of all other collectives.
     """
     gradients = [g for g in gradients if g is not None]
+    if not gradients:
+        return torch.zeros(())
     sharded = [g for g in gradients if isinstance(g, DTensor)]
-    norm = nn.utils.get_total_norm([g.to_local() if isinstance(g, DTensor) else g for g in gradients])
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)  # bfloat16's squares would stop adding up at 256
+    of_each = norm_of_each([local(g) for g in gradients], dtype)
+    norm = torch.stack([one.to(of_each[0].device) for one in of_each]).norm()
     if not sharded:
         return norm
     assert len(sharded) == len(gradients), "whole gradients beside sharded ones would count once for each rank"
@@ -83,7 +104,8 @@ def update(
     """Clip the gradients and take one step.
 
     A step whose gradient norm isn't finite changes nothing, neither weights nor moments, and neither does one whose
-    gradients are all 0, as where no rank has a target; that is decided on the device, so the host doesn't wait.
+    gradients are all 0, as where no rank has a target; that is decided on the device, so the host doesn't wait. So it
+    is with each group that is ``apart`` and whose own gradients are all 0.
 
     Args:
         max_grad_norm: largest norm over both models; 0 leaves the gradients as they are.
@@ -112,6 +134,20 @@ def update(
             nn.utils.clip_grads_with_norm_([p for p in part.parameters() if p.requires_grad], limit, scale)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    optimizer.grad_scale, optimizer.found_inf = None, (~finite | (norm == 0)).float()
-    optimizer.step()
+    skip = (~finite | (norm == 0)).float()
+    _step(optimizer, [group for group in optimizer.param_groups if not group["apart"]], skip)
+    for group in optimizer.param_groups:
+        if group["apart"]:
+            own = total_norm(p.grad for p in group["params"]).to(device, non_blocking=device.type != "cpu")
+            _step(optimizer, [group], torch.maximum(skip, (own == 0).float()))
     return {"grad_norm": norm, **norms}
+
+
+def _step(optimizer: AdamW | CompactAdamW, groups: list[dict], skip: Tensor) -> None:
+    """A step of some of the groups, which changes nothing where ``skip``, on the device, is 1."""
+    every = optimizer.param_groups
+    optimizer.grad_scale, optimizer.found_inf, optimizer.param_groups = None, skip, groups
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = every

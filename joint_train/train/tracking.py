@@ -9,6 +9,7 @@ import logging
 import math
 import netrc
 import os
+import re
 import sys
 import threading
 import time
@@ -17,11 +18,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from joint_train.config import Config, TrackingConfig, to_yaml, written
 from joint_train.files import code_version, replace
 from joint_train.metrics import SUMMARY
 
@@ -39,25 +40,25 @@ class Tracker:
         rank: only rank 0 does anything.
         step: the step that the run goes on from; 0 for a fresh one. Records after it, of a run that was cut short,
             are moved out of the way.
+        unfinished: the record of ``step`` itself is still to come, so one that is there already is moved as well.
 
     Raises:
         OSError: if ``output_dir`` can't be written.
         ImportError: for ``tracking.tensorboard=true`` without the tensorboard package.
     """
 
-    def __init__(self, cfg: DictConfig, rank: int, step: int = 0) -> None:
+    def __init__(self, cfg: Config, rank: int, step: int = 0, unfinished: bool = False) -> None:
         self.sinks: list[Any] = []
         if rank != 0:
             return
         output_dir = Path(cfg.output_dir).absolute()
         output_dir.mkdir(parents=True, exist_ok=True)
-        values = OmegaConf.to_container(cfg, resolve=True)
-        replace(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(values)))
-        self.sinks = [JsonLines(output_dir / "metrics.jsonl", step), ConsoleLines(cfg, step)]
+        replace(output_dir / "config.yaml", to_yaml(cfg))
+        self.sinks = [JsonLines(output_dir / "metrics.jsonl", step, unfinished), ConsoleLines(cfg, step)]
         if cfg.tracking.tensorboard:
             self.sinks.append(Guarded("TensorBoard", TensorBoard(output_dir / "tensorboard", step)))
         if cfg.tracking.wandb != "disabled":
-            self.sinks.append(Guarded("wandb", Wandb(cfg.tracking, output_dir, values, step)))
+            self.sinks.append(Guarded("wandb", Wandb(cfg.tracking, output_dir, written(cfg), step)))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record a step's metrics (see ``METRICS``): once for each step, in order."""
@@ -76,6 +77,12 @@ class Tracker:
             if hasattr(sink, "finish"):
                 sink.finish(before, after)
 
+    def sync(self) -> None:
+        """Have the records so far on disk, before a checkpoint that goes on after them."""
+        for sink in self.sinks:
+            if isinstance(sink, JsonLines):
+                os.fsync(sink.file.fileno())
+
     def close(self) -> None:
         """Finish what is still being written. Does nothing the second time."""
         for sink in self.sinks:
@@ -86,16 +93,17 @@ class Tracker:
 class JsonLines:
     """``metrics.jsonl``: one JSON object a step, append-only, every step once.
 
-    Records after ``step`` belong to steps that are about to be run again, and a crash may have torn the last line. They
-    are moved to ``metrics.dropped.jsonl``, so that nothing measured is lost. A fresh run (step 0) moves all of them.
+    Records after ``step`` belong to steps that are about to be run again, that of an ``unfinished`` step is about to be
+    written again, and a crash may have torn the last line. They are moved to ``metrics.dropped.jsonl``, so that nothing
+    measured is lost. A fresh run (step 0) moves all of them.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, unfinished: bool = False) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept, dropped = {}, []
         for line in lines:
             done = recorded_step(line)
-            if step > 0 and 0 <= done <= step and done not in kept:
+            if step > 0 and 0 <= done <= step - unfinished and done not in kept:
                 kept[done] = line
             else:
                 dropped.append(line)
@@ -155,7 +163,7 @@ class Wandb:
     Starts with the first metrics, so that a failure to start is a failure like any other.
     """
 
-    def __init__(self, cfg: DictConfig, output_dir: Path, config: dict[str, Any], step: int) -> None:
+    def __init__(self, cfg: TrackingConfig, output_dir: Path, config: dict[str, Any], step: int) -> None:
         self.cfg, self.output_dir, self.config, self.step = cfg, output_dir, config, step
         self.run: Any = None
 
@@ -245,13 +253,14 @@ class TensorBoard:
 class ConsoleLines:
     """Progress for people: a bar and the newest numbers on a terminal, a line now and then in a log; 80 columns."""
 
-    def __init__(self, cfg: DictConfig, step: int, console: Console | None = None) -> None:
+    def __init__(self, cfg: Config, step: int, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.total, self.output_dir = cfg.max_steps, Path(cfg.output_dir)
         self.exports = cfg.model.export.at_end
         self.first: tuple[int, float] | None = None  # the first step that was reported, and when
         self.printed = -math.inf
         self.live: Live | None = None
+        self.explained: set[str] = set()  # of validation and training: what can't be measured
         if self.console.is_terminal:
             self.bar = Progress(
                 BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
@@ -263,6 +272,10 @@ class ConsoleLines:
             self.live.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for prefix, data in (("val/", "the validation data"), ("", "this step's batches")):
+            if prefix not in self.explained and (why := without_targets(metrics, prefix)):
+                self.explained.add(prefix)
+                self.console.print(f"step {step}: in {data} {why}")
         if any(name.startswith("val/") for name in metrics):
             self.console.print(validation_line(step, metrics))
         if "base_loss" not in metrics:
@@ -278,7 +291,7 @@ class ConsoleLines:
 
     def numbers(self, step: int, metrics: Mapping[str, float]) -> str:
         """Both losses, speed and time left, in under 60 columns."""
-        text = f"base {metrics['base_loss']:.3f}  drafter {metrics.get('drafter_loss', math.nan):.3f}"
+        text = f"base {shown(metrics, 'base_loss')}  drafter {shown(metrics, 'drafter_loss')}"
         if speed := metrics.get("tokens_per_second"):
             text += f"  {short(speed)} tok/s"
         self.first = self.first or (step, time.monotonic())
@@ -291,11 +304,11 @@ class ConsoleLines:
 
     def finish(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         self.stop()
-        rows = [(name, before[key], after[key]) for key, name in SUMMARY.items() if key in before and key in after]
+        rows = [(name, key) for key, name in SUMMARY.items() if key in before and key in after]
         if rows:
             self.console.print(f"\n{'on the validation data':<32}{'before':>10}{'after':>10}")
-            for name, old, new in rows:
-                self.console.print(f"  {name:<30}{old:>10.3f}{new:>10.3f}")
+            for name, key in rows:
+                self.console.print(f"  {name:<30}{shown(before, key):>10}{shown(after, key):>10}")
         if self.exports:
             for part in ("base", "drafter"):
                 self.console.print(f"Hugging Face {part}: {self.output_dir / 'export' / part}")
@@ -309,12 +322,41 @@ class ConsoleLines:
         self.stop()
 
 
+# What is NaN over no targets, and only then: shares of counts, which are finite whatever the losses are.
+COUNTED = {"base_loss": "base_accuracy", "drafter_loss": "agreement_0", "drafter_ce": "agreement_0"}
+
+
+def shown(metrics: Mapping[str, float], name: str) -> str:
+    """A metric with three digits; "–" where there was nothing to measure, "nan" where the loss isn't a number."""
+    prefix, slash, metric = name.rpartition("/")
+    counted = metric if metric.startswith("accepted_length") else COUNTED.get(metric, "")
+    if name not in metrics or math.isnan(metrics.get(f"{prefix}{slash}{counted}", 0.0)):
+        return "–"
+    return f"{metrics[name]:.3f}"
+
+
+def without_targets(metrics: Mapping[str, float], prefix: str) -> str | None:
+    """What of the drafter there was nothing to measure by, in a sentence; None where all of it was measured."""
+    rounds = [name for name in metrics if re.fullmatch(rf"{prefix}agreement_\d+", name)]
+    empty = [name.rpartition("_")[2] for name in rounds if math.isnan(metrics[name])]
+    if empty and len(empty) == len(rounds):
+        return "no answer is long enough for a target of the drafter: there is nothing to measure it by (–)"
+    if empty:
+        return (
+            f"no answer is long enough for targets of the drafter's round {', '.join(empty)}: its loss is the mean "
+            "over the others, and its accepted length can't be measured (–)"
+        )
+    if math.isnan(metrics.get(f"{prefix}accepted_length_expected", 0.0)):
+        return "no row has a target of every round of the drafter: its accepted length can't be measured (–)"
+    return None
+
+
 def validation_line(step: int, metrics: Mapping[str, float]) -> str:
     """One line for a validation."""
     text = f"step {step}: validation"
-    for key, name, digits in (("base_loss", "base", 3), ("drafter_loss", "drafter", 3)):
-        if (value := metrics.get(f"val/{key}")) is not None:
-            text += f"  {name} {value:.{digits}f}"
+    for key, name in (("val/base_loss", "base"), ("val/drafter_loss", "drafter")):
+        if key in metrics:
+            text += f"  {name} {shown(metrics, key)}"
     if (value := metrics.get("val/tokens_per_forward")) is not None:
         text += f"  {value:.2f} tokens/forward"
     return text

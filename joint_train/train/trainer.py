@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from joint_train.checkpoint import Checkpointer
+from joint_train.config import Config
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
@@ -24,9 +24,17 @@ from joint_train.distributed.preemption import Preemption
 from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.pair.attention import check_backward
+from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets
 from joint_train.plan.planner import Machine, make_plan
-from joint_train.train.advice import generation_prompts, warn_of_grace, warn_of_padding, warn_of_torchrun
+from joint_train.train.advice import (
+    generation_prompts,
+    say_resumed,
+    warn_of_grace,
+    warn_of_padding,
+    warn_of_torchrun,
+    warn_of_warmup,
+)
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.optim import build_optimizer, lr_factor, update
@@ -48,7 +56,7 @@ class Trainer:
         preemption: watches for the signals that stop a run, see :func:`run`.
     """
 
-    def __init__(self, cfg: DictConfig, preemption: Preemption) -> None:
+    def __init__(self, cfg: Config, preemption: Preemption) -> None:
         self.cfg, self.preemption = cfg, preemption
         self.output_dir = Path(cfg.output_dir).absolute()
         if torch.cuda.is_available():
@@ -74,25 +82,23 @@ class Trainer:
 
         # After the pair, so that one that can't be loaded leaves no output_dir behind.
         self.checkpointer = Checkpointer(self.output_dir, cfg.checkpoint, timeout_seconds=cfg.parallel.timeout_seconds)
-        self.step, self.before, self.measured, position, bad_steps = 0, None, None, None, 0
         self.push: Push | None = None
-        self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
-        if found := self.checkpointer.resume(cfg.resume, self.model, self.optimizer, config=cfg):
+        position, bad_steps = None, 0
+        found = self.checkpointer.resume(cfg.resume, self.model, self.optimizer, config=cfg)
+        self.go_on_from(found and found[1])
+        if found:
             path, saved = found
-            self.step, self.before, self.measured = saved["step"], numbers(saved["before"]), numbers(saved["measured"])
-            position, bad_steps, self.unfinished = saved["data"], saved.get("bad_steps", 0), saved.get("unfinished")
-            if self.step >= cfg.max_steps:
-                log.warning(
-                    "%s is already at or past max_steps=%d: there is nothing left to train", path.name, cfg.max_steps
-                )
+            position, bad_steps = saved["data"], saved.get("bad_steps", 0)
+            say_resumed(cfg, path, self.step)
         self.loader = self.build_train_loader(position)
-        self.tracker = Tracker(cfg, self.rank, self.step)
+        self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None)
         machine = Machine(gpus=self.ranks)
         self.plan = make_plan(cfg, machine, self.device.type)
-        self.prompts = generation_prompts(cfg, self.plan, machine, self.device.type)
-        warn_of_grace(cfg, self.plan, machine, self.device.type)
+        self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
+        warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
-        warn_of_torchrun(cfg)
+        warn_of_torchrun(cfg.checkpoint)
+        warn_of_warmup(cfg)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -100,12 +106,20 @@ class Trainer:
         self.spikes = LossSpikes()
         self.since = Since(self.device)
 
+    def go_on_from(self, saved: dict | None) -> None:
+        """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""
+        self.step, self.before, self.measured = 0, None, None
+        self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
+        if saved:
+            self.step, self.before, self.measured = saved["step"], numbers(saved["before"]), numbers(saved["measured"])
+            self.unfinished = saved.get("unfinished")
+
     def build_train_loader(self, position: dict | None) -> BatchLoader:
         """The training data from a checkpoint's position; from their start where they aren't the checkpoint's."""
         try:
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks, position)
-        except OtherData:
-            log.warning("the data settings differ from the checkpoint's: the data start again from the beginning")
+        except OtherData as error:
+            log.warning("the data start again from the beginning: %s", error)
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks)
 
     def train(self) -> None:
@@ -195,12 +209,12 @@ class Trainer:
         weights = self.model.loss_weights(counts[:-1])
 
         self.optimizer.zero_grad()
-        sums: dict[str, Tensor] = {}
+        stats: JointStats | None = None
         for i, (inputs, targets, _) in enumerate(micro_batches):
             parallelize.set_last_micro_batch(self.model, i == len(micro_batches) - 1)
             out = self.model(**inputs, targets=targets, weights=weights)
             out.loss.backward()
-            add(sums, out.stats)
+            stats = out.stats if stats is None else stats + out.stats
         factor = lr_factor(self.step, cfg.optim, cfg.max_steps)
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
         norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter)
@@ -210,7 +224,7 @@ class Trainer:
         if not due(self.step, cfg.tracking.log_every) and self.step < cfg.max_steps:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
-        metrics = self.metrics(sums, self.loader.source_names) | self.bad_steps.read()
+        metrics = stats.reduced(dist.all_reduce).means(self.loader.source_names) | self.bad_steps.read()
         if self.bad_steps.exhausted():
             inputs = [{**b, "rows": t.rows, "labels": t.labels} for b, t, _ in micro_batches]
             inputs = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b in inputs]
@@ -256,46 +270,6 @@ class Trainer:
         counts = torch.cat([targets.counts, (documents > 0).sum()[None]])
         return inputs, targets.to(self.device, non_blocking=True), counts
 
-    def metrics(self, sums: dict[str, Tensor], sources: list[str], prefix: str = "") -> dict[str, float]:
-        """Means over all ranks of the sums that the joint loss reports; NaN where there was no target. Waits for the
-        device."""
-        flat = torch.cat([x.double().flatten() for x in sums.values()])
-        dist.all_reduce(flat)
-        parts = flat.cpu().split([x.numel() for x in sums.values()])
-        total = dict(zip(sums, parts, strict=True))
-        count = total["count"]
-        mean = {name: total[name] / count for name in ("loss", "ce", "top1")}
-        rounds, left_out = range(self.cfg.drafter.num_steps), total["left_out"][0]
-        named = {
-            "base_loss": mean["loss"][0],
-            "drafter_loss": mean["loss"][1:].mean(),
-            "drafter_ce": mean["ce"][1:].mean(),
-            "base_accuracy": mean["top1"][0],
-            "drafter_targets_left_out": left_out / (left_out + total["count"][1:].sum()).clamp(min=1),
-        }
-        for k in rounds:
-            named[f"drafter_loss_{k}"] = mean["loss"][1 + k]
-            named[f"drafter_ce_{k}"] = mean["ce"][1 + k]
-        for head in ("", "dense_") if "dense_agree" in total else ("",):
-            for k in rounds:
-                named[f"{head}agreement_{k}"] = total[f"{head}agree"][k] / count[1 + k]
-                for name in ("acceptance_argmax", "acceptance_sampled"):
-                    named[f"{head}{name}_{k}"] = total[head + name][k] / count[1 + k]
-            rows, walked = total["full_rows"][0], total[f"{head}walk_rows"][0]
-            named[f"{head}accepted_length_expected"] = 1 + total[f"{head}accepted"][0] / rows
-            named[f"{head}accepted_length_walked"] = 1 + total[f"{head}walk_accepted"][0] / walked
-        if "centroid_hit" in total:
-            for k in rounds:
-                named[f"centroid_hit_{k}"] = total["centroid_hit"][k] / count[1 + k]
-        if "group_base_ce" in total:
-            for i, source in enumerate(sources):
-                for part in ("base", "drafter"):
-                    targets = total[f"group_{part}_count"][i]
-                    if targets > 0:
-                        named[f"{source}/{part}_ce"] = total[f"group_{part}_ce"][i] / targets
-                named[f"{source}/targets"] = total["group_base_count"][i]
-        return {prefix + name: x.item() for name, x in named.items()}
-
     @torch.no_grad()
     def evaluate(self, generate: bool, progress: Callable[[], None] | None = None) -> dict[str, float]:
         """Validation losses and, with ``generate``, tokens per base forward in assisted generation.
@@ -314,16 +288,18 @@ class Trainer:
         self.model.eval()
         try:
             with torch.random.fork_rng(devices=[]):  # making an iterator draws from it
-                sums: dict[str, Tensor] = {}
+                stats: JointStats | None = None
                 for i, batch in enumerate(self.val_loader):
                     if i == cfg.eval.batches:
                         break
                     progress()
                     inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
-                    add(sums, self.model(**inputs, targets=targets).stats)
-            measured |= self.metrics(sums, self.val_loader.source_names, prefix="val/")
+                    found = self.model(**inputs, targets=targets).stats
+                    stats = found if stats is None else stats + found
+            means = stats.reduced(dist.all_reduce).means(self.val_loader.source_names)
+            measured |= {f"val/{name}": value for name, value in means.items()}
             if generate and self.prompts > 0:
-                prompts = validation_prompts(cfg, self.tokenizer, self.prompts)
+                prompts = validation_prompts(cfg.data, self.tokenizer, self.prompts)
                 accepted = accepted_length(
                     self.model.base, self.model.drafter, self.tokenizer, prompts, cfg.drafter.num_steps,
                     cfg.eval.max_new_tokens, progress,
@@ -351,6 +327,7 @@ class Trainer:
         before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before, self.measured))
         state = {"step": self.step, "before": before, "measured": measured, **self.bad_steps.read()}
         state |= {"data": loader_position(self.loader), "unfinished": self.unfinished}
+        self.tracker.sync()
         self.checkpointer.save(
             self.step, self.model, self.optimizer, state, config=self.cfg, metrics=self.measured, block=block
         )
@@ -388,7 +365,7 @@ class Interrupted(Exception):
     """A validation was given up because the run is to stop."""
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: Config) -> None:
     """A whole run on this rank, that a signal stops in good order: before anything is trained it ends at once."""
     with Preemption(cfg.checkpoint.grace_seconds, cfg.parallel.timeout_seconds) as preemption:
         with preemption.ends_at_once():
@@ -420,9 +397,3 @@ def numbers(metrics: dict[str, float | None]) -> dict[str, float]:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens at this one."""
     return every > 0 and step % every == 0
-
-
-def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    """Add the sums of another micro-batch."""
-    for name, x in more.items():
-        sums[name] = sums[name] + x if name in sums else x

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from joint_train.checkpoint import load_model
+from joint_train.config import Config
 from joint_train.distributed.lora import adapted, adapters, assign, gathered, inject, peft_config_of
 from joint_train.distributed.parallelize import DTYPES, text_model
 from joint_train.distributed.ranks import together
@@ -79,7 +79,7 @@ def load_adapter(base: nn.Module, folder: str | os.PathLike) -> None:
         assign(parameter, found[key_of(name)])
 
 
-def fill_from_checkpoint(base: PreTrainedModel, cfg: DictConfig, checkpoint: Path, source: Path) -> None:
+def fill_from_checkpoint(base: PreTrainedModel, cfg: Config, checkpoint: Path, source: Path) -> None:
     """Give a base on the meta device the adapters of a run's checkpoint, filled, on the CPU.
 
     Args:

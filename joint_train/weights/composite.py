@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -9,12 +10,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from joint_train import checkpoint
-from joint_train.config import Config
+from joint_train.config import (
+    ActivationCheckpointingConfig,
+    Config,
+    DrafterConfig,
+    FreezeConfig,
+    LossConfig,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    group_of,
+)
 from joint_train.distributed.lora import adapted, initialise, inject, peft_config_of
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
@@ -61,10 +71,10 @@ class Gemma4WithDrafter(JointModel):
         peft_config: Any = None,
         device_mesh: DeviceMesh | None = None,
         moe_mesh: Any = None,
-        distributed_config: DictConfig | dict | None = None,
+        distributed_config: ParallelConfig | dict | None = None,
         pipeline_config: Any = None,
         distributed_setup: Any = None,
-        freeze_config: DictConfig | dict | None = None,
+        freeze_config: FreezeConfig | dict | None = None,
         cache_dir: str | None = None,
         revision: str | None = None,
         drafter_revision: str | None = None,
@@ -72,7 +82,7 @@ class Gemma4WithDrafter(JointModel):
         rope_position: str = "last_kv",
         base_grad_scale: float = 1.0,
         prompt_rows: bool | None = None,
-        loss: DictConfig | dict | None = None,
+        loss: LossConfig | dict | None = None,
         **kwargs: Any,
     ) -> Gemma4WithDrafter:
         """Load a base and its drafter, sharded over a mesh if there is one.
@@ -91,10 +101,11 @@ class Gemma4WithDrafter(JointModel):
             text_config: overrides of the base's text configuration.
             device_mesh: from :func:`joint_train.distributed.mesh.init_mesh`, shared by both; ``None``: whole, on the
                 CPU.
-            distributed_config: the ``parallel`` configuration group.
+            distributed_config: the ``parallel`` configuration group, or a dictionary of its keys.
             distributed_setup: an object with ``pp_size`` and ``cp_size`` (itself or its ``mesh_context``), which must
                 be 1; its ``device_mesh`` is used if no other is given.
-            freeze_config: the ``freeze`` configuration group, for the base; the drafter is trained whole.
+            freeze_config: the ``freeze`` configuration group, or a dictionary of its keys, for the base; the drafter is
+                trained whole.
             cache_dir, revision, drafter_revision: of the hub.
             use_sdpa_patching: ``None`` or ``False``: nothing is patched here.
             peft_config: a ``LoraConfig`` of the peft library: the base is frozen, and adapters on linear layers of its
@@ -143,38 +154,35 @@ class Gemma4WithDrafter(JointModel):
         if base_path is None or drafter_path is None:
             raise ValueError("from_pretrained needs base_path (or pretrained_model_name_or_path) and drafter_path.")
 
-        cfg = OmegaConf.structured(Config)
-        given = {
-            "model": {
-                "base": str(base_path),
-                "drafter": str(drafter_path),
-                "attn_implementation": attn_implementation,
-                "use_liger_kernel": use_liger_kernel,
-                "text_config": text_config,
-                "cache_dir": cache_dir,
-                "revision": revision,
-                "drafter_revision": drafter_revision,
-            },
-            "drafter": {
-                "num_steps": drafter_num_steps,
-                "pairing": pairing,
-                "rope_position": rope_position,
-                "base_grad_scale": base_grad_scale,
-                "prompt_rows": prompt_rows,
-                "loss_weight": drafter_loss_weight,
-                "share_embedding_with_base": share_embedding_with_base,
-            },
-            "freeze": {**(freeze_config or {}), "base": freeze_base_for_drafter},
-            "parallel": distributed_config or {},
-            "precision": {"params": None if torch_dtype is None else "bfloat16"},
-            "activation_checkpointing": {
-                "base": "full" if base_activation_checkpointing else "none",
-                "drafter": "full" if drafter_activation_checkpointing else "none",
-            },
-            "loss": loss or {},
-        }
-        for group, values in given.items():
-            OmegaConf.update(cfg, group, {name: value for name, value in values.items() if value is not None})
+        cfg = Config(
+            model=ModelConfig(
+                base=str(base_path),
+                drafter=str(drafter_path),
+                attn_implementation=attn_implementation or "auto",
+                use_liger_kernel=bool(use_liger_kernel),
+                text_config=text_config or {},
+                cache_dir=cache_dir,
+                revision=revision,
+                drafter_revision=drafter_revision,
+            ),
+            drafter=DrafterConfig(
+                num_steps=drafter_num_steps,
+                pairing=pairing,
+                rope_position=rope_position,
+                base_grad_scale=base_grad_scale,
+                prompt_rows=prompt_rows,
+                loss_weight=drafter_loss_weight,
+                share_embedding_with_base=share_embedding_with_base,
+            ),
+            freeze=dataclasses.replace(group_of(FreezeConfig, freeze_config), base=freeze_base_for_drafter),
+            parallel=group_of(ParallelConfig, distributed_config),
+            precision=PrecisionConfig(params="float32" if torch_dtype is None else "bfloat16"),
+            activation_checkpointing=ActivationCheckpointingConfig(
+                base="full" if base_activation_checkpointing else "none",
+                drafter="full" if drafter_activation_checkpointing else "none",
+            ),
+            loss=group_of(LossConfig, loss),
+        )
         return load_pair(
             cfg, device_mesh, device_mesh.device_type if device_mesh is not None else "cpu", kwargs, peft_config
         )
@@ -253,7 +261,7 @@ class Gemma4WithDrafter(JointModel):
 
 
 def load_pair(
-    cfg: DictConfig,
+    cfg: Config,
     mesh: DeviceMesh | None,
     device: torch.device | str,
     hub: dict[str, Any] | None = None,
@@ -272,8 +280,7 @@ def load_pair(
     m = cfg.model
     base_dir = resolve(m.base, m.revision, m.cache_dir, hub)
     drafter_dir = resolve(m.drafter, m.drafter_revision, m.cache_dir, hub)
-    text_config = OmegaConf.to_container(m.text_config, resolve=True)
-    configs = read_configs(base_dir, drafter_dir, text_config=text_config)
+    configs = read_configs(base_dir, drafter_dir, text_config=m.text_config)
     device = torch.device(device)
     model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params], device.type, peft_config)
     text = model.base.config.get_text_config()
@@ -296,7 +303,7 @@ def load_pair(
 
 
 def meta_pair(
-    cfg: DictConfig,
+    cfg: Config,
     base_config: PreTrainedConfig,
     drafter_config: PreTrainedConfig,
     dtype: torch.dtype,

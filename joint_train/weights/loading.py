@@ -23,7 +23,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -33,6 +32,7 @@ from joint_train.distributed.lora import folder_tensors
 from joint_train.distributed.ranks import together
 from joint_train.distributed.replicas import Replicas
 from joint_train.errors import WeightsError
+from joint_train.torch_private import local_shape_and_offset
 from joint_train.weights.folders import BASES, DRAFTERS, read_config, resolve
 
 READ_BYTES = 64 * 2**20
@@ -257,7 +257,7 @@ def _read_slice(weights: Any, key: str, target: Tensor) -> None:
     """Copy this rank's part of a stored tensor into `target`, converting its dtype."""
     view = weights.get_slice(key)
     if isinstance(target, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+        shape, offset = local_shape_and_offset(target.shape, target.device_mesh, target.placements)
         target = target.to_local()
     else:
         shape, offset = tuple(target.shape), (0,) * target.dim()

@@ -50,7 +50,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, uninterrupted, background):
-    overrides = {"checkpoint.async": background}
+    overrides = {"checkpoint.background": background}
     run_ranks(train, 2, tmp_path, overrides, 4)
     resumed = run_ranks(train, 2, tmp_path, overrides, 6)
     for (losses, end), (losses_resumed, end_resumed) in zip(uninterrupted, resumed, strict=True):
@@ -393,7 +393,7 @@ def slow_writes(monkeypatch):
 
 def test_training_goes_on_and_the_copy_is_of_the_step(tmp_path, slow_writes):
     go, _ = slow_writes
-    cfg, checkpointer = open_run(tmp_path, checkpoint__async=True)
+    cfg, checkpointer = open_run(tmp_path, checkpoint__background=True)
     model, optimizer = build(cfg)
     train_step(model, optimizer)
     saved = everything(model, optimizer)
@@ -416,7 +416,7 @@ def test_training_goes_on_and_the_copy_is_of_the_step(tmp_path, slow_writes):
 def test_a_failure_in_the_background_is_loud(tmp_path, slow_writes, where):
     go, actions = slow_writes
     actions.append(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    cfg, checkpointer = open_run(tmp_path, checkpoint__async=True)
+    cfg, checkpointer = open_run(tmp_path, checkpoint__background=True)
     model, optimizer = build(cfg)
 
     def save(step):
@@ -432,14 +432,14 @@ def test_a_failure_in_the_background_is_loud(tmp_path, slow_writes, where):
     checkpointer.close()
     assert list(checkpointer.folder.iterdir()) == []
     actions.clear()
-    checkpointer = open_run(tmp_path, checkpoint__async=True)[1]
+    checkpointer = open_run(tmp_path, checkpoint__background=True)[1]
     save(1)
     checkpointer.close()
     layout.verify(checkpointer.folder / "step_00000001")
 
 
 def test_a_save_that_never_ends_is_given_up(tmp_path, slow_writes):
-    cfg = config({"checkpoint.async": True})
+    cfg = config({"checkpoint.background": True})
     checkpointer = Checkpointer(tmp_path, cfg.checkpoint, timeout_seconds=1)
     model, optimizer = build(cfg)
     checkpointer.save(1, model, optimizer, {"step": 1}, config=cfg)
@@ -522,7 +522,7 @@ def sockets(rank, folder, background):
 
     torch.distributed.barrier()
     before = count()
-    cfg = config({"checkpoint.async": background})
+    cfg = config({"checkpoint.background": background})
     init_mesh(cfg.parallel)
     checkpointer = Checkpointer(folder, cfg.checkpoint, timeout_seconds=TIMEOUT)
     with Preemption(60, TIMEOUT) as preemption:

@@ -14,7 +14,7 @@ DISK_SECONDS = 0.4  # that a part of a checkpoint takes longer
 
 def save_every_step(rank, folder, background: bool):
     """Train and save each step; for each save, up to which step the run had come when its last part was written."""
-    cfg = config({"checkpoint.async": background, "checkpoint.every": 1, "checkpoint.keep_last": 0})
+    cfg = config({"checkpoint.background": background, "checkpoint.every": 1, "checkpoint.keep_last": 0})
     seed_all(rank)
     model, optimizer = build(cfg)
     trained, written, write = 0, [], state.save_tensors

@@ -53,7 +53,7 @@ def run_rank(function, rank, ranks, scratch, *args):
 
 def save_twice(rank, folder, background, before_second=None, timeout=30):
     """Save step 1, which works, then step 2; returns the error of the second, in either way of saving."""
-    cfg = config({"checkpoint.async": background})
+    cfg = config({"checkpoint.background": background})
     model, optimizer = build_stand_in()
     checkpointer = Checkpointer(folder, cfg.checkpoint, timeout_seconds=timeout)
     checkpointer.save(1, model, optimizer, {"step": 1}, config=cfg)

@@ -1,9 +1,11 @@
 """Signals: every rank stops at the same step, saves within its time, and the exit code says so."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +15,8 @@ import torch.distributed as dist
 from ranks import CONTEXT, run_ranks
 from torch.utils.data import DataLoader
 
-from joint_train.distributed.preemption import OVERRUN, PREEMPTED, Preemption, leave_process_group
+from joint_train.command import INTERRUPTED, OVERRUN, PREEMPTED, end_with_parent
+from joint_train.distributed.preemption import Preemption, stand_apart
 
 
 def stop_step(rank, number, signalled):
@@ -26,7 +29,7 @@ def stop_step(rank, number, signalled):
             time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("signalled", [[1], [0, 1, 2]], ids=["one", "all"])
 def test_all_ranks_stop_at_the_step_of_the_signal(number, signalled):
     assert run_ranks(stop_step, 3, number, signalled) == [3, 3, 3]
@@ -101,6 +104,31 @@ def test_the_countdown_runs_while_the_main_thread_is_stuck(tmp_path):
     assert code == OVERRUN and "not saved" in said
 
 
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    signals = [(0, signal.SIGINT), (0.5, signal.SIGINT)]
+    code, said, _ = ends(save_and_exit, tmp_path, 60, 1000, False, False, signals=signals)
+    assert code == INTERRUPTED and not (tmp_path / "saved").exists()
+    assert "Ctrl-C again ends at once" in said and "interrupted again" in said
+
+
+def test_a_first_ctrl_c_after_another_signal_does_not_end_the_save(tmp_path):
+    signals = [(0, signal.SIGTERM), (0.2, signal.SIGHUP), (0.2, signal.SIGINT)]
+    code, said, _ = ends(save_and_exit, tmp_path, 60, 1.5, False, False, signals=signals)
+    assert code == PREEMPTED and (tmp_path / "saved").exists(), said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_the_shell_ignores_stays_ignored(number):
+    """``nohup``, and a job that a script started in the background."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Preemption(60) as preemption:
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_IGN and not preemption.should_stop()
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_hang_after_the_save_is_no_failure(tmp_path):
     code, said, _ = ends(save_and_exit, tmp_path, 2, 0, False, True, signals=[(0, signal.SIGTERM)])
     assert code == PREEMPTED and "not saved" not in said
@@ -140,7 +168,7 @@ def load_data(folder):
     with Preemption(60) as preemption:
         seen = []
         loader = DataLoader(
-            Slow(), batch_size=None, num_workers=2, worker_init_fn=leave_process_group, multiprocessing_context="fork"
+            Slow(), batch_size=None, num_workers=2, worker_init_fn=stand_apart, multiprocessing_context="fork"
         )
         for item in loader:
             seen.append(int(item))
@@ -153,6 +181,137 @@ def load_data(folder):
 def test_loader_processes_outlive_a_signal_to_the_group(tmp_path):
     code, said, _ = ends(load_data, tmp_path)
     assert code == PREEMPTED, said
+
+
+def leave_with_busy_workers(folder, workers):
+    from joint_train.__main__ import leave
+
+    with pytest.raises(SystemExit) as end, Preemption(60) as preemption:
+        context = "fork" if workers else None
+        loader = DataLoader(Slow(), batch_size=None, num_workers=workers, multiprocessing_context=context)
+        batches = iter(loader)
+        next(batches)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not preemption.should_stop():
+            pass
+        preemption.exit()
+    os.kill(os.getpid(), signal.SIGTERM)  # torchrun has seen another rank end
+    leave(end.value.code)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_the_exit_code_is_true_with_any_number_of_loader_workers(tmp_path, workers):
+    for _ in range(3):
+        code, said, _ = ends(leave_with_busy_workers, tmp_path, workers)
+        assert code == PREEMPTED and "Traceback" not in said, said
+
+
+def signalled_while_forking(folder):
+    os.setpgid(0, 0)
+    done = threading.Event()
+
+    def signals():
+        while not done.is_set():
+            os.killpg(0, signal.SIGTERM)  # as torchrun does
+
+    with Preemption(60):
+        threading.Thread(target=signals).start()
+        statuses = []
+        for _ in range(100):
+            if not (pid := os.fork()):
+                time.sleep(0.001)
+                os._exit(0)
+            statuses.append(os.waitpid(pid, 0)[1])
+        done.set()
+        os._exit(len([status for status in statuses if status]))
+
+
+def test_a_signal_to_the_group_does_not_kill_a_loader_process_that_is_just_being_forked(tmp_path):
+    code, said, _ = ends(signalled_while_forking, tmp_path, timeout=60)
+    assert code == 0, said
+
+
+class Endless(torch.utils.data.Dataset):
+    """A batch that takes for ever: its worker doesn't look whether the rank is still there."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        (self.folder / f"worker-{os.getpid()}").touch()
+        time.sleep(1000)
+
+
+def busy_workers(folder, hooked):
+    """With the hook that a run has, or only with the function that the loader is given."""
+    with Preemption(60) if hooked else contextlib.nullcontext():
+        init = None if hooked else stand_apart
+        loader = DataLoader(
+            Endless(folder), batch_size=None, num_workers=2, worker_init_fn=init, multiprocessing_context="fork"
+        )
+        next(iter(loader))
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def soon(condition, seconds: float = 60) -> bool:
+    """Whether it comes true; a machine may be busy, so only what never comes fails."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+@pytest.mark.parametrize("hooked", [True, False])
+def test_loader_processes_end_with_their_rank_however_it_ends(tmp_path, hooked):
+    rank = CONTEXT.Process(target=busy_workers, args=(tmp_path, hooked))
+    rank.start()
+    assert soon(lambda: len(list(tmp_path.glob("worker-*"))) == 2)
+    workers = [int(file.name.partition("-")[2]) for file in tmp_path.glob("worker-*")]
+    try:
+        assert not any(map(gone, workers))
+        rank.kill()
+        assert soon(lambda: all(map(gone, workers)), 20)
+    finally:
+        for worker in workers:
+            if not gone(worker):
+                os.kill(worker, signal.SIGKILL)
+
+
+def orphan(folder, before: bool):
+    """A process whose parent ends before or after it asks to end with it."""
+    ours, theirs = os.pipe()
+    parent = os.getpid()
+    if not (pid := os.fork()):
+        if before:
+            os.read(ours, 1)
+            while os.getppid() == parent:
+                time.sleep(0.01)
+        end_with_parent(parent=parent)
+        if not before:
+            (folder / "asked").touch()
+        time.sleep(1000)
+    (folder / "pid").write_text(str(pid))
+    while not before and not (folder / "asked").exists():
+        time.sleep(0.01)
+    os.write(theirs, b".")
+    os._exit(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+@pytest.mark.parametrize("before", [True, False])
+def test_a_parent_that_is_gone_already_counts_as_well(tmp_path, before):
+    code, _, _ = ends(orphan, tmp_path, before)
+    assert code == 0 and soon(lambda: gone(int((tmp_path / "pid").read_text())), 20)
 
 
 WORKER = """

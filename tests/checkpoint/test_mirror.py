@@ -282,7 +282,7 @@ def test_rotation_spares_what_is_uploaded_and_the_end_waits_a_bounded_time(tmp_p
 
 def on_two_machines(rank, folder, url):
     """The uninterrupted run, one that ends early, and one on a machine that has nothing but the mirror."""
-    settings = {"checkpoint.mirror": url, "checkpoint.async": True}
+    settings = {"checkpoint.mirror": url, "checkpoint.background": True}
     whole = train(rank, folder / "whole", {}, 4)
     train(rank, folder / "first", settings, 2)
     return whole, train(rank, folder / "fresh", settings, 4)

@@ -79,7 +79,7 @@ def forked(function) -> int:
 
 
 def open_run(folder, background=False):
-    cfg = config({"checkpoint.async": background, "checkpoint.keep_last": 1})
+    cfg = config({"checkpoint.background": background, "checkpoint.keep_last": 1})
     return cfg, Checkpointer(folder, cfg.checkpoint, timeout_seconds=30, lock_wait_seconds=0)
 
 
@@ -272,7 +272,7 @@ def torture(starter_dir, folder, kills, seed) -> None:
     while killed < kills:
         background = chance.choice(["true", "false"])
         job = Job(
-            folder, f"pair={starter_dir}", f"output_dir={run}", f"checkpoint.async={background}", "max_steps=9999"
+            folder, f"pair={starter_dir}", f"output_dir={run}", f"checkpoint.background={background}", "max_steps=9999"
         )
         moment = list(MOMENTS)[killed % len(MOMENTS)]
         found = wait_for(moment, checkpoints, job, chance.randint(1, 3))
@@ -289,7 +289,7 @@ def torture(starter_dir, folder, kills, seed) -> None:
         reached = newest
     assert reached > 0
 
-    job = Job(folder, f"pair={starter_dir}", f"output_dir={run}", "checkpoint.async=true", "max_steps=9999")
+    job = Job(folder, f"pair={starter_dir}", f"output_dir={run}", "checkpoint.background=true", "max_steps=9999")
     assert wait_for("renamed", checkpoints, job, 2)
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
         os.kill(job.processes[1].pid, number)

@@ -2,13 +2,15 @@
 
 import collections
 import itertools
+import json
 
 import numpy as np
 import pytest
 import torch
 from data_helpers import chat, make_config, make_tokenizer, numbered, write_jsonl
 
-from joint_train.data import DataError, build_loader, loader_position
+from joint_train.config import SourceConfig
+from joint_train.data import DataError, build_loader, cache, loader_position
 from joint_train.data.order import hash64, permutation
 from joint_train.data.packing import best_fit
 
@@ -157,21 +159,47 @@ def test_the_loaders_own_state_resumes_it_too(tmp_path, tokenizer):
     assert loader_position(again) == loader_position(loader)
 
 
-@pytest.mark.parametrize("change", ["seed", "content", "weight", "train_on", "packing", "max_length", "shuffle"])
-def test_a_position_of_other_data_is_refused(tmp_path, tokenizer, change):
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ("seed", "other data: seed was 0 and is now 1. To"),
+        ("content", "other data: the files of source 'a' have other contents, or its format"),
+        ("weight", "other data: the weight of source 'a' was 1 and is now 2. To"),
+        ("train_on", "other data: data.train_on was assistant and is now all. To"),
+        ("packing", "other data: data.packing was True and is now False. To"),
+        ("max_length", "other data: data.max_length was 64 and is now 128. To"),
+        ("shuffle", "other data: data.shuffle was True and is now False. To"),
+        ("name", "other data: source 'a' is gone; source 'b' is new. To"),
+        ("template", "other data: the tokenizer, its chat template or its image processor is another one. To"),
+        ("version", f"other data: the version of tokenised data was {cache.VERSION} and is"),
+        ("old", "a checkpoint of this age doesn't say"),
+    ],
+)
+def test_a_position_of_other_data_is_refused_with_the_reason(tmp_path, change, why, monkeypatch):
+    tokenizer = make_tokenizer()
     cfg = make_config(tmp_path, [{"path": write_jsonl(tmp_path / "a.jsonl", numbered(20))}])
     position = loader_position(build_loader(cfg, tokenizer, "train", 0, 1))
     build_loader(cfg, tokenizer, "train", 0, 1, position=position)
-    if change == "seed":
+    if change in ("seed", "old"):
         cfg.seed = 1
-    elif change == "content":
+        if change == "old":
+            del position["made_of"]
+    elif change in ("content", "name"):
         write_jsonl(tmp_path / "a.jsonl", numbered(21))
+        if change == "name":
+            cfg.data.train[0].path = write_jsonl(tmp_path / "b.jsonl", numbered(21))
     elif change == "weight":
         cfg.data.train[0].weight = 2.0
+    elif change == "template":
+        tokenizer.chat_template += " "
+    elif change == "version":
+        monkeypatch.setattr("joint_train.data.cache.VERSION", cache.VERSION + 1)
     else:
-        cfg.data[change] = {"train_on": "all", "packing": False, "max_length": 128, "shuffle": False}[change]
-    with pytest.raises(DataError, match="belongs to other data"):
-        build_loader(cfg, tokenizer, "train", 0, 1, position=position)
+        others = {"train_on": "all", "packing": False, "max_length": 128, "shuffle": False}
+        setattr(cfg.data, change, others[change])
+    with pytest.raises(DataError) as refusal:
+        build_loader(cfg, tokenizer, "train", 0, 1, position=json.loads(json.dumps(position)))
+    assert why in str(refusal.value)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -295,6 +323,7 @@ def test_train_on(tmp_path, tokenizer):
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, tokenizer, change, message):
     cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", numbered(3))])
-    cfg.merge_with({"data": change})
+    for key, value in change.items():
+        setattr(cfg.data, key, [SourceConfig(**source) for source in value] if key == "train" else value)
     with pytest.raises(DataError, match=message.replace("[", r"\[").replace("*", r"\*")):
         build_loader(cfg, tokenizer, "train", 0, 1)

@@ -15,7 +15,6 @@ import pytest
 from data_helpers import chat, make_config, make_tokenizer, numbered, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from joint_train.config import SourceConfig
 from joint_train.data import DataError, build_loader, cache, tokenise
@@ -28,7 +27,7 @@ TOKENIZER = make_tokenizer()
 
 
 def source(**options):
-    return OmegaConf.structured(SourceConfig(**{"path": "x.jsonl", **options}))
+    return SourceConfig(**{"path": "x.jsonl", **options})
 
 
 def parsed(data, **options):
@@ -377,7 +376,7 @@ def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, monkeypatch, change)
     else:
         options = {"enable_thinking": True}
         values = {"format": "messages", "limit": 2, "columns": {"messages": "chat"}, "chat_template_kwargs": options}
-        spec[change] = values[change]
+        setattr(spec, change, values[change])
     after = cache.cache_key(spec, data, tokenizer)
     assert after != before
     path.rename(tmp_path / "moved.jsonl")

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from data_helpers import chat, make_config, make_tokenizer, numbered, write_jsonl
-from omegaconf import OmegaConf
 from pairs import build_pair
 from rich.console import Console
 
@@ -151,7 +150,7 @@ def test_context_stays_context(base, tmp_path, monkeypatch):
     regenerate([example], base, TOKENIZER, tmp_path / "out.jsonl")
     (made,) = read(tmp_path / "out.jsonl")
     assert made["chat_template_kwargs"] == {"style": "short", "enable_thinking": True}
-    source = OmegaConf.structured(SourceConfig(path="out.jsonl"))
+    source = SourceConfig(path="out.jsonl")
     again = parse(Record("out.jsonl", 1, json.dumps(made).encode()), source)
     assert again["messages"] == chat("a", "b", "c", "e")["messages"] and again["context"] == [1]
 

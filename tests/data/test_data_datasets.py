@@ -183,9 +183,7 @@ def test_a_stream_has_no_epoch(tmp_path, stream, split, options):
 
 
 def test_the_stream_itself_is_what_the_blocks_hold(tmp_path, stream):
-    from omegaconf import OmegaConf
-
     from joint_train.config import SourceConfig
 
-    rows = list(open_dataset(OmegaConf.structured(SourceConfig(**stream))))
+    rows = list(open_dataset(SourceConfig(**stream)))
     assert [row["messages"] for row in rows] == [example["messages"] for example in numbered(100)]

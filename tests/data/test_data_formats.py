@@ -7,7 +7,6 @@ import lzma
 
 import pytest
 from data_helpers import chat, make_config, make_tokenizer, write_jsonl
-from omegaconf import OmegaConf
 
 from joint_train.config import SourceConfig
 from joint_train.data import DataError, build_loader
@@ -18,7 +17,7 @@ from joint_train.data.sources import parse
 
 def understood(row: dict, **options) -> dict:
     """A row of JSON as an example."""
-    source = OmegaConf.structured(SourceConfig(path="x.jsonl", **options))
+    source = SourceConfig(path="x.jsonl", **options)
     return parse(Record("x.jsonl", 1, json.dumps(row).encode()), source)
 
 
@@ -212,7 +211,7 @@ def test_nulls_that_arrow_fills_in_are_dropped_and_those_in_a_string_kept(tmp_pa
     ]
     tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     datasets.Dataset.from_list([{**row, "tools": tools} for row in rows]).to_parquet(tmp_path / "a.parquet")
-    source = OmegaConf.structured(SourceConfig(path=str(tmp_path / "a.parquet")))
+    source = SourceConfig(path=str(tmp_path / "a.parquet"))
     first, second = (parse(record, source) for record in read_records(source, 1 << 20))
     assert first["messages"] == rows[0]["messages"] and second["messages"] == QA
     (tool,) = first["tools"]
@@ -300,7 +299,7 @@ LIST = {
 def test_json_of_any_layout(tmp_path, monkeypatch, form, block):
     monkeypatch.setattr("joint_train.data.json_files.BLOCK", block)
     (tmp_path / "a.json").write_text(LIST[form], encoding="utf-8")
-    source = OmegaConf.structured(SourceConfig(path=str(tmp_path / "a.json")))
+    source = SourceConfig(path=str(tmp_path / "a.json"))
     records = list(read_records(source, 1 << 20))
     assert [parse(record, source) for record in records] == EXAMPLES
     lines = LIST[form].split("\n")
@@ -324,7 +323,7 @@ def test_json_that_is_broken_is_named_and_the_rest_kept(tmp_path, monkeypatch, c
     monkeypatch.setattr("joint_train.data.json_files.BLOCK", block)
     text, messages = BROKEN[case]
     (tmp_path / "a.json").write_text(text)
-    source = OmegaConf.structured(SourceConfig(path=str(tmp_path / "a.json")))
+    source = SourceConfig(path=str(tmp_path / "a.json"))
     outcomes = []
     for record in read_records(source, 60):
         try:
@@ -338,7 +337,7 @@ def test_json_that_is_broken_is_named_and_the_rest_kept(tmp_path, monkeypatch, c
 
 
 def rows_of(path, **options) -> list:
-    source = OmegaConf.structured(SourceConfig(path=str(path), **options))
+    source = SourceConfig(path=str(path), **options)
     return [parse(record, source) for record in read_records(source, 1 << 20)]
 
 

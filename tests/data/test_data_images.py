@@ -233,7 +233,7 @@ def test_the_pair_trains_on_packed_images_as_on_unpacked_ones(tmp_path, tokenize
         model.zero_grad()
         out = model(**batch, weights=torch.ones(3))
         out.loss.backward()
-        sums.append((out.stats["loss"], {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        sums.append((out.stats.loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
     torch.testing.assert_close(sums[0][0], sums[1][0], rtol=1e-5, atol=1e-5)
     assert any("vision_tower" in name for name in sums[0][1])
     for name, gradient in sums[0][1].items():

@@ -34,7 +34,7 @@ def losses_and_gradients(model, inputs):
     model.zero_grad()
     out = model(**inputs, weights=torch.tensor([1.0, 0.7, 0.5, 0.3]))
     out.loss.backward()
-    return out.stats, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return out.stats.named(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("pairing", ["serving", "same_token"])
@@ -65,7 +65,7 @@ def test_without_document_ids_the_losses_differ():
     packed = batch([assemble([docs[i] for i in row], LENGTH) for row in best_fit([len(d[0]) for d in docs], LENGTH)])
     mixed = {**packed, "document_ids": (packed["document_ids"] > 0).long()}
     with torch.no_grad():
-        right, wrong = (model(**inputs, weights=torch.ones(1 + K)).stats["loss"] for inputs in (packed, mixed))
+        right, wrong = (model(**inputs, weights=torch.ones(1 + K)).stats.loss for inputs in (packed, mixed))
     assert ((right - wrong).abs() > 1e-2 * right.abs()).all()
 
 

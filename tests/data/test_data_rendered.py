@@ -8,7 +8,6 @@ import pytest
 from data_helpers import TURNS, chat, make_config, make_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from test_data_masks import GEMMA4, LLAMA3, MISTRAL, QWEN3, TEMPLATES, runs_of, unmarked
 
 from joint_train.config import SourceConfig
@@ -36,7 +35,7 @@ def calling(content="", **call) -> dict:
 
 
 def documents(row: dict, tokenizer=GEMMA, counts: Counter | None = None, **options) -> list:
-    source = OmegaConf.structured(SourceConfig(path="x.jsonl", **options))
+    source = SourceConfig(path="x.jsonl", **options)
     record = Record("x.jsonl", 1, json.dumps(row).encode())
     return [document for document, _ in encode_record(record, source, tokenizer, counts)]
 

@@ -1,24 +1,26 @@
 """LoRA on the base: against low-rank terms beside plain layers, on two ranks and in one process."""
 
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import peft
 import pytest
 import torch
-from omegaconf import OmegaConf
 from pairs import build_pair, make_pair
 from ranks import run_ranks
 from test_compile import compile_with_eager_kernels
 from test_parallel import K, all_counts, batch, config, full, step, updates
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from joint_train import Gemma4WithDrafter
-from joint_train.config import load, validate
-from joint_train.distributed.lora import adapters, inject, peft_config_of
+from joint_train.config import load, validate, with_overrides
+from joint_train.distributed.lora import adapters, added, inject, merged, peft_config_of
 from joint_train.distributed.mesh import data_rank, init_mesh
 from joint_train.distributed.parallelize import prepare, text_model
+from joint_train.distributed.placement import shard_dim, sharded_like
 from joint_train.errors import ConfigError
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import read_config
@@ -71,10 +73,8 @@ def plain_pair(shape: str, cfg) -> Gemma4WithDrafter:
     model = Gemma4WithDrafter(
         base, drafter, drafter_num_steps=K, base_grad_scale=cfg.drafter.base_grad_scale, loss=cfg.loss
     )
-    cfg = OmegaConf.merge(
-        cfg, {"activation_checkpointing": {"base": "none", "drafter": "none"}, "parallel": {"compile": False}}
-    )
-    prepare(model, cfg)
+    off = {"activation_checkpointing.base": "none", "activation_checkpointing.drafter": "none"}
+    prepare(model, with_overrides(cfg, off | {"parallel.compile": False}))
     return model.train()
 
 
@@ -218,10 +218,8 @@ def test_adapters_that_cannot_work_are_refused(tmp_path, wrong, said):
 def test_a_configuration_that_cannot_work_is_refused(wrong, said):
     cfg = load(["+experiment=starter", "pair=/nowhere", "lora.r=8"])
     assert peft_config_of(cfg.lora).r == 8
-    for name, value in wrong.items():
-        OmegaConf.update(cfg, name, value)
     with pytest.raises(ConfigError, match=said):
-        validate(cfg)
+        validate(with_overrides(cfg, wrong))
 
 
 def test_adapters_without_peft_are_refused(monkeypatch):
@@ -229,3 +227,33 @@ def test_adapters_without_peft_are_refused(monkeypatch):
     monkeypatch.setattr("joint_train.config.checks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"lora.r=8 needs the peft package: pip install 'joint-train\[lora\]'"):
         validate(cfg)
+
+
+def of_column_shards(rank: int) -> tuple[Tensor, Tensor]:
+    """What adapters add to a weight that is cut by its columns, and the two together; whole."""
+    mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("dp_shard",))
+    weight, a, b = column_values()
+    assert shard_dim(weight.shape, 3) == 1  # 4 rows over 3 ranks would be padded to 6
+
+    def cut(x: Tensor, dim: int) -> SimpleNamespace:
+        return SimpleNamespace(weight=distribute_tensor(x, mesh, [Shard(dim)]))
+
+    module = SimpleNamespace(
+        base_layer=cut(weight, 1),
+        lora_A={"default": cut(a, 0)},
+        lora_B={"default": cut(b, 0)},
+        scaling={"default": 0.5},
+    )
+    return sharded_like(added(module), module.base_layer.weight).full_tensor(), merged(module).full_tensor()
+
+
+def column_values() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape, generator=generator) for shape in ((4, 6), (2, 6), (4, 2)))
+
+
+def test_adapters_are_merged_into_column_shards():
+    weight, a, b = column_values()
+    for change, sum_of_both in run_ranks(of_column_shards, 3):
+        torch.testing.assert_close(change, 0.5 * b @ a)
+        torch.testing.assert_close(sum_of_both, weight + 0.5 * b @ a)

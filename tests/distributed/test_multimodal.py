@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from configs import compose
 from pairs import MM_TOKENS, build_pair
 from ranks import run_ranks
 from torch.distributed.fsdp import FSDPModule
 from versions import trains_towers
 
-from joint_train.config import Config
 from joint_train.distributed.mesh import init_mesh
 from joint_train.distributed.parallelize import parallelize, prepare
 from joint_train.errors import ConfigError
 from joint_train.pair.targets import joint_targets
 from joint_train.pair.visibility import attention_masks
+from joint_train.train.optim import build_optimizer, update
 from joint_train.weights.composite import Gemma4WithDrafter
 
 K, LENGTH, SOFT_TOKENS, PATCH = 2, 20, 4, 4
@@ -56,7 +56,7 @@ def text() -> dict[str, torch.Tensor]:
 
 
 def build(shape: str, towers_frozen: bool, compute: str = "float32", dtype: torch.dtype = torch.float32):
-    cfg = OmegaConf.structured(Config)
+    cfg = compose()
     cfg.freeze.towers = towers_frozen
     cfg.precision.compute = compute
     base, drafter = build_pair(shape, dtype=dtype)
@@ -163,3 +163,31 @@ def refusal(rank: int) -> list[str]:
 def test_trained_towers_are_refused_by_name_before_torch_2_13():
     ((frozen, trained),) = run_ranks(refusal, 1)
     assert frozen == "" and "freeze.towers=false needs torch 2.13" in trained
+
+
+def towers_after_steps(rank: int, name: str) -> list[dict[str, bool]]:
+    """Whether each weight moved, in a step of text, one with an image on rank 0 and one of text again."""
+    model, cfg = build("multimodal", False)
+    cfg.optim.name, cfg.optim.weight_decay, cfg.optim.lr = name, 0.1, 1e-2
+    parallelize(model, init_mesh(cfg.parallel), cfg)
+    optimizer, found = build_optimizer(model, cfg.optim), []
+    for images in (False, True, False):
+        optimizer.zero_grad()
+        before = {n: p.detach().full_tensor().clone() for n, p in model.named_parameters() if p.requires_grad}
+        backward(model, images_and_text() if images and rank == 0 else text())
+        update(optimizer, model, 1.0, 1.0)
+        after = {n: p.detach().full_tensor() for n, p in model.named_parameters() if p.requires_grad}
+        found.append({n: not torch.equal(x, after[n]) for n, x in before.items()})
+    return found
+
+
+@trains_towers
+@pytest.mark.parametrize("name", ["adamw", "muon", "adamw_bf16"])
+def test_trained_towers_stay_as_they_are_in_steps_without_an_image(name):
+    """Sharded, they have a gradient of zeros then: neither decay nor momentum may move them. No data has sound."""
+    found = run_ranks(towers_after_steps, 2, name)[0]
+    of_vision = {n for n in found[0] if "vision" in n}
+    assert of_vision and not any("audio" in n for n in found[0])
+    for moved, images in zip(found, (False, True, False), strict=True):
+        assert {n for n in of_vision if moved[n]} == (of_vision if images else set())
+        assert all(moved[n] for n in moved if n.endswith("q_proj.weight") and n not in of_vision)

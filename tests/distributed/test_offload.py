@@ -11,12 +11,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from joint_train.checkpoint import Checkpointer
-from joint_train.config import validate
+from joint_train.config import validate, with_overrides
 from joint_train.distributed.mesh import init_mesh
 from joint_train.distributed.parallelize import text_model
 from joint_train.distributed.placement import local_numel
 from joint_train.errors import ConfigError
-from joint_train.plan.planner import Machine, make_plan, with_overrides
+from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.compact import CompactAdamW
 from joint_train.train.optim import build_optimizer, total_norm, update
 from joint_train.weights.composite import load_pair, meta_pair

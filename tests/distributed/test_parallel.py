@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from configs import compose
 from pairs import build_pair
 from ranks import run_ranks
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from joint_train.config import Config
 from joint_train.config.values import mesh_sentence, mesh_shape
 from joint_train.distributed import parallelize as parallelize_module
 from joint_train.distributed.mesh import data_rank, init_mesh
@@ -51,12 +50,8 @@ def batch(silent: Sequence[int] = (), length: int = LENGTH) -> dict[str, Tensor]
 
 
 def config(**overrides):
-    cfg = OmegaConf.structured(Config)
-    cfg.drafter.num_steps = K
-    cfg.loss.drafter = {"ce": 0.5, "kl": 0.5}
-    for name, value in overrides.items():
-        OmegaConf.update(cfg, name.replace("__", "."), value)
-    return cfg
+    settings = {"drafter.num_steps": K, "loss.drafter": {"ce": 0.5, "kl": 0.5}}
+    return compose(settings | {name.replace("__", "."): value for name, value in overrides.items()})
 
 
 def build(shape: str, cfg, dtype: torch.dtype = torch.float32) -> Gemma4WithDrafter:
@@ -80,7 +75,7 @@ def step(model: Gemma4WithDrafter, rows: dict, counts: Tensor) -> tuple[Tensor, 
     inputs = {name: x for name, x in rows.items() if name != "labels"}
     out = model(**inputs, targets=targets, weights=model.loss_weights(counts))
     out.loss.backward()
-    return out.loss.detach(), out.stats
+    return out.loss.detach(), out.stats.named()
 
 
 def all_counts(rows: dict, num_steps: int = K) -> Tensor:
@@ -368,7 +363,7 @@ def test_a_frozen_base_is_kept_in_the_dtype_of_compute_without_a_change_of_gradi
 
 
 def test_mesh_shape_says_what_does_not_fit():
-    parallel = OmegaConf.structured(Config).parallel
+    parallel = compose().parallel
     assert mesh_shape(parallel, 8) == (1, 1, 8, 1, 1)
     parallel.dp_replicate = 2
     assert mesh_shape(parallel, 8) == (1, 2, 4, 1, 1)
@@ -397,7 +392,7 @@ def test_mesh_shape_says_what_does_not_fit():
     parallel.dp_shard = 512  # what is set is kept
     assert mesh_shape(parallel, 512, 8) == (1, 1, 512, 1, 1)
     for name in ("pp", "cp", "tp"):
-        wrong = OmegaConf.structured(Config).parallel
-        wrong[name] = 2
+        wrong = compose().parallel
+        setattr(wrong, name, 2)
         with pytest.raises(ConfigError, match=f"parallel.{name}=2 is not supported.*Set parallel.{name}=1"):
             mesh_shape(wrong, None)

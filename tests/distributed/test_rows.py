@@ -132,3 +132,23 @@ def test_a_pair_whose_look_ups_are_known_before_asks_for_none_in_its_forward():
     (known, none), (found, twice_asked) = run_ranks(pair_steps, 2, True)[0], run_ranks(pair_steps, 2, False)[0]
     assert none == 0 and twice_asked == 2
     assert known.keys() == found.keys() and all(torch.equal(known[name], x) for name, x in found.items())
+
+
+def frequent(rank: int, replicas: int) -> Tensor:
+    """The gradient of a table of which one id is read 4,000 times, in bfloat16."""
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (replicas, size // replicas), mesh_dim_names=("dp_replicate", "dp_shard"))
+    made = Gemma4TextScaledWordEmbedding(ROWS, WIDTH, PAD, 1.0)
+    shard_rows(made, mesh if replicas > 1 else mesh["dp_shard"], torch.bfloat16, 60)
+    ids = torch.full((4, 1000), 5)
+    ids[0, :2], ids[0, 2] = 1, PAD
+    made(ids).backward(torch.ones(4, 1000, WIDTH, dtype=torch.bfloat16))
+    return made.weight.grad.full_tensor()
+
+
+def test_a_frequent_ids_gradient_is_summed_in_fp32():
+    """In bfloat16 a sum of ones stops growing at 256; what two ranks send is rounded once, by at most 2^-9."""
+    for gradient in run_ranks(frequent, 2, 1):
+        expected = torch.zeros(ROWS)
+        expected[1], expected[5] = 2 * 2, 2 * 3997
+        torch.testing.assert_close(gradient, expected[:, None].expand(-1, WIDTH), rtol=2**-8, atol=0)

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from configs import compose
 from pairs import build_pair, make_pair
 from ranks import run_ranks
 from torch import nn
 from transformers import GenerationConfig
 
-from joint_train.config import Config, SourceConfig
+from joint_train.config import SourceConfig
 from joint_train.data import DataError
 from joint_train.distributed.mesh import init_mesh
 from joint_train.distributed.parallelize import parallelize
@@ -197,7 +197,7 @@ def test_training_mode_is_put_back():
 
 def sharded_length(rank: int, shape: str, count: int) -> tuple[dict, int]:
     base, drafter = pair(shape)
-    cfg = OmegaConf.structured(Config)
+    cfg = compose()
     cfg.drafter.num_steps = K
     model = Gemma4WithDrafter(base, drafter, drafter_num_steps=K).train()
     parallelize(model, init_mesh(cfg.parallel), cfg)
@@ -514,10 +514,10 @@ def test_validation_prompts_are_taken_from_each_source_in_turn(tmp_path):
     for name, count in (("a", 3), ("b", 1)):
         text = "".join(json.dumps({"prompt": f"{name}{i}", "response": "x"}) + "\n" for i in range(count))
         (tmp_path / f"{name}.jsonl").write_text(text)
-    cfg = OmegaConf.structured(Config)
+    cfg = compose()
     cfg.data.val = [SourceConfig(path=str(tmp_path / "a.jsonl")), SourceConfig(path=str(tmp_path / "b.jsonl"))]
-    assert [p.text for p in validation_prompts(cfg, FakeTokenizer(), 10)] == ["a0", "b0", "a1", "a2"]
-    assert [p.text for p in validation_prompts(cfg, FakeTokenizer(), 3)] == ["a0", "b0", "a1"]
+    assert [p.text for p in validation_prompts(cfg.data, FakeTokenizer(), 10)] == ["a0", "b0", "a1", "a2"]
+    assert [p.text for p in validation_prompts(cfg.data, FakeTokenizer(), 3)] == ["a0", "b0", "a1"]
 
 
 @pytest.mark.parametrize(("text", "steps"), [("4", [4]), ("1-8", list(range(1, 9))), ("4,1,2", [1, 2, 4])])

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import test_parallel
 import torch
-from omegaconf import DictConfig
 from pairs import build_pair
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from joint_train.config import Config
 from joint_train.distributed.mesh import init_distributed, init_mesh
 from joint_train.pair.model import Gemma4JointOutput
 from joint_train.pair.targets import joint_targets
@@ -27,16 +27,16 @@ REAL_HEADS = dict(
 SIZES = {"small": {}, "real heads": REAL_HEADS}
 LENGTHS = {"small": 20, "real heads": 272}
 # Sums that don't hang on which of two nearly equal logits is the larger.
-CONTINUOUS = {"loss", "ce", "centroid_ce", "count", "left_out", "full_rows"}
+CONTINUOUS = {"loss", "ce", "routing.ce", "count", "left_out", "full_rows"}
 
 
-def one_rank(cfg: DictConfig) -> DeviceMesh:
+def one_rank(cfg: Config) -> DeviceMesh:
     """A mesh of this process alone: NCCL on a GPU, gloo on CPU. Another test may have ended the group before."""
     assert init_distributed(600).type == DEVICE.type
     return init_mesh(cfg.parallel)
 
 
-def configure(folder: Path, shape: str = "e2b", size: str = "small", **overrides) -> DictConfig:
+def configure(folder: Path, shape: str = "e2b", size: str = "small", **overrides) -> Config:
     """The configuration of a small pair, which is written into ``folder`` once."""
     target = folder / f"{shape} {size}".replace(" ", "_")
     if not target.exists():
@@ -82,12 +82,12 @@ def step_of(model: Gemma4WithDrafter, device: torch.device, length: int = 20, pa
     out = forward_backward(model, device, test_parallel.batch(length=length), packed)
     return Step(
         out.loss.detach().float().cpu(),
-        {name: x.float().cpu() for name, x in out.stats.items()},
+        {name: x.float().cpu() for name, x in out.stats.named().items()},
         {name: gradient.float().cpu() for name, gradient in test_parallel.gradients(model).items()},
     )
 
 
-def step(cfg: DictConfig, device: torch.device, sharded: bool = True, **rows) -> Step:
+def step(cfg: Config, device: torch.device, sharded: bool = True, **rows) -> Step:
     """A step of the configuration's pair, by FSDP2 on a mesh of one rank or without any of it."""
     return step_of(load_pair(cfg, one_rank(cfg) if sharded else None, device).train(), device, **rows)
 
@@ -103,7 +103,7 @@ def error(found: Step, expected: Step) -> float:
 def assert_equal(found: Step, expected: Step, tolerance: float) -> None:
     """Loss, sums and each weight's gradient; one of almost nothing is held to a thousandth of them all."""
     torch.testing.assert_close(found.loss, expected.loss, rtol=tolerance, atol=0)
-    overlap = {"dense_acceptance_sampled" if "dense_agree" in expected.stats else "acceptance_sampled"}
+    overlap = {("dense" if "dense.agree" in expected.stats else "drafts") + ".acceptance_sampled"}
     for name in (CONTINUOUS & expected.stats.keys()) | overlap:
         torch.testing.assert_close(found.stats[name], expected.stats[name], rtol=tolerance, atol=tolerance)
     assert found.gradients.keys() == expected.gradients.keys()

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from ranks import run_ranks
 from test_parallel import full
@@ -53,6 +54,10 @@ def test_a_run_with_adapters_is_trained_resumed_exported_and_evaluated(starter_d
     again = [*overrides, f"output_dir={tmp_path / 'again'}", f"resume={out}/checkpoints/step_00000004"]
     resumed, _ = run_ranks(finished, 2, again)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+    for change in (["lora.alpha=64"], ["lora.rank_stabilized=true"]):
+        with pytest.raises(AssertionError, match="the adapters' product was multiplied by 4, and would now be by"):
+            run_ranks(finished, 1, [*again, f"output_dir={tmp_path / 'other'}", *change])
 
     arguments = ["--prompts", "starter", "--limit", "1", "--num-steps", "2", "--max-new-tokens", "8"]
     folders = [str(out / "export" / part) for part in ("base", "drafter")]

@@ -255,7 +255,8 @@ def test_help_and_composed_configuration_from_any_folder(tmp_path):
         assert dataclasses.is_dataclass(group.type) == any(line.startswith(f"  {group.name} ") for line in lines)
     run = job("--help", "all", cwd=tmp_path)
     assert run.returncode == 0 and all(
-        line in run.stdout for line in ("\n\nrun: ", "\n  pair ", "\n  drafter.num_steps ", "\n  checkpoint.async ")
+        line in run.stdout
+        for line in ("\n\nrun: ", "\n  pair ", "\n  drafter.num_steps ", "\n  checkpoint.background ")
     )
     run = job("--help", "loss", "nonsense", cwd=tmp_path)
     assert run.returncode == 2 and "There is no group nonsense: choose from model, drafter," in run.stderr

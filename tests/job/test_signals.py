@@ -155,7 +155,7 @@ def test_a_validation_is_interrupted_saved_and_repeated(starter_dir, tmp_path, w
 
 
 def test_a_background_save_is_finished_and_so_is_that_of_the_last_step(starter_dir, tmp_path, whole):
-    overrides = settings(starter_dir, tmp_path / "run", *STEPS, "checkpoint.every=1", "checkpoint.async=true")
+    overrides = settings(starter_dir, tmp_path / "run", *STEPS, "checkpoint.every=1", "checkpoint.background=true")
     codes, said = run(tmp_path, overrides, ranks=2, phase="saving")
     assert codes == [PREEMPTED, PREEMPTED], said
     found = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))

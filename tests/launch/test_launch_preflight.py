@@ -11,9 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from omegaconf import OmegaConf
+from configs import compose
 
 HOSTS = ("good", "bad")
+PATIENCE = 120.0  # only what never comes is late
 
 
 def break_versions(preflight):
@@ -64,19 +65,43 @@ def break_program(preflight):
     preflight.check_device = lambda *_: time.sleep(60)
 
 
-# The last two leave a thread or a process that hangs: they come last, in this order.
+def break_clock_reading(preflight):
+    """A rank that is too busy to look at the clock when it is asked to."""
+    whole = preflight.Preflight._set_since
+
+    def slow(self, key, seconds):
+        found = whole(self, key, seconds)
+        if key == "clock":
+            time.sleep(1)
+        return found
+
+    preflight.Preflight._set_since = slow
+
+
+def break_sum_for_good(preflight):
+    def failing(group, value):
+        raise RuntimeError("connection reset")
+
+    preflight.all_reduce = failing
+
+
+# "network" and "program" leave a thread or a process that hangs. A check is asked again after each that failed.
 CASES = {
     "sound": (None, None),
     "versions": (break_versions, "rank 1 on bad: torch is 2.12.0"),
     "device": (break_device, "rank 1 on bad: a matrix product is wrong"),
     "writing": (break_writing, "rank 1 on bad: can't write to output_dir"),
-    "clock": (break_clock, "rank 1 on bad: its clock is -60.0 s"),
+    "clock": (break_clock, "rank 1 on bad: its clock is -"),
     "folder": (break_folder, "rank 1 on bad: doesn't see a file that rank 0 wrote"),
     "space": (break_space, "rank 1 on bad: 2.0 GB are free in"),
+    "busy": (break_clock_reading, None),
+    "reset": (break_sum_for_good, "rank 1 on bad: RuntimeError: connection reset"),
+    "again": (None, None),
     "sum": (break_sum, "rank 1 on bad: all-reduce over 1 ranks gave 3 instead of 2"),
     "files": (break_files, "rank 1 on bad: 256 files may be open at most (ulimit -Hn), 2 ranks need about 520"),
     "bandwidth": (break_bandwidth, "bad: all-gather inside it reaches 30 GB/s a GPU, 300 on most hosts"),
     "network": (break_network, "rank 1 on bad: no answer on 'node' within 2 s"),
+    "after a hang": (None, None),
     "program": (break_program, "rank 1 on node 1 of a[1-2]: no answer on 'device' within 2 s"),
 }
 
@@ -91,14 +116,24 @@ def rank_main(rank: int, port: int, folder: Path) -> None:
 
     from launch import preflight
 
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=60))
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=PATIENCE))
     found = {}
     for name, (break_it, _) in CASES.items():
         importlib.reload(preflight)
-        preflight.ANSWER_SECONDS = preflight.COLLECTIVE_SECONDS = 2.0 if name in ("network", "program") else 20.0
+        preflight.ANSWER_SECONDS = 2.0 if name == "program" else PATIENCE
+        preflight.COLLECTIVE_SECONDS = 2.0 if name == "network" else PATIENCE
+        preflight.MAX_SKEW_SECONDS = 0.5 if name == "busy" else preflight.MAX_SKEW_SECONDS
         preflight.MEASURED = name in ("bandwidth", "sound")
         if name == "bandwidth":
             preflight.bandwidth = lambda group: {"all-gather": 300.0, "reduce-scatter": 290.0}
+        if name == "network":  # only the rank that hangs is to be late, however busy the machine is
+            gather = preflight.Preflight._gather
+
+            def after_its_own(self, topic, seconds, gather=gather):
+                self._wait(f"{topic}/0", PATIENCE)
+                return gather(self, topic, seconds)
+
+            preflight.Preflight._gather = after_its_own
         if rank == 1 and break_it:
             break_it(preflight)
         if rank == 0 and name == "program":
@@ -123,7 +158,7 @@ def found(tmp_path_factory) -> dict[str, list[str]]:
         process.start()
     try:
         for process in ranks:
-            process.join(90)
+            process.join(300)
             assert process.exitcode == 0
     finally:
         for process in ranks:
@@ -147,8 +182,7 @@ def test_room_for_a_checkpoint(tmp_path):
     for name, size in (("base", 600), ("drafter", 40)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(bytes(size))
-    cfg = OmegaConf.create({"model": {"base": str(tmp_path / "base"), "drafter": str(tmp_path / "drafter")}})
-    cfg.precision = {"params": "float32"}
+    cfg = compose({"model.base": str(tmp_path / "base"), "model.drafter": str(tmp_path / "drafter")})
     assert checkpoint_bytes(cfg) == 320 * 4 * 3  # 320 parameters of two bytes: master weights and two moments
     cfg.model.base = "google/gemma-4-E2B"
     assert checkpoint_bytes(cfg) is None

@@ -6,13 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from configs import compose
 from pairs import build_pair, make_pair
 from torch.nn.attention import flex_attention as torch_flex
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from joint_train.config import Config
 from joint_train.distributed.parallelize import prepare
 from joint_train.errors import ConfigError
 from joint_train.evaluate.decoding import decode
@@ -189,7 +188,7 @@ def flex_on_cpu(monkeypatch):
 def step(pair: Gemma4WithDrafter, ids: torch.Tensor, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     out = pair.train()(ids, labels=ids, **inputs)
     out.loss.backward()
-    losses = torch.stack([out.loss.detach(), *(out.stats[name].sum() for name in sorted(out.stats))])
+    losses = torch.stack([out.loss.detach(), *(x.sum() for _, x in sorted(out.stats.named().items()))])
     return losses, {name: p.grad for name, p in pair.named_parameters() if p.grad is not None}
 
 
@@ -301,7 +300,7 @@ def test_compiled_layers(flex_on_cpu):
     ids = torch.randint(3, 240, (2, 180), generator=torch.Generator().manual_seed(1))
     for compiled in (False, True):
         torch.compiler.reset()
-        cfg = OmegaConf.structured(Config)
+        cfg = compose()
         cfg.parallel.compile, cfg.activation_checkpointing.base = compiled, "full"
         pair = Gemma4WithDrafter(*build_pair("31b", attn_implementation=BY_LAYER_TYPE))
         with mock.patch.object(torch.nn.Module, "compile", lambda m, **o: compile_layer(m, backend="aot_eager", **o)):
@@ -340,7 +339,7 @@ def test_a_packed_step_makes_no_square_of_its_length():
 
     elements = {}
     for kind in ("auto", "sdpa"):
-        cfg = OmegaConf.structured(Config)
+        cfg = compose()
         cfg.model.attn_implementation, cfg.data.max_length, cfg.drafter.num_steps = kind, length, 1
         cfg.loss.memory_budget_mb = 1
         configs = (model.config for model in build_pair("31b"))
@@ -362,7 +361,7 @@ def test_the_plan_counts_masks_and_windows(tmp_path):
     base, drafter = make_pair(tmp_path, "31b")
     plans = {}
     for kind in ("auto", "sdpa"):
-        cfg = OmegaConf.structured(Config)
+        cfg = compose()
         cfg.model.base, cfg.model.drafter = str(base), str(drafter)
         cfg.model.attn_implementation, cfg.data.max_length = kind, 4096
         plans[kind] = make_plan(cfg, Machine(gpus=1))
@@ -407,15 +406,50 @@ def test_what_has_no_backward_is_refused():
     check_backward("auto", "cpu")
 
 
-def test_the_choice_is_told_and_cudnn_is_off(tmp_path, caplog):
+def flags() -> dict[str, bool]:
+    names = ("flash", "mem_efficient", "math", "cudnn")
+    return {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names}
+
+
+def test_the_choice_is_told_and_building_a_pair_leaves_the_process_as_it_is(tmp_path, caplog):
     base, drafter = make_pair(tmp_path, "e2b")
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    cfg = OmegaConf.structured(Config)
+    cfg = compose()
     cfg.model.base, cfg.model.drafter = str(base), str(drafter)
+    before = flags(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().tolist()
+    assert before[0]["cudnn"]
     for kind, said in (("auto", "attention: sdpa for all layers"), (BY_LAYER_TYPE, "attention: FlexAttention for")):
         cfg.model.attn_implementation = kind
         with caplog.at_level(logging.INFO, "joint_train"):
             pair = load_pair(cfg, None, "cpu")
         assert said in caplog.text
         assert pair.drafter.config.get_text_config()._attn_implementation == implementation(kind, "cpu")
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert before == (flags(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().tolist())
+
+
+@pytest.mark.parametrize("efficient", [True, False])
+def test_a_step_has_every_allowed_kernel_but_cudnns(request, monkeypatch, efficient):
+    """In the forward of base, towers and drafter, and where activation checkpointing repeats them in the backward."""
+    found, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*args, **kwargs):
+        found.append(flags())
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    base, drafter = build_pair("e2b")
+    pair = Gemma4WithDrafter(
+        base, drafter, drafter_num_steps=2, base_activation_checkpointing=True, drafter_activation_checkpointing=True
+    ).train()
+    ids = torch.randint(3, 240, (2, 12), generator=torch.Generator().manual_seed(0))
+    request.addfinalizer(lambda: torch.backends.cuda.enable_mem_efficient_sdp(True))
+    torch.backends.cuda.enable_mem_efficient_sdp(efficient)
+    before = flags()
+    loss = pair(ids, labels=ids).loss
+    forward = len(found)
+    assert flags() == before
+    loss.backward()
+    assert flags() == before and before["cudnn"]
+    assert (
+        forward == len(base.model.language_model.layers) + 2 * len(drafter.model.layers) and len(found) == 2 * forward
+    )
+    assert all(kernels == {**before, "cudnn": False} for kernels in found)

@@ -4,11 +4,10 @@ from unittest import mock
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from configs import compose
 from pairs import SHAPES, build_pair
 from ranks import run_ranks
 
-from joint_train.config import Config
 from joint_train.distributed.mesh import init_mesh
 from joint_train.distributed.parallelize import parallelize, prepare
 from joint_train.weights.composite import Gemma4WithDrafter
@@ -20,7 +19,7 @@ def test_compiled_equals_eager(checkpointing):
     torch.compiler.reset()
     results = []
     for compiled in (False, True):
-        cfg = OmegaConf.structured(Config)
+        cfg = compose()
         cfg.parallel.compile = compiled
         cfg.activation_checkpointing.base = checkpointing
         model = Gemma4WithDrafter(*build_pair("e2b"), drafter_num_steps=2).train()
@@ -46,11 +45,11 @@ def compile_with_eager_kernels(self, **options):
 
 def compiled_step(rank: int, shape: str, checkpointing: str, compute: str) -> list[float]:
     """Norms of the gradients of micro-batches of three lengths, eager and compiled, on a mesh."""
-    mesh = init_mesh(OmegaConf.structured(Config).parallel)
+    mesh = init_mesh(compose().parallel)
     norms = []
     for compiled in (False, True):
         torch.compiler.reset()
-        cfg = OmegaConf.structured(Config)
+        cfg = compose()
         cfg.precision.compute = compute
         cfg.activation_checkpointing.base = checkpointing
         model = Gemma4WithDrafter(*build_pair(shape), drafter_num_steps=2).train()

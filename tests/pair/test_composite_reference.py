@@ -9,13 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from configs import compose
 from pairs import build_pair, make_pair
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM, Gemma4AssistantForCausalLM, Gemma4ForConditionalGeneration
 
 from joint_train import Gemma4JointOutput, Gemma4WithDrafter
-from joint_train.config import Config
 
 HERE = "pair/test_composite_reference.py"
 MODEL = "pair/test_model.py"
@@ -272,7 +271,7 @@ def sharded_pair(rank: int, folders, save_to=None):
     from joint_train.config.schema import ParallelConfig
     from joint_train.distributed.mesh import init_mesh
 
-    mesh = init_mesh(OmegaConf.structured(ParallelConfig))
+    mesh = init_mesh(ParallelConfig())
     model = Gemma4WithDrafter.from_pretrained(
         *folders, drafter_num_steps=2, device_mesh=mesh, distributed_config={"reshard_after_forward": False}
     )
@@ -332,7 +331,7 @@ def test_load_pretrained_reads_a_checkpoint(folders, tmp_path):
     from joint_train.checkpoint import Checkpointer
     from joint_train.train.optim import build_optimizer
 
-    cfg = OmegaConf.structured(Config)
+    cfg = compose()
     model = Gemma4WithDrafter.from_pretrained(*folders, drafter_num_steps=2)
     with torch.no_grad():
         for p in model.parameters():

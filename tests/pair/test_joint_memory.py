@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from benchmarks.joint_step import DRAFTER_HIDDEN, HIDDEN, build_pair
 from joint_train.config import LossConfig
@@ -24,7 +23,7 @@ def peak(vocab_size: int, length: int) -> tuple[int, int]:
         drafter_num_steps=K,
         base_activation_checkpointing=True,
         drafter_activation_checkpointing=True,
-        loss=OmegaConf.structured(LossConfig(memory_budget_mb=BUDGET_MB)),
+        loss=(LossConfig(memory_budget_mb=BUDGET_MB)),
     ).train()
     ids = torch.zeros(1, length, dtype=torch.long)
     targets = joint_targets(ids, None, K, "serving").to("meta")

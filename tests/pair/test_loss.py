@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from pairs import build_pair
 from torch._inductor.scheduler import Scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import joint_train.pair.loss as loss_module
+from joint_train.config import LossConfig
 from joint_train.config.values import KINDS, parse_drafter_loss, round_weights, teacher_grad
 from joint_train.pair.centroids import Centroids, routed, token_centroids
 from joint_train.pair.distribution import Distribution
@@ -68,7 +68,8 @@ class Case:
         return joint_targets(self.labels, self.documents, K, self.pairing)
 
     def ours(self, cfg, targets=None, **options):
-        return joint_loss(
+        """The loss, and its sums by name."""
+        loss, stats = joint_loss(
             self.base_hidden,
             self.base_weight,
             self.drafter_hidden,
@@ -78,6 +79,7 @@ class Case:
             cfg,
             **options,
         )
+        return loss, stats.named()
 
     def gradients(self, loss, extra=()):
         wanted = [(n, t) for n, t in [*self.inputs.items(), *extra] if t.requires_grad]
@@ -123,9 +125,9 @@ def reference(case, cfg, softcap=None, drafter_softcap=None, centroids=None):
     rounds = [logits(up(h), up(case.drafter_weight), drafter_softcap) for h in case.drafter_hidden]
     offset = {"serving": 1, "same_token": 0}[case.pairing]
     mix = {cfg.drafter: 1.0} if isinstance(cfg.drafter, str) else cfg.drafter
-    heads = ("",) if centroids is None else ("", "dense_")
+    heads = ("drafts.",) if centroids is None else ("drafts.", "dense.")
     drafts = [head + name for head in heads for name in ("agree", "acceptance_argmax", "acceptance_sampled")]
-    routing = () if centroids is None else ("centroid_ce", "centroid_hit")
+    routing = () if centroids is None else ("routing.ce", "routing.hit")
     stats = {name: [0.0] * (1 + K) for name in ("loss", "ce", "top1", *drafts, *routing, "count")}
     agreement = {head: {} for head in heads}
     left_out = 0
@@ -174,10 +176,10 @@ def reference(case, cfg, softcap=None, drafter_softcap=None, centroids=None):
                 tokens = case.ordering.view(len(scores), -1)
                 candidates = tokens[scores.topk(centroids.top_k).indices].flatten()
                 routed = torch.full_like(student, -torch.inf).scatter(0, candidates, student[candidates])
-                draft("", (b, t, k), teacher, routed)
+                draft("drafts.", (b, t, k), teacher, routed)
                 target = next(c for c in range(len(scores)) if label in tokens[c])
-                stats["centroid_ce"][k] += -scores.log_softmax(-1)[target]
-                stats["centroid_hit"][k] += target in scores.topk(centroids.top_k).indices
+                stats["routing.ce"][k] += -scores.log_softmax(-1)[target]
+                stats["routing.hit"][k] += target in scores.topk(centroids.top_k).indices
 
     target_rows = {(b, p - 1) for b, p in itertools.product(range(B), range(1, S)) if is_target(b, p)}
     rows = {"left_out": left_out}
@@ -199,7 +201,7 @@ def reference(case, cfg, softcap=None, drafter_softcap=None, centroids=None):
     loss = sum(w * x for w, x in zip(case.weights, stats["loss"], strict=True))
     if centroids is not None:
         loss = loss + cfg.centroid_weight * sum(
-            w * x for w, x in zip(case.weights[1:], stats["centroid_ce"][:K], strict=True)
+            w * x for w, x in zip(case.weights[1:], stats["routing.ce"][:K], strict=True)
         )
     stats = {
         n: torch.tensor([float(torch.as_tensor(x).detach()) for x in (v[:K] if n in (*drafts, *routing) else v)])
@@ -542,7 +544,7 @@ def test_parts_of_a_batch_add_up():
     case = Case()
     whole, whole_stats = case.ours(config("lk_hybrid"))
     whole_grads = case.gradients(whole)
-    parts, stats, grads = 0.0, {}, {}
+    parts, stats, grads = 0.0, None, {}
     for b in range(B):
         targets = joint_targets(case.labels[b : b + 1], case.documents[b : b + 1], K, case.pairing)
         hidden = [h[b : b + 1] for h in case.drafter_hidden]
@@ -551,10 +553,10 @@ def test_parts_of_a_batch_add_up():
             case.weights.float(), config("lk_hybrid"),
         )  # fmt: skip
         parts = parts + loss.detach()
-        stats = {name: stats.get(name, 0) + value for name, value in part.items()}
+        stats = part if stats is None else stats + part
         grads = {name: grads.get(name, 0) + grad for name, grad in case.gradients(loss).items()}
     torch.testing.assert_close(parts, whole.detach())
-    torch.testing.assert_close(stats, whole_stats)
+    torch.testing.assert_close(stats.named(), whole_stats)
     torch.testing.assert_close(grads, whole_grads)
 
 
@@ -567,10 +569,10 @@ def test_sums_by_group():
         mine = groups == group
         part = replace(targets, rows=targets.rows[mine], labels=targets.labels[mine], valid=targets.valid[mine])
         _, expected = case.ours(config(), targets=part)
-        torch.testing.assert_close(stats["group_base_ce"][group], expected["ce"][0])
-        torch.testing.assert_close(stats["group_drafter_ce"][group], expected["ce"][1:].sum())
-        assert stats["group_base_count"][group] == expected["count"][0]
-        assert stats["group_drafter_count"][group] == expected["count"][1:].sum()
+        torch.testing.assert_close(stats["sources.base_ce"][group], expected["ce"][0])
+        torch.testing.assert_close(stats["sources.drafter_ce"][group], expected["ce"][1:].sum())
+        assert stats["sources.base_count"][group] == expected["count"][0]
+        assert stats["sources.drafter_count"][group] == expected["count"][1:].sum()
 
 
 def test_accepted_counts_only_leading_rounds_that_agree():
@@ -587,14 +589,14 @@ def test_accepted_counts_only_leading_rounds_that_agree():
     targets = joint_targets(torch.zeros(1, length, dtype=torch.int64), None, K, "serving")
     hidden = [eye[draft[:, k]][None] for k in range(K)]
     _, stats = joint_loss(eye[base_tokens][None], eye, hidden, eye, targets, torch.ones(1 + K), config())
-    assert stats["full_rows"] == len(full)
-    assert stats["accepted"] == sum(len(list(itertools.takewhile(bool, agree[t]))) for t in full)
+    assert stats.full_rows == len(full)
+    assert stats.drafts.accepted == sum(len(list(itertools.takewhile(bool, agree[t]))) for t in full)
     visited = [0]  # a verification settles the accepted drafts and a token of the base's own
     while (row := visited[-1] + 1 + len(list(itertools.takewhile(bool, agree[visited[-1]])))) in full:
         visited.append(row)
     assert 1 < len(visited) < len(full)
-    assert stats["walk_rows"] == len(visited)
-    assert stats["walk_accepted"] == sum(len(list(itertools.takewhile(bool, agree[t]))) for t in visited)
+    assert stats.drafts.walk_rows == len(visited)
+    assert stats.drafts.walk_accepted == sum(len(list(itertools.takewhile(bool, agree[t]))) for t in visited)
 
 
 class Watch(TorchDispatchMode):
@@ -823,7 +825,7 @@ def test_sum_weights():
 
 def test_drafter_loss_from_the_configuration():
     def parse(choice):
-        return parse_drafter_loss(OmegaConf.create({"drafter": choice}))
+        return parse_drafter_loss(LossConfig(drafter=choice))
 
     assert parse("nla") == {"nla": 1.0}
     assert parse({"ce": 0.1, "nla": 0.9, "kl": 0}) == {"ce": 0.1, "nla": 0.9}
@@ -839,15 +841,15 @@ def test_drafter_loss_from_the_configuration():
 
 def test_teacher_grad_from_the_configuration():
     for choice, number in ((False, 0.0), (True, 1.0), (0, 0.0), (0.3, 0.3), (2, 2.0)):
-        assert teacher_grad(OmegaConf.create({"teacher_grad": choice})) == number
+        assert teacher_grad(LossConfig(teacher_grad=choice)) == number
     for choice in (-0.1, "some", None, float("nan"), float("inf"), [1]):
         with pytest.raises(ValueError, match="loss.teacher_grad"):
-            teacher_grad(OmegaConf.create({"teacher_grad": choice}))
+            teacher_grad(LossConfig(teacher_grad=choice))
 
 
 def test_round_weights_from_the_configuration():
     def parse(choice):
-        return round_weights(OmegaConf.create({"round_weights": choice}), 3)
+        return round_weights(LossConfig(round_weights=choice), 3)
 
     assert parse(None) == [1.0, 1.0, 1.0]
     assert parse([1, 0.5, 0]) == [1.0, 0.5, 0.0]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextScaledWordEmbedding
 
 from joint_train.pair.loss import joint_loss
@@ -76,9 +77,32 @@ def test_without_a_waiting_gradient_it_is_an_ordinary_look_up():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_a_frequent_token_is_summed_in_fp32():
-    """1024 equal rows in bf16: added one by one to the total, they would stop at 256."""
-    embedding = Gemma4TextScaledWordEmbedding(2, 1, padding_idx=0).bfloat16()
-    with TiedGradient().lookups_of(embedding):
-        embedding(torch.ones(1, 1024, dtype=torch.int64)).sum().backward()
-    assert embedding.weight.grad.flatten().tolist() == [0, 1024]
+class AddedByIndex(TorchDispatchMode):
+    """The dtypes in which rows of one index are added up, where more than one of them isn't 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.index_add_.default:
+            total, _, index, rows = args
+            used = index[rows.abs().sum(-1) > 0].tolist()
+            if len(set(used)) < len(used):
+                self.dtypes |= {total.dtype, rows.dtype}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_frequent_token_is_summed_in_fp32(waits):
+    """1024 equal rows in bf16: added one by one to a bf16 total, as on a GPU, they would stop at 256. The CPU's kernel
+    sums in fp32 itself, so what is checked besides is the dtype of what it is given."""
+    embedding, tied = Gemma4TextScaledWordEmbedding(4, H, padding_idx=0).bfloat16(), TiedGradient()
+    with tied.lookups_of(embedding):
+        rows = embedding(torch.tensor([[1] * 1024 + [2, 3, 0]]))
+    if waits:
+        tied.waiting = torch.zeros(4, H, dtype=torch.bfloat16)
+    with AddedByIndex() as added:
+        rows.sum().backward()
+    assert added.dtypes == {torch.float32}
+    assert embedding.weight.grad.tolist() == [[0] * H, [1024] * H, [1] * H, [1] * H]

@@ -339,13 +339,10 @@ def test_a_tied_embedding_gets_the_gradients_of_an_embedding_and_a_head(case):
 @pytest.mark.parametrize("prompt_rows", [None, True])
 def test_loss_is_the_weighted_sum_of_means_over_targets(prompt_rows):
     """Against the logits, with the published recipe's cross-entropy."""
-    from omegaconf import OmegaConf
-
     from joint_train.config import LossConfig
 
     base, drafter = build_pair("e2b")
-    changes = {"drafter": "ce", "round_weights": [1.0, 0.5, 0.25], "centroid_weight": 0.0}
-    loss = OmegaConf.merge(OmegaConf.structured(LossConfig), changes)
+    loss = LossConfig(drafter="ce", round_weights=[1.0, 0.5, 0.25], centroid_weight=0.0)
     model = Gemma4WithDrafter(
         base, drafter, drafter_num_steps=3, drafter_loss_weight=0.7, prompt_rows=prompt_rows, loss=loss
     )
@@ -404,3 +401,26 @@ def test_serving_still_uses_the_drafters_own_forward():
     base, drafter = build_pair("e2b")
     Gemma4WithDrafter(base, drafter)
     assert inspect.getmodule(type(drafter).forward) is inspect.getmodule(Gemma4AssistantForCausalLM)
+
+
+def test_each_model_attends_within_its_own_window():
+    base, drafter = build_pair("e2b")
+    model, windows = Gemma4WithDrafter(base, drafter, drafter_num_steps=2), {"base": 8, "drafter": 3}
+    drafter.config.get_text_config().sliding_window = windows["drafter"]
+    seen = {"base": set(), "drafter": set()}
+
+    def note(part, kind):
+        def hook(module, args, kwargs):
+            mask, t = kwargs["attention_mask"], torch.arange(LENGTH)
+            distance = t[:, None] - t[None, :]
+            rule = (distance >= 0) & (distance < windows[part]) if kind == "sliding_attention" else distance >= 0
+            seen[part].add((kind, mask is None and kind == "full_attention" or torch.equal(mask[0, 0], rule)))
+
+        return hook
+
+    for part, text in (("base", base.model.language_model), ("drafter", drafter.model)):
+        for layer, kind in zip(text.layers, text.config.layer_types, strict=True):
+            layer.register_forward_pre_hook(note(part, kind), with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=tokens())
+    assert seen == {part: {("sliding_attention", True), ("full_attention", True)} for part in windows}

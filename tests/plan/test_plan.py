@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from configs import compose
 from pairs import SHAPES, make_pair
 from ranks import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
-from joint_train.config import Config
+from joint_train.config import with_overrides
 from joint_train.errors import ConfigError
 from joint_train.plan.__main__ import main
-from joint_train.plan.planner import GIB, Machine, count_parameters, longest, make_plan, savings, with_overrides
+from joint_train.plan.planner import GIB, Machine, count_parameters, longest, make_plan, savings
 from joint_train.plan.step import simulate
 from joint_train.weights.composite import load_pair, meta_pair
 from joint_train.weights.folders import read_configs
@@ -26,11 +26,8 @@ CPU = dict(device_type="cpu")
 
 
 def configure(folder, **settings):
-    cfg = OmegaConf.structured(Config)
-    cfg.model.base, cfg.model.drafter = f"{folder}/base", f"{folder}/drafter"
-    for key, value in {"data.max_length": 48, "loss.memory_budget_mb": 16, **settings}.items():
-        OmegaConf.update(cfg, key, value)
-    return cfg
+    pair = {"model.base": f"{folder}/base", "model.drafter": f"{folder}/drafter"}
+    return compose({**pair, "data.max_length": 48, "loss.memory_budget_mb": 16, **settings})
 
 
 def released(name, **settings):
@@ -155,7 +152,7 @@ def test_attention_flops_of_a_fused_kernel(pairs):
 # Memory
 
 
-def measured_peak(rank, settings):
+def measured_peak(rank, cfg):
     """The most memory of its own that a rank had in two steps, over what it had before it loaded the pair."""
     from joint_train.distributed.mesh import init_mesh
 
@@ -166,7 +163,6 @@ def measured_peak(rank, settings):
     def anonymous():
         return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
-    cfg = OmegaConf.create(settings)
     mesh = init_mesh(cfg.parallel)
     before, highest, done = anonymous(), 0, threading.Event()
 
@@ -203,7 +199,7 @@ def test_peak_is_that_of_real_steps(tmp_path, shape, ranks, checkpointing, lengt
         tmp_path,
         **{"data.max_length": length, "loss.memory_budget_mb": 64, "activation_checkpointing.base": checkpointing},
     )
-    peaks = run_ranks(measured_peak, ranks, OmegaConf.to_container(cfg))
+    peaks = run_ranks(measured_peak, ranks, cfg)
     plan = make_plan(cfg, Machine(gpus=ranks), **CPU)
     print(f"{shape}: planned {plan.peak / 2**20:.0f} MiB, measured {[round(p / 2**20) for p in peaks]}")
     assert plan.peak == pytest.approx(max(peaks), rel=0.15)
@@ -214,7 +210,7 @@ def test_peak_of_adapters_is_that_of_real_steps(tmp_path):
     make_pair(tmp_path, "31b", num_attention_heads=8, head_dim=32, global_head_dim=64, **sizes)
     settings = {"data.max_length": 768, "loss.memory_budget_mb": 64, "activation_checkpointing.base": "full"}
     cfg, full = (configure(tmp_path, **settings, **more) for more in ({"lora.r": 8}, {}))
-    peaks = run_ranks(measured_peak, 2, OmegaConf.to_container(cfg))
+    peaks = run_ranks(measured_peak, 2, cfg)
     plan = make_plan(cfg, Machine(gpus=2), **CPU)
     print(f"planned {plan.peak / 2**20:.0f} MiB, measured {[round(p / 2**20) for p in peaks]}")
     assert plan.peak == pytest.approx(max(peaks), rel=0.15)

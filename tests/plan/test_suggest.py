@@ -6,8 +6,9 @@ import pytest
 from pairs import make_pair
 from test_plan import configure
 
+from joint_train.config import with_overrides
 from joint_train.plan.__main__ import main
-from joint_train.plan.planner import GIB, Machine, make_plan, with_overrides
+from joint_train.plan.planner import GIB, Machine, make_plan
 from joint_train.plan.suggest import suggest
 
 

@@ -1,13 +1,16 @@
 """What a run says at its start about settings that can't work well."""
 
+import json
 import logging
+import re
 
 import pytest
 import torch
 
-from joint_train.config import load
+from joint_train.config import load, written
 from joint_train.plan.planner import Machine, make_plan, meta_pair, read
-from joint_train.train.advice import generation_prompts, warn_of_grace, warn_of_padding
+from joint_train.train.advice import generation_prompts, say_resumed, warn_of_grace, warn_of_padding, warn_of_warmup
+from joint_train.train.optim import lr_factor
 
 
 @pytest.fixture(scope="module")
@@ -30,27 +33,27 @@ def test_a_generation_that_would_outlast_the_validation_is_off_with_a_sentence(p
     by_hand = forwards * (7 / 8 * layers / 350e9 + 2 * sum(n for n, _ in plan.parameters.values()) / 3350e9)
     assert plan.generation_seconds(machine, forwards) == pytest.approx(by_hand)
     assert by_hand > plan.validation_seconds(machine, cfg.eval.batches)
-    assert generation_prompts(cfg, plan, machine, "cuda") == 0
+    assert generation_prompts(cfg.eval, cfg.parallel, plan, machine, "cuda") == 0
     assert "no assisted generation" in caplog.text and "eval.prompts=8 turns it on" in caplog.text
-    assert generation_prompts(cfg, plan, machine, "cpu") == 8
+    assert generation_prompts(cfg.eval, cfg.parallel, plan, machine, "cpu") == 8
     cfg.eval.prompts = 3
-    assert generation_prompts(cfg, plan, machine, "cuda") == 3
+    assert generation_prompts(cfg.eval, cfg.parallel, plan, machine, "cuda") == 3
     cfg, plan, machine = plans["e2b"]
     assert plan.generation_seconds(machine, 8 * 64) < plan.validation_seconds(machine, 1000)
     cfg.eval.batches = 1000
-    assert generation_prompts(cfg, plan, machine, "cuda") == 8
+    assert generation_prompts(cfg.eval, cfg.parallel, plan, machine, "cuda") == 8
 
 
 def test_a_grace_period_that_a_save_outlasts_is_named_at_the_start(plans, caplog):
     cfg, plan, machine = plans["31b"]
     slow = Machine(gpus=8, disk_gb_per_second=2.0)
-    warn_of_grace(cfg, plan, slow, "cuda")
+    warn_of_grace(cfg.checkpoint, plan, slow, "cuda")
     seconds = plan.checkpoint / 2e9
     assert seconds > 120 and f"takes {seconds:.0f} s at 2 GB/s" in caplog.text
     assert f"Set checkpoint.grace_seconds={int(1.5 * seconds)}" in caplog.text
     caplog.clear()
     cfg.checkpoint.grace_seconds = 600
-    warn_of_grace(cfg, plan, slow, "cuda")
+    warn_of_grace(cfg.checkpoint, plan, slow, "cuda")
     assert caplog.text == ""
 
 
@@ -72,3 +75,54 @@ def test_shards_that_do_not_divide_the_weights_are_named_at_the_start(plans, cap
     caplog.clear()
     warn_of_padding(plans["31b"][1])
     assert plans["31b"][1].padding < 0.01 and caplog.text == ""
+
+
+def composed(*overrides: str):
+    return load(["model=gemma4_e2b", "data.train=[{path: unused}]", *overrides])
+
+
+@pytest.mark.parametrize(
+    "change, changed",
+    [
+        ([], []),
+        (["max_steps=200"], ["base", "drafter"]),
+        (["optim.schedule=constant"], ["base", "drafter"]),
+        (["optim.warmup_steps=80"], ["base", "drafter"]),
+        (["optim.drafter_lr=2e-4"], ["drafter"]),
+        (["optim.weight_decay=0.5", "data.max_length=96"], []),
+    ],
+)
+def test_a_resume_says_where_it_goes_on_and_what_a_change_does_to_the_learning_rates(tmp_path, caplog, change, changed):
+    caplog.set_level(logging.INFO)
+    old = composed("max_steps=100", "optim.warmup_steps=10")
+    new = composed("max_steps=100", "optim.warmup_steps=10", *change)
+    (tmp_path / "config.json").write_text(json.dumps(written(old)))
+    say_resumed(new, tmp_path, 72)
+    assert f"resumed from step 72 of {new.max_steps} ({tmp_path})" in caplog.text
+    rates = re.findall(
+        r"of the (\w+) at step 73 is ([\de.-]+)(?: \(\S+ %\))?; with .* would be ([\de.-]+)\n", caplog.text
+    )
+    assert [part for part, _, _ in rates] == changed
+    for part, now, before in rates:
+        key = "lr" if part == "base" else "drafter_lr"
+        for cfg, said in ((old, before), (new, now)):
+            assert float(said) == pytest.approx(
+                getattr(cfg.optim, key) * lr_factor(72, cfg.optim, cfg.max_steps), rel=5e-3
+            )
+
+
+def test_a_resume_after_the_last_step_or_of_another_version_says_so_much(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    say_resumed(composed("max_steps=50"), tmp_path, 50)
+    assert "resumed from step 50 of 50" in caplog.text and "there is nothing left to train" in caplog.text
+    caplog.clear()
+    (tmp_path / "config.json").write_text('{"optim": {"lr": "fast"}}')
+    say_resumed(composed("max_steps=50"), tmp_path, 20)
+    assert caplog.messages == [f"resumed from step 20 of 50 ({tmp_path})"]
+
+
+def test_a_warm_up_that_the_run_does_not_outlast_is_named(caplog):
+    warn_of_warmup(composed("max_steps=51", "optim.warmup_steps=50"))
+    assert not caplog.messages
+    warn_of_warmup(composed("max_steps=40", "optim.warmup_steps=49"))
+    assert "optim.warmup_steps=49 isn't over before max_steps=40: the learning rate reaches 80 %" in caplog.text

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from checkpoint_run import config
 from ranks import run_ranks
 from test_checkpoint import same
 from test_checkpoint_resume import resume_all, save_twice
 from torch import nn
 
+from joint_train.config import ConfigError, validate
 from joint_train.distributed.moments import block_size, state_bytes
 from joint_train.train.compact import CompactAdamW
 from joint_train.train.optim import update
@@ -149,3 +151,39 @@ def test_a_checkpoint_goes_on_with_other_ranks(tmp_path, name):
 
 def other(name):
     return NAMES[1 - NAMES.index(name)]
+
+
+def falls(beta: float) -> float:
+    """The largest second moment over what it should be, without gradients for 200 steps, from all sizes within 2."""
+    p = nn.Parameter(torch.zeros(512))
+    optimizer = CompactAdamW([{"params": [p], **GROUP}], "adamw_bf16", (0.9, beta), 1e-6)
+    p.grad = torch.linspace(1, 2, 512).sqrt() / math.sqrt(1 - beta)  # of squares from 1 to 2
+    optimizer.step()
+    before, p.grad = optimizer.state[p]["exp_avg_sq"].float(), torch.zeros(512)
+    for _ in range(200):
+        optimizer.step()
+    return (optimizer.state[p]["exp_avg_sq"].float() / (before * beta**200)).max().item()
+
+
+def test_a_second_moment_in_bfloat16_falls_up_to_the_beta_that_is_allowed():
+    assert falls(0.95) < 1.5 and falls(0.99) < 2.5
+    assert falls(0.999) == pytest.approx(0.999**-200)  # not at all: the reason for the limit
+
+
+@pytest.mark.parametrize(
+    "values, refused",
+    [
+        ({"optim.name": "adamw_bf16", "optim.betas": [0.9, 0.99]}, None),
+        ({"optim.name": "adamw_bf16", "optim.betas": [0.9, 0.999]}, "optim.name=adamw_8bit or adamw"),
+        ({"optim.name": "adamw", "optim.betas": [0.9, 0.999]}, None),
+        ({"precision.params": "bfloat16", "optim.betas": [0.9, 0.999]}, "precision.params=float32"),
+        ({"optim.name": "muon", "precision.params": "bfloat16", "optim.betas": [0.8, 0.995]}, r"\[0.8, 0.95\]"),
+        ({"optim.name": "adamw_8bit", "precision.params": "bfloat16", "optim.betas": [0.9, 0.999]}, None),
+    ],
+)
+def test_a_beta_that_bfloat16_would_freeze_is_refused(values, refused):
+    if refused is None:
+        validate(config({"data.train": [{"path": "unused"}], **values}))
+    else:
+        with pytest.raises(ConfigError, match=f"^optim.betas=.*{refused}"):
+            validate(config({"data.train": [{"path": "unused"}], **values}))

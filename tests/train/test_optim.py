@@ -4,16 +4,15 @@ import math
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from pairs import build_pair
 
 from joint_train.config.schema import OptimConfig
-from joint_train.train.optim import build_optimizer, lr_factor, update
+from joint_train.train.optim import build_optimizer, lr_factor, total_norm, update
 from joint_train.weights.composite import Gemma4WithDrafter
 
 
 def config(**values):
-    return OmegaConf.merge(OmegaConf.structured(OptimConfig), values)
+    return OptimConfig(**values)
 
 
 @pytest.fixture
@@ -46,12 +45,29 @@ def test_schedule():
     warm = [lr_factor(step, cfg, 100) for step in range(10)]
     assert warm == pytest.approx([(step + 1) / 11 for step in range(10)])  # in equal parts up to 1
     assert lr_factor(10, cfg, 100) == 1
-    assert lr_factor(55, cfg, 100) == pytest.approx(0.1 + 0.9 / 2 * (1 + math.cos(math.pi / 2)))
-    assert lr_factor(100, cfg, 100) == pytest.approx(0.1)
-    assert lr_factor(55, config(warmup_steps=10, min_lr_ratio=0, schedule="linear"), 100) == pytest.approx(0.5)
-    assert lr_factor(55, config(warmup_steps=10, min_lr_ratio=0.1, schedule="linear"), 100) == pytest.approx(0.55)
+    half = 10 + 89 / 2  # of the way from the peak, which is step 10's, to the last step, which is 99
+    nearly = 0.1 + 0.9 / 2 * (1 + math.cos(math.pi * 44 / 89))
+    assert lr_factor(54, cfg, 100) == pytest.approx(nearly) and lr_factor(half, cfg, 100) == pytest.approx(0.55)
+    linear = config(warmup_steps=10, min_lr_ratio=0, schedule="linear")
+    assert lr_factor(half, linear, 100) == pytest.approx(0.5)
+    linear.min_lr_ratio = 0.1
+    assert lr_factor(half, linear, 100) == pytest.approx(0.55)
     assert lr_factor(99, config(warmup_steps=10, schedule="constant"), 100) == 1
     assert lr_factor(0, config(warmup_steps=0), 100) == 1
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("steps", [2, 10, 100, 1000])
+@pytest.mark.parametrize("warmup", [0, 1, 8])
+def test_the_last_step_has_the_last_learning_rate(schedule, steps, warmup):
+    cfg = config(warmup_steps=warmup, min_lr_ratio=0.1, schedule=schedule)
+    factors = [lr_factor(step, cfg, steps) for step in range(steps)]
+    peak = min(warmup, steps - 1)
+    assert factors[: peak + 1] == sorted(factors[: peak + 1]) and factors[peak:] == sorted(factors[peak:], reverse=True)
+    if warmup < steps - 1:
+        assert factors[peak] == 1 and factors[-1] == pytest.approx(0.1)
+    else:
+        assert factors[-1] == min(1, steps / (warmup + 1))
 
 
 def test_clipping_is_over_both_models_together(model):
@@ -144,3 +160,30 @@ def test_a_step_that_is_not_finite_changes_nothing(model, bad):
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     for before, after in zip(state, optimizer.state.values(), strict=True):
         assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_norm_is_added_up_in_fp32_at_least(dtype):
+    """512 and more equal squares: in bfloat16 their sum stops at 256."""
+    ones = [torch.ones(8, 64, dtype=dtype) for _ in range(600)]
+    norm = total_norm([*ones, None])
+    assert norm.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(norm.double(), torch.tensor(600 * 512.0).double().sqrt(), rtol=1e-6, atol=0)
+    assert total_norm([None]) == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "muon"])
+def test_a_weight_that_no_target_reaches_does_not_decay(model, name):
+    """Answers of two tokens have targets of round 0 alone, and `post_projection` a gradient of zeros."""
+    optimizer = build_optimizer(model, config(name=name, weight_decay=0.1, lr=0.01, drafter_lr=0.01))
+    weight, other = model.drafter.post_projection.weight, model.drafter.pre_projection.weight
+    for length, moves in ((2, False), (3, True), (2, False)):
+        model.zero_grad()
+        ids = torch.randint(3, 240, (2, 12), generator=torch.Generator().manual_seed(0))
+        labels = ids.clone()
+        labels[:, : 12 - length] = -100
+        model(input_ids=ids, labels=labels).loss.backward()
+        assert bool(weight.grad.abs().max() > 0) == moves
+        before, moved = weight.detach().clone(), other.detach().clone()
+        update(optimizer, model, 1.0, 1.0)
+        assert torch.equal(before, weight) != moves and not torch.equal(moved, other)

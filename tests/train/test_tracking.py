@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from joint_train import command, files
-from joint_train.config import Config
+from joint_train.config import load, with_overrides
 from joint_train.train import tracking
 from joint_train.train.tracking import ConsoleLines, JsonLines, Tracker
 
@@ -23,8 +23,7 @@ STEP = {"base_loss": 5.25, "drafter_loss": 6.5, "tokens_per_second": 12345.6, "b
 
 def config(tmp_path, *overrides: str):
     defaults = ["tracking.wandb=disabled", "model.base=b", "model.drafter=d", f"output_dir={tmp_path / 'run'}"]
-    cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.from_dotlist([*defaults, *overrides]))
-    return cfg
+    return load([*defaults, "data.train=[{path: unused}]", *overrides])
 
 
 def records(tmp_path) -> list[dict]:
@@ -220,13 +219,10 @@ def test_wandb_is_online_only_with_a_key(monkeypatch, tmp_path, wandb):
 def test_wandb_isnt_imported_where_it_is_off(tmp_path):
     code = f"""
 import sys
-from omegaconf import OmegaConf
-from joint_train.config import Config
+from joint_train.config import load, with_overrides
 from joint_train.train.tracking import Tracker
-cfg = OmegaConf.structured(Config)
-OmegaConf.update(cfg, "output_dir", {str(tmp_path / "run")!r})
-cfg.model.base = cfg.model.drafter = "x"
-cfg.tracking.wandb = "disabled"
+pair = ["model.base=x", "model.drafter=x", "data.train=[{{path: x}}]"]
+cfg = load([*pair, "output_dir={tmp_path / "run"}", "tracking.wandb=disabled"])
 tracker = Tracker(cfg, 0)
 tracker.log(1, {{"base_loss": 1.0}})
 tracker.close()
@@ -255,7 +251,7 @@ def test_a_real_offline_wandb_run(tmp_path, monkeypatch):
 def test_tensorboard_without_its_package_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
-        Tracker(config(tmp_path, "tracking.tensorboard=true"), 0)
+        Tracker(with_overrides(config(tmp_path), {"tracking.tensorboard": True}), 0)
 
 
 def test_tensorboard_gets_scalars_and_texts(tmp_path, monkeypatch):
@@ -269,7 +265,7 @@ def test_tensorboard_gets_scalars_and_texts(tmp_path, monkeypatch):
             return lambda *args: calls.append((name, *args))
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
-    tracker = Tracker(config(tmp_path, "tracking.tensorboard=true"), 0, 4)
+    tracker = Tracker(with_overrides(config(tmp_path), {"tracking.tensorboard": True}), 0, 4)
     tracker.log(5, {"base_loss": 1.5})
     tracker.examples(5, [{"prompt": "p"}])
     tracker.close()
@@ -318,6 +314,33 @@ def test_a_jump_of_the_loss_is_said_at_once(tmp_path):
     assert [line for line in out.getvalue().splitlines() if "jumped" in line] == [
         "step 7: the loss jumped; see metrics.jsonl"
     ]
+
+
+def test_what_cannot_be_measured_is_a_dash_and_explained_once(tmp_path):
+    nan = math.nan
+    measured = {f"agreement_{k}": 0.5 for k in range(2)} | {"accepted_length_expected": 1.5, "base_accuracy": 0.5}
+    for rounds, said in (
+        (2, "every round"),
+        (1, "round 1: its loss is the mean over the others"),
+        (0, "nothing to measure it by"),
+    ):
+        console, out = lines(config(tmp_path, "max_steps=2"))
+        short = {**measured, **{f"agreement_{k}": nan for k in range(rounds, 2)}, "accepted_length_expected": nan}
+        record = {**STEP, "drafter_loss": 6.5 if rounds else nan, **short}
+        for step in (1, 2):
+            console.log(step, record | {f"val/{name}": value for name, value in record.items()})
+        validation = {f"val/{name}": value for name, value in record.items()}
+        console.finish(
+            validation,
+            {**validation, **{f"val/{name}": value for name, value in measured.items()}, "val/drafter_loss": 6.0},
+        )
+        text = out.getvalue()
+        assert "nan" not in text and text.count(said) == 2  # of the batches and of the validation data, once each
+        assert ("drafter –" in text) == (rounds == 0)
+        assert re.search(r"accepted length, expected +– +1\.500", text)
+    console, out = lines(config(tmp_path))
+    console.log(1, {**STEP, "drafter_loss": nan, **measured})
+    assert "drafter nan" in out.getvalue() and "–" not in out.getvalue()  # a loss that diverged is no missing one
 
 
 def test_a_terminal_gets_a_bar_that_fits(tmp_path):

@@ -286,29 +286,6 @@ def test_utilisation_is_a_share_of_the_gpus_dense_bfloat16_peak(monkeypatch):
     assert trainer.utilisation(1e12, 0.0, torch.device("cuda")) == {"tflops_per_gpu": 1.0}
 
 
-def test_with_ordered_embeddings_the_metrics_are_those_of_the_routed_head(monkeypatch):
-    monkeypatch.setattr(trainer.dist, "all_reduce", lambda tensor: None)
-    cfg = SimpleNamespace(drafter=SimpleNamespace(num_steps=2))
-    counts = {"count": [4, 4, 2], "left_out": [2], "full_rows": [5], "walk_rows": [2], "dense_walk_rows": [4]}
-    of_rounds = {"agree": [1, 2], "acceptance_argmax": [3, 1], "acceptance_sampled": [2, 1], "centroid_hit": [1, 1]}
-    of_dense = {f"dense_{name}": [x / 2 for x in sums] for name, sums in of_rounds.items() if name != "centroid_hit"}
-    lengths = {"accepted": [10], "walk_accepted": [3], "dense_accepted": [5], "dense_walk_accepted": [1]}
-    sums = counts | of_rounds | of_dense | lengths | {name: [4, 4, 2] for name in ("loss", "ce", "top1")}
-    named = trainer.Trainer.metrics(
-        SimpleNamespace(cfg=cfg), {name: torch.tensor(x, dtype=torch.float64) for name, x in sums.items()}, [], "val/"
-    )
-    expected = {
-        "agreement_0": 1 / 4, "agreement_1": 1, "acceptance_argmax_0": 3 / 4, "acceptance_argmax_1": 1 / 2,
-        "acceptance_sampled_0": 1 / 2, "acceptance_sampled_1": 1 / 2, "accepted_length_expected": 3,
-        "accepted_length_walked": 2.5,
-    }  # fmt: skip
-    assert {name: named[f"val/{name}"] for name in expected} == expected
-    assert named["val/drafter_targets_left_out"] == 2 / (2 + 4 + 2)
-    dense = {name: x / 2 for name, x in expected.items()}
-    dense |= {"accepted_length_expected": 2, "accepted_length_walked": 1.25}
-    assert {name: named[f"val/dense_{name}"] for name in expected} == dense
-
-
 def test_the_documented_metrics_are_those_that_are_logged(run):
     logged = {name for record in run.records.values() for name in record}
 

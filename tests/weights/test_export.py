@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from omegaconf import OmegaConf
+from configs import compose
 from pairs import SHAPES, make_pair, model_class
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from joint_train.config import Config
+from joint_train.config import to_yaml
 from joint_train.errors import ConfigError, WeightsError
 from joint_train.export import main
 from joint_train.weights import writing
@@ -54,10 +54,8 @@ def assert_same_tensors(ours: Path, theirs: Path):
 
 
 def pair_config(folder, **parallel):
-    cfg = OmegaConf.structured(Config)
-    cfg.model.base, cfg.model.drafter = f"{folder}/base", f"{folder}/drafter"
-    cfg.parallel.update(parallel)
-    return cfg
+    pair = {"model.base": f"{folder}/base", "model.drafter": f"{folder}/drafter"}
+    return compose(pair | {f"parallel.{key}": value for key, value in parallel.items()})
 
 
 # Round trips
@@ -119,7 +117,7 @@ def write_checkpoint(rank, root, run):
     for part, model in (("base", pair.base), ("drafter", pair.drafter)):
         dcp.save(get_model_state_dict(model), checkpoint_id=step / part / "model")
     if rank == 0:
-        OmegaConf.save(cfg, Path(run) / "config.yaml")
+        (Path(run) / "config.yaml").write_text(to_yaml(cfg))
         (step / "COMPLETE").touch()
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
+from configs import compose
 from pairs import SHAPES, make_pair
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from joint_train.config import Config
 from joint_train.errors import ConfigError, WeightsError
 from joint_train.weights import composite, folders, loading
 from joint_train.weights.folders import read_config, read_configs, resolve
@@ -70,10 +69,8 @@ def test_a_filled_model_is_overwritten_in_place(tmp_path, e2b):
 
 
 def pair_config(folder, **parallel):
-    cfg = OmegaConf.structured(Config)
-    cfg.model.base, cfg.model.drafter = f"{folder}/base", f"{folder}/drafter"
-    cfg.parallel.update(parallel)
-    return cfg
+    pair = {"model.base": f"{folder}/base", "model.drafter": f"{folder}/drafter"}
+    return compose(pair | {f"parallel.{key}": value for key, value in parallel.items()})
 
 
 def load_sharded(rank, root, shapes, replicate):

@@ -8,7 +8,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from omegaconf import OmegaConf
 from pairs import make_pair
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -21,6 +20,7 @@ from joint_train import Gemma4WithDrafter
 from joint_train.checkpoint import Checkpointer
 from joint_train.checkpoint.reader import stored_tensors
 from joint_train.checkpoint.state import optimizer_tensors, pair_tensors
+from joint_train.config import to_yaml
 from joint_train.distributed.lora import adapters
 from joint_train.distributed.mesh import data_rank, init_mesh
 from joint_train.errors import CheckpointError, WeightsError
@@ -55,7 +55,7 @@ def trained(rank: int, folders, out):
     checkpointer.save(2, model, optimizer, {"step": 2}, config=cfg)
     checkpointer.close()
     if rank == 0:
-        OmegaConf.save(cfg, Path(out) / "config.yaml")
+        (Path(out) / "config.yaml").write_text(to_yaml(cfg))
     model.save_pretrained(Path(out) / "export")
     export_model(model.base, folders[0], Path(out) / "float32", dtype=torch.float32)
     model.load_pretrained(Path(out) / "export")  # the adapters, exactly, beside the same frozen weights

@@ -1,0 +1,133 @@
+"""The private parts of torch that joint-train needs, each with what breaks without it. No other module names one.
+
+They were tried on the releases in :data:`TRIED`. Each is looked up when it is first used, so that a release of torch
+that moves one stops only what needs it, in a sentence that names it.
+"""
+
+import functools
+import importlib
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # public in practice: torch's own docs
+
+TRIED = ("2.11", "2.13")
+
+PRIVATE = {
+    "torch.distributed.tensor._utils.compute_local_shape_and_global_offset": (
+        "nothing knows which part of a weight a rank holds: loading, adapters, row-sharded tables and optimizers stop"
+    ),
+    "torch.distributed.distributed_c10d._set_pg_timeout": "parallel.timeout_seconds doesn't reach the mesh's groups",
+    "torch.distributed.fsdp.FSDPModule._get_fsdp_state": (
+        "base and drafter can't share their streams (its _lazy_init has to come before share_comm_ctx)"
+    ),
+    "torch.distributed.checkpoint.filesystem._StorageInfo": "no checkpoint can be read",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING": "no checkpoint can be read",
+    "torch.serialization._get_layout": "no checkpoint can be read",
+    "torch.distributed.checkpoint.FileSystemReader._slice_file": (
+        "a checkpoint isn't verified while it is read, but read twice (checkpoint/reader.py overrides it)"
+    ),
+    "torch.optim._muon._zeropower_via_newtonschulz": "optim.name=muon stops",
+    "torch._foreach_norm": "gradient norms stop: the public get_total_norm adds them up in the gradients' dtype",
+    "torch._dynamo.maybe_mark_dynamic": "loss.compile=true makes kernels anew for each number of rows",
+    "torch._dynamo.config.recompile_limit": "parallel.compile=true and FlexAttention stop at too few graphs",
+    "torch.utils._triton.has_triton": "model.attn_implementation=auto can't choose FlexAttention",
+    "torch._C._current_graph_task_id": "joint_train.plan can't tell what activation checkpointing repeats",
+    "torch.cuda.memory._record_memory_history": "profile.steps takes no memory snapshot",
+    "torch.cuda.memory._dump_snapshot": "profile.steps takes no memory snapshot",
+}
+"""What is used, by its full name, and what breaks without it."""
+
+
+@functools.cache
+def find(path: str) -> Any:
+    """What has a name of :data:`PRIVATE`.
+
+    Raises:
+        ImportError: if this torch hasn't got it, saying what that breaks and which releases have it.
+    """
+    breaks, parts = PRIVATE[path], path.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:split]))
+        except ImportError:
+            continue
+        try:
+            return functools.reduce(getattr, parts[split:], found)
+        except AttributeError:
+            break
+    raise ImportError(
+        f"torch {torch.__version__} has no {path}: {breaks}. Releases {' to '.join(TRIED)} have it: install one."
+    )
+
+
+def local_shape_and_offset(shape: Sequence[int], mesh: Any, placements: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of this rank's shard of a tensor, and where in the whole it starts."""
+    return find("torch.distributed.tensor._utils.compute_local_shape_and_global_offset")(shape, mesh, placements)
+
+
+def set_group_timeout(group: Any, timeout: timedelta) -> None:
+    """The time-out of a process group that is there already."""
+    find("torch.distributed.distributed_c10d._set_pg_timeout")(timeout, group)
+
+
+def initialise_fsdp(root: nn.Module) -> None:
+    """What FSDP2 otherwise does in a root's first forward."""
+    find("torch.distributed.fsdp.FSDPModule._get_fsdp_state")(root)._lazy_init()
+
+
+def pickled_in_checkpoints() -> dict[tuple[str, str], Any]:
+    """The private names in a distributed checkpoint's ``.metadata``: what each (module, name) stands for."""
+    paths = (
+        "torch.serialization._get_layout",
+        "torch.distributed.checkpoint.filesystem._StorageInfo",
+        "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+    )
+    return {(path.rpartition(".")[0], path.rpartition(".")[2]): find(path) for path in paths}
+
+
+def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """``[rows, columns]`` with all singular values brought near 1, in bfloat16."""
+    return find("torch.optim._muon._zeropower_via_newtonschulz")(matrix, coefficients, steps, eps)
+
+
+def norms(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The L2 norm of each tensor, summed in ``dtype``, in few kernels; scalars."""
+    tensors = list(tensors)
+    return list(find("torch._foreach_norm")(tensors, 2, dtype=dtype)) if tensors else []
+
+
+def mark_rows_dynamic(tensor: Tensor) -> None:
+    """Let one kernel of ``torch.compile`` be for any number of rows of a tensor."""
+    find("torch._dynamo.maybe_mark_dynamic")(tensor, 0)
+
+
+def allow_graphs(count: int) -> None:
+    """Let ``torch.compile`` make so many graphs of a function, in this process, at least."""
+    find("torch._dynamo.config.recompile_limit")
+    config: Any = importlib.import_module("torch._dynamo.config")
+    config.recompile_limit = max(config.recompile_limit, count)
+
+
+def has_triton() -> bool:
+    """Whether Triton is there and compiles for this device."""
+    return find("torch.utils._triton.has_triton")()
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward in this thread."""
+    return find("torch._C._current_graph_task_id")() != -1
+
+
+def record_memory(max_entries: int | None) -> None:
+    """Begin to record the GPU's allocations, so many; None ends it."""
+    record = find("torch.cuda.memory._record_memory_history")
+    record(max_entries=max_entries) if max_entries else record(enabled=None)
+
+
+def dump_memory(file: str) -> None:
+    """Write what was recorded, for pytorch.org/memory_viz."""
+    find("torch.cuda.memory._dump_snapshot")(file)
