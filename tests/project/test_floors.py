@@ -23,7 +23,7 @@ FLOORS = [
     ["distributed"],
     ["checkpoint"],
     ["weights"],
-    ["export"],
+    ["export", "drafter"],
     ["plan"],
     ["data"],
     ["evaluate"],
