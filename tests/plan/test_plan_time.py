@@ -79,7 +79,8 @@ def test_norms_have_their_backward(pair):
     cfg = configure(pair)
     launches = {}
     for base in ("none", "full"):
-        plan = make_plan(with_overrides(cfg, {"activation_checkpointing.base": base}), Machine(gpus=1), "cpu")
+        with written_out():
+            plan = make_plan(with_overrides(cfg, {"activation_checkpointing.base": base}), Machine(gpus=1), "cpu")
         launches[base] = {part: work.launches for part, work in plan.work.items()}
     norms = launches["none"]["norms"]
     forward = launches["full"]["norms"] - norms
@@ -179,6 +180,6 @@ def test_inputs_on_the_host_are_counted():
     inputs = row * (layers * (hidden + per_layer) + rounds * hidden)  # a round's is the state
     assert moved.host["inputs of what is recomputed"] == pytest.approx(inputs, rel=0.02) and width
     assert moved.transfers["to host"] == moved.transfers["to device"] == moved.host["inputs of what is recomputed"]
-    assert here.peak - moved.peak > 0.7 * inputs
+    assert here.peak - moved.peak > 0.3 * inputs  # and then something else is the peak
     shards = sum(moved.memory[part] for part in ("weights (this rank's shard)", "frozen towers", "optimizer states"))
     assert moved.host["staging of background saves"] == pytest.approx(shards, rel=0.1) and here.host == {}
