@@ -31,7 +31,7 @@ train: install
 
 # The linters read the code as it is with the pinned torch.
 test: install $(if $(TORCH),,lint)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=20
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from joint_train import config
 from joint_train.config import DIMENSIONS, Config, mesh_shape, with_overrides
@@ -41,6 +41,8 @@ from joint_train.pair.recompute import HostCopies
 from joint_train.pair.targets import joint_targets
 from joint_train.plan import meter
 from joint_train.plan.planner import GIB, Machine, make_plan, read
+from joint_train.torch_private import local_shape_and_offset
+from joint_train.train import compact
 from joint_train.train.optim import build_optimizer, update
 from joint_train.weights.composite import meta_pair
 
@@ -150,6 +152,10 @@ def played(memory: Memory, traffic: Traffic) -> Iterator[None]:
     def rms_norm(input, normalized_shape, weight=None, eps=None):
         return meter._RMSNorm.apply(input, weight, UNCOUNTED)
 
+    def shard_of(*args):
+        with _disable_current_modes():  # the mesh's own tensors have contents
+            return local_shape_and_offset(*args)
+
     def to_host(copies, tensor):
         with memory.elsewhere():
             return torch.empty_like(tensor)
@@ -173,6 +179,7 @@ def played(memory: Memory, traffic: Traffic) -> Iterator[None]:
         mock.patch.object(attention_module, "flex", flex),
         mock.patch.object(nn.functional, "rms_norm", rms_norm),
         mock.patch.object(HostCopies, "to_host", to_host),
+        mock.patch.object(compact, "local_shape_and_offset", shard_of),
         mock.patch.object(heads, "_matmul", plain_matmul),
         mock.patch.object(heads, "_add_matmul", lambda total, a, b, beta: None),
         mock.patch.object(dist, "all_gather_single", gather),

@@ -25,6 +25,7 @@ over nothing is NaN, and null in metrics.jsonl."""
 METRICS = {
     "step": "optimizer steps done",
     "time": "seconds since 1970 when the line was written",
+    "epoch": "how many times the run has gone through its training data: documents so far over all there are",
     **TARGET_METRICS,
     "grad_norm": "L2 norm of the gradients of both models together, before clipping",
     "grad_norm_base": "that of the base alone",

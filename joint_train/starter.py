@@ -78,7 +78,10 @@ def modules(root: Path) -> Iterator[tuple[str, str, ast.Module]]:
             yield ".".join(parts).removesuffix(".__init__"), data.decode(errors="replace"), tree
 
 
-def documented(node: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def documented(node: Documented, name: str) -> Iterator[tuple[str, Documented]]:
     """Yield ``(name, node)`` of a module, class or function, and of every class and function in it."""
     yield name, node
     for child in node.body:
@@ -213,8 +216,8 @@ def build_pair(tokenizer, seed: int):
     )
     torch.manual_seed(seed)
     # Without towers: engines build them for Gemma4ForConditionalGeneration, whatever its configuration says.
-    base = Gemma4ForCausalLM(base_config).to(torch.bfloat16)
-    drafter = Gemma4AssistantForCausalLM(drafter_config).to(torch.bfloat16)
+    base = Gemma4ForCausalLM(base_config).bfloat16()
+    drafter = Gemma4AssistantForCausalLM(drafter_config).bfloat16()
     for model in (base, drafter):
         scale_weights(model)
     ends = dict(bos_token_id=ids[BOS], eos_token_id=[ids[TURN_END], ids[EOS]], pad_token_id=ids[PAD])

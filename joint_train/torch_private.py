@@ -11,7 +11,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # public in practice: torch's own docs
 
 TRIED = ("2.11", "2.13")
@@ -76,7 +77,7 @@ def set_group_timeout(group: Any, timeout: timedelta) -> None:
     find("torch.distributed.distributed_c10d._set_pg_timeout")(timeout, group)
 
 
-def initialise_fsdp(root: nn.Module) -> None:
+def initialise_fsdp(root: FSDPModule) -> None:
     """What FSDP2 otherwise does in a root's first forward."""
     find("torch.distributed.fsdp.FSDPModule._get_fsdp_state")(root)._lazy_init()
 

@@ -22,7 +22,7 @@ import sys
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -95,7 +95,8 @@ def parse_options(arguments: list[str]) -> Options:
     try:
         # Split at the first "=" only, and taken as text: OmegaConf's own parser would read 1:30:00 as a number.
         values = dict(argument.split("=", 1) for argument in arguments)
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.create(values)))
+        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.create(values))
+        options = cast(Options, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise SubmitError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     if options.nodes < 1 or options.gpus_per_node < 0 or options.max_restarts < 0:

@@ -89,7 +89,7 @@ def summarize(folder: Path, metrics: tuple[str, ...] = METRICS, sort: str | None
     differing = [key for key in keys if len({str(settings[run].get(key)) for run in runs}) > 1]
     shown = [name for name in metrics if any(name in newest[run] for run in runs)]
     if sort is not None:
-        runs.sort(key=lambda run: newest[run].get(sort) if newest[run].get(sort) is not None else math.inf)
+        runs.sort(key=lambda run: math.inf if (value := newest[run].get(sort)) is None else value)
 
     table = Table(title=str(folder), title_justify="left")
     table.add_column("run")
@@ -99,10 +99,16 @@ def summarize(folder: Path, metrics: tuple[str, ...] = METRICS, sort: str | None
         table.add_column(name, justify="right")
     for run in runs:
         step = newest[run].get("step")
-        of = settings[run].get("max_steps", "?")
+        of = settings[run].get("max_steps")
+        epochs = settings[run].get("epochs")
         row = [str(run.relative_to(folder)) if run != folder else run.name]
         row += [str(settings[run].get(key)) for key in differing]
-        row.append("not begun" if step is None else f"{step:.0f} of {of}")
+        if step is None:
+            row.append("not begun")
+        elif epochs and newest[run].get("epoch") is not None:
+            row.append(f"{step:.0f}, epoch {newest[run]['epoch']:.1f} of {epochs:g}")
+        else:
+            row.append(f"{step:.0f} of {of or '?'}")
         row += [number(newest[run][name]) if name in newest[run] else "" for name in shown]
         table.add_row(*row)
     return table

@@ -113,7 +113,7 @@ def _prune(args, console: Console) -> int:
         victims = layout.prunable(folder, rules["keep_last"], rules["keep_every"], rules["keep_best"])
         if victims and not args.dry_run:
             # What is kept has to be good before anything goes: the newest is read from end to end.
-            layout.verify(layout.newest(folder))
+            layout.verify(layout.newest(folder) or newest)
         for victim in victims:
             if not args.dry_run:
                 layout.remove(victim)

@@ -29,6 +29,7 @@ from joint_train.checkpoint.search import Search, verify_contents
 from joint_train.config import CheckpointConfig, Config
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import CheckpointError
+from joint_train.pair.model import JointModel
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Checkpointer:
         return self._find(resume, use)
 
     def load(
-        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, config: Config | dict
+        self, path: Path, model: JointModel, optimizer: torch.optim.Optimizer | None = None, *, config: Config | dict
     ) -> dict:
         """Weights, optimizer state and random state into these objects, in place; returns the ``state`` of the save.
 
@@ -120,7 +121,7 @@ class Checkpointer:
         return self._load(path, manifest, model, optimizer, config, checksums=False)
 
     def resume(
-        self, resume: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, config: Config | dict
+        self, resume: str, model: JointModel, optimizer: torch.optim.Optimizer, *, config: Config | dict
     ) -> tuple[Path, dict] | None:
         """:meth:`find_resume` and :meth:`load` in one, which reads each file once: (the checkpoint, ``state`` of the
         save), or None to start from nothing.
@@ -139,7 +140,7 @@ class Checkpointer:
     def _find(self, resume: str, use: Callable[[Path, layout.Manifest], None]) -> Path | None:
         path = Search(self.folder, self._ranks, use, self._warn, self._mirror).find(resume)
         if self._mirror and path and path.parent.resolve() == self.folder.resolve():
-            self._mirror.submit_all(self.folder, layout.step_of(path))
+            self._mirror.submit_all(self.folder, layout.step_of(path) or 0)
         return path
 
     def _load(self, path, manifest, model, optimizer, config, checksums: bool) -> dict:
@@ -160,7 +161,7 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        model: nn.Module,
+        model: JointModel,
         optimizer: torch.optim.Optimizer,
         trainer_state: dict,
         *,
@@ -222,7 +223,7 @@ class Checkpointer:
             worst = self._answers()
             self._answers = None
             if worst != BackgroundSave.RUNNING:
-                self._finish(worst)
+                self._finish(self._save, worst)
                 return
         self._answers = self._ranks.start_highest(f"saving step {self._save.step}", self._save.status())
 
@@ -234,10 +235,10 @@ class Checkpointer:
         if self._answers is not None:
             self._answers()
             self._answers = None
-        self._finish(self._ranks.highest(f"saving step {self._save.step}", self._save.status(late=True)))
+        self._finish(self._save, self._ranks.highest(f"saving step {self._save.step}", self._save.status(late=True)))
 
-    def _finish(self, status: int) -> None:
-        save, self._save = self._save, None
+    def _finish(self, save: BackgroundSave, status: int) -> None:
+        self._save = None
         if status == BackgroundSave.FAILED:
             if save.error is None:
                 save.join(_GRACE_SECONDS)
@@ -288,7 +289,7 @@ class Checkpointer:
         final = self.folder / layout.folder_name(job.step)
         temporary = ranks.first(f"making {final}", lambda: self._make_temporary(final))
         try:
-            written = {}
+            written: dict[str, list] = {}
             for part in layout.PARTS:
                 files = self._collective(
                     f"writing {final / part}",

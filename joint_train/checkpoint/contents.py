@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from joint_train.config import Config, written
 from joint_train.errors import CheckpointError
@@ -16,7 +16,7 @@ def plain(config: Config | dict) -> dict:
     return json.loads(json.dumps(written(config)))
 
 
-def model_config(module: nn.Module) -> dict:
+def model_config(module: PreTrainedModel) -> dict:
     return json.loads(module.config.to_json_string(use_diff=False))
 
 

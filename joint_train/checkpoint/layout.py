@@ -92,7 +92,8 @@ def list_steps(checkpoints: Path) -> list[Path]:
     """Folders with a checkpoint's name, newest first, complete or not."""
     if not checkpoints.is_dir():
         return []
-    return sorted((path for path in checkpoints.iterdir() if step_of(path) is not None), key=step_of, reverse=True)
+    steps = {path: step for path in checkpoints.iterdir() if (step := step_of(path)) is not None}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -301,7 +302,9 @@ def _finish(folder: Path) -> list[str]:
     except IncompleteCheckpoint:
         return _discard(folder)
     except DamagedCheckpoint as error:
-        aside = _with_suffix(folder.with_name(folder_name(int(_LEFTOVER.fullmatch(folder.name)[1]))), "damaged")
+        leftover = _LEFTOVER.fullmatch(folder.name)
+        assert leftover is not None, "it is called for these names"
+        aside = _with_suffix(folder.with_name(folder_name(int(leftover[1]))), "damaged")
         folder.rename(aside)
         return [f"{error}. A killed run left it; it is set aside as {aside.name}"]
     notes = publish(folder, folder.with_name(folder_name(manifest.step)))

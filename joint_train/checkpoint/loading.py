@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from joint_train.checkpoint import compat, layout, state
 from joint_train.checkpoint.contents import model_config, some
@@ -16,6 +15,7 @@ from joint_train.checkpoint.reader import Reader, Unreadable
 from joint_train.checkpoint.search import verify_contents
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import CheckpointError
+from joint_train.pair.model import JointModel
 
 
 class Loading:
@@ -32,7 +32,7 @@ class Loading:
         self.path, self.manifest, self._ranks, self._warn = path, manifest, ranks, warn
 
     def run(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any], checksums: bool
+        self, model: JointModel, optimizer: torch.optim.Optimizer | None, config: dict[str, Any], checksums: bool
     ) -> tuple[dict, dict]:
         """Load everything, in place; (the ``state`` of the save, this rank's random state).
 
@@ -125,7 +125,7 @@ class Loading:
     def _say_rounded(self, tensors: dict[str, dict[str, torch.Tensor]], readers: dict[str, Reader]) -> None:
         """Weights that are frozen now, and kept in the dtype of compute, may have been trained in a finer one."""
         for part, of_part in tensors.items():
-            stored = readers[part].read_metadata().state_dict_metadata
+            stored = readers[part].tensors()
             rounded: dict[str, list[str]] = {}
             for name, tensor in of_part.items():
                 before = stored[name].properties.dtype
@@ -135,8 +135,8 @@ class Loading:
             for both, names in rounded.items():
                 self._warn(f"weights of the {part.partition('/')[0]} were {both}, so they are rounded: {some(names)}")
 
-    def _load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, reader: Reader) -> None:
-        path, stored = self.path, reader.read_metadata().state_dict_metadata
+    def _load_optimizer(self, model: JointModel, optimizer: torch.optim.Optimizer, reader: Reader) -> None:
+        path, stored = self.path, reader.tensors()
         loaded = state.new_optimizer_state(model, optimizer, stored)
         names = state.parameter_names(model)
         optimizer.state.clear()

@@ -37,6 +37,7 @@ class Mirror:
     """
 
     def __init__(self, cfg: CheckpointConfig):
+        assert cfg.mirror is not None, "made only where checkpoint.mirror is set"
         self.store, self._cfg = Store(cfg.mirror), cfg
         self.answers = False
         self._output_dir: Path | None = None
@@ -176,8 +177,9 @@ class Mirror:
     def _upload(self, folder: Path) -> None:
         started = time.monotonic()
         self._check_holder()
-        for name in RECORDS if self._output_dir else ():
-            self.store.put_file(name, self._output_dir / name)
+        if self._output_dir is not None:
+            for name in RECORDS:
+                self.store.put_file(name, self._output_dir / name)
         if layout.step_of(folder) is None:
             # What an export is made of: no links, and nothing that another export has left half done.
             found = {f.relative_to(folder): f for f in sorted(folder.rglob("*")) if f.is_file() and not f.is_symlink()}

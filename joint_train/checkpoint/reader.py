@@ -11,7 +11,7 @@ import pickle
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -104,6 +104,10 @@ class Reader(dcp.FileSystemReader):
                 raise DamagedCheckpoint(f"{self.folder / '.metadata'} can't be read: {error.strerror}") from None
         return self._metadata
 
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Sizes and dtypes of what it holds; raises as :meth:`read_metadata` does."""
+        return cast(dict[str, TensorStorageMetadata], self.read_metadata().state_dict_metadata)
+
     def _checked(self, file: Any) -> Metadata:
         try:
             metadata = _Unpickler(file).load()
@@ -119,4 +123,4 @@ class Reader(dcp.FileSystemReader):
 
 def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Sizes and dtypes of the tensors in a distributed checkpoint."""
-    return dict(Reader(folder).read_metadata().state_dict_metadata)  # type: ignore[arg-type,return-value]
+    return Reader(folder).tensors()

@@ -135,6 +135,7 @@ class Search:
         """A checkpoint from the mirror; what was in its place is set aside."""
 
         def fetch() -> Path:
+            assert self._mirror is not None, "rank 0 has it where there are steps in it"
             path = self._mirror.store.fetch(step, self.folder)
             log.info("fetched %s from %s", path.name, self._mirror.store.url)
             return path

@@ -9,8 +9,10 @@ import os
 import random
 import warnings
 import zlib
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from joint_train.distributed.lora import ADAPTER
 from joint_train.distributed.ranks import Ranks
 from joint_train.distributed.replicas import Replicas
 from joint_train.errors import CheckpointError
+from joint_train.pair.model import JointModel
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -44,12 +47,12 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def pair_tensors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+def pair_tensors(model: JointModel) -> dict[str, dict[str, Tensor]]:
     """Tensors of the two halves, by the folder that each is stored in."""
     return {"base/model": named_tensors(model.base), "drafter/model": named_tensors(model.drafter)}
 
 
-def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+def parameter_names(model: JointModel) -> dict[Tensor, str]:
     """``base.…`` and ``drafter.…`` names of the parameters."""
     return {
         tensor: f"{part.partition('/')[0]}.{name}"
@@ -59,7 +62,7 @@ def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
     }
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: JointModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Tensors of the optimizer's state as ``<parameter>/<entry>``; a parameter that never had a gradient has none."""
     names = parameter_names(model)
     if torch.cuda.is_available():
@@ -71,18 +74,27 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
+class CompactState(Protocol):
+    """An optimizer that makes its own state, see :class:`joint_train.train.compact.CompactAdamW`."""
+
+    name: str
+
+    def entries(self, parameter: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]: ...
+
+    def zeros(self, parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor: ...
+
+
 def new_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, stored: dict[str, TensorStorageMetadata]
-) -> dict[nn.Parameter, dict[str, Tensor]]:
+    model: JointModel, optimizer: torch.optim.Optimizer, stored: Mapping[str, TensorStorageMetadata]
+) -> dict[Tensor, dict[str, Tensor]]:
     """Empty state, sharded like the parameters, for each trained parameter of which state is stored."""
     entries: dict[str, list[str]] = {}
     for key in stored:
         name, _, entry = key.rpartition("/")
         entries.setdefault(name, []).append(entry)
     names = parameter_names(model)
-    state = {}
-    compact = getattr(optimizer, "entries", None)  # of an optimizer that makes its own state
-    low_precision = compact and optimizer.name != "adamw"
+    state: dict[Tensor, dict[str, Tensor]] = {}
+    compact = cast("CompactState", optimizer) if hasattr(optimizer, "entries") else None
     for group in optimizer.param_groups:
         # AdamW keeps its step counter on the CPU, except where a fused or captured kernel reads it.
         counter_on_device = group.get("fused") or group.get("capturable")
@@ -92,8 +104,9 @@ def new_optimizer_state(
             found = {
                 entry: stored[f"{names[parameter]}/{entry}"] for entry in entries[names[parameter]] if entry != "step"
             }
-            if low_precision:
-                expected = compact(parameter)
+            low_precision = compact is not None and compact.name != "adamw"
+            if compact is not None and low_precision:
+                expected = compact.entries(parameter)
                 fits = {entry: (meta.size, meta.properties.dtype) for entry, meta in found.items()} == expected
             else:
                 fits = found.keys() == {"exp_avg", "exp_avg_sq"}
@@ -106,8 +119,8 @@ def new_optimizer_state(
             for entry in entries[names[parameter]]:
                 meta = stored[f"{names[parameter]}/{entry}"]
                 dtype = meta.properties.dtype if low_precision or entry == "step" else parameter.dtype
-                if compact and entry != "step":
-                    state[parameter][entry] = optimizer.zeros(parameter, meta.size, dtype)
+                if compact is not None and entry != "step":
+                    state[parameter][entry] = compact.zeros(parameter, meta.size, dtype)
                 elif entry != "step":
                     state[parameter][entry] = torch.empty_like(parameter, requires_grad=False)
                 else:

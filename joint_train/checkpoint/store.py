@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -110,7 +110,7 @@ class Store:
             DamagedCheckpoint: if a local file isn't what was written.
             CheckpointError: if the storage fails, or has an object of another size.
         """
-        if self._marker(name, none=True) == marker:
+        if self._marker_or_none(name) == marker:
             return
         self._remove_marker(name)
         manifest = Manifest(0, 0, "", "", {}, files=files)
@@ -118,13 +118,13 @@ class Store:
             if problems := layout.check_files(folder, manifest, [file]):
                 raise layout.damaged(folder, problems)
             source, target = str(folder / file), self._path(name, file)
-            self._try(f"uploading {name}/{file}", lambda s=source, t=target: self._fs.put_file(s, t))
+            self._try(f"uploading {name}/{file}", partial(self._fs.put_file, source, target))
         found = self._try(f"listing {name}", lambda: self._sizes(name))
         if wrong := [file for file, (size, _) in files.items() if found.get(file) != size]:
             raise CheckpointError(f"{self.url}/{name}/{wrong[0]} has {found.get(wrong[0])} bytes after its upload")
         for extra in found.keys() - files.keys():  # of what was there before: weights that a loader might prefer
             path = self._path(name, extra)
-            self._try(f"replacing {name}", lambda p=path: self._fs.rm_file(p))
+            self._try(f"replacing {name}", partial(self._fs.rm_file, path))
         self._try(f"completing {name}", lambda: self._fs.pipe_file(self._path(name, layout.MANIFEST), marker))
 
     def fetch(self, step: int, checkpoints: Path) -> Path:
@@ -142,7 +142,7 @@ class Store:
                 source, target = self._path(checkpoint_name(step), file), temporary / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    self._try(f"fetching {file}", lambda s=source, t=str(target): self._fs.get_file(s, t), True)
+                    self._try(f"fetching {file}", partial(self._fs.get_file, source, str(target)), True)
                 except FileNotFoundError:
                     pass  # the check names it
                 else:
@@ -171,7 +171,7 @@ class Store:
             self._remove_marker(checkpoint_name(step))
             self._try(
                 f"removing {checkpoint_name(step)}",
-                lambda s=step: self._fs.rm(self._path(checkpoint_name(s)), recursive=True),
+                partial(self._fs.rm, self._path(checkpoint_name(step)), recursive=True),
             )
 
     def _folders(self) -> dict[int, bool]:
@@ -183,8 +183,12 @@ class Store:
                 names = self._fs.ls(self._path("checkpoints"), detail=False)
             except FileNotFoundError:
                 return {}
-            steps = {layout.step_of(Path(PurePosixPath(name).name)) for name in names} - {None}
-            return {step: self._fs.exists(self._path(checkpoint_name(step), layout.MANIFEST)) for step in steps}
+            steps = {layout.step_of(Path(PurePosixPath(name).name)) for name in names}
+            return {
+                step: self._fs.exists(self._path(checkpoint_name(step), layout.MANIFEST))
+                for step in steps
+                if step is not None
+            }
 
         return self._try("listing checkpoints", find)
 
@@ -193,14 +197,17 @@ class Store:
         found = self._fs.find(self._path(name), detail=True)
         return {path[len(self._path(name)) + 1 :]: entry["size"] for path, entry in found.items()}
 
-    def _marker(self, name: str, none: bool = False) -> bytes | None:
+    def _marker(self, name: str) -> bytes:
+        if (marker := self._marker_or_none(name)) is None:
+            raise IncompleteCheckpoint(f"{self.url}/{name} is incomplete: it has no {layout.MANIFEST}")
+        return marker
+
+    def _marker_or_none(self, name: str) -> bytes | None:
         path = self._path(name, layout.MANIFEST)
         try:
             return self._try(f"reading {name}/{layout.MANIFEST}", lambda: self._fs.cat_file(path), True)
         except FileNotFoundError:
-            if none:
-                return None
-            raise IncompleteCheckpoint(f"{self.url}/{name} is incomplete: it has no {layout.MANIFEST}") from None
+            return None
 
     def _remove_marker(self, name: str) -> None:
         path = self._path(name, layout.MANIFEST)

@@ -1,14 +1,23 @@
 """What can't work is refused here, before a process group is made or a weight is read."""
 
+import math
 from importlib.util import find_spec
 
 from joint_train.config.schema import Config
 from joint_train.config.typed import select
 from joint_train.config.uploads import check_uploads
-from joint_train.config.values import mesh_shape, parse_drafter_loss, parse_steps, round_weights, teacher_grad
+from joint_train.config.values import (
+    mesh_shape,
+    parse_drafter_loss,
+    parse_steps,
+    round_weights,
+    run_length,
+    teacher_grad,
+    unroll_limit,
+)
 from joint_train.errors import ConfigError
 
-CHOICES = {
+CHOICES: dict[str, tuple[str | bool, ...]] = {
     "model.attn_implementation": ("auto", "by_layer_type", "sdpa", "flex_attention", "eager"),
     "drafter.pairing": ("serving", "same_token"),
     "drafter.rope_position": ("last_kv", "next_token"),
@@ -89,7 +98,7 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
         )
     for name, choices in CHOICES.items():
         if (value := select(cfg, name)) not in choices:
-            raise ConfigError(f"{name}={value}: choose one of {', '.join(choices)}.")
+            raise ConfigError(f"{name}={value}: choose one of {', '.join(map(str, choices))}.")
     for name, least in AT_LEAST.items():
         value = select(cfg, name)
         if value is not None and not value >= least:  # NaN is refused, too
@@ -109,9 +118,13 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
         raise ConfigError(
             "data.train is empty: name a source, e.g. 'data.train=[{path: train.jsonl}]' or data=starter."
         )
+    if cfg.epochs is not None and not 0 < cfg.epochs < math.inf:
+        raise ConfigError(f"epochs={cfg.epochs}: must be above 0.")
+    unroll_limit(cfg.data.unroll)
+    max_steps, _ = run_length(cfg)
     steps = parse_steps(cfg.profile.steps)
-    if steps and steps[-1] > cfg.max_steps:
-        raise ConfigError(f"profile.steps={cfg.profile.steps}: the run ends at max_steps={cfg.max_steps}.")
+    if steps and max_steps is not None and steps[-1] > max_steps:
+        raise ConfigError(f"profile.steps={cfg.profile.steps}: the run ends at max_steps={max_steps}.")
     if cfg.parallel.cpu_offload == "all" and cfg.eval.prompts:
         raise ConfigError(
             "parallel.cpu_offload=all copies every weight to the GPU for each token of an assisted generation: set "

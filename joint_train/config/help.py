@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import cast
 
 from omegaconf import MISSING
 
@@ -28,13 +29,13 @@ def keys(group: str, schema: type = Config) -> Iterator[tuple[str, str, str]]:
         raise ConfigError(f"There is no group {group}: choose from {', '.join(groups())}, or all.")
     for field in dataclasses.fields(schema):
         if schema is Config and field.name == group:
-            yield from keys(group, field.type)
+            yield from keys(group, cast(type, field.type))
         elif not _is_group(field) and (schema is not Config or group == RUN):
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             default = "(required)" if default == MISSING else "null" if default is None else str(default)
             yield field.name if group == RUN else f"{group}.{field.name}", default, field.metadata["help"]
         elif schema is not Config:
-            yield from keys(f"{group}.{field.name}", field.type)
+            yield from keys(f"{group}.{field.name}", cast(type, field.type))
 
 
 def choices() -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ misspelt key or a wrong type is an error that names it.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, get_origin
+from typing import Any, cast, get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
@@ -94,6 +94,7 @@ class SourceConfig:
     streaming: bool = key(False, "read a Hugging Face dataset as a stream")
     columns: dict[str, str] = key({}, "the source's column for a field of the format, e.g. {prompt: question}")
     chat_template_kwargs: dict[str, Any] = key({}, "for the chat template, over those of all data")
+    ignore: list[str] = key([], "columns that are no part of the conversation, though their names say so")
     limit: int | None = key(None, "at most this many examples of it")
 
 
@@ -108,6 +109,9 @@ class DataConfig:
     packing: bool = key(True, "put several documents in a row")
     overlong: str = key("truncate", "a document longer than max_length: truncate | split | drop")
     train_on: str = key("assistant", "supervised turns: assistant | last_assistant | all")
+    unroll: str = key(
+        "all", "answers of a conversation that the template makes a document each, with its prompt: all | last N"
+    )
     mixture: str = key("endless", "endless: sources by weight, each repeated | epoch: each example once an epoch")
     shuffle: bool = key(True, "order by the seed; false keeps the files' order")
     on_error: str = key("raise", "a bad example: raise | skip (counted and reported)")
@@ -256,7 +260,8 @@ class Config:
     profile: ProfileConfig = key(ProfileConfig, "where time and memory go")
     pair: str | None = key(None, "a folder with base/ and drafter/, for configurations that say ${pair}")
     seed: int = key(0, "data order and random state")
-    max_steps: int = key(1000, "optimizer steps")
+    max_steps: int | None = key(None, "optimizer steps; by default 1000, or one epoch with data.mixture=epoch")
+    epochs: float | None = key(None, "instead of max_steps: passes over all training data, also a fraction")
     output_dir: str = key("outputs", "folder of the run: configuration, metrics, checkpoints, export")
     resume: str = key(
         "auto",
@@ -290,7 +295,7 @@ def _open_dictionaries(node: DictConfig, of: type) -> None:
     """Take the dictionaries out of Hydra's rule that only known keys are set: theirs are the user's."""
     for field in dataclasses.fields(of):
         if dataclasses.is_dataclass(field.type):
-            _open_dictionaries(node[field.name], field.type)
+            _open_dictionaries(node[field.name], cast(type, field.type))
         elif get_origin(field.type) is dict:
             OmegaConf.set_struct(node[field.name], False)
 

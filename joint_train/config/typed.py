@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -62,10 +62,10 @@ def _check_keys(composed: DictConfig, of: type, prefix: str = "") -> None:
             raise ConfigError(f"{prefix}{name} is not a key{reason}. Known here: {', '.join(fields)}.")
         inner = fields.get(name)
         if dataclasses.is_dataclass(inner):
-            _check_keys(composed[name], inner, f"{prefix}{name}.")
+            _check_keys(composed[name], cast(type, inner), f"{prefix}{name}.")
         elif get_origin(inner) is list and dataclasses.is_dataclass(item := get_args(inner)[0]):
             for index, source in enumerate(composed[name]):
-                _check_keys(source, item, f"{prefix}{name}[{index}].")
+                _check_keys(source, cast(type, item), f"{prefix}{name}[{index}].")
 
 
 def written(cfg: Config | Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +75,9 @@ def written(cfg: Config | Mapping[str, Any]) -> dict[str, Any]:
     whole = dataclasses.asdict(cfg)
     for (*path, last), (text, value) in cfg.interpolations.items():
         try:
-            parent: Any = reduce(lambda node, key: node[key], path, whole)
+            parent: Any = whole
+            for key in path:
+                parent = parent[key]
             if parent[last] == value:  # not set to something else since
                 parent[last] = text
         except (LookupError, TypeError):
@@ -144,7 +146,7 @@ def resolved(saved: dict[str, Any], left_out: list[str] | None = None) -> dict[s
                 whole[key] = resolve(node[key])
             except OmegaConfBaseException:
                 if left_out is None:
-                    whole[key] = OmegaConf.to_container(node)[key]
+                    whole[key] = cast(Any, OmegaConf.to_container(node))[key]
                 else:
                     left_out.append(node._get_full_key(key))
         return whole if isinstance(node, DictConfig) else list(whole.values())
@@ -180,7 +182,9 @@ def _drop_unknown(saved: dict[str, Any], of: type, prefix: str = "") -> list[str
     for name in unknown:
         del saved[name]
     inner = {
-        name: of for name, of in fields.items() if dataclasses.is_dataclass(of) and isinstance(saved.get(name), dict)
+        name: cast(type, of)
+        for name, of in fields.items()
+        if dataclasses.is_dataclass(of) and isinstance(saved.get(name), dict)
     }
     return [prefix + name for name in unknown] + [
         name for group, of in inner.items() for name in _drop_unknown(saved[group], of, f"{prefix}{group}.")
@@ -196,7 +200,8 @@ def group_of(of: type[Group], given: Group | Mapping[str, Any] | None) -> Group:
     if isinstance(given, of):
         return given
     try:
-        group = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(of), dict(given or {})))
+        values = dict(cast(Mapping[str, Any], given or {}))
+        group = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(of), values))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(group, of)

@@ -15,6 +15,9 @@ DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 MOST_SHARDS = 64
 """Ranks that ``parallel.dp_shard=-1`` shards over at most."""
 
+DEFAULT_STEPS = 1000
+"""Of a run that has neither ``max_steps`` nor epochs."""
+
 REFUSED = {
     "pp": "the drafter reads the keys and values of the base's last layers in the same forward, so the pair can't be "
     "split into pipeline stages",
@@ -84,6 +87,37 @@ def parse_steps(spec: str | None) -> range:
     if not 1 <= first <= last:
         raise ConfigError(f"profile.steps={spec}: give a first and a last step, e.g. 10-12; steps start at 1.")
     return range(first, last + 1)
+
+
+def run_length(cfg) -> tuple[int | None, float | None]:
+    """How long a run is: ``max_steps`` or ``epochs``, and None for the other.
+
+    With neither it is :data:`DEFAULT_STEPS`, or one epoch with ``data.mixture=epoch``.
+
+    Raises:
+        ConfigError: both are set.
+    """
+    if cfg.max_steps is not None and cfg.epochs is not None:
+        raise ConfigError(
+            f"max_steps={cfg.max_steps} and epochs={cfg.epochs:g}: only one of them can say how long the run is. Set "
+            "the other one to null."
+        )
+    if cfg.max_steps is None and cfg.epochs is None:
+        return (None, 1.0) if cfg.data.mixture == "epoch" else (DEFAULT_STEPS, None)
+    return cfg.max_steps, cfg.epochs
+
+
+def unroll_limit(unroll: str) -> int | None:
+    """``data.unroll``: how many documents of a conversation are kept, the last ones; None for ``all``.
+
+    Raises:
+        ConfigError: it is neither ``all`` nor ``last N``.
+    """
+    if unroll == "all":
+        return None
+    if found := re.fullmatch(r"last[ _]([1-9]\d*)", unroll):
+        return int(found[1])
+    raise ConfigError(f"data.unroll={unroll!r}: must be all, or last N such as 'last 4'.")
 
 
 def default_shards(ranks: int, node: int) -> int:

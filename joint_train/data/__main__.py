@@ -1,20 +1,22 @@
 """Look at the data, or make some.
 
     python -m joint_train.data check FILE… [--format F] [--columns FIELD=COLUMN…] [--json OUT.json] [overrides]
-    python -m joint_train.data show [--split val] [--row 0] [--rows 2] [--at POSITION] [overrides]
+    python -m joint_train.data show FILE… [--format F] [--columns FIELD=COLUMN…] [--row 0] [--rows 2] [overrides]
     torchrun --nproc-per-node N -m joint_train.data regenerate OUT.jsonl [--max-new-tokens 512] [overrides]
 
-Overrides are those of the main job: ``+experiment=starter pair=DIR``, ``data=tulu3_magicoder model.base=…``.
+Without a file, check and show take the sources of the configuration. Overrides are those of the main job:
+``+experiment=starter pair=DIR``, ``data=tulu3_magicoder model.base=…``.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
 
 from joint_train.command import start
 from joint_train.config import Config, ModelConfig, load
-from joint_train.errors import ConfigError
+from joint_train.errors import ConfigError, DataError
 from joint_train.files import replace
 
 
@@ -25,10 +27,6 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="look at whole files: bad rows, formats, columns, lengths")
-    check.add_argument("--format", default="auto", help="of the files; default: by their fields")
-    check.add_argument(
-        "--columns", nargs="*", default=[], metavar="FIELD=COLUMN", help="the files' column for a field of the format"
-    )
     check.add_argument("--json", type=Path, help="file for the report in JSON; - prints it instead of the tables")
     show = commands.add_parser("show", help="print rows in colour")
     show.add_argument("--split", choices=("train", "val"), default="train")
@@ -43,9 +41,17 @@ def parser() -> argparse.ArgumentParser:
     regenerate.add_argument("--batch-size", type=int, default=8)
     regenerate.add_argument("--max-new-tokens", type=int, default=512)
     regenerate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    check.add_argument("overrides", nargs="*", metavar="FILE", help="files, and overrides of the configuration")
-    for command in (show, regenerate):
-        command.add_argument("overrides", nargs="*", help="of the configuration, e.g. data.max_length=512")
+    for command in (check, show):
+        command.add_argument("--format", default="auto", help="of the files; default: by their fields")
+        command.add_argument(
+            "--columns",
+            nargs="*",
+            default=[],
+            metavar="FIELD=COLUMN",
+            help="the files' column for a field of the format",
+        )
+        command.add_argument("overrides", nargs="*", metavar="FILE", help="files, and overrides of the configuration")
+    regenerate.add_argument("overrides", nargs="*", help="of the configuration, e.g. data.max_length=512")
     return top
 
 
@@ -63,7 +69,10 @@ def main(arguments: list[str]) -> int:
     def run() -> int | None:
         if options.command == "check":
             return run_check(options, options.overrides + more)
-        cfg = load_config(options.overrides + more)
+        if options.command == "show":
+            cfg = with_files(options, options.overrides + more, options.split)
+        else:
+            cfg = load_config(options.overrides + more)
         if cfg.data.tokenizer is None and not cfg.model.base:
             raise ConfigError("model.base is not set (or data.tokenizer, for show)")
         {"show": run_show, "regenerate": run_regenerate}[options.command](cfg, options)
@@ -85,21 +94,38 @@ def _base(model: ModelConfig) -> tuple[str, str | None, str | None]:
     return model.base, model.revision, model.cache_dir
 
 
+def with_files(options: argparse.Namespace, arguments: list[str], split: str) -> Config:
+    """The configuration, with the files among the arguments as the sources of a split."""
+    from joint_train.config import SourceConfig
+
+    groups = {field.name for field in dataclasses.fields(Config)}
+    after_columns = [
+        pair for pair in options.columns if (key := pair.split("=")[0].lstrip("+")) in groups or "." in key
+    ]
+    options.columns = [pair for pair in options.columns if pair not in after_columns]
+    arguments = arguments + after_columns
+    files = [argument for argument in arguments if "=" not in argument or os.path.exists(argument)]
+    overrides = [argument for argument in arguments if argument not in files]
+    if files and not any(override.startswith("data.mixture=") for override in overrides):
+        overrides += ["data.mixture=epoch", "data.shuffle=false"]  # in the order of the files
+    cfg = load_config(overrides)
+    if files:
+        columns = dict(pair.split("=", 1) for pair in options.columns)
+        cfg.data.train, cfg.data.val = [], []
+        sources = [SourceConfig(path=file, format=options.format, columns=columns) for file in files]
+        setattr(cfg.data, split, sources)
+    return cfg
+
+
 def run_check(options: argparse.Namespace, arguments: list[str]) -> int:
     """``check``: 1 if a row is bad."""
     from rich.console import Console
 
-    from joint_train.config import SourceConfig
     from joint_train.data import report
     from joint_train.data.formats import check_source
     from joint_train.data.readers import sources_of
 
-    files = [argument for argument in arguments if "=" not in argument or os.path.exists(argument)]
-    cfg = load_config([argument for argument in arguments if argument not in files])
-    if files:
-        columns = dict(pair.split("=", 1) for pair in options.columns)
-        cfg.data.train = [SourceConfig(path=file, format=options.format, columns=columns) for file in files]
-        cfg.data.val = []
+    cfg = with_files(options, arguments, "train")
     specs = sources_of(cfg.data, "train") + sources_of(cfg.data, "val")
     if not specs:
         raise ConfigError("no file is named, and data.train has no source")
@@ -124,11 +150,16 @@ def run_show(cfg: Config, options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from joint_train.data.loader import build_loader
+    from joint_train.data.pieces import Pieces
     from joint_train.data.show import show
 
     tokenizer = load_tokenizer(cfg)
     cfg.data.num_workers = max(cfg.data.num_workers, 1)
     sequence = build_loader(cfg, tokenizer, options.split, 0, 1).dataset.sequence
+    if all(isinstance(source, Pieces) for source in sequence.sources):  # nobody knows how long a stream is
+        documents = sum(map(len, sequence.sources))
+        if options.row >= documents:
+            raise DataError(f"--row={options.row}: there are {documents:,} documents, and so at most as many rows")
     show(Console(), cfg.drafter, sequence, tokenizer, options.row, options.rows, options.at)
 
 
@@ -149,7 +180,8 @@ def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(cfg)
     examples = list(prompts(sources_of(cfg.data, options.split), cfg.data))
     dtype = compute_dtype(cfg.precision, device.type)
-    model = AutoModelForCausalLM.from_pretrained(resolve(*_base(cfg.model)), dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(resolve(*_base(cfg.model)), dtype=dtype).eval()
+    model.to(device)
     counts = regenerate(
         examples,
         model,

@@ -6,6 +6,10 @@ answers. Some templates render a turn otherwise once others follow it (Gemma 4 d
 the empty thought channel that its prompt ends with); then an answer that isn't where its prompt ends gets a text of its
 own.
 
+With thinking on, an answer is the thoughts in the template's form and then the rest, whether or not the template itself
+renders the thoughts of this answer (see :mod:`joint_train.data.thinking`). With thinking off, thoughts are no part of
+the conversation.
+
 A chat template can mark what the assistant writes (``{% generation %}``); then the marks are used. For the others an
 answer starts where its prompt ends, or without a generation prompt with the first character that depends on the
 message; and it ends with the last token that the template itself writes to close the turn, because the model has to
@@ -17,11 +21,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from joint_train.data import notices
-from joint_train.data.messages import THINKING
+from joint_train.data import notices, thinking
 from joint_train.data.render import Span, Template, options_of
 from joint_train.errors import DataError
 
+# The names under which templates find the thinking of a message.
+REASONING = ("reasoning", "reasoning_content", "thinking")
 # Two texts that share no character at either end, and that no template treats in a special way.
 PROBES = ("\ue000probe\ue001", "\ue002other\ue003")
 # What opens or closes something in a template's text: <think>, </think>, <|channel>, <channel|>, [THINK], [/THINK].
@@ -74,7 +79,15 @@ class Conversation:
     def __init__(self, example: dict[str, Any], tokenizer):
         self.options = options_of(example)
         self.template = Template(tokenizer, self.options)
-        self.messages = self.template.prepared(example["messages"])
+        messages = example["messages"]
+        self.thinks = thinking.thinks(self.template, messages)
+        self.channel = thinking.channel_of(self.template) if self.thinks else None
+        if self.channel is not None and "<think>" not in self.template.source:
+            messages = [thinking.inline(message) for message in messages]
+        self.thoughts = {at: message["reasoning"] for at, message in enumerate(messages) if "reasoning" in message}
+        kept = thinking.kept_thoughts(self.template, messages)
+        self.unthought = kept is not messages
+        self.messages = self.template.prepared(kept)
         context = set(example.get("context", ()))
         said = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
         self.trained = [index for index in said if index not in context]
@@ -119,6 +132,34 @@ class Conversation:
         if not (before and self.template.prompts):
             return text, self._without_prompt(index, text, marks)
         prompt = self.render(before, add_generation_prompt=True)
+        if self.channel is None:
+            return self._after(prompt, index, text, marks)
+        return self._with_thought(self.channel, prompt, index, text, marks)
+
+    def _with_thought(
+        self, channel: thinking.Channel, prompt: str, index: int, text: str, marks: list[Span]
+    ) -> tuple[str, Answer]:
+        """The text with the thoughts of its last answer, which the template may leave out, or with an empty one."""
+        thought = self.messages[index].get("reasoning")
+        if prompt.endswith(channel.opening):
+            at = len(prompt) - len(channel.opening)
+            if text.startswith(prompt) or not text.startswith(prompt[:at]):
+                return self._after(prompt, index, text, marks)
+            written = channel.opening + (f"{thought}{channel.closing}" if thought else channel.end)
+            return _insert(text, self._ended(index, text, marks, at), at, written, len(channel.opening))
+        text, answer = self._after(prompt, index, text, marks)
+        if text.startswith(channel.opening, answer.start) or channel.empty_at_the_end_of(prompt):
+            return text, answer
+        if thought:
+            return _insert(text, answer, answer.start, f"{channel.opening}{thought}{channel.closing}")
+        off = thinking.turned(self.template, False).render(self.messages[:index], add_generation_prompt=True)
+        if empty := channel.empty_at_the_end_of(off):
+            return _insert(text, answer, answer.start, empty)
+        return text, answer
+
+    def _after(self, prompt: str, index: int, text: str, marks: list[Span]) -> tuple[str, Answer]:
+        """The text, or the prompt and what follows it there, and what of it the assistant wrote."""
+        message, before = self.messages[index], self.messages[:index]
         if text.startswith(prompt):
             if before[-1]["role"] != "user" and prompt == self.render(before):
                 # No prompt here, as after a tool's result: what the template may write before the answer is nobody's.
@@ -127,7 +168,7 @@ class Conversation:
                     self.notices[notices.OTHER_PROMPT] += 1
                 return text, answer
             return text, self._ended(index, text, marks, len(prompt))
-        if any(name in message for name in THINKING):
+        if any(name in message for name in REASONING):
             # The prompt may have ended the thinking already.
             unthought, unthought_marks = self.template.render_marked([*before, _without_thinking(message)])
             if (joined := self._joined(index, prompt, unthought, unthought_marks)) is not None:
@@ -142,18 +183,18 @@ class Conversation:
         template leaves out of the history."""
         if text.startswith(prompt):
             return text, self._ended(index, text, marks, len(prompt))
-        before = self.render(self.messages[:index])
-        if prompt == before or not text.startswith(before):
-            return None
         common = common_prefix(text, prompt, self.special)
-        if self._content_start(index, text) != common:
-            return None
         missing = prompt[common:]
         tags = TAG.findall(missing)
-        if not tags or len(tags) % 2 or TAG.split(missing)[-1].strip():
+        closed = tags and len(tags) % 2 == 0 and not TAG.split(missing)[-1].strip()
+        if not (closed and self._says(index, text, common)):
+            before = self.render(self.messages[:index])
+            if prompt == before or not text.startswith(before) or self._content_start(index, text) != common:
+                return None
+        if not closed:
             raise DataError(
-                f"message {index}: the prompt that it answers ends with {missing!r}, and the message hasn't what has "
-                "to follow there: give its reasoning, or turn thinking off (chat_template_kwargs)"
+                f"message {index}: the prompt that it answers ends with {missing!r}, and the chat template of "
+                f"{self.template.name!r} shows nowhere what has to follow there: take another template"
             )
         shift = len(missing)
         marks = [(start + shift, end + shift) for start, end in marks if end > common]
@@ -172,6 +213,15 @@ class Conversation:
             return self._ended(index, text, marks, self._content_start(index, text))
         before = self.render(self.messages[:index]) if index else ""
         return self._ended(index, text, marks, common_prefix(text, before, self.special))
+
+    def _says(self, index: int, text: str, at: int) -> bool:
+        """Whether what a message says begins at a place, by what stands there; what is before it is in the prompt, too,
+        and so doesn't depend on the message. That spares three renderings."""
+        message = self.messages[index]
+        content = message.get("content")
+        if not isinstance(content, str) or "tool_calls" in message or any(name in message for name in REASONING):
+            return False
+        return bool(content.strip()) and text.startswith(content.strip(), at)
 
     def _content_start(self, index: int, text: str) -> int:
         """The first character that depends on the message that the text ends with."""
@@ -193,7 +243,23 @@ class Conversation:
 
 
 def _without_thinking(message: dict) -> dict:
-    return {key: value for key, value in message.items() if key not in THINKING}
+    return {key: value for key, value in message.items() if key not in REASONING}
+
+
+def _insert(text: str, answer: Answer, at: int, written: str, given: int = 0) -> tuple[str, Answer]:
+    """A text with something that the assistant writes at the start of an answer.
+
+    Args:
+        at: where.
+        given: how many characters of it the prompt gives.
+    """
+    size = len(written)
+    spans = [(max(start, at) + size, end + size) for start, end in answer.spans if end > at]
+    if spans and spans[0][0] == at + size:
+        spans[0] = (at + given, spans[0][1])
+    else:
+        spans.insert(0, (at + given, at + size))
+    return text[:at] + written + text[at:], Answer(answer.index, at + given, spans)
 
 
 def close(text: str, start: int, end: int, special: re.Pattern) -> int:

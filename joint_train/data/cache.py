@@ -2,9 +2,10 @@
 
 A source is tokenised once, by worker processes, into a folder of flat arrays that every rank and worker maps into
 memory. The folder's name is a hash of all that its content depends on (the files' bytes, the tokenizer, the template,
-the format), so nothing in it can be out of date. It is written under another name and renamed when it is whole, so
-nobody sees half of one. A file lock makes one process build while the others of the machine wait; the kernel drops the
-lock of a process that dies, and a holder that makes no progress ends the wait with an error.
+the format, and of pictures that are files where they are, their sizes and times), so nothing in it can be out of date.
+It is written under another name, with a checksum of each file, and renamed when it is whole and on disk, so nobody sees
+half of one; one that was damaged since is made again. A file lock makes one process build while the others of the
+machine wait.
 
 What the cache holds doesn't depend on ``max_length``, ``overlong``, ``packing``, ``train_on`` or the mixture.
 """
@@ -16,29 +17,35 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
-import filelock
 import numpy as np
 import tokenizers
 import transformers
 
 from joint_train.config import DataConfig, SourceConfig
 from joint_train.data import notices, readers
+from joint_train.data.digests import digest, remember
 from joint_train.data.json_files import Record
+from joint_train.data.locks import locked
 from joint_train.data.seen import Seen
 from joint_train.data.tokenise import DOCUMENT, PICTURE, tokenise
 from joint_train.errors import DataError
+from joint_train.files import replace
 
 logger = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 7
 META = "meta.json"
 REPORTED = 20
+ATTEMPTS = 3
+FILES = ("tokens.bin", "flags.bin", "pictures.bin", "documents.npy", "pictures.npy")
+MAPPED = ("documents", "pictures", "_tokens", "_flags")
 LOG_SECONDS = 10
 
 
@@ -49,8 +56,7 @@ class Tokenised:
     Attributes:
         name: of the source, in the metrics.
         folder: of the arrays.
-        documents: ``[N]`` DOCUMENT.
-        pictures: ``[M]`` PICTURE, ascending in (document, position).
+        key: a hash of the tokens and what is known of them, wherever they come from.
         files: what ``documents["file"]`` counts.
         skipped: how many records were bad.
         errors: the messages of the first of them.
@@ -58,11 +64,20 @@ class Tokenised:
 
     name: str
     folder: Path
-    documents: np.ndarray
-    pictures: np.ndarray
+    key: str
     files: list[str]
     skipped: int
     errors: list[str]
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """``[N]`` DOCUMENT."""
+        return _mapped(self.folder / "documents.npy")
+
+    @cached_property
+    def pictures(self) -> np.ndarray:
+        """``[M]`` PICTURE, ascending in (document, position)."""
+        return _mapped(self.folder / "pictures.npy")
 
     @cached_property
     def _tokens(self) -> np.ndarray:
@@ -74,7 +89,7 @@ class Tokenised:
 
     def __getstate__(self) -> dict:
         # A memory map is pickled as a copy of the file.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_tokens", "_flags")}
+        return {key: value for key, value in self.__dict__.items() if key not in MAPPED}
 
     def read(self, document: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and flags, both ``[length]``, of a part of a document."""
@@ -100,6 +115,11 @@ class Tokenised:
         return f"{self.files[self.documents['file'][document]]}:{self.documents['line'][document]}"
 
 
+def _mapped(path: Path) -> np.ndarray:
+    array = np.load(path, mmap_mode="r")
+    return np.asarray(array)  # a plain array on the same memory: taking parts of it is quicker
+
+
 def cache_folder(data: DataConfig) -> Path:
     """Where tokenised data is kept: ``data.cache_dir``."""
     return Path(data.cache_dir or Path.home() / ".cache" / "joint_train" / "data").expanduser()
@@ -119,13 +139,30 @@ def tokenised(source: SourceConfig, data: DataConfig, tokenizer, num_workers: in
         DataError: a bad example (``data.on_error=raise``), or no good one.
         TimeoutError: another process holds the cache's lock and makes no progress.
     """
-    folder = cache_folder(data) / cache_key(source, data, tokenizer)
+    root = cache_folder(data)
 
-    def build(progressed: Callable[[], None]) -> None:
+    def build(folder: Path, progressed: Callable[[], None]) -> None:
         records = readers.read_records(source, data.max_line_bytes)
-        write(folder, records, source, data, tokenizer, num_workers, progressed)
+        key = content_key(source, data, tokenizer)
+        write(
+            folder,
+            records,
+            source,
+            data,
+            tokenizer,
+            num_workers,
+            progressed,
+            pictures=_pictures_file(root, key, source),
+        )
 
-    once(folder, build, timeout)
+    # Only when it is tokenised it shows whether a source has pictures, and so what its folder is called.
+    for _ in range(ATTEMPTS):
+        folder = root / cache_key(source, data, tokenizer)
+        once(folder, partial(build, folder), timeout)
+        if folder == root / cache_key(source, data, tokenizer):
+            break
+    else:
+        raise DataError(f"data source {source.path}: its pictures change while it is tokenised: try again")
     cached = load(folder, source, data)
     if not len(cached.documents):
         raise DataError(f"data source {source.path}: no usable example in it ({cached.skipped} bad records)")
@@ -147,16 +184,14 @@ def load(folder: Path, source: SourceConfig, data: DataConfig, first: bool = Tru
         if data.on_error == "raise":
             raise DataError(meta["errors"][0])
         logger.warning(
-            "data source %r: %d bad records skipped (data.on_error=skip), the first: %s",
+            "data source %r: %s bad rows are left out (data.on_error=skip). The first of them:%s",
             name,
-            meta["skipped"],
-            "; ".join(meta["errors"][:3]),
+            f"{meta['skipped']:,}",
+            "".join(f"\n  {error}" for error in meta["errors"][:3]),
         )
-    documents = np.load(folder / "documents.npy")
-    pictures = np.load(folder / "pictures.npy")
     if first:
         _say(name, source, Seen.from_json(meta["seen"]))
-    return Tokenised(name, folder, documents, pictures, source_files(source), meta["skipped"], meta["errors"])
+    return Tokenised(name, folder, meta["content"], source_files(source), meta["skipped"], meta["errors"])
 
 
 def _say(name: str, source: SourceConfig, seen: Seen) -> None:
@@ -168,9 +203,7 @@ def _say(name: str, source: SourceConfig, seen: Seen) -> None:
             f"data source {name!r}: columns name {', '.join(map(repr, nowhere))}, which no record has; they have "
             f"{', '.join(sorted(seen.columns))}"
         )
-    counts = ", ".join(f"{count:,} {format}" for format, count in seen.formats.most_common())
-    used = f"columns used: {', '.join(sorted(seen.used)) or 'none'}; unused: {', '.join(seen.unused) or 'none'}"
-    logger.info("data source %r: %s; %s", name, counts, used)
+    logger.info("data source %r: %s", name, seen.summary())
     for kind, sentence in seen.sentences():
         logger.log(
             logging.INFO if kind in notices.AS_IT_SHOULD else logging.WARNING, "data source %r: %s", name, sentence
@@ -178,20 +211,56 @@ def _say(name: str, source: SourceConfig, seen: Seen) -> None:
 
 
 def cache_key(source: SourceConfig, data: DataConfig, tokenizer) -> str:
-    """A hash of everything that a source's tokens depend on."""
+    """A hash of everything that a source's tokens depend on.
+
+    Where the source turned out to have pictures that are files, as far as this cache knows, these are part of it: where
+    they are, and their sizes and times.
+    """
+    key, root = content_key(source, data, tokenizer), cache_folder(data)
+    listed = _pictures_file(root, key, source)
+    if (root / key / META).exists() or not listed.exists():
+        return key
+    return _with_pictures(listed)
+
+
+def _with_pictures(listed: Path) -> str:
+    """The key of a source whose pictures are listed in a file, as they are now."""
+    parts: list[Any] = [listed.name]
+    for picture in json.loads(listed.read_text()):
+        try:
+            found = os.stat(picture)
+            parts.append([picture, found.st_size, found.st_mtime_ns])
+        except OSError:
+            parts.append([picture, None])
+    return _hash(parts)
+
+
+def _pictures_file(root: Path, key: str, source: SourceConfig) -> Path:
+    """Where the pictures of a source are listed: relative paths in its rows mean others in another folder."""
+    folders = sorted({os.path.realpath(os.path.dirname(file)) for file in source_files(source)})
+    return root / f"{_hash([key, folders])}.pictures"
+
+
+def _hash(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def content_key(source: SourceConfig, data: DataConfig, tokenizer) -> str:
+    """:func:`cache_key` without pictures."""
     parts = {
         "version": VERSION,
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "content": _content(source),
+        "content": _content(source, cache_folder(data)),
         "format": source.format,
         "columns": dict(source.columns),
         "chat_template_kwargs": source.chat_template_kwargs,
+        "ignore": sorted(source.ignore),
         "limit": source.limit,
         "max_line_bytes": data.max_line_bytes,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return _hash(parts)
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
@@ -215,19 +284,15 @@ def source_files(source: SourceConfig) -> list[str]:
     return readers.local_files(source) or [source.path]
 
 
-def _content(source: SourceConfig) -> list:
+def _content(source: SourceConfig, cache: Path) -> list:
     files = readers.local_files(source)
     if not files:
         return [source.path, source.subset, source.split, readers.dataset_fingerprint(source)]
-    digests = []
-    for file in files:
-        with open(file, "rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return digests
+    return [digest(file, cache) for file in files]
 
 
 def once(folder: Path, build: Callable[[Callable[[], None]], None], timeout: float) -> None:
-    """Have ``folder`` built by one process of the machine, while the others wait.
+    """Have ``folder`` built by one process of the machine, while the others wait; again if it was damaged.
 
     Args:
         folder: complete when it has a META file.
@@ -237,39 +302,58 @@ def once(folder: Path, build: Callable[[Callable[[], None]], None], timeout: flo
     Raises:
         TimeoutError: another process holds the lock and makes no progress.
     """
-    if (folder / META).exists():
+    if damage(folder, timeout) is None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock_path = folder.with_name(f"{folder.name}.lock")
-    with _locked(lock_path, timeout):
-        if not (folder / META).exists():
-            for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # by builders that died: we hold their lock
-                shutil.rmtree(left, ignore_errors=True)
-            build(lambda: os.utime(lock_path))
+    with locked(folder.with_name(f"{folder.name}.lock"), timeout, "tokenising") as progressed:
+        if (found := damage(folder, timeout)) is None:
+            return
+        for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # by builders that died: we hold their lock
+            shutil.rmtree(left, ignore_errors=True)
+        if folder.exists():
+            logger.warning("%s is damaged (%s): its data are tokenised again", folder, found)
+            away = folder.with_name(f"{folder.name}.tmp-damaged-{os.getpid()}")
+            folder.rename(away)
+            shutil.rmtree(away, ignore_errors=True)
+        build(progressed)
 
 
-@contextmanager
-def _locked(path: Path, timeout: float) -> Iterator[None]:
-    lock = filelock.FileLock(path)
-    seen, since = None, time.monotonic()
-    while True:
-        try:
-            lock.acquire(timeout=min(1.0, timeout))
-            break
-        except filelock.Timeout:
-            # The builder touches the lock's file whenever it gets on. Whose clock wrote the time doesn't matter.
-            touched = path.stat().st_mtime if path.exists() else None
-            if touched != seen:
-                seen, since = touched, time.monotonic()
-            if time.monotonic() - since > timeout:
-                raise TimeoutError(
-                    f"another process holds {path} and hasn't got on with tokenising for {timeout:.0f} s. "
-                    "If none is running, remove the file; or set data.cache_dir to a folder of your own"
-                ) from None
+def damage(folder: Path, timeout: float = 1800.0) -> str | None:
+    """What is wrong with a folder of tokens, in words; None if it is what was written."""
     try:
-        yield
-    finally:
-        lock.release()
+        meta = json.loads((folder / META).read_text())
+        if meta.pop("checksum") != _hash(meta):
+            return f"the checksum of {META} differs"
+        for name, (size, checksum) in meta["files"].items():
+            if (now := (folder / name).stat().st_size) != size:
+                return f"{name} has {now} bytes, not {size}"
+            if digest(folder / name, folder.parent, timeout) != checksum:
+                return f"the checksum of {name} differs"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{META}: {type(error).__name__}: {error}"
+    return None
+
+
+class _Checked:
+    """A new file that is hashed as it is written, and on disk when it is closed."""
+
+    def __init__(self, path: Path):
+        self.stream, self.hash, self.size = open(path, "wb"), hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        self.hash.update(data)
+        self.size += memoryview(data).nbytes
+        return self.stream.write(data)
+
+    def __enter__(self) -> "_Checked":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        self.stream.close()
 
 
 def write(
@@ -281,37 +365,41 @@ def write(
     num_workers: int,
     progressed: Callable[[], None],
     more: dict | None = None,
+    pictures: Path | None = None,
 ) -> None:
     """Tokenise records into ``folder``: all of it, or nothing.
 
     Args:
         more: kept in META, too.
+        pictures: where the pictures are listed that are files, if there are any; the folder has another name then, that
+            of :func:`cache_key`.
     """
     temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     temporary.mkdir()
     try:
         files = {file: index for index, file in enumerate(source_files(source))}
-        documents, pictures, errors, skipped, offset, count, picture_offset = [], [], [], 0, 0, 0, 0
+        documents, places, errors, skipped, offset, count, picture_offset = [], [], list[str](), 0, 0, 0, 0
+        paths: dict[str, None] = {}
         seen = Seen()
         logged = began = time.monotonic()
-        with (
-            open(temporary / "tokens.bin", "wb") as tokens_file,
-            open(temporary / "flags.bin", "wb") as flags_file,
-            open(temporary / "pictures.bin", "wb") as pictures_file,
-        ):
+        with ExitStack() as stack:
+            written = {name: stack.enter_context(_Checked(temporary / name)) for name in FILES}
             for chunk in tokenise(records, source, data, tokenizer, num_workers):
                 if chunk.errors and data.on_error == "raise":
                     raise DataError(chunk.errors[0])
-                tokens_file.write(chunk.tokens.tobytes())
-                flags_file.write(chunk.flags.tobytes())
+                written["tokens.bin"].write(chunk.tokens.tobytes())
+                written["flags.bin"].write(chunk.flags.tobytes())
                 chunk.documents["offset"] += offset
                 chunk.documents["file"] = [files[file] for file in chunk.files]
                 offset += len(chunk.tokens)
-                pictures_file.write(chunk.picture_data)
+                written["pictures.bin"].write(chunk.picture_data)
+                for picture in chunk.pictures[~chunk.pictures["embedded"]]:
+                    first = int(picture["offset"])
+                    paths[chunk.picture_data[first : first + int(picture["size"])].decode()] = None
                 chunk.pictures["document"] += count
                 chunk.pictures["offset"] += picture_offset
                 picture_offset += len(chunk.picture_data)
-                pictures.append(chunk.pictures)
+                places.append(chunk.pictures)
                 documents.append(chunk.documents)
                 count += len(chunk.documents)
                 skipped += len(chunk.errors)
@@ -322,22 +410,38 @@ def write(
                     logged = time.monotonic()
                     rate = count / (logged - began)
                     logger.info("tokenising %s: %d examples, %.0f a second", source.path, count, rate)
-            for stream in (tokens_file, flags_file, pictures_file):
-                stream.flush()
-                os.fsync(stream.fileno())
-        np.save(temporary / "documents.npy", np.concatenate(documents) if documents else np.empty(0, DOCUMENT))
-        np.save(temporary / "pictures.npy", np.concatenate(pictures) if pictures else np.empty(0, PICTURE))
-        meta = {"skipped": skipped, "errors": errors, "tokens": offset, "seen": seen.as_json(), **(more or {})}
-        (temporary / META).write_text(json.dumps(meta))
+            np.save(written["documents.npy"], np.concatenate(documents) if documents else np.empty(0, DOCUMENT))
+            np.save(written["pictures.npy"], np.concatenate(places) if places else np.empty(0, PICTURE))
+        sizes = {name: [file.size, file.hash.hexdigest()] for name, file in written.items()}
+        # What rows are made of. Pictures may move, and what they take of a row is in the tokens.
+        content = _hash([sizes[name] for name in ("tokens.bin", "flags.bin", "documents.npy")])
+        meta = {"files": sizes, "content": content, "skipped": skipped, "errors": errors, "tokens": offset}
+        meta |= {"seen": seen.as_json(), **(more or {})}
+        replace(temporary / META, json.dumps(meta | {"checksum": _hash(meta)}))
+        if paths and pictures is not None:
+            replace(pictures, json.dumps(list(paths)))
+            folder = folder.with_name(_with_pictures(pictures))
         _rename(temporary, folder)
+        for name, file in written.items():
+            remember(folder / name, folder.parent, file.hash.hexdigest())
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _rename(temporary: Path, folder: Path) -> None:
+    _sync(temporary)
     try:
         temporary.rename(folder)
     except OSError:
         # On a file system without locks another process may have been first: its content is the same.
-        if not (folder / META).exists():
+        if damage(folder) is not None:
             raise
+    _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

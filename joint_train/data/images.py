@@ -10,31 +10,47 @@ import binascii
 import io
 import os
 import re
+from collections import Counter
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from joint_train.data import notices
+from joint_train.data.json_files import is_lfs_pointer
 from joint_train.data.template import IMAGE, Document
 from joint_train.errors import DataError
 
-FIELDS = ("image", "path", "url", "image_url", "bytes")
+FIELDS = ("image", "path", "url", "image_url", "bytes", "source", "value")
+KINDS = ("image", "image_url", "input_image")
 MARKER = "<image>"
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 150_000_000  # 12,000 by 12,000 fit; decoding and resizing that takes 2 to 3 GB of a worker's memory
 # What stands for media in the texts of some formats, where it begins or ends a line: elsewhere it is what it says, as
 # in a question about HTML.
 MARKERS = re.compile(r"^[ \t]*<(image|audio|video)>|<(image|audio|video)>[ \t]*$", re.MULTILINE)
+# Those of other model families, wherever they stand: nothing else looks like them.
+OTHERS = re.compile(
+    r"<img>[^<\n]*</img>|<\|image_\d+\|>|<\|vision_(?:start|end)\|>|<\|(?:image|video|audio)_pad\|>|<start_of_image>|"
+    r"<image_soft_token>|<image_placeholder>|<ImageHere>|<im_start>|<im_patch>|<ref-object>|<bbox>|<\|audio_\d+\|>|<\|AUDIO\|>"
+)
+# What the files of pictures begin with, in base64.
+BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
+SHOWN = 100
 
 
-def take(messages: list[dict], listed: Any, folder: str) -> tuple[list[dict], list[str | bytes]]:
+def take(
+    messages: list[dict], listed: Any, folder: str, counts: Counter[str] | None = None
+) -> tuple[list[dict], list[str | bytes]]:
     """Take the images out of the messages, which keep a part ``{"type": "image"}`` for each.
 
     Args:
-        messages: with images in their parts (``image``, ``path``, ``url``, ``image_url`` or ``bytes``), or with parts
-            or markers ``<image>`` where those go that are listed beside them.
+        messages: with images in their parts (``image``, ``path``, ``url``, ``image_url``, ``bytes``, ``source`` or
+            ``value``), or with parts or markers ``<image>`` where those go that are listed beside them. If there is no
+            place at all, those that are listed come before the first question.
         listed: the example's ``images`` or ``image`` column.
         folder: that paths are relative to.
+        counts: of what is worth knowing, by the kinds of :mod:`joint_train.data.notices`.
 
     Returns:
         The messages, and each image in order: a file's path, or the bytes of one.
@@ -51,7 +67,7 @@ def take(messages: list[dict], listed: Any, folder: str) -> tuple[list[dict], li
         if isinstance(message.get("content"), list):
             parts = []
             for part in message["content"]:
-                if part["type"] in ("image", "image_url"):
+                if part["type"] in KINDS:
                     found.append(next((part[field] for field in FIELDS if part.get(field) is not None), None))
                     parts.append({"type": "image"})
                 elif part["type"] == "text":
@@ -59,6 +75,16 @@ def take(messages: list[dict], listed: Any, folder: str) -> tuple[list[dict], li
                 else:
                     raise DataError(f"message {index}: content of type {part['type']!r} can't be trained on")
             messages[index] = {**message, "content": parts}
+    if listed and not found:
+        first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
+        if first is None:
+            raise DataError(f"{len(listed)} images, and no question that they could belong to")
+        content = messages[first]["content"]
+        text = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        messages[first] = {**messages[first], "content": [{"type": "image"} for _ in listed] + text}
+        found = [None] * len(listed)
+        if counts is not None:
+            counts[notices.PICTURES_FIRST] += 1
     if listed and all(image is None for image in found):
         if len(listed) != len(found):
             raise DataError(f"{len(listed)} images for {len(found)} places in the messages")
@@ -86,6 +112,12 @@ def _with_places(message: dict) -> dict:
 def _refuse_markers(message: dict, index: int) -> None:
     content = message["content"]
     for text in [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]:
+        if "<" in text and (other := OTHERS.search(text)):
+            raise DataError(
+                f"message {index} has {_short(other.group())}, a marker of another model family: write <image> and "
+                f"give the "
+                "images in a column images"
+            )
         for match in MARKERS.finditer(text) if "<" in text else ():
             kind = match.group(1) or match.group(2)
             if f"</{kind}>" not in text:
@@ -100,8 +132,9 @@ def _refuse_markers(message: dict, index: int) -> None:
 
 
 def _reference(image: Any, folder: str) -> str | bytes:
-    if isinstance(image, dict):  # Parquet's images are {bytes, path}; an image_url is {url}
-        image = next((image[field] for field in ("bytes", "path", "url") if image.get(field) is not None), None)
+    if isinstance(image, dict):  # Parquet's images are {bytes, path}; an image_url is {url}; Anthropic's are {data}
+        fields = ("bytes", "path", "url", "data")
+        image = next((image[field] for field in fields if image.get(field) is not None), None)
     if image is None:
         raise DataError("a message has a place for an image, but the record has no image")
     if isinstance(image, bytes):
@@ -112,19 +145,23 @@ def _reference(image: Any, folder: str) -> str | bytes:
         return buffer.getvalue()
     if not isinstance(image, str):
         raise DataError(f"an image is a path or bytes, not {type(image).__name__}")
-    if image.startswith("data:"):
+    if image.startswith("data:") or image.startswith(BASE64):
         try:
-            return base64.b64decode(image.split(",", 1)[1], validate=True)
+            return base64.b64decode(image.split(",", 1)[1] if image.startswith("data:") else image, validate=True)
         except (IndexError, binascii.Error) as error:
             raise DataError(f"an image whose data URL isn't base64: {error}") from None
     if image.startswith(("http://", "https://")):
-        raise DataError(f"image {image}: nothing is fetched while training; download it and give its path")
+        raise DataError(f"image {_short(image)}: nothing is fetched while training; download it and give its path")
     return os.path.join(folder, os.path.expanduser(image.removeprefix("file://")))
 
 
 def name_of(reference: str | bytes) -> str:
     """What to call an image in a message."""
-    return reference if isinstance(reference, str) else f"of {len(reference)} bytes"
+    return _short(reference) if isinstance(reference, str) else f"of {len(reference)} bytes"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters)"
 
 
 @lru_cache(maxsize=2)
@@ -166,12 +203,18 @@ def pixels(reference: str | bytes, folder: str) -> dict[str, np.ndarray]:
                     f"image {name_of(reference)} has {image.width} x {image.height} pixels, and at most "
                     f"{MAX_PIXELS:,} are decoded: make it smaller"
                 )
-            image = ImageOps.exif_transpose(image).convert("RGB")
-        out = processor(images=[image], return_tensors="np")
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        out = processor(images=[upright], return_tensors="np")
     except DataError:
         raise
     except Exception as error:  # decoders raise errors of many kinds
-        raise DataError(f"image {name_of(reference)} can't be read: {type(error).__name__}: {error}") from None
+        if isinstance(reference, str) and is_lfs_pointer(reference):
+            raise DataError(
+                f"image {name_of(reference)} is a Git LFS pointer, not the file: run git lfs pull"
+            ) from None
+        raise DataError(
+            f"image {name_of(reference)} can't be read: {type(error).__name__}: {_short(str(error))}"
+        ) from None
     return {key: np.asarray(value[0]) for key, value in out.items()}
 
 

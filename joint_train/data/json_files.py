@@ -61,6 +61,18 @@ def opened(file: str) -> IO[bytes]:
     return OPENERS.get(os.path.splitext(file)[1], open)(file, "rb")
 
 
+LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def is_lfs_pointer(file: str) -> bool:
+    """Whether a file is what Git LFS leaves in the place of one that wasn't fetched."""
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(len(LFS)) == LFS
+    except (OSError, ValueError):
+        return False
+
+
 def read_json(file: str, max_line_bytes: int) -> Iterator[Record]:
     """The objects of a JSON file. Only one that is called .json may have them over several lines or in a list."""
     if extension(file) != ".json":

@@ -1,7 +1,7 @@
 """The loader: each rank's batches of the global sequence of rows, and the position in it.
 
 A global batch is ``dp_size * micro_batch_size`` consecutive rows, and rank r takes the r-th share of them. The position
-is counted in rows of the global sequence, so it holds on any number of ranks and workers and with any batch size.
+is one of the global sequence, so it holds on any number of ranks and workers and with any batch size.
 """
 
 import hashlib
@@ -19,12 +19,13 @@ import transformers
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from joint_train.config import Config, DataConfig, SourceConfig, checks
+from joint_train.config.values import run_length
 from joint_train.data import cache, images
 from joint_train.data.cache import cache_folder, tokenised
 from joint_train.data.formats import check_source
 from joint_train.data.pieces import Pieces, cut
 from joint_train.data.readers import source_name, sources_of
-from joint_train.data.rows import Cursor, RowSequence
+from joint_train.data.rows import Document, RowSequence, Walk
 from joint_train.data.streams import StreamPieces
 from joint_train.distributed.preemption import stand_apart
 from joint_train.errors import DataError, OtherData
@@ -32,7 +33,9 @@ from joint_train.files import naming
 
 UNPACKED_MULTIPLE = 64
 POSITION, ERROR = "position", "error"
-SETTINGS = ("max_length", "packing", "overlong", "train_on", "mixture", "shuffle")
+ORDER = 2
+"""Of the order of rows: counted up by each change of the code that moves a row."""
+SETTINGS = ("max_length", "packing", "overlong", "train_on", "unroll", "mixture", "shuffle")
 VERSIONS = ("the version of tokenised data", "transformers", "tokenizers")
 TOKENIZER, SOURCES = "tokenizer", "sources"
 CHOICES = {key.removeprefix("data."): of for key, of in checks.CHOICES.items() if key.startswith("data.")}
@@ -43,6 +46,7 @@ class BatchLoader(StatefulDataLoader):
 
     Attributes:
         source_names: what the batches' ``source`` counts.
+        sequence: the global rows.
         position: of the last batch that was yielded (see :func:`loader_position`).
         made_of: what its rows are made of, see :func:`describe`.
     """
@@ -50,6 +54,7 @@ class BatchLoader(StatefulDataLoader):
     def __init__(
         self, batches: "RankBatches", num_workers: int, timeout: float, pin_memory: bool, position: dict, made_of: dict
     ):
+        self.sequence = batches.sequence
         self.source_names = [source.name for source in batches.sequence.sources]
         self.position, self.made_of = position, made_of
         with warnings.catch_warnings():
@@ -65,6 +70,11 @@ class BatchLoader(StatefulDataLoader):
                 collate_fn=_identity,
                 worker_init_fn=stand_apart,
             )
+
+    @property
+    def epoch(self) -> float | None:
+        """How many times all documents have been seen after the last batch; None where a stream is among the data."""
+        return self.sequence.epoch(self.position["documents"])
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return self._ready(super().__iter__())  # made now, not at the first batch: it draws from torch's generator
@@ -110,32 +120,36 @@ class RankBatches(torch.utils.data.Dataset):
     """A rank's batches by number, counted from the position that the loader starts at.
 
     Args:
-        sequence: the global rows.
+        sequence: the global rows; batches beyond their end have empty rows.
         start: the position.
         rank, size: this rank's share.
         rows: in a batch of a rank.
         count: of batches; None: no end.
-        last: rows of the sequence; a batch that goes beyond it is filled with empty rows. None: no end.
     """
 
-    def __init__(
-        self, sequence, start: dict, rank: int, size: int, rows: int, count: int | None, last: int | None, tokenizer
-    ):
+    def __init__(self, sequence, start: dict, rank: int, size: int, rows: int, count: int | None, tokenizer):
         self.folder, self.image_token = tokenizer.name_or_path, getattr(tokenizer, "image_token_id", None)
-        self.sequence, self.rank, self.size, self.rows, self.count, self.last = sequence, rank, size, rows, count, last
+        self.sequence, self.rank, self.size, self.rows, self.count = sequence, rank, size, rows, count
         self.start = start
-        self.cursor = Cursor(sequence, start["window"], start["row"])
+        self.walk = Walk(sequence, start)
+
+    def _take(self, first: int, stop: int) -> list[list[Document]]:
+        """The rows [first, stop), counted from the start of the loader."""
+        first, stop = first + self.start["rows"], stop + self.start["rows"]
+        if self.walk.rows > first:
+            self.walk = Walk(self.sequence, self.start)
+        for _ in itertools.islice(self.walk, first - self.walk.rows):
+            pass
+        return list(itertools.islice(self.walk, stop - first))
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         first = (number * self.size + self.rank) * self.rows
-        stop = first + self.rows if self.last is None else min(first + self.rows, self.last)
-        documents = list(self.cursor.rows(first, stop))
+        documents = self._take(first, first + self.rows)
         length = self.sequence.max_length
         if not self.sequence.packing:
-            longest = max(map(self.sequence.length_of, documents), default=1)
+            longest = max((row[0].length for row in documents), default=1)
             length = min(-(-longest // UNPACKED_MULTIPLE) * UNPACKED_MULTIPLE, length)
-        empty = np.empty((0, 2), dtype=np.int64)
-        rows = [self.sequence.row(row, length) for row in documents + [empty] * (self.rows - len(documents))]
+        rows = [self.sequence.row(row, length) for row in documents + [[]] * (self.rows - len(documents))]
         # Not tensors yet: a worker needs a millisecond to hand one over, whatever its size, as it does so in shared
         # memory. Only pixels are large enough for that.
         batch: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
@@ -146,11 +160,8 @@ class RankBatches(torch.utils.data.Dataset):
                 return {ERROR: str(error)}
             batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_token).astype(np.int64)
         consumed = (number + 1) * self.size * self.rows
-        if self.last is None:
-            window, row = self.cursor.locate(consumed)
-            batch[POSITION] = {**self.start, "rows": self.start["rows"] + consumed, "window": window, "row": row}
-        else:
-            batch[POSITION] = {**self.start, "rows": min(consumed, self.last)}
+        self._take(consumed, consumed)
+        batch[POSITION] = {**self.start, **self.walk.position}
         return batch
 
     def _pixels(self, pictures: list[tuple[str | bytes, int, str]]) -> dict[str, torch.Tensor]:
@@ -175,8 +186,9 @@ def build_loader(
 ) -> BatchLoader:
     """The loader of a rank.
 
-    ``train`` has no end. ``val`` is one pass over the validation sources in an order that doesn't depend on the seed;
-    every rank gets the same number of batches, the last ones filled up with empty rows (labels -100, document_ids 0).
+    ``train`` has no end; its rows are empty beyond a run's ``epochs``. ``val`` is one pass over the validation sources
+    in an order that doesn't depend on the seed; every rank gets the same number of batches, the last ones filled up
+    with empty rows (labels -100, document_ids 0).
 
     Args:
         cfg: the whole configuration.
@@ -198,7 +210,8 @@ def build_loader(
         TimeoutError: another process holds the cache and makes no progress.
     """
     data = cfg.data
-    _check(data, split)
+    epochs = run_length(cfg)[1] if split == "train" else 1.0
+    _check(data, split, epochs)
     specs = sources_of(data, split)
     timeout = cfg.parallel.timeout_seconds
     train = split == "train"
@@ -210,10 +223,11 @@ def build_loader(
         seed=cfg.seed if train else 0,
         mixture=data.mixture if train else "epoch",
         shuffle=data.shuffle,
+        epochs=epochs,
     )
     fingerprint = _fingerprint(cfg, split, [source.key for source in sources])
     made_of = describe(cfg, specs, sources, tokenizer)
-    start = {"rows": 0, "window": 0, "row": 0, "data": fingerprint}
+    start = {**Walk(sequence).position, "data": fingerprint}
     if position is not None:
         if position["data"] != fingerprint:
             why = difference(position.get("made_of"), made_of)
@@ -223,11 +237,8 @@ def build_loader(
                 "exported models"
             )
         start = {name: position[name] for name in start}
-    last = count = None
-    if not train:
-        last = sequence.rows_an_epoch()
-        count = -(-last // (dp_size * data.micro_batch_size))
-    batches = RankBatches(sequence, start, dp_rank, dp_size, data.micro_batch_size, count, last, tokenizer)
+    count = None if train else -(-sequence.count_rows() // (dp_size * data.micro_batch_size))
+    batches = RankBatches(sequence, start, dp_rank, dp_size, data.micro_batch_size, count, tokenizer)
     return BatchLoader(batches, data.num_workers, timeout, torch.cuda.is_available(), start, made_of)
 
 
@@ -258,20 +269,20 @@ def loader_position(loader: BatchLoader) -> dict:
     return {**loader.position, "made_of": loader.made_of}
 
 
-def _check(data: DataConfig, split: str) -> None:
+def _check(data: DataConfig, split: str, epochs: float | None) -> None:
     for key, choices in CHOICES.items():
         if getattr(data, key) not in choices:
-            raise DataError(f"data.{key}={getattr(data, key)!r} is none of {', '.join(choices)}")
+            raise DataError(f"data.{key}={getattr(data, key)!r} is none of {', '.join(map(str, choices))}")
     specs = data.train if split == "train" else data.val
     if not specs:
         raise DataError(f"data.{split} has no source: choose one of conf/data, or list sources with a path each")
     for index, spec in enumerate(specs):
         where = f"data.{split}[{index}] ({source_name(spec)})"
         check_source(where, spec.format, spec.columns)
-        if spec.streaming and spec.limit is None and (split == "val" or data.mixture == "epoch"):
+        if spec.streaming and spec.limit is None and (epochs is not None or data.mixture == "epoch"):
             raise DataError(
                 f"{where}: a stream's length isn't known, so it has no epoch: set its limit, or streaming=false"
-                + (", or data.mixture=endless" if split == "train" else "")
+                + (", or max_steps with data.mixture=endless" if split == "train" else "")
             )
         if spec.weight <= 0:
             raise DataError(f"{where}: weight={spec.weight} isn't positive")
@@ -286,7 +297,7 @@ def _fingerprint(cfg: Config, split: str, keys: list[str]) -> str:
     """A hash of all that the sequence of rows depends on."""
     data = cfg.data
     weights = [spec.weight for spec in (data.train if split == "train" else data.val)]
-    parts = [keys, weights, cfg.seed, [getattr(data, key) for key in SETTINGS]]
+    parts = [ORDER, keys, weights, cfg.seed, [getattr(data, key) for key in SETTINGS]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -298,6 +309,7 @@ def describe(cfg, specs, sources, tokenizer) -> dict[str, Any]:
     """
     return {
         **{f"data.{key}": getattr(cfg.data, key) for key in SETTINGS},
+        "order": ORDER,
         "seed": cfg.seed,
         **dict(zip(VERSIONS, (cache.VERSION, transformers.__version__, tokenizers.__version__), strict=True)),
         TOKENIZER: cache.tokenizer_fingerprint(tokenizer)[:16],
@@ -307,12 +319,8 @@ def describe(cfg, specs, sources, tokenizer) -> dict[str, Any]:
 
 def difference(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
     """In words what differs between two of :func:`describe`; ``before`` is None in checkpoints that don't hold it."""
-    if before is None:
-        return (
-            "its sources, the tokenizer, the seed or one of the settings that make rows "
-            f"({', '.join(SETTINGS)}, weights), or the version of joint-train that prepared them; which one, a "
-            "checkpoint of this age doesn't say"
-        )
+    if before is None or before.get("order") != ORDER:
+        return "the order of the rows changed with this version of joint-train"
     plain = [name for name in now if name not in (TOKENIZER, SOURCES) and before.get(name) != now[name]]
     found = [f"{name} was {before.get(name)} and is now {now[name]}" for name in plain]
     prepared = [name for name in plain if name in VERSIONS]  # each of these changes every source

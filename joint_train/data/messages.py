@@ -7,9 +7,11 @@ of parts ``{"type": "text", "text": …}`` and ``{"type": "image", …}``), and 
 
 import difflib
 import json
-from collections.abc import Callable
+from collections import Counter
 from typing import Any
 
+from joint_train.data import fields as names
+from joint_train.data import notices
 from joint_train.errors import DataError
 
 # In lower case: what OpenAI's format, ShareGPT's and those derived from them call who speaks.
@@ -23,10 +25,14 @@ ROLES = {
 }  # fmt: skip
 CALLERS = ("function_call", "tool_call")
 """Roles of an assistant's message whose content is a call in JSON."""
-THINKING = ("reasoning", "reasoning_content", "thinking")
-"""The fields of a message that hold what the assistant thought before its answer."""
-WEIGHTS = ("weight", "train", "loss", "loss_weight", "training")
-"""The fields of a message that say whether it is trained on."""
+EXCHANGES = {
+    **ROLES, "input": "user", "instruction": "user", "question": "user", "prompt": "user", "query": "user",
+    "output": "assistant", "response": "assistant", "answer": "assistant",
+}  # fmt: skip
+"""The keys of a turn that has one for each speaker."""
+CONTENT = ("content", "value", "refusal")
+"""The fields of a message that may hold what it says; the first that isn't empty does."""
+PICTURES = ("images", "image")
 
 
 def kind_of(value: Any) -> str:
@@ -51,7 +57,9 @@ def text_of(value: Any, what: str) -> str:
     return value
 
 
-def conversation(turns: Any, arrow: bool, what: str = "messages") -> tuple[list[dict], list[int]]:
+def conversation(
+    turns: Any, arrow: bool, what: str = "messages", counts: Counter[str] | None = None
+) -> tuple[list[dict], list[int]]:
     """The messages of a list of turns.
 
     Args:
@@ -59,6 +67,7 @@ def conversation(turns: Any, arrow: bool, what: str = "messages") -> tuple[list[
             "assistant": …}``); or of strings, the user's first.
         arrow: fields that are null come from Arrow, which gives each object the fields of all others.
         what: to call it in an error.
+        counts: of what is worth knowing, by the kinds of :mod:`joint_train.data.notices`.
 
     Returns:
         The messages, and the indices of those of the assistant that aren't trained on.
@@ -67,7 +76,7 @@ def conversation(turns: Any, arrow: bool, what: str = "messages") -> tuple[list[
         DataError: naming the message.
     """
     if isinstance(turns, str) and turns.lstrip().startswith("["):  # a column that can only hold text
-        turns, arrow = _from_json(turns, what), False
+        turns, arrow = from_json(turns, what), False
     if not isinstance(turns, list):
         raise DataError(f"{what} is {kind_of(turns)}, not a list")
     if turns and all(isinstance(turn, str) for turn in turns):
@@ -77,8 +86,9 @@ def conversation(turns: Any, arrow: bool, what: str = "messages") -> tuple[list[
     if not turns:
         raise DataError("an empty conversation")
     messages, context = [], []
+    counts = Counter() if counts is None else counts
     for index, turn in enumerate(turns):
-        message, trained = _message(turn, f"message {index}", arrow)
+        message, trained = _message(turn, f"message {index}", arrow, counts)
         messages.append(message)
         if not trained and message["role"] == "assistant":
             context.append(index)
@@ -87,18 +97,18 @@ def conversation(turns: Any, arrow: bool, what: str = "messages") -> tuple[list[
 
 
 def _is_exchange(turn: dict) -> bool:
-    return "role" not in turn and "from" not in turn and bool(turn) and all(str(key).lower() in ROLES for key in turn)
+    return bool(turn) and not turn.keys() & {"role", "from"} and all(str(key).lower() in EXCHANGES for key in turn)
 
 
 def _exchange(turn: Any) -> list[dict]:
     if not isinstance(turn, dict) or not _is_exchange(turn):
         return [turn]
     order = ("system", "developer", "user", "assistant", "tool")
-    said = [(ROLES[key.lower()], value) for key, value in turn.items() if value is not None]
+    said = [(EXCHANGES[key.lower()], value) for key, value in turn.items() if value is not None]
     return [{"role": role, "content": value} for role, value in sorted(said, key=lambda pair: order.index(pair[0]))]
 
 
-def _message(turn: Any, where: str, arrow: bool) -> tuple[dict, bool]:
+def _message(turn: Any, where: str, arrow: bool, counts: Counter[str]) -> tuple[dict, bool]:
     if not isinstance(turn, dict):
         raise DataError(f"{where} is {kind_of(turn)}, not an object")
     # Parquet and datasets fill the fields that a message doesn't have with null.
@@ -108,37 +118,78 @@ def _message(turn: Any, where: str, arrow: bool) -> tuple[dict, bool]:
     role = spoken_by if role is None else role
     known = ROLES.get(role) or ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     message: dict[str, Any] = {"role": known}
-    value = fields.pop("value", None) if "content" not in fields else None
-    content = fields.pop("content", value)
+    content = _content(fields, counts)
     if known is None:
         if not isinstance(role, str) or role.strip().lower() not in CALLERS:
             raise _unknown_role(role, where)
         message["role"] = known = "assistant"
         fields["tool_calls"], content = content, ""
-    trained = _trained(fields, where)
+    trained, said = names.trained(fields, where)
+    for name in said:
+        del fields[name]
     if isinstance(content, list):
-        content, thoughts = _parts(content, where)
+        content, of_parts = _trained_parts(content, where)
+        trained = trained and of_parts
+        content, thoughts, calls = _parts(content, where)
         if thoughts:
             fields.setdefault("reasoning", "\n".join(thoughts))
+        if calls:
+            fields.setdefault("tool_calls", calls)
     elif content is not None:
         text_of(content, f"{where}: content")
+    for name in PICTURES:  # as in Ollama's messages
+        if pictures := fields.pop(name, None):
+            text = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+            listed = pictures if isinstance(pictures, list) else [pictures]
+            content = [{"type": "image", "image": picture} for picture in listed] + text
     if (call := fields.pop("function_call", None)) is not None:
         fields.setdefault("tool_calls", [call])
     if "tool_calls" in fields and (calls := _calls(fields.pop("tool_calls"), where, arrow)):
         message["tool_calls"] = calls
-    for name in THINKING:
-        if name in fields:
-            thought = text_of(fields.pop(name), f"{where}: {name}")
-            if thought.strip():
-                message.setdefault("reasoning", thought)
+    for name in [name for name in fields if isinstance(name, str) and name.lower() in names.REASONING]:
+        thought = thought_of(fields.pop(name), f"{where}: {name}")
+        if thought.strip():
+            message.setdefault("reasoning", thought)
     for key, value in fields.items():
+        if value and key in names.MEDIA:
+            raise DataError(f"{where} has {key}: audio and video can't be trained on; leave the row out")
         if isinstance(value, str):
             text_of(value, f"{where}: {key}")
-    if content is None and not fields and len(message) == 1:
-        raise DataError(f"{where} has no content")
+    if content is None and not message.keys() & {"reasoning", "tool_calls"}:
+        if known != "tool" and not fields.keys() & {"tool_responses", "tools"}:
+            has = f" (it has {', '.join(sorted(map(str, fields)))})" if fields else ""
+            raise DataError(f"{where} has no content{has}")
     # Templates ask for the content of a call as if each message had one.
     message["content"] = "" if content is None else content
     return {**message, **fields}, trained
+
+
+def _content(fields: dict, counts: Counter[str]) -> Any:
+    """Take what a message says out of its fields."""
+    found = [(name, fields.pop(name)) for name in CONTENT if name in fields]
+    said = next(((name, value) for name, value in found if value not in ("", [])), None)
+    if said is None:
+        return found[0][1] if found else None
+    if said != found[0] or said[0] == "refusal":
+        counts[notices.OTHER_FIELD] += 1
+    for name, value in found[found.index(said) + 1 :]:
+        if value not in ("", [], said[1]):
+            fields[name] = value  # another text: a template may have a use for it
+    return said[1]
+
+
+def thought_of(value: Any, where: str) -> str:
+    """A thought: a string, or a list of parts with texts.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if not isinstance(value, list):
+        return text_of(value, where)
+    parts, trained = _trained_parts(value, where)
+    if not trained:
+        raise DataError(f"{where} isn't trained on: that can only be said of a whole message")
+    return "".join(part.get("text", "") for part in _parts(parts, where)[0])
 
 
 def _unknown_role(role: Any, where: str) -> DataError:
@@ -147,41 +198,50 @@ def _unknown_role(role: Any, where: str) -> DataError:
     return DataError(f"{where} has the unknown role {role!r}{hint}; known are {', '.join([*ROLES, *CALLERS])}")
 
 
-def _trained(fields: dict, where: str) -> bool:
-    """Take the fields that say whether a message is trained on."""
-    trained = True
-    for name in WEIGHTS:
-        if name in fields:
-            value = fields.pop(name)
-            if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-                raise DataError(
-                    f"{where} has {name} {value!r}: a message is trained on (1 or true) or it is context (0 or false); "
-                    "there is nothing between"
-                )
-            trained = trained and bool(value)
-    return trained
+def _trained_parts(parts: list, where: str) -> tuple[list, bool]:
+    """Parts without the fields that say whether they are trained on, and whether they are."""
+    kept, said = [], []
+    for index, part in enumerate(parts):
+        if isinstance(part, dict):
+            trained, found = names.trained(part, f"{where}: part {index}")
+            part = {key: value for key, value in part.items() if key not in found}
+            said.append(trained)
+        kept.append(part)
+    if any(said) and not all(said):
+        raise DataError(
+            f"{where}: some parts of its content are trained on and others are not: make messages of them, or leave "
+            f"the "
+            "row out"
+        )
+    return kept, all(said)
 
 
-def _parts(parts: list, where: str) -> tuple[list[dict], list[str]]:
-    """The text and media parts of a content, and its thoughts."""
-    kept, thoughts = [], []
+def _parts(parts: list, where: str) -> tuple[list[dict], list[str], list]:
+    """The text and media parts of a content, its thoughts, and its tool calls."""
+    kept: list[dict] = []
+    thoughts, calls = [], []
     for part in parts:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise DataError(f"{where}: a part of its content has no type")
-        kind = part["type"]
-        if kind in ("text", "input_text", "output_text"):
-            said = part["text"] if part.get("text") is not None else part.get("value", part.get("content"))
+        kind, value = part["type"], part.get("value")
+        if kind in ("text", "input_text", "output_text", "refusal"):
+            said = next((part[name] for name in ("text", "value", "content", kind) if part.get(name) is not None), None)
             kept.append({"type": "text", "text": text_of(said, f"{where}: a text part")})
-        elif kind in ("thinking", "reasoning"):
-            said = next((part[name] for name in (kind, *THINKING, "text") if part.get(name) is not None), None)
+        elif kind in names.REASONING:
+            said = next((part[n] for n in (kind, *names.REASONING, "text", "value") if part.get(n) is not None), None)
             thoughts.append(text_of(said, f"{where}: a {kind} part"))
+        elif kind in ("tool_call", "function_call"):
+            call = from_json(part.get(kind, value), f"{where}: a {kind} part")
+            calls += call if isinstance(call, list) else [call]
         else:
-            kept.append({key: value for key, value in part.items() if value is not None})
-    return kept, thoughts
+            kept.append({key: inner for key, inner in part.items() if inner is not None})
+    return kept, thoughts, calls
 
 
 def _calls(calls: Any, where: str, arrow: bool) -> list[dict]:
-    calls = _from_json(calls, f"{where}: tool_calls")
+    calls = from_json(calls, f"{where}: tool_calls")
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
         raise DataError(f"{where}: tool_calls is {kind_of(calls)}, not a list")
@@ -189,14 +249,14 @@ def _calls(calls: Any, where: str, arrow: bool) -> list[dict]:
 
 
 def _call(call: Any, where: str, arrow: bool) -> dict:
-    call = _from_json(call, where)
+    call = from_json(call, where)
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"{where} has no function with a name")
     arguments = function.get("arguments", function.get("parameters"))
     written = isinstance(arguments, str)
-    if written:
-        arguments = _from_json(arguments, f"{where}: arguments") if arguments.strip() else {}
+    if isinstance(arguments, str):
+        arguments = from_json(arguments, f"{where}: arguments") if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
@@ -219,7 +279,12 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _from_json(value: Any, what: str) -> Any:
+def from_json(value: Any, what: str) -> Any:
+    """A value, or the one that a string of JSON holds.
+
+    Raises:
+        DataError: the string isn't JSON.
+    """
     if not isinstance(value, str):
         return value
     try:
@@ -239,7 +304,7 @@ def tools(given: Any, arrow: bool) -> list[dict] | None:
         DataError: naming the tool.
     """
     written = isinstance(given, str)
-    given = _from_json(given or "null", "tools") if written else given
+    given = from_json(given or "null", "tools") if written else given
     given = [given] if isinstance(given, dict) else given
     if given is not None and not isinstance(given, list):
         raise DataError(f"tools is {kind_of(given)}, not a list")
@@ -248,7 +313,7 @@ def tools(given: Any, arrow: bool) -> list[dict] | None:
 
 def _tool(tool: Any, where: str, arrow: bool) -> dict:
     arrow = arrow and not isinstance(tool, str)
-    tool = _from_json(tool, where)
+    tool = from_json(tool, where)
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"{where} has no name")
@@ -256,7 +321,7 @@ def _tool(tool: Any, where: str, arrow: bool) -> dict:
     if function is not tool:
         function.pop("type", None) if function.get("type") == "function" else None
     if isinstance(function.get("parameters"), str):
-        function["parameters"] = _from_json(function["parameters"], f"{where}: parameters")
+        function["parameters"] = from_json(function["parameters"], f"{where}: parameters")
     _encodable(function, where)
     return {"type": "function", "function": function}
 
@@ -268,8 +333,8 @@ def _name_results(messages: list[dict]) -> None:
         if message["role"] != "tool":
             calls = list(message.get("tool_calls", []))
             continue
-        matches: Callable[[dict], bool] = lambda call, m=message: call.get("id") == m.get("tool_call_id")  # noqa: E731
-        call = next(filter(matches, calls), None) if "tool_call_id" in message else None
+        matching = [call for call in calls if call.get("id") == message.get("tool_call_id")]
+        call = next(iter(matching), None) if "tool_call_id" in message else None
         call = call or next(iter(calls), None)
         if call is not None:
             calls.remove(call)

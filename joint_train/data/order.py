@@ -3,8 +3,6 @@
 Any part of an order can be made without what comes before it, and no release of a library changes it.
 """
 
-from functools import lru_cache
-
 import numpy as np
 
 
@@ -24,12 +22,12 @@ def _mix(x):
         return x ^ (x >> np.uint64(31))
 
 
-@lru_cache(maxsize=8)
 def permutation(count: int, *key: int) -> np.ndarray:
-    """An order of ``count`` things, ``[count]`` int64. The last few are kept: don't write into them."""
-    return np.argsort(hash64(np.arange(count), *key), kind="stable")
+    """An order of ``count`` things, ``[count]``, of 4 bytes each where those are enough."""
+    order = np.argsort(hash64(np.arange(count), *key), kind="stable")
+    return order.astype(np.int32) if count < 1 << 31 else order
 
 
-def uniform(first: int, last: int, *key: int) -> np.ndarray:
-    """Numbers in [0, 1) for the indices [first, last)."""
-    return (hash64(np.arange(first, last), *key) >> np.uint64(11)) * 2.0**-53
+def fractions(index: np.ndarray, *key: int) -> np.ndarray:
+    """A number in [0, 1) for each index, of so few bits that its sum with an index below 2^32 is exact."""
+    return (hash64(index, *key) >> np.uint64(44)) * 2.0**-20

@@ -1,43 +1,34 @@
-"""Documents into rows: best fit, and the arrays of a row."""
-
-from bisect import bisect_left, insort
+"""Documents into rows: which of them fill a row best, and the arrays of a row."""
 
 import numpy as np
 
+LOOKAHEAD = 64
+"""How many documents a row is filled from."""
 
-def best_fit(lengths: list[int], capacity: int, sort: bool = True) -> list[list[int]]:
-    """Put each document into the row that it leaves least space in.
+
+def fullest(lengths: list[int], space: int) -> list[int]:
+    """The documents that leave the least of a space: an exact subset sum, with bits for the sums that can be reached.
 
     Args:
-        lengths: of the documents, each at most ``capacity``.
-        capacity: of a row.
-        sort: longest first, which fills rows best; otherwise in the order given.
+        lengths: of the documents, positive; the first ``LOOKAHEAD`` of them are tried.
+        space: that they may take together.
 
     Returns:
-        The documents (indices into ``lengths``, ascending) of each row; the rows in the order of their first document.
+        Their indices, ascending; of several ways to the same sum one that needs the fewest documents from the front.
     """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)) if sort else range(len(lengths))
-    rows: list[list[int]] = []
-    spaces: list[int] = []  # the different amounts of space that are left somewhere, ascending
-    rows_with: dict[int, list[int]] = {}
-    for index in order:
-        length = lengths[index]
-        found = bisect_left(spaces, length)
-        if found == len(spaces):
-            row, space = len(rows), capacity
-            rows.append([])
-        else:
-            space = spaces[found]
-            row = rows_with[space].pop()
-            if not rows_with[space]:
-                del rows_with[space], spaces[found]
-        rows[row].append(index)
-        if left := space - length:
-            if left not in rows_with:
-                rows_with[left] = []
-                insort(spaces, left)
-            rows_with[left].append(row)
-    return sorted(map(sorted, rows))
+    reached = [1]  # bit n: n tokens can be reached with the documents so far
+    mask = (1 << (space + 1)) - 1
+    for length in lengths[:LOOKAHEAD]:
+        reached.append(reached[-1] | reached[-1] << length & mask)
+        if reached[-1] >> space:
+            break
+    total = reached[-1].bit_length() - 1
+    chosen = []
+    for index in range(len(reached) - 1, 0, -1):
+        if not reached[index - 1] >> total & 1:
+            chosen.append(index - 1)
+            total -= lengths[index - 1]
+    return chosen[::-1]
 
 
 def assemble(documents: list[tuple[np.ndarray, np.ndarray, int]], length: int) -> dict[str, np.ndarray]:

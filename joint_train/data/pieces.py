@@ -1,19 +1,23 @@
 """What of a source goes into rows: its documents, cut and sorted out by the ``data`` options."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from joint_train.config.values import unroll_limit
 from joint_train.data.cache import Tokenised
-from joint_train.data.order import permutation
 from joint_train.data.template import ASSISTANT, LAST
 from joint_train.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+Order = Callable[..., np.ndarray]
+
 NO_TARGET = "no target: nothing in it was written by the assistant"
+COSTLY = 3
+"""That many times its tokens a conversation may cost before it is worth a warning."""
 MASKS = {"assistant": ASSISTANT, "last_assistant": LAST, "all": None}
 
 
@@ -44,20 +48,27 @@ class Pieces:
     @property
     def key(self) -> str:
         """A hash of the content."""
-        return self.source.folder.name
+        return self.source.key
 
-    def draw(self, first: int, count: int, shuffle: bool, *key: int) -> np.ndarray:
-        """The pieces [first, first + count) of the source repeated without end, each time in an order of its own."""
-        epochs, index = np.divmod(np.arange(first, first + count), len(self))
-        if shuffle:
-            for epoch in np.unique(epochs).tolist():
-                inside = epochs == epoch
-                index[inside] = permutation(len(self), *key, epoch)[index[inside]]
-        return index
+    def draw(self, first: int, count: int, order: Order | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pieces [first, first + count) of the source repeated without end, each time in an order of its own.
 
-    def length_of(self, piece: int) -> int:
-        """Tokens of a piece."""
-        return int(self.length[piece])
+        Args:
+            order: gives the order of a pass from the number of pieces and the pass's; None: as they stand.
+
+        Returns:
+            Which of the ``count`` each is, its pass, and the piece, ``[count]`` each.
+        """
+        laps, index = np.divmod(np.arange(first, first + count), len(self))
+        if order is not None:
+            for lap in np.unique(laps).tolist():
+                inside = laps == lap
+                index[inside] = order(len(self), lap)[index[inside]]
+        return np.arange(count), laps, index
+
+    def lengths_of(self, pieces: np.ndarray) -> np.ndarray:
+        """Tokens of some pieces."""
+        return self.length[pieces]
 
     def read(self, piece: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and flags of a piece, both ``[T]``."""
@@ -84,8 +95,7 @@ def cut(source: Tokenised, data) -> Pieces:
     """
     documents, mask = source.documents, MASKS[data.train_on]
     skipped = source.skipped
-    # Where the template makes several documents of a conversation, the last one has all that the earlier ones have.
-    keep = np.ones(len(documents), dtype=bool) if data.train_on == "assistant" else ~documents["earlier"]
+    keep = _unrolled(source, data)
     if mask is not None:
         empty = keep & (documents["targets"] == 0)
         if empty.any():
@@ -93,9 +103,9 @@ def cut(source: Tokenised, data) -> Pieces:
             if data.on_error == "raise":
                 raise DataError(message)
             logger.warning(
-                "data source %r: %d examples without a target skipped, the first: %s",
+                "data source %r: %s documents without an answer are left out. The first of them:\n  %s",
                 source.name,
-                np.count_nonzero(empty),
+                f"{np.count_nonzero(empty):,}",
                 message,
             )
             keep &= ~empty
@@ -114,16 +124,59 @@ def cut(source: Tokenised, data) -> Pieces:
                 lost += 1
     if long.any():
         logger.warning(
-            "data source %r: %d of %d examples are longer than data.max_length=%d (data.overlong=%s)%s",
+            "data source %r: %s of %s documents (%s) are longer than data.max_length=%d and are %s (data.overlong=%s)"
+            "%s",
             source.name,
-            np.count_nonzero(long),
-            len(documents),
+            f"{np.count_nonzero(long):,}",
+            f"{len(documents):,}",
+            f"{np.count_nonzero(long) / len(documents):.1%}",
             data.max_length,
+            {"truncate": "cut", "split": "split", "drop": "left out"}[data.overlong],
             data.overlong,
-            f"; {lost} pieces of them without a target are left out" if lost else "",
+            f"; {lost:,} of the pieces have no answer in them and are left out" if lost else "",
         )
     table = np.concatenate(pieces)
-    return Pieces(source, *table[np.lexsort((table[:, 1], table[:, 0]))].T, skipped=skipped)
+    document, start, length = table[np.lexsort((table[:, 1], table[:, 0]))].T
+    return Pieces(source, document, start, length, skipped=skipped)
+
+
+def _unrolled(source: Tokenised, data) -> np.ndarray:
+    """Which documents are kept, ``[N]`` bool, where the template makes several of a conversation, one for each answer.
+
+    With ``data.train_on=assistant`` all are, or the last few that ``data.unroll`` says. Otherwise the last one has all
+    that the earlier ones have.
+    """
+    documents = source.documents
+    earlier = documents["earlier"]
+    if data.train_on != "assistant":
+        return ~earlier
+    # How many documents of the same conversation come after each.
+    last = np.flatnonzero(~earlier)
+    after = last[np.searchsorted(last, np.arange(len(documents)))] - np.arange(len(documents))
+    limit = unroll_limit(data.unroll)
+    keep = np.ones(len(documents), dtype=bool) if limit is None else after < limit
+    if earlier.any():
+        lengths = documents["length"].astype(np.int64)
+        several = earlier.copy()
+        several[1:] |= earlier[:-1]
+        whole, kept = int(lengths[several & ~earlier].sum()), int(lengths[several & keep].sum())
+        lost = np.count_nonzero(several & ~keep)
+        logger.log(
+            logging.WARNING if kept > COSTLY * whole or lost else logging.INFO,
+            "data source %r: %d conversations are a document for each answer, since the template renders earlier turns "
+            "otherwise than it prompts for them: %d documents of %d tokens, %.1f times the %d tokens of the "
+            "conversations. %s",
+            source.name,
+            np.count_nonzero(several & ~earlier),
+            np.count_nonzero(several & keep),
+            kept,
+            kept / whole,
+            whole,
+            f"The {lost} documents before the last {limit} of each are left out, with their answers (data.unroll)"
+            if lost
+            else "data.unroll='last N' trains only the last N answers of each",
+        )
+    return keep
 
 
 def _parts(source: Tokenised, document: int, data) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,17 @@ import os
 from collections.abc import Iterator
 
 from joint_train.config import DataConfig, SourceConfig
-from joint_train.data.json_files import OPENERS, READ_ERRORS, Record, extension, need, opened, read_json, read_lines
+from joint_train.data.json_files import (
+    OPENERS,
+    READ_ERRORS,
+    Record,
+    extension,
+    is_lfs_pointer,
+    need,
+    opened,
+    read_json,
+    read_lines,
+)
 from joint_train.errors import DataError
 
 
@@ -42,7 +52,7 @@ def local_files(source: SourceConfig) -> list[str]:
         return files
     is_file = any(character in path for character in "*?[") or _kind(path) or path.startswith(("/", "."))
     if is_file or path.count("/") > 1:
-        raise DataError(f"no file at {source.path} (data source {source_name(source)!r})")
+        raise DataError(f"there is no file at {os.path.abspath(path)} (data source {source_name(source)!r})")
     return []
 
 
@@ -68,7 +78,9 @@ def read_records(source: SourceConfig, max_line_bytes: int) -> Iterator[Record]:
 
 def _read_file(file: str, max_line_bytes: int) -> Iterator[Record]:
     kind = _kind(file)
-    if kind == "parquet":
+    if is_lfs_pointer(file):
+        yield Record(file, 1, None, "this is a Git LFS pointer, not the file itself: run git lfs pull")
+    elif kind == "parquet":
         yield from _read_parquet(file)
     elif kind == "json":
         yield from read_json(file, max_line_bytes)
@@ -170,9 +182,10 @@ def dataset_fingerprint(source: SourceConfig) -> str:
 
 
 def _not_opened(source: SourceConfig, error: Exception) -> DataError:
+    here = "" if os.path.exists(os.path.expanduser(source.path)) else "there is no file or folder of this name, and "
     return DataError(
-        f"the dataset {source.path} (subset {source.subset}, split {source.split}) can't be opened: "
-        f"{type(error).__name__}: {error}"
+        f"data source {source.path}: {here}it can't be opened as a dataset (subset {source.subset}, split "
+        f"{source.split}): {type(error).__name__}: {error}"
     )
 
 

@@ -19,8 +19,8 @@ import torch
 from rich.progress import Progress
 
 from joint_train.data import readers, sources
-from joint_train.data.messages import THINKING
-from joint_train.data.render import options_of, prompt_ids
+from joint_train.data.render import options_of
+from joint_train.data.thinking import prompt_ids
 from joint_train.errors import DataError
 
 CHANNEL = re.compile(r"<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
@@ -80,13 +80,18 @@ def regenerate(
 
     Returns:
         ``answered`` by this call, ``unfinished`` among all known answers, ``missing`` in all.
+
+    Raises:
+        DataError: there is no prompt, or no answer that can be kept; nothing is written then.
     """
+    if not examples:
+        raise DataError("there is no prompt to answer: every example was skipped, or the sources are empty")
     parts = output.with_name(f"{output.name}.parts")
     if output.exists():
         return {"answered": 0, "unfinished": 0, "missing": 0}
     parts.mkdir(parents=True, exist_ok=True)
     prompt = [_digest(example, model.name_or_path) for example in examples]
-    done = _answers(parts, prompt)
+    done = _answers(parts, prompt, max_new_tokens)
     mine = [index for index in range(rank, len(examples), world_size) if index not in done]
     part = parts / f"{socket.gethostname()}-{os.getpid()}-{rank}.jsonl"
     with open(part, "a") as stream, Progress(transient=True, disable=rank > 0) as progress:
@@ -98,12 +103,18 @@ def regenerate(
             batch = [examples[index] for index in indices]
             answers = answer_batch(batch, model, tokenizer, max_new_tokens, temperature)
             for index, answer in zip(indices, answers, strict=True):
-                stream.write(json.dumps({"index": index, "prompt": prompt[index], "answer": answer}) + "\n")
+                record = {"index": index, "prompt": prompt[index], "answer": answer, "most": max_new_tokens}
+                stream.write(json.dumps(record) + "\n")
             stream.flush()
             progress.advance(bar, len(indices))
-    done = _answers(parts, prompt)
+    done = _answers(parts, prompt, max_new_tokens)
     unfinished = sum(answer is None for answer in done.values())
     missing = len(examples) - len(done)
+    if unfinished == len(examples):
+        raise DataError(
+            f"none of {unfinished} answers ended within --max-new-tokens={max_new_tokens}: {output} isn't written. "
+            "Raise it; a base that never ends its turn wants training, or its chat template"
+        )
     if not missing:
         _put_together(examples, done, output)
         shutil.rmtree(parts, ignore_errors=True)
@@ -115,14 +126,17 @@ def _digest(example: dict, model: str) -> str:
     return hashlib.sha256(json.dumps([example, model], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _answers(parts: Path, prompt: list[str]) -> dict[int, dict | None]:
-    """What is answered so far of these prompts (their digests); None where the answer had no end."""
+def _answers(parts: Path, prompt: list[str], max_new_tokens: int) -> dict[int, dict | None]:
+    """What is answered so far of these prompts (their digests); None where the answer had no end. One that had fewer
+    tokens for it than there are now doesn't count."""
     answers = {}
     for part in sorted(parts.glob("*.jsonl")):
         for line in part.read_text().splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:  # the last line of a run that was killed
+                continue
+            if record["answer"] is None and record.get("most", 0) < max_new_tokens:
                 continue
             if record["index"] < len(prompt) and record.get("prompt") == prompt[record["index"]]:
                 answers[record["index"]] = record["answer"]
@@ -174,5 +188,5 @@ def _message(tokens: list[int], ends: set[int], tokenizer) -> dict | None:
     text = tokenizer.decode(tokens[:end])
     message = {"role": "assistant", "content": CHANNEL.sub("", text).strip()}
     if thinking := "\n".join(CHANNEL.findall(text)).strip():
-        message[THINKING[0]] = thinking
+        message["reasoning"] = thinking
     return message

@@ -4,6 +4,8 @@ Templates come with models, and so from strangers. They run in jinja's sandbox, 
 LIMIT_SECONDS, and with no more than LIMIT_BYTES of further memory.
 """
 
+import copy
+import difflib
 import os
 import re
 import resource
@@ -16,6 +18,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import jinja2
+import jinja2.meta
 import tokenizers
 from transformers.utils import chat_template_utils
 
@@ -27,6 +30,8 @@ LIMIT_BYTES = 2**30
 """Memory that one rendering may take beyond what the process has; the usual is a few copies of the text."""
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
+PLAIN = (dict, list, str, tuple, int, float, bool)
+
 Span = tuple[int, int]
 
 
@@ -37,22 +42,6 @@ class _TooLong(Exception):
 def options_of(example: dict[str, Any]) -> dict[str, Any]:
     """What an example gives its template besides the messages."""
     return {"tools": example.get("tools"), **example.get("chat_template_kwargs", {})}
-
-
-def prompt_ids(tokenizer, messages: list[dict], **options) -> list[int]:
-    """The tokens that an engine is given when the assistant has to go on after these messages.
-
-    Args:
-        tokenizer: with a chat template.
-        messages: as :mod:`joint_train.data.messages` describes them.
-        options: for the template, and ``tools``.
-
-    Raises:
-        DataError: the template refuses them.
-    """
-    template = Template(tokenizer, options)
-    text = template.render(template.prepared(messages), add_generation_prompt=True)
-    return encoding(tokenizer, text).ids
 
 
 def encoding(tokenizer, text: str) -> tokenizers.Encoding:
@@ -76,12 +65,17 @@ class Template:
     and here each is rendered several times. (They are private ones of the version that is required.)
 
     Attributes:
+        options: what it is given besides the messages.
+        source: its text.
         marked: it marks what the assistant writes.
         prompts: it can end with a generation prompt.
+        reads: the variables that it reads.
         special: matches the tokens that the tokenizer has besides its vocabulary.
+        control: matches those of them that aren't text.
 
     Raises:
-        DataError: the tokenizer has no template, or one that takes powers: no time limit interrupts those.
+        DataError: the tokenizer has no template, or one that takes powers (no time limit interrupts those), or one that
+            never reads an option.
     """
 
     def __init__(self, tokenizer, options: dict[str, Any]):
@@ -91,11 +85,19 @@ class Template:
                 "(for example that of the instruction-tuned model of the same family)"
             )
         self.name, self.options = tokenizer.name_or_path, options
-        self._source = tokenizer.get_chat_template(tools=options.get("tools"))
-        self.marked, self.prompts = _properties(self._source)
-        self.special = special_pattern(tokenizer)
+        self.source: str = tokenizer.get_chat_template(tools=options.get("tools"))
+        self.marked, self.prompts, self.reads = _properties(self.source)
+        _check_options(tokenizer, options, self.reads)
+        self.special, self.control = _patterns(tokenizer)
         given = {"tools": None, "documents": None, **tokenizer.special_tokens_map, **options}
         self._variables: dict[str, Any] = chat_template_utils._plain_template_data(given)
+
+    def with_options(self, **options) -> "Template":
+        """The same template with other options."""
+        other = copy.copy(self)
+        other.options = {**self.options, **options}
+        other._variables = {**self._variables, **chat_template_utils._plain_template_data(options)}
+        return other
 
     def prepared(self, messages: list[dict]) -> list[dict]:
         """The messages as templates see them: of plain values only, with each name that there is for thinking."""
@@ -108,8 +110,9 @@ class Template:
             DataError: the template refuses them, or takes too long.
         """
         with self._explained():
-            compiled = chat_template_utils._compile_jinja_template(self._source)
-            return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._variables)
+            return _compiled(self.source).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._variables
+            )
 
     def render_marked(self, messages: list[dict]) -> tuple[str, list[Span]]:
         """The text of prepared messages, and the places [start, end) in it that are marked as the assistant's.
@@ -120,9 +123,8 @@ class Template:
         if not self.marked:
             return self.render(messages), []
         with self._explained():
-            compiled = chat_template_utils._compile_jinja_template(self._source)
             return chat_template_utils._render_with_assistant_indices(
-                compiled, messages=messages, add_generation_prompt=False, **self._variables
+                _compiled(self.source), messages=messages, add_generation_prompt=False, **self._variables
             )
 
     @contextmanager
@@ -179,26 +181,93 @@ def _handle_signals(process: int) -> None:
     signal.signal(signal.SIGVTALRM, _stop)
 
 
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
+
+
+def _check_options(tokenizer, options: dict[str, Any], reads: frozenset[str]) -> None:
+    """Refuse options that the template would pass over."""
+    for name, value in options.items():
+        if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+            raise DataError(
+                f"chat_template_kwargs: {name} is the text {value!r}, which a template takes for true: write "
+                f"{value.strip().lower()} without quotation marks"
+            )
+    unread = [name for name in options if name not in reads and name not in GIVEN]
+    if not unread:
+        return
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):  # by name: another one may read it
+        reads = reads.union(*(_properties(source)[2] for source in templates.values()))
+        unread = [name for name in unread if name not in reads]
+        if not unread:
+            return
+    known = sorted(reads.difference(GIVEN, tokenizer.special_tokens_map))
+    close = difflib.get_close_matches(unread[0], known, 1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise DataError(
+        f"chat_template_kwargs: the chat template of {tokenizer.name_or_path!r} never reads {', '.join(unread)}{hint}; "
+        f"it reads {', '.join(known) or 'no options'}"
+    )
+
+
 @lru_cache(maxsize=64)
-def _properties(source: str) -> tuple[bool, bool]:
+def _compiled(source: str) -> jinja2.Template:
+    """A template whose sandbox remembers what it allows: it takes half of the time of a rendering to find that out."""
+    compiled = chat_template_utils._compile_jinja_template(source)
+    allowed = compiled.environment.is_safe_attribute
+
+    @lru_cache(maxsize=4096)
+    def of_kind(kind: type, name: str) -> bool:
+        return allowed(kind(), name, None)
+
+    def is_safe_attribute(thing: Any, name: str, value: Any) -> bool:
+        if type(thing) not in PLAIN:
+            return allowed(thing, name, value)
+        # Of these nothing but their type counts.
+        return of_kind(type(thing), name)  # type: ignore[arg-type]  # mypy doesn't know that classes are hashable
+
+    compiled.environment.is_safe_attribute = is_safe_attribute
+    return compiled
+
+
+@lru_cache(maxsize=64)
+def _properties(source: str) -> tuple[bool, bool, frozenset[str]]:
     try:
         powers = any(value == "**" for _, kind, value in jinja2.Environment().lex(source) if kind == "operator")
     except jinja2.TemplateSyntaxError:
         powers = False  # said when it is rendered
     if powers:
         raise DataError("the chat template takes powers (**), which no conversation needs and which may never end")
-    return bool(MARKS.search(source)), "add_generation_prompt" in source
+    try:
+        environment = chat_template_utils._compile_jinja_template(source).environment
+        reads = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+    except jinja2.TemplateError:  # said when it is rendered
+        reads = frozenset()
+    return bool(MARKS.search(source)), "add_generation_prompt" in source, reads
 
 
-_PATTERNS: WeakKeyDictionary[Any, tuple[int, re.Pattern]] = WeakKeyDictionary()
+_PATTERNS: WeakKeyDictionary[Any, tuple[int, re.Pattern, re.Pattern]] = WeakKeyDictionary()
 
 
 def special_pattern(tokenizer) -> re.Pattern:
     """Of the tokens that a tokenizer has besides its vocabulary."""
-    size, pattern = _PATTERNS.get(tokenizer, (-1, re.compile("")))
+    return _patterns(tokenizer)[0]
+
+
+def control_pattern(tokenizer) -> re.Pattern:
+    """Of those of these tokens that aren't text."""
+    return _patterns(tokenizer)[1]
+
+
+def _patterns(tokenizer) -> tuple[re.Pattern, re.Pattern]:
+    size, special, control = _PATTERNS.get(tokenizer, (-1, re.compile(""), re.compile("")))
     if size != len(tokenizer):  # tokens were added
-        added = (str(token) for token in tokenizer.added_tokens_decoder.values())
-        tokens = sorted({token for token in added if token.strip()}, key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-        _PATTERNS[tokenizer] = (len(tokenizer), pattern)
-    return pattern
+        added = [token for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]
+        special, control = _any_of(added), _any_of([token for token in added if token.special])
+        _PATTERNS[tokenizer] = len(tokenizer), special, control
+    return special, control
+
+
+def _any_of(tokens: list) -> re.Pattern:
+    longest_first = sorted({str(token) for token in tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

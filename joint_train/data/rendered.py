@@ -5,12 +5,22 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from joint_train.data import notices
+from joint_train.data import notices, thinking
 from joint_train.data.answers import Conversation, Text, ends_special
 from joint_train.errors import DataError
 
 # Thinking that stands in the content itself.
 THOUGHT = re.compile(r"<think>(.*?)</think>|<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
+# Reasoning in tags that some data sets use.
+TAGGED = re.compile(r"<(think|thinking|thought|reasoning|scratchpad|reflection)>.*?</\1>", re.DOTALL)
+# What turns are made of in the chat formats of other models. "</s>" is HTML, too, if it doesn't end a text.
+FOREIGN = re.compile(
+    r"<\|(?:im_start|im_end|im_sep|endoftext|end_of_text|begin_of_text|eot_id|eom_id|start_header_id|end_header_id|python_tag|"
+    r"user|assistant|system|observation|end|start|message|channel|return|call|endofprompt|eot|turn|tool_call)\|?>|"
+    r"<(?:turn|channel|tool_call)\|>|<(?:start|end)_of_turn>|<bos>|<eos>|</?s>\s*\Z|\A\s*<s>|\[/?INST\]|<</?SYS>>|"
+    r"<｜[^｜\n]{1,40}｜>|^(?:Assistant|ASSISTANT):|^### (?:Instruction|Response|Human|Assistant|User|Input):",
+    re.MULTILINE,
+)
 PLAIN = ("system", "user", "assistant")
 
 
@@ -35,8 +45,21 @@ def check(conversation: Conversation, texts: list[Text]) -> None:
         if not _found(tool["function"]["name"], whole):
             conversation.notices[notices.UNSHOWN_TOOLS] += 1
             break
+    declared = {tool["function"]["name"] for tool in conversation.options.get("tools") or ()}
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            conversation.notices[notices.UNDECLARED] += call["function"]["name"] not in declared
+        for token in set().union(*(control_tokens(text, conversation.template.control) for text in _texts(message))):
+            conversation.notices[notices.about(notices.CONTROL, token)] += 1
     for text in texts:
         _check_answers(conversation, text)
+    conversation.notices = +conversation.notices  # without those that are 0
+
+
+def control_tokens(text: str, of_tokenizer: re.Pattern) -> set[str]:
+    """The control tokens of chat formats in a text: those of the tokenizer, and those of other models."""
+    found = {match.group().strip() for match in FOREIGN.finditer(text)}
+    return found | set(of_tokenizer.findall(text)) if "<" in text or "[" in text else found
 
 
 def _left_out(conversation: Conversation, index: int, what: str, piece: str) -> DataError:
@@ -129,22 +152,36 @@ def _check_by_probes(conversation: Conversation) -> None:
 
 
 def _check_answers(conversation: Conversation, text: Text) -> None:
-    thinking = "<|think|>" in text.text or bool(conversation.options.get("enable_thinking"))
+    template, channel = conversation.template, conversation.channel
     for answer in text.answers:
         message = conversation.messages[answer.index]
-        thoughts = [message["reasoning"]] if message.get("reasoning") else []
+        thoughts = [conversation.thoughts[answer.index]] if answer.index in conversation.thoughts else []
         thoughts += [a or b for said in _texts(message) if "<" in said for a, b in THOUGHT.findall(said)]
         written = text.text[answer.start : answer.end]
-        if not all(_found(thought.strip(), written) for thought in thoughts):
-            if thinking:
+        left_out = conversation.unthought and answer.index in conversation.thoughts
+        if left_out or not all(_found(thought.strip(), written) for thought in thoughts):
+            if not conversation.thinks:
+                trainable = thinking.switch_of(template) and thinking.channel_of(template) is not None
+                conversation.notices[notices.UNTHOUGHT if trainable else notices.UNSHOWN_THOUGHTS] += 1
+            elif channel is not None and channel.empty_at_the_end_of(text.text[: answer.start]):
                 raise DataError(
-                    f"message {answer.index}: thinking is turned on, and the chat template of "
-                    f"{conversation.template.name!r} renders the answer without its own: leave the row out, "
-                    "or turn thinking off (chat_template_kwargs)"
+                    f"message {answer.index}: the system prompt turns thinking on with <|think|>, and the prompt of "
+                    f"the chat template of {template.name!r} ends with an empty thought, after which no other comes. "
+                    f"Take "
+                    "<|think|> out of the system prompt and set chat_template_kwargs: {enable_thinking: true}"
                 )
-            conversation.notices[notices.UNTHOUGHT] += 1
-        elif thinking and not any(thought.strip() for thought in thoughts):
-            conversation.notices[notices.UNASKED] += 1
+            else:
+                raise DataError(
+                    f"message {answer.index}: thinking is turned on, and the chat template of {template.name!r} has no "
+                    "place for it: take another template, or the reasoning out of the row"
+                )
+        elif conversation.thinks and not any(thought.strip() for thought in thoughts):
+            empty = channel is not None and written.startswith((channel.opening, channel.end))
+            conversation.notices[notices.EMPTY_THOUGHT if empty else notices.UNASKED] += 1
+        source = template.source
+        tags = {match.group(1) for said in _texts(message) if "<" in said for match in TAGGED.finditer(said)}
+        if any(f"<{tag}>" not in source for tag in tags):
+            conversation.notices[notices.TAGS] += 1
         end = answer.start + len(written.rstrip())
         if answer.spans and not ends_special(text.text, answer.start, end, conversation.special):
             conversation.notices[notices.ENDLESS] += 1

@@ -1,12 +1,15 @@
 """What was seen in the records of a source: their formats, their columns, and what is worth knowing about them."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from joint_train.data.formats import Adapted
-from joint_train.data.notices import MEANING
+from joint_train.data.formats import OPTIONS, Adapted
+from joint_train.data.notices import sentence
 
+MOST_OPTIONS = 50
+"""Values of options that are kept."""
 MOST_COLUMNS = 200
 """Names of columns that are kept: rows of JSON may have any number."""
 
@@ -19,18 +22,25 @@ class Seen:
         formats: how many records are in each.
         used: columns that went into examples.
         columns: all columns there are.
+        options: how many records give the chat template an option, by ``name=value``.
         notices: for each kind of :mod:`joint_train.data.notices` how often, and where first.
     """
 
     formats: Counter[str] = field(default_factory=Counter)
     used: set[str] = field(default_factory=set)
     columns: set[str] = field(default_factory=set)
+    options: Counter[str] = field(default_factory=Counter)
     notices: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def saw(self, adapted: Adapted) -> None:
         """Count a record."""
         self.formats[adapted.format] += 1
+        self.noticed(adapted.notices, adapted.where)
         self.used |= adapted.used
+        for name, value in adapted.example.get(OPTIONS, {}).items():
+            shown = f"{name}={json.dumps(value, ensure_ascii=False)}"
+            if shown in self.options or len(self.options) < MOST_OPTIONS:
+                self.options[shown] += 1
         if len(self.columns) < MOST_COLUMNS:
             self.columns.update(map(str, adapted.columns))
 
@@ -45,6 +55,7 @@ class Seen:
         self.formats += other.formats
         self.used |= other.used
         self.columns |= other.columns
+        self.options += other.options
         for kind, (count, where) in other.notices.items():
             self.noticed(Counter({kind: count}), where)
 
@@ -53,12 +64,23 @@ class Seen:
         """Columns that went into no example."""
         return sorted(self.columns - self.used)
 
+    def summary(self) -> str:
+        """What the records are, in a sentence."""
+        counts = self.formats.most_common()
+        rows = sum(self.formats.values())
+        formats = (
+            f"format {counts[0][0]}"
+            if len(counts) == 1
+            else f"formats {', '.join(f'{name} ({count:,})' for name, count in counts)}"
+        )
+        return (
+            f"{rows:,} rows in the {formats}; columns used: {', '.join(sorted(self.used)) or 'none'}; "
+            f"unused: {', '.join(self.unused) or 'none'}"
+        )
+
     def sentences(self) -> list[tuple[str, str]]:
         """Kind and sentence of what is worth knowing."""
-        return [
-            (kind, MEANING[kind].format(count=f"{count:,}") + f" (first: {where})")
-            for kind, (count, where) in self.notices.items()
-        ]
+        return [(kind, f"{sentence(kind, count)} (first: {where})") for kind, (count, where) in self.notices.items()]
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""
@@ -66,6 +88,7 @@ class Seen:
             "formats": dict(self.formats),
             "used": sorted(self.used),
             "columns": sorted(self.columns),
+            "options": dict(self.options),
             "notices": {kind: list(found) for kind, found in self.notices.items()},
         }
 
@@ -73,4 +96,5 @@ class Seen:
     def from_json(cls, data: dict[str, Any]) -> "Seen":
         """What :meth:`as_json` gave."""
         notices = {kind: (count, where) for kind, (count, where) in data["notices"].items()}
-        return cls(Counter(data["formats"]), set(data["used"]), set(data["columns"]), notices)
+        formats, options = Counter(data["formats"]), Counter(data["options"])
+        return cls(formats, set(data["used"]), set(data["columns"]), options, notices)

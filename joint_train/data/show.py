@@ -1,5 +1,6 @@
 """Rows in colour: what is trained on, where documents are cut, what every drafter round has to predict."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -9,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from joint_train.data.pieces import Pieces
-from joint_train.data.rows import Cursor, RowSequence
+from joint_train.data.rows import RowSequence, Walk
 from joint_train.pair.targets import joint_targets
 
 BRACKETS = ("⟦", "⟧")
@@ -24,7 +25,7 @@ def show(console: Console, drafter, sequence: RowSequence, tokenizer, first: int
         drafter: the ``drafter`` group.
         at: the position in each of them whose rounds are spelled out; None: the first where all of them count.
     """
-    rows = list(Cursor(sequence, 0, 0).rows(first, first + count))  # a stream knows then what it skipped
+    rows = list(itertools.islice(Walk(sequence), first, first + count))  # a stream knows then what it skipped
     console.print(_sources(sequence))
     marks = BRACKETS if console.color_system is None else ("", "")
     trained = "trained on".join(marks)
@@ -44,10 +45,15 @@ def show(console: Console, drafter, sequence: RowSequence, tokenizer, first: int
 
 def _sources(sequence: RowSequence) -> Table:
     table = Table("source", "documents", "tokens", "pieces", "skipped", "share", title=f"data ({sequence.mixture})")
-    for source, share in zip(sequence.sources, np.diff(sequence.bounds, prepend=0), strict=True):
+    for source, share in zip(sequence.sources, sequence.shares, strict=True):
         if isinstance(source, Pieces):
             documents = source.source.documents
-            counts = (len(documents), int(documents["length"].sum()), len(source), source.skipped)
+            counts: tuple[int | str, ...] = (
+                len(documents),
+                int(documents["length"].sum()),
+                len(source),
+                source.skipped,
+            )
         else:
             counts = ("stream", "", "", source.skipped)
         # In an epoch mixture a source's share is that of its examples.
@@ -63,10 +69,11 @@ def _shown(tokenizer, token: int) -> str:
 def _print_documents(
     console: Console, sequence: RowSequence, documents, row, tokenizer, marks: tuple[str, str]
 ) -> None:
-    for index, (source, piece) in enumerate(documents.tolist(), start=1):
+    for index, document in enumerate(documents, start=1):
         where = np.flatnonzero(row["document_ids"] == index)
-        pieces = sequence.sources[source]
-        heading = f"── document {index} · positions {where[0]}–{where[-1]} · {pieces.name} · {pieces.where(piece)} "
+        pieces = sequence.sources[document.source]
+        at = pieces.where(document.piece)
+        heading = f"── document {index} · positions {where[0]}–{where[-1]} · {pieces.name} · {at} "
         console.print(Text(heading.ljust(console.width, "─"), CUT), no_wrap=True, overflow="crop")
         text = Text()
         # Neighbours of one kind are decoded together: a character may be several tokens.

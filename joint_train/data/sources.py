@@ -30,10 +30,12 @@ def understand(record: Record, source: SourceConfig) -> Adapted:
     try:
         row = row_of(record)
         arrow = not isinstance(record.data, bytes)
-        adapted = formats.adapt(row, source.format, source.columns, arrow)
+        adapted = formats.adapt(row, source.format, source.columns, arrow, source.ignore)
+        adapted.where = f"{record.file}:{record.line}"
         example = adapted.example
         if "messages" in example:
-            messages, found = images.take(example["messages"], adapted.listed, os.path.dirname(record.file))
+            folder = os.path.dirname(record.file)
+            messages, found = images.take(example["messages"], adapted.listed, folder, adapted.notices)
             example["messages"] = messages
             if found:
                 example["images"] = found

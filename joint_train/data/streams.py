@@ -8,7 +8,6 @@ one goes on from there, after a resume too.
 
 import itertools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import numpy as np
 
 from joint_train.data import cache, readers
 from joint_train.data.json_files import Record
-from joint_train.data.order import permutation
-from joint_train.data.pieces import Pieces, cut
+from joint_train.data.pieces import Order, Pieces, cut
 from joint_train.errors import DataError
+from joint_train.files import replace
 
 BLOCK = 1024
 IN_MEMORY = 16
@@ -42,16 +41,21 @@ class StreamPieces:
         self.root = cache.cache_folder(data) / f"{self.key}.stream"
         self._blocks: dict[int, tuple[int, Pieces]] = {}
 
-    def draw(self, first: int, count: int, shuffle: bool, *key: int) -> np.ndarray:
+    def draw(self, first: int, count: int, order: Order | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The pieces of the stream's records [first, first + count), the stream repeated without end.
 
+        Args:
+            order: gives the order of a block's records from their number, the pass over the stream and the block; None:
+                as they stand.
+
         Returns:
-            ``[N]`` piece numbers: a record may have none, or several.
+            Which of the ``count`` records each piece is of, the pass, and the piece: ``[N]`` each, since a record may
+            have no piece, or several.
         """
-        drawn = []
+        drawn: list[tuple[int, int, int]] = []
         position = first
         while position < first + count:
-            epoch, record = divmod(position, self.total or position + 1)
+            lap, record = divmod(position, self.total or position + 1)
             number, offset = divmod(record, BLOCK)
             records, pieces = self.block(number)
             if offset >= records:  # the stream has ended: now ``total`` is known
@@ -60,16 +64,18 @@ class StreamPieces:
                 continue
             take = min(records - offset, first + count - position)
             lines = pieces.source.documents["line"][pieces.document]
-            order = permutation(records, *key, epoch, number) if shuffle else np.arange(records)
-            for index in order[offset : offset + take].tolist():
+            places = np.arange(records) if order is None else order(records, lap, number)
+            for at, index in enumerate(places[offset : offset + take].tolist(), start=position - first):
                 line = number * BLOCK + index + 1
-                drawn += [number << 32 | piece for piece in range(*np.searchsorted(lines, [line, line + 1]).tolist())]
+                found = range(*np.searchsorted(lines, [line, line + 1]).tolist())
+                drawn += [(at, lap, number << 32 | piece) for piece in found]
             position += take
-        return np.asarray(drawn, dtype=np.int64)
+        places, laps, piece = np.asarray(drawn, dtype=np.int64).reshape(-1, 3).T
+        return places, laps, piece
 
-    def length_of(self, piece: int) -> int:
-        """Tokens of a piece."""
-        return self.block(piece >> 32)[1].length_of(piece & 0xFFFFFFFF)
+    def lengths_of(self, pieces: np.ndarray) -> np.ndarray:
+        """Tokens of some pieces."""
+        return np.array([self.block(piece >> 32)[1].length[piece & 0xFFFFFFFF] for piece in pieces.tolist()], dtype=int)
 
     def read(self, piece: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and flags of a piece, both ``[T]``."""
@@ -93,7 +99,7 @@ class StreamPieces:
         """Records of the stream, once its end has been seen."""
         try:
             return json.loads((self.root / "total.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
 
     def _folder(self, number: int) -> Path:
@@ -124,7 +130,7 @@ class StreamPieces:
             dataset.load_state_dict(self._meta(number - 1)["state"])
             skipped = 0
         # `iter(dataset)` would give a loader process only its share of the dataset's files.
-        columns = next(itertools.islice(dataset.iter(batch_size=BLOCK), skipped, None), {})
+        columns: dict[str, list] = next(itertools.islice(dataset.iter(batch_size=BLOCK), skipped, None), {})
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         state = dataset.state_dict()
         records = (Record(self.source.path, index, row) for index, row in enumerate(rows, start=number * BLOCK + 1))
@@ -135,6 +141,4 @@ class StreamPieces:
         return sum(1 for batch in readers.open_dataset(self.source).iter(batch_size=1))
 
     def _set_total(self, total: int) -> None:
-        temporary = self.root / f"total.{os.getpid()}"
-        temporary.write_text(json.dumps(total))
-        temporary.replace(self.root / "total.json")
+        replace(self.root / "total.json", json.dumps(total))

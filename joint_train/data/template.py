@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Encoding
 
+from joint_train.data import notices as kinds
 from joint_train.data import rendered
 from joint_train.data.answers import Conversation, Text
-from joint_train.data.render import Span, encoding
+from joint_train.data.render import Span, control_pattern, encoding
 from joint_train.errors import DataError
 
 ASSISTANT = 1
@@ -38,6 +39,8 @@ class Document(NamedTuple):
 def encode(example: dict[str, Any], tokenizer, notices: Counter[str] | None = None) -> list[Document]:
     """The documents of an example (see :mod:`joint_train.data.answers` for when they are several).
 
+    There is none if the example says that it isn't trained on (``"train": False``).
+
     Args:
         example: see :mod:`joint_train.data.formats`.
         tokenizer: with a chat template, unless the example is a text.
@@ -47,13 +50,15 @@ def encode(example: dict[str, Any], tokenizer, notices: Counter[str] | None = No
         DataError: the template refuses the conversation or leaves a part of it out, or what the assistant wrote can't
             be told.
     """
+    if not example.get("train", True):
+        return []
+    notices = Counter() if notices is None else notices
     if "text" in example:
-        return [_encode_text(example["text"], tokenizer)]
+        return [_encode_text(example["text"], tokenizer, notices)]
     conversation = Conversation(example, tokenizer)
     texts = conversation.texts()
     rendered.check(conversation, texts)
-    if notices is not None:
-        notices.update(conversation.notices)
+    notices.update(conversation.notices)
     documents = []
     for text in texts:
         ids, runs = _tokens(text, tokenizer)
@@ -66,14 +71,19 @@ def encode(example: dict[str, Any], tokenizer, notices: Counter[str] | None = No
     return documents
 
 
-def _encode_text(text: str, tokenizer) -> Document:
+def _encode_text(text: str, tokenizer, notices: Counter[str]) -> Document:
+    """A text between the tokens that begin and end one, of which it may have its own already."""
+    if (end := tokenizer.eos_token) and (stripped := text.rstrip()).endswith(end):
+        text = stripped
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         raise DataError("an empty text")
-    if tokenizer.bos_token_id is not None:
+    if tokenizer.bos_token_id not in (None, ids[0]):
         ids.insert(0, tokenizer.bos_token_id)
-    if tokenizer.eos_token_id is not None:
+    if tokenizer.eos_token_id not in (None, ids[-1]):
         ids.append(tokenizer.eos_token_id)
+    inside = text.removeprefix(tokenizer.bos_token or "").removesuffix(end or "")
+    notices[kinds.TEMPLATED] += bool(rendered.control_tokens(inside, control_pattern(tokenizer)))
     return Document(np.asarray(ids, dtype=np.int32), np.full(len(ids), ASSISTANT | LAST, dtype=np.uint8))
 
 
@@ -97,7 +107,8 @@ def _tokens(text: Text, tokenizer) -> tuple[list[int], list[list[Span]]]:
 
 def _cuts_a_token(encoded: Encoding, at: int) -> bool:
     token = encoded.char_to_token(at) if at else None
-    return token is not None and encoded.token_to_chars(token)[0] < at
+    place = None if token is None else encoded.token_to_chars(token)
+    return place is not None and place[0] < at
 
 
 def _token_runs(encoded: Encoding, spans: list[Span], begun: int) -> list[Span]:

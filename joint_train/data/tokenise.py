@@ -160,7 +160,7 @@ def tokenise(
             batch_size=None,
             sampler=_batches(records),
             num_workers=num_workers,
-            collate_fn=_identity,
+            collate_fn=_identity,  # type: ignore[arg-type]  # with batch_size=None it gets one element, no list
         )
     )
 

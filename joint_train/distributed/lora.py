@@ -26,6 +26,7 @@ from joint_train.torch_private import local_shape_and_offset
 
 if TYPE_CHECKING:
     import peft
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 
 ADAPTER = re.compile(r"\.lora_[AB]\.default\.")
 # Suffixes such as q_proj fit layers of the towers as well.
@@ -44,7 +45,7 @@ def peft_config_of(cfg: LoraConfig) -> "peft.LoraConfig":
 
     return peft.LoraConfig(
         r=cfg.r,
-        lora_alpha=cfg.alpha,
+        lora_alpha=cfg.alpha,  # type: ignore[arg-type]  # peft only divides it by r, so that a fraction works as well
         lora_dropout=cfg.dropout,
         target_modules=list(cfg.target_modules),
         use_rslora=cfg.rank_stabilized,
@@ -52,7 +53,7 @@ def peft_config_of(cfg: LoraConfig) -> "peft.LoraConfig":
     )
 
 
-def inject(base: nn.Module, config: "peft.LoraConfig", text: nn.Module) -> None:
+def inject(base: nn.Module, config: "peft.LoraConfig", text: "Gemma4TextModel") -> None:
     """Put adapters on the linear layers that `config` names, in place, and freeze everything else. Works on the meta
     device; :func:`initialise` gives the adapters their values.
 

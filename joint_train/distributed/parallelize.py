@@ -12,6 +12,7 @@ rows (:mod:`joint_train.distributed.rows`).
 """
 
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,11 @@ from joint_train.pair.model import JointModel
 from joint_train.pair.recompute import HostCopies, checkpointed
 from joint_train.torch_private import allow_graphs, initialise_fsdp
 
+if TYPE_CHECKING:
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
+
+    from joint_train.pair.halves import Base
+
 LOOKUP = "per_layer_lookup"  # the pair's input that look_up makes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -47,9 +53,10 @@ def compute_dtype(precision: PrecisionConfig, device_type: str) -> torch.dtype:
     return DTYPES[auto if precision.compute == "auto" else precision.compute]
 
 
-def text_model(base: nn.Module) -> nn.Module:
+def text_model(base: nn.Module) -> "Gemma4TextModel":
     """The base's language model: where its decoder layers and embedding tables are."""
-    return getattr(base.model, "language_model", base.model)
+    model = cast("Base", base).model
+    return cast("Gemma4TextModel", getattr(model, "language_model", model))
 
 
 def towers(base: nn.Module) -> list[nn.Module]:
@@ -113,11 +120,11 @@ def prepare(model: JointModel, cfg: Config) -> None:
 
         kernels = {"rms_norm": True, "geglu": True}
         others = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
-        for layers in (text, model.drafter.model):
-            apply_liger_kernel(layers, kernels | others)
+        for part in (text, model.drafter.model):
+            apply_liger_kernel(part, kernels | others)
     else:
-        for layers in (text, model.drafter.model):
-            fuse(layers)
+        for part in (text, model.drafter.model):
+            fuse(part)
     recompute(model, cfg.activation_checkpointing)
     if cfg.parallel.compile:
         layers = (*text.layers, *model.drafter.model.layers)
@@ -141,7 +148,7 @@ def recompute(model: JointModel, settings: ActivationCheckpointingConfig) -> Non
         return
     text.gradient_checkpointing_enable({"use_reentrant": False}, settings.every_n if base == "every_n" else 1)
     for layer in text.layers:
-        layer._gradient_checkpointing_func = partial(
+        layer._gradient_checkpointing_func = partial(  # type: ignore[assignment]  # of transformers, and undeclared
             checkpointed, keep_attention=base == "selective", host=model.host_copies
         )
 
@@ -172,13 +179,13 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: Config) -> None:
     for layer in text.layers:
         fully_shard(layer, reshard_after_forward=cfg.parallel.reshard_after_forward, **options)
     table, ignored = per_layer_table(model.base), whole
-    if exchanges_rows(model.base, cfg.parallel):
+    if table is not None and exchanges_rows(model.base, cfg.parallel):
         shard_rows(table, options["mesh"], compute, cfg.parallel.timeout_seconds)
-        ignored = whole | {table.weight}
+        ignored = whole | {cast(nn.Parameter, table.weight)}
         model.register_forward_pre_hook(_hand_over_lookup, with_kwargs=True)
     elif table is not None:
-        fully_shard(table, reshard_after_forward=True, **options)
-        table.set_unshard_in_backward(False)  # the gradient of a look-up doesn't need the table
+        sharded = fully_shard(table, reshard_after_forward=True, **options)
+        sharded.set_unshard_in_backward(False)  # the gradient of a look-up doesn't need the table
     for root in (model.base, model.drafter):
         name = type(root).__name__
         fully_shard(root, reshard_after_forward=False, ignored_params=ignored, **options)
@@ -191,7 +198,7 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: Config) -> None:
             module.set_force_sum_reduction_for_comms(True)  # not a sum of products by 1, which gloo can't do
     # Ranks with and without images in a step must reduce the same gradients.
     if hasattr(model.base, "set_reduce_scatter_unused_params"):
-        model.base.set_reduce_scatter_unused_params(True)
+        cast(FSDPModule, model.base).set_reduce_scatter_unused_params(True)
     elif any(p.requires_grad for tower in towers(model.base) for p in tower.parameters()):
         raise ConfigError(
             f"freeze.towers=false needs torch 2.13, and this is {torch.__version__}: before, FSDP2 can't reduce "
@@ -206,11 +213,16 @@ def share_streams(model: JointModel) -> None:
     Each root has a communication context of its own otherwise, and keeps the last buffer that it reduced until the end
     of the backward: the whole drafter in fp32, for as long as the base's layers go backward.
     """
-    roots = [model.base, model.drafter]
+    roots = sharded_roots(model)
     for root in roots:
         initialise_fsdp(root)  # a context that is shared earlier would be made anew (torch 2.13)
     share_comm_ctx(roots)
-    text_model(model.base).layers[-1].set_modules_to_forward_prefetch([model.drafter])
+    cast(FSDPModule, text_model(model.base).layers[-1]).set_modules_to_forward_prefetch(roots[1:])
+
+
+def sharded_roots(model: JointModel) -> list[FSDPModule]:
+    """Base and drafter as what :func:`parallelize` made of them: FSDP2 changes a module's class in place."""
+    return [cast(FSDPModule, root) for root in (model.base, model.drafter)]
 
 
 def look_up(model: JointModel, ids: Tensor, device: torch.device) -> dict[str, Lookup]:
@@ -224,13 +236,13 @@ def look_up(model: JointModel, ids: Tensor, device: torch.device) -> dict[str, L
 
 def _hand_over_lookup(model: JointModel, args: tuple, inputs: dict) -> tuple[tuple, dict]:
     """A forward's pre-hook: the table gets what :func:`look_up` found, or nothing."""
-    per_layer_table(model.base).lookup = inputs.pop(LOOKUP, None)
+    cast(RowShardedEmbedding, per_layer_table(model.base)).lookup = inputs.pop(LOOKUP, None)
     return args, inputs
 
 
 def set_last_micro_batch(model: JointModel, last: bool) -> None:
     """With HSDP, let only a step's last micro-batch reduce over the replicas."""
-    for root in (model.base, model.drafter):
+    for root in sharded_roots(model):
         root.set_requires_all_reduce(last)
     if isinstance(table := per_layer_table(model.base), RowShardedEmbedding):
         table.all_reduces = last

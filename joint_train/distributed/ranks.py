@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -58,14 +58,14 @@ class Ranks:
         """Run it on every rank; this rank's own result."""
         result = self._attempt(what, function)
         self.each(what, lambda: _value(result) and None)
-        return result
+        return _value(result)
 
     def first(self, what: str, function: Callable[[], T]) -> T:
         """Run it on rank 0; its result, on every rank."""
-        result = [self._attempt(what, function) if self.rank == 0 else None]
+        result: list[Any] = [self._attempt(what, function) if self.rank == 0 else None]
         if self.group is not None:
             self._bounded(what, lambda: dist.broadcast_object_list(result, src=0, group=self.group))
-        return _value(result[0])
+        return cast(T, _value(result[0]))
 
     def highest(self, what: str, value: int) -> int:
         """The largest of the ranks' values."""

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from transformers.generation import BaseStreamer
 from joint_train.evaluate.drafting import Drafting, drafts
 from joint_train.evaluate.lockstep import Lockstep, gathered, share_of
 from joint_train.evaluate.prompts import Prompt
+from joint_train.pair.halves import input_embedding
+
+if TYPE_CHECKING:
+    from transformers._typing import GenerativePreTrainedModel
 
 
 @dataclass
@@ -79,7 +84,7 @@ def decode(
             ``argmax`` with ``engine``, else ``biased``. Of no account to greedy decoding.
         threshold: draft no token of which the drafter is less sure.
     """
-    device = base.get_input_embeddings().weight.device
+    device = input_embedding(base).weight.device
     ids = torch.tensor([list(prompt_ids)], device=device)
     ends = [] if ignore_eos else end_tokens(base)
     config = GenerationConfig(
@@ -94,7 +99,7 @@ def decode(
     lengths: list[int] = []
     streamer = SettledTokens()
     drafting = Drafting(num_steps, way or ("argmax" if engine else "biased"), temperature, engine, threshold)
-    assisted = {}
+    assisted: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         if drafter is not None:
             stack.enter_context(drafts(base, drafting))
@@ -106,7 +111,8 @@ def decode(
         stack.enter_context(own_generation_config(base, config))
         synchronize(device)
         started = time.perf_counter()
-        out = base.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, synced_gpus=False, **assisted)
+        generate = cast("GenerativePreTrainedModel", base).generate
+        out = generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, synced_gpus=False, **assisted)
         synchronize(device)
         seconds = time.perf_counter() - started
     new = out[0, ids.shape[1] :].tolist()
@@ -166,7 +172,7 @@ def accepted_length(
     num_steps: int,
     max_new_tokens: int,
     progress: Callable[[], None] = lambda: None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Tokens per base forward in greedy assisted generation, with models that may be sharded.
 
     Under a process group every rank calls it with the same prompts and decodes its share of them, all in lockstep: each

@@ -63,7 +63,9 @@ class Drafts(SinglePositionMultiTokenCandidateGenerator):
         self.suppressed = torch.tensor(suppressed, device=drafter.device) if suppressed else None
         self.window = drafter.config.get_text_config().sliding_window
 
-    def get_candidates(self, input_ids, model_kwargs, model_outputs, is_first_iteration, n_last_matches, **kwargs):
+    def get_candidates(  # type: ignore[override]  # transformers' own classes take these arguments as well
+        self, input_ids, model_kwargs, model_outputs, is_first_iteration, n_last_matches, **kwargs
+    ):
         """The text with its drafts ``[1, S + drafts]`` and the logits of q for each ``[1, drafts, V]``, or None."""
         if is_first_iteration:
             return input_ids, None

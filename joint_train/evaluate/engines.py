@@ -85,6 +85,7 @@ class Engine:
     """
 
     name = ""
+    num_steps: int  # K, drafts for a verification, as the server says
 
     def __init__(self, url: str, timeout: float = 600.0) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -154,7 +155,7 @@ class VLLM(Engine):
         found: Counter = Counter()
         for family in text_string_to_metric_families(self.call("GET", "/metrics").text):
             for sample in family.samples:
-                name = sample.name.removeprefix("vllm:").removesuffix("_total")
+                name: str | int = sample.name.removeprefix("vllm:").removesuffix("_total")
                 if name == "spec_decode_num_accepted_tokens_per_pos":
                     name = int(sample.labels["position"])
                 elif name not in ("generation_tokens", "spec_decode_num_drafts"):

@@ -12,6 +12,7 @@ from joint_train.evaluate.calibration import reliability, stopped
 from joint_train.evaluate.decoding import Decoded, acceptance_steps, decode
 from joint_train.evaluate.intervals import interval
 from joint_train.evaluate.prompts import Prompt
+from joint_train.pair.halves import input_embedding
 
 SUSPICIOUS = 4.0  # standard errors: less than once in 10,000 by chance
 
@@ -45,7 +46,7 @@ def measure(
     """
 
     def run(what: str, drafter: PreTrainedModel | None, k: int, **more: float) -> list[Decoded]:
-        options = {"ignore_eos": ignore_eos, "engine": engine, **more}
+        options: dict[str, Any] = {"ignore_eos": ignore_eos, "engine": engine, **more}
         # Once for nothing: the first generation pays for kernels, caches and memory.
         decode(base, drafter, prompts[0].ids, k, min(8, max_new_tokens))
         decoded = []
@@ -164,7 +165,7 @@ def difference(
     if at is None:  # one ends where the other goes on
         at = min(len(plain.ids), len(other.ids))
         return {"prompt": index, "position": at, "plain": None, "speculative": None, "margin": None}
-    ids = torch.tensor([prompt.ids + plain.ids[:at]], device=base.get_input_embeddings().weight.device)
+    ids = torch.tensor([prompt.ids + plain.ids[:at]], device=input_embedding(base).weight.device)
     logits = base(input_ids=ids, logits_to_keep=1, use_cache=False).logits[0, -1].float()
     one, two = plain.ids[at], other.ids[at]
     return {
@@ -210,7 +211,7 @@ def sampling(
         totals = torch.zeros(4, dtype=torch.float64)
         decoded = []
         for prompt in prompts:
-            options = {"temperature": temperature, "engine": engine, "way": way}
+            options: dict[str, Any] = {"temperature": temperature, "engine": engine, "way": way}
             decoded.append(decode(base, used, prompt.ids, num_steps, max_new_tokens, **options))
             totals += surprise(base, prompt.ids, decoded[-1].ids, temperature)
         settled, verifications = [sum(d.settled) for d in decoded], [len(d.settled) for d in decoded]
@@ -235,7 +236,7 @@ def sampling(
 
 def surprise(base: PreTrainedModel, prompt: Sequence[int], new: Sequence[int], temperature: float) -> Tensor:
     """Sums over the new tokens: log p + H(p) and its variance, hits of the most likely token minus max p and its."""
-    ids = torch.tensor([[*prompt, *new]], device=base.get_input_embeddings().weight.device)
+    ids = torch.tensor([[*prompt, *new]], device=input_embedding(base).weight.device)
     logits = base(input_ids=ids, logits_to_keep=len(new) + 1, use_cache=False).logits[0, :-1].double().cpu()
     if (suppressed := base.generation_config.suppress_tokens) is not None:
         logits[:, suppressed] = -torch.inf

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#000000"]
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib's type for a key is a literal of every name that it has
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and copied
     "svg.hashsalt": "joint_train",
     "font.family": "sans-serif",

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from joint_train.config import DataConfig, SourceConfig
 from joint_train.data.readers import read_records, source_name, sources_of
-from joint_train.data.render import options_of, prompt_ids
+from joint_train.data.render import options_of
 from joint_train.data.sources import parse
+from joint_train.data.thinking import prompt_ids
 from joint_train.errors import ConfigError
 from joint_train.starter import examples
 
@@ -75,11 +77,11 @@ def source_prompts(
     """
     for record in read_records(source, max_line_bytes):
         example = parse(record, source)
-        fields = json.loads(record.data) if isinstance(record.data, bytes) else record.data
+        fields = cast(dict[str, Any], json.loads(record.data) if isinstance(record.data, bytes) else record.data)
         category = str(fields.get("category", source_name(source)))
         if "messages" not in example:
             ids = tokenizer(example["text"])["input_ids"][:TEXT_PROMPT_TOKENS]
-            yield Prompt(ids, tokenizer.decode(ids, skip_special_tokens=True), category)
+            yield Prompt(ids, cast(str, tokenizer.decode(ids, skip_special_tokens=True)), category)
             continue
         if any(message["role"] != "assistant" for message in example["messages"]):
             yield chat_prompt(example["messages"], tokenizer, category, **options_of(example))

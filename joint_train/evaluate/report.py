@@ -1,5 +1,6 @@
 """What :mod:`joint_train.evaluate.measure` found, as a table for a terminal and as a page."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from joint_train.evaluate.page import Section, Table, figure, html, plots_available
@@ -116,10 +117,14 @@ def over_k(speculative: list[dict[str, Any]], key: str, label: str) -> str:
     return figure(draw, "K, drafts in a verification", label)
 
 
-def errorbars(axes, points: list[tuple[float, Interval]], **style: Any) -> None:
+def errorbars(axes, points: Sequence[tuple[float, Interval]], **style: Any) -> None:
     """Points with their intervals."""
-    below = [i["value"] - i["low"] if i["low"] is not None else 0 for _, i in points]
-    above = [i["high"] - i["value"] if i["high"] is not None else 0 for _, i in points]
+
+    def distance(low: float | None, high: float | None) -> float:
+        return 0.0 if low is None or high is None else high - low
+
+    below = [distance(i["low"], i["value"]) for _, i in points]
+    above = [distance(i["value"], i["high"]) for _, i in points]
     axes.errorbar(
         [x for x, _ in points],
         [i["value"] for _, i in points],

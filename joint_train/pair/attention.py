@@ -183,7 +183,9 @@ def compiled(backend: str = "inductor"):
     return torch.compile(flex_attention, fullgraph=True, backend=backend)
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float, window: int | None) -> Tensor:
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float | None, window: int | None
+) -> Tensor:
     """FlexAttention of ``[B, heads, S, head_dim]``, keys and values with as many heads as they have.
 
     Args:

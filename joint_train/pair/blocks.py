@@ -5,6 +5,7 @@ position tell whether any or all of its pairs are visible; in those of which tha
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ BLOCK = 128
 
 
 def block_mask(
-    rule: Callable[..., Tensor],
+    rule: Callable[..., Any],
     length: int,
     device: torch.device,
     window: int | None = None,

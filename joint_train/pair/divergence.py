@@ -82,8 +82,8 @@ class Pair:
         """Leaves log m in ``log_mean``, for the gradient."""
         log_p, log_q = (d.logits - d.logsumexp[:, None] for d in (self.p, self.q))
         self.log_mean = torch.logaddexp(log_p, log_q).sub_(math.log(2))
-        parts = (dot(d.probs, log.sub_(self.log_mean)) for d, log in ((self.p, log_p), (self.q, log_q)))
-        return sum(parts) / 2
+        of_p, of_q = (dot(d.probs, log.sub_(self.log_mean)) for d, log in ((self.p, log_p), (self.q, log_q)))
+        return (of_p + of_q) / 2
 
 
 def _kl(a: Distribution, b: Distribution) -> Tensor:

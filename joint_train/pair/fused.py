@@ -9,7 +9,7 @@ inductor fuses them with what is around.
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -244,7 +244,8 @@ def fuse(model: nn.Module) -> None:
         return
     for module in model.modules():
         activation = getattr(getattr(module, "config", None), "hidden_activation", "gelu_pytorch_tanh")
-        if (fused := _fused_class(type(module))) is not None and activation == "gelu_pytorch_tanh":
+        kind: Hashable = type(module)
+        if (fused := _fused_class(kind)) is not None and activation == "gelu_pytorch_tanh":
             module.__class__ = fused
         home: Any = sys.modules[type(module).__module__]
         if home.__name__.startswith("transformers.models.gemma4") and hasattr(home, "apply_rotary_pos_emb"):

@@ -21,7 +21,9 @@ class States:
 
     def add(self, index: int, rows: Tensor, grad: Tensor) -> None:
         """Add `grad` `[n, H]` to that of state `index`. Each valid row comes once: its own dtype is enough."""
-        self.grads[index].flatten(0, -2).index_add_(0, rows, grad.to(self.grads[index].dtype))
+        total = self.grads[index]
+        assert total is not None, "asked for only where needs_backward says so"
+        total.flatten(0, -2).index_add_(0, rows, grad.to(total.dtype))
 
 
 class Head:

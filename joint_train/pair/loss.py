@@ -118,11 +118,11 @@ def joint_loss(
     drafter = Head(drafter_weight, drafter_states, drafter_softcap)
     routing = None if centroids is None else Head(centroids.weight, drafter_states)
     with torch.no_grad():
-        run = _Pass(base, drafter, routing, centroids, targets, weights, loss_cfg, groups, num_groups, budget_mb)
+        run = Pass(base, drafter, routing, centroids, targets, weights, loss_cfg, groups, num_groups, budget_mb)
         loss, stats = run.run()
         inputs = [base_weight, base_hidden, *drafter_hidden, drafter_weight]
         gradients = [base.gradient(), *base_states.grads, *drafter_states.grads, drafter.gradient()]
-        if routing is not None:
+        if routing is not None and centroids is not None:
             inputs, gradients = [*inputs, centroids.weight], [*gradients, routing.gradient()]
     if any(gradient is not None for gradient in gradients):
         leave = tied if base_states.grads[0] is not None else None
@@ -151,7 +151,7 @@ class _WithGradients(torch.autograd.Function):
         return None, None, None, base_weight, *others
 
 
-class _Pass:
+class Pass:
     """One pass over the targets. It leaves the gradients in heads and states; `run` returns the loss and the sums."""
 
     def __init__(self, base, drafter, routing, centroids, targets, weights, loss_cfg, groups, num_groups, budget_mb):
@@ -275,7 +275,7 @@ class _Pass:
                 agreed[into, k] = agree
             if self.drafter.needs_backward(k):
                 self.drafter.backward(found.grad, state, k, states)
-            if self.routing:
+            if scores is not None:
                 centroid = self.centroids.token_centroid[labels]
                 self._route(k, states, state, Distribution.of(scores), centroid, mask[:, 1 + k], scales[:, 1 + k])
 
@@ -286,6 +286,7 @@ class _Pass:
         """The routing loss of round k: cross-entropy of q, over the centroids, with the token's `centroid`."""
         ce, rank = q.cross_entropy(centroid), (q.logits > pick(q.logits, centroid)[:, None]).sum(-1)
         hit = rank < self.centroids.top_k
+        assert self.routed is not None, "made with the routing's head"
         for total, value in ((self.routed.ce, ce), (self.routed.hit, hit)):
             total[k] += (value * mask).sum()
         if self.centroid_weight and self.routing.needs_backward(k):
@@ -296,7 +297,7 @@ class _Pass:
     def _add(self, index: int, mask: Tensor, part: Part, groups: Tensor | None) -> None:
         """Add what the base (0) or a round (1 + k) gives, of the rows in `mask`."""
         self.sums[index, : len(part.sums)] += part.sums
-        if (of := self.sources) is not None:
+        if (of := self.sources) is not None and groups is not None:
             ce, count = (of.drafter_ce, of.drafter_count) if index else (of.base_ce, of.base_count)
             ce.index_add_(0, groups, part.ce * mask)
             count.index_add_(0, groups, mask)

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,16 @@ from joint_train.config import LossConfig, round_weights
 from joint_train.errors import ConfigError
 from joint_train.pair.centroids import Centroids, token_centroids
 from joint_train.pair.compatibility import check_pair
+from joint_train.pair.halves import input_embedding
 from joint_train.pair.loss import joint_loss
 from joint_train.pair.recompute import REPLAYED, HostCopies, TrainableKernels, checkpointed
 from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets, sum_weights
 from joint_train.pair.tied import TiedGradient
 from joint_train.pair.visibility import Masks, attention_masks
+
+if TYPE_CHECKING:
+    from joint_train.pair.halves import Base, Drafter
 
 FIRST_TOKEN = {"serving": 1, "same_token": 0}  # round k of row t reads the token at t + FIRST_TOKEN + k
 
@@ -119,8 +123,8 @@ class JointModel(nn.Module):
             raise ValueError(f"rope_position={rope_position!r}: choose last_kv or next_token.")
         if not 0 <= base_grad_scale <= 1:
             raise ValueError(f"base_grad_scale={base_grad_scale}: give a number from 0 to 1.")
-        self.base = base
-        self.drafter = drafter
+        self.base = cast("Base", base)
+        self.drafter = cast("Drafter", drafter)
         self.drafter_loss_weight = float(drafter_loss_weight)
         self.drafter_num_steps = int(drafter_num_steps)
         self.freeze_base_for_drafter = bool(freeze_base_for_drafter)
@@ -140,14 +144,14 @@ class JointModel(nn.Module):
             base.requires_grad_(False)
         # A parameter that never gets a gradient never gets optimizer state, and then a resume can't find it.
         drafter.requires_grad_(True)
-        drafter.post_projection.requires_grad_(self.drafter_num_steps > 1)
-        if drafter.masked_embedding is not None:
-            drafter.masked_embedding.centroids.requires_grad_(self.loss.centroid_weight > 0)
+        self.drafter.post_projection.requires_grad_(self.drafter_num_steps > 1)
+        if self.drafter.masked_embedding is not None:
+            self.drafter.masked_embedding.centroids.requires_grad_(self.loss.centroid_weight > 0)
         if base_activation_checkpointing:
             base.gradient_checkpointing_enable(REPLAYED)
-        if share_embedding_with_base and not base.get_input_embeddings().weight.is_meta:
+        if share_embedding_with_base and not input_embedding(base).weight.is_meta:
             self.share_embedding()
-        for model in (base, drafter):
+        for model in (self.base, self.drafter):
             model.within = MethodType(_within, model)
 
     @torch.no_grad()
@@ -157,7 +161,7 @@ class JointModel(nn.Module):
         Raises:
             ConfigError: if the two tables differ in shape.
         """
-        source, target = self.base.get_input_embeddings().weight, self.drafter.get_input_embeddings().weight
+        source, target = input_embedding(self.base).weight, input_embedding(self.drafter).weight
         if source.shape != target.shape:
             raise ConfigError(
                 f"share_embedding_with_base=True needs tables of one shape; the base's is {tuple(source.shape)}, the "
@@ -247,7 +251,7 @@ class JointModel(nn.Module):
     ) -> dict[str, Any]:
         """The joint forward, inside the base's FSDP forward. Only tensors leave it, so that FSDP sees its outputs."""
         base_text, drafter_text = self.base.config.get_text_config(), self.drafter.config.get_text_config()
-        embedding = self.base.get_input_embeddings()
+        embedding = input_embedding(self.base)
         shape, dtype, device = input_ids.shape, embedding.weight.dtype, input_ids.device
         masks = attention_masks(base_text, shape, dtype, device, document_ids)
         drafter_masks = masks
@@ -316,14 +320,16 @@ class JointModel(nn.Module):
         """K rounds and the losses, inside the drafter's FSDP forward; masks and rotary tables serve every round."""
         drafter, text = self.drafter, self.drafter.model
         # Once, outside of the rounds, which may be recomputed. The losses read `hidden` as it is.
-        embedded, read = (scale_gradient(x, self.base_grad_scale) for x in (embedded, hidden))
-        shared_kv = {kind: tuple(scale_gradient(x, self.base_grad_scale) for x in kv) for kind, kv in shared_kv.items()}
-        rotary = {kind: text.rotary_emb(hidden, position_ids, kind) for kind in set(text.config.layer_types)}
+        scale = self.base_grad_scale
+        embedded, read = scale_gradient(embedded, scale), scale_gradient(hidden, scale)
+        shared_kv = {kind: (scale_gradient(k, scale), scale_gradient(v, scale)) for kind, (k, v) in shared_kv.items()}
+        kinds = cast(list[str], text.config.layer_types)  # a configuration fills it where it isn't given
+        rotary = {kind: text.rotary_emb(hidden, position_ids, kind) for kind in set(kinds)}
 
         def round_of(k: int, state: Tensor) -> Tensor:
             token = shift_left(embedded, FIRST_TOKEN[self.pairing] + k)
             x = drafter.pre_projection(torch.cat([token, state], dim=-1))
-            for layer, kind in zip(text.layers, text.config.layer_types, strict=True):
+            for layer, kind in zip(text.layers, kinds, strict=True):
                 inputs = {"position_embeddings": rotary[kind], "attention_mask": masks[kind]}
                 x = run_layer(partial(layer, shared_kv_states=shared_kv, **inputs), x)
             return text.norm(x)
@@ -332,7 +338,7 @@ class JointModel(nn.Module):
             return layer(x)
 
         if self.drafter_recompute != "none" and torch.is_grad_enabled():
-            dropout = text.config.attention_dropout > 0  # the replay has to drop what the forward dropped
+            dropout = bool(text.config.attention_dropout)  # the replay has to drop what the forward dropped
             again = partial(checkpointed, host=self.host_copies, preserve_rng_state=dropout)
             if self.drafter_recompute == "full":
                 round_of = partial(again, round_of)

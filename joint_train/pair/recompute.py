@@ -225,19 +225,20 @@ class _OnHost:
     """A saved tensor."""
 
     def __init__(self, owner: HostCopies, tensor: Tensor):
+        assert owner.group is not None, "hooks() makes one before it packs"
         self.owner, self.device, self.group = owner, tensor.device, owner.group
         self.buffer = owner.to_host(tensor.detach())
         self.fetched: tuple[Tensor, Any] | None = None
         self.taken = False
         self.group.tensors.add(self)
 
-    def fetch(self) -> None:
+    def fetch(self) -> tuple[Tensor, Any]:
         if self.fetched is None:
             self.fetched = self.owner.to_device(self.buffer, self.device)
+        return self.fetched
 
     def take(self) -> Tensor:
-        self.fetch()
-        tensor, there = self.fetched
+        tensor, there = self.fetch()
         self.fetched, self.taken = None, True
         if self.group.before is not None:
             for other in self.group.before.tensors:

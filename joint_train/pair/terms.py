@@ -83,11 +83,13 @@ def round_terms(
         distance = Divergence(mix.distances, teacher, student, alpha_t)
         loss = loss + distance.value
         if base_grad is not None:
+            assert scale is not None, "the teacher's gradient is scaled like the student's"
             base_grad.add_(distance.teacher_gradient(mix.teacher_grad * scale / mix.temperature, grad))
     values = [loss, ce, q.argmax == labels]
     if centroids is None:
         values += _measures(p, q, alpha)
     else:
+        assert scores is not None, "with ordered embeddings there are the logits of the centroids"
         served = routed(q, scores, centroids, grad)
         # `overlap` may write into a tensor that it reads: it works token by token.
         values += [*_measures(p, served, overlap(p, served, grad)), *_measures(p, q, alpha)]
@@ -142,7 +144,8 @@ class Buffered:
             add_label_gradient(grad.zero_(), p, labels, scale)
         return Part(_sums([ce, ce, p.argmax == labels], mask), ce, [], grad)
 
-    def base_gradient(self, grad: Tensor) -> Tensor:
+    def base_gradient(self, grad: Tensor | None) -> Tensor:
+        assert grad is not None, "base() makes one where a scale is given"
         return before_softcap(grad, self.p.logits, self.caps[0], self.logits)
 
     def round(
@@ -184,7 +187,8 @@ class Compiled:
         sums, ce, grad, *self.p = compiled(_base)(product, labels, mask, scale, self.caps[0], dtype)
         return Part(sums, ce, [], grad)
 
-    def base_gradient(self, grad: Tensor) -> Tensor:
+    def base_gradient(self, grad: Tensor | None) -> Tensor:
+        assert grad is not None, "base() makes one where a scale is given"
         if not self.mix.teacher_grad:
             return grad  # it is done already
         return compiled(_base_gradient)(grad, self.product, self.caps[0], self.dtypes[0])

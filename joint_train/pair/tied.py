@@ -41,7 +41,8 @@ class TiedGradient:
             weight = embedding.weight
             return _LookUp.apply(weight, ids, embedding.padding_idx, self) * embedding.embed_scale.to(weight.dtype)
 
-        embedding.forward = forward  # an attribute of this module: it hides its class's method until it is deleted
+        # An attribute of this module: it hides its class's method until it is deleted.
+        embedding.forward = forward  # type: ignore[method-assign, assignment]  # the base calls it with ids alone
         try:
             yield
         finally:

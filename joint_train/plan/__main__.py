@@ -110,7 +110,9 @@ def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -
         console.print(f"  {change}: {peak / GIB:.2f} GiB{', fits' if peak <= machine.usable else ''}", highlight=False)
     first = next((change for change, peak in peaks.items() if peak <= machine.usable), None)
     console.print(
-        f"Change first: {first or min(peaks, key=peaks.get) + ' (not enough alone)'}", style="bold", highlight=False
+        f"Change first: {first or min(peaks, key=lambda change: peaks[change]) + ' (not enough alone)'}",
+        style="bold",
+        highlight=False,
     )
 
 

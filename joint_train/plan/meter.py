@@ -10,9 +10,10 @@ import math
 import weakref
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,15 @@ from torch.utils.flop_counter import flop_registry
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextAttention, Gemma4TextExperts
 
 from joint_train.pair import attention as attention_module
-from joint_train.pair import heads, loss, visibility
+from joint_train.pair import heads, loss, terms, visibility
 from joint_train.pair import model as model_module
 from joint_train.pair.blocks import visible
+from joint_train.pair.centroids import Centroids
 from joint_train.torch_private import TorchDispatchMode, in_backward, number_in_backward, sequence_number
 
 PRODUCTS, LOSS, NORMS, OTHERS, COPIES = "products", "loss", "norms", "element-wise", "FSDP2's copies"
 PARTS = (PRODUCTS, "sliding attention", "full attention", LOSS, NORMS, OTHERS, COPIES)
+PASSES = 3  # over the logits, of the loss's compiled kernels (counted in those that are made for sm_90)
 PRODUCT = "product"  # the kernel of a matrix product; attention's are named by `_kernel`
 
 
@@ -92,7 +95,7 @@ class Meter(TorchDispatchMode):
             return out
         seen, out = self.run(func, kind, args, kwargs)
         if kind != "allocation":
-            self.charge(func in _PRODUCTS, seen)
+            self.charge(_name(func) in _PRODUCTS, seen)
         if isinstance(out, Tensor):
             self.see(out)
         elif isinstance(out, (tuple, list)):
@@ -227,26 +230,29 @@ class Meter(TorchDispatchMode):
         self.layer_type = module.layer_type or "full_attention"
 
 
-aten = torch.ops.aten
-_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default}
+# Operations by the names that torch.ops.aten has them by.
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
 # What reads or writes only rows of its first argument.
 _OF_ROWS = {
-    aten.embedding, aten.index, aten.index_select, aten.gather, aten.index_add_, aten.index_fill_, aten.scatter_add_,
-    aten.index_put_, aten._index_put_impl_,
+    "embedding", "index", "index_select", "gather", "index_add_", "index_fill_", "scatter_add_", "index_put_",
+    "_index_put_impl_",
 }  # fmt: skip
-_ALLOCATIONS = {
-    aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided, aten.empty_permuted
-}  # fmt: skip
+_ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
+
+
+@cache
+def _name(func) -> str:
+    return func._overloadpacket.__name__
 
 
 @cache
 def _kind(func) -> str:
-    if func._overloadpacket in _ALLOCATIONS:
+    if _name(func) in _ALLOCATIONS:
         return "allocation"
     if func._schema.is_mutable:
         return "in place"
     aliases = any(result.alias_info is not None for result in func._schema.returns)
-    return "view" if aliases or func._overloadpacket in (aten._unsafe_view, aten._reshape_alias) else "new"
+    return "view" if aliases or _name(func) in ("_unsafe_view", "_reshape_alias") else "new"
 
 
 def _moved(func, args, kwargs, out) -> int:
@@ -255,7 +261,7 @@ def _moved(func, args, kwargs, out) -> int:
     inputs = [*args, *kwargs.values()]
     inputs += [x for many in args if isinstance(many, (tuple, list)) for x in many]
     tensors = [x for x in (*inputs, *outputs) if isinstance(x, Tensor)]
-    if func._overloadpacket not in _OF_ROWS:
+    if _name(func) not in _OF_ROWS:
         return sum(map(_size, tensors))
     rows = [x for x in tensors if x is not args[0]]
     source = [x for x in rows if x.dtype == args[0].dtype]
@@ -376,15 +382,35 @@ def stand_ins(meter: Meter, device_type: str = "cpu", flex_head_dim: int | None 
         with meter.within(LOSS):
             return _joint_loss(*args, **kwargs)
 
-    played = [(attention_module, "flex", flex), (model_module, "joint_loss", joint_loss)]
+    def compiled(function):
+        """What torch.compile makes of the loss's terms: its logits are read in so many passes, its results written."""
+
+        def run(*args):
+            with meter.paused():
+                results = function(*args)
+            logits = [x for x in args if isinstance(x, Tensor) and x.dim() == 2 and x.dtype == torch.float32]
+            ordered = function.__name__ == "_round" and any(isinstance(x, Centroids) for x in args)
+            read = sum(map(_size, logits)) * PASSES
+            written = [x for x in results if isinstance(x, Tensor)]
+            meter.move(LOSS, read + ordered * _size(logits[-1]) + sum(map(_size, written)), launches=10)
+            for tensor in written:
+                meter.see(tensor)
+            return results
+
+        return run
+
+    played: list[tuple[Any, str, Callable]] = [
+        (attention_module, "flex", flex),
+        (model_module, "joint_loss", joint_loss),
+    ]
     played += [(nn.functional, "scaled_dot_product_attention", attention), (Gemma4TextExperts, "forward", experts)]
-    played += [(loss._Pass, "walk_chunks", _chunks(meter))]
+    played += [(loss.Pass, "walk_chunks", _chunks(meter))]
     if flex_head_dim is not None:
         takes = visibility.flex_takes
         played += [(visibility, "flex_takes", lambda size, *args: size <= flex_head_dim and takes(size, *args))]
     if device_type == "cuda":
         played += [(heads, "_matmul", product), (heads, "_add_matmul", add_product)]
-        played += [(nn.functional, "rms_norm", rms_norm)]
+        played += [(nn.functional, "rms_norm", rms_norm), (terms, "compiled", compiled)]
     kept = [getattr(owner, name) for owner, name, _ in played]
     for owner, name, stand_in in played:
         setattr(owner, name, stand_in)
@@ -398,7 +424,7 @@ def stand_ins(meter: Meter, device_type: str = "cpu", flex_head_dim: int | None 
 def _chunks(meter: Meter):
     """The loss's chunks, of which all but the first, the second and the last are counted as the second was."""
 
-    def walk(self: loss._Pass, terms) -> None:
+    def walk(self: loss.Pass, terms) -> None:
         parts = self.parts()
         alike = [part for part in parts[1:] if part.stop - part.start == self.chunk]
         for part in parts:

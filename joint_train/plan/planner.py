@@ -7,6 +7,7 @@ which unit's weights are gathered when, and what a gradient's reduction holds. F
 The weights of a released pair needn't be there: its sizes are in :mod:`joint_train.weights.released`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
@@ -192,7 +193,7 @@ class Plan:
         seconds["communication"] = self.exposed_seconds(machine)
         if self.host_seconds(machine) >= sum(seconds.values()):
             return "the host, which launches the kernels"
-        return max(seconds, key=seconds.get)
+        return max(seconds, key=lambda what: seconds[what])
 
 
 def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, str]]:
@@ -201,7 +202,7 @@ def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, st
     Raises:
         ConfigError: if there are neither, or the pair doesn't fit together.
     """
-    m, configs, sources = cfg.model, [], []
+    m, configs, sources = cfg.model, list[PreTrainedConfig](), list[str]()
     for path, revision, overrides in (
         (m.base, m.revision, m.text_config),
         (m.drafter, m.drafter_revision, None),
@@ -216,8 +217,9 @@ def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, st
             source = f"{path}, from joint_train/weights/released.py"
         configs.append(found)
         sources.append(source)
-    check_pair(*configs)
-    return *configs, tuple(sources)
+    base, drafter = configs
+    check_pair(base, drafter)
+    return base, drafter, (sources[0], sources[1])
 
 
 def count_parameters(model: Gemma4WithDrafter) -> dict[str, tuple[int, int]]:
@@ -265,7 +267,7 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
         "parallel.compile": False,
         "model.use_liger_kernel": False,
         "loss.memory_budget_mb": memory_budget_mb(cfg.loss, device_type),
-        "loss.compile": False,
+        "loss.compile": cfg.loss.compile and device_type == "cuda",
     }
     cfg = with_overrides(cfg, as_planned)
     compute = compute_dtype(cfg.precision, device_type)
@@ -404,7 +406,7 @@ def can_adapt(cfg: Config) -> bool:
 def savings(cfg: Config, machine: Machine) -> dict[str, int]:
     """Settings that take less memory, those that cost the least time first, and the peak with each alone."""
     smaller_loss, cfg = min(256, memory_budget_mb(cfg.loss, "cuda")), pinned(cfg)
-    changes = [
+    changes: list[Mapping[str, object]] = [
         {"parallel.reshard_after_forward": True},
         {"loss.memory_budget_mb": smaller_loss},
         {"activation_checkpointing.drafter": "full"},

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from joint_train.pair.visibility import attention_masks
 from joint_train.plan.meter import COPIES, LOSS, Meter, Work, stand_ins
 from joint_train.torch_private import in_backward
 from joint_train.weights.composite import Gemma4WithDrafter
+
+if TYPE_CHECKING:
+    from joint_train.pair.halves import Base
 
 PER_LAYER = "per-layer embeddings"
 SAVED = "saved inputs"
@@ -190,12 +194,13 @@ def simulate(
     largest = max(layer.size for layer in units)
     late = []
     table = per_layer_table(model.base)
-    if exchanges_rows(model.base, cfg.parallel):
+    if table is not None and exchanges_rows(model.base, cfg.parallel):
         table.__class__ = _PlannedRows
-        table.meter, table.compute_dtype, table.params_dtype = meter, table.weight.dtype, DTYPES[cfg.precision.params]
-        table.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes(list(table.parameters()), shard, cfg)
+        rows = cast(_PlannedRows, table)
+        rows.meter, rows.compute_dtype, rows.params_dtype = meter, rows.weight.dtype, DTYPES[cfg.precision.params]
+        rows.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes(list(rows.parameters()), shard, cfg)
         # Each token another one, and one for the padding: the most that there can be.
-        table.lookup = even_lookup(cfg.data.micro_batch_size * cfg.data.max_length + 1, shard, "meta")
+        rows.lookup = even_lookup(cfg.data.micro_batch_size * cfg.data.max_length + 1, shard, "meta")
     elif table is not None:
         late.append(unit(PER_LAYER, list(table.parameters()), False, late=True))
         late[0].wrap(table)
@@ -210,7 +215,8 @@ def simulate(
         model._token_centroid = ordering._version, torch.empty_like(ordering)
 
     if model.host_copies is not None:
-        model.host_copies.__class__, model.host_copies.meter = _PlannedCopies, meter
+        model.host_copies.__class__ = _PlannedCopies
+        cast(_PlannedCopies, model.host_copies).meter = meter
 
     ids = torch.ones(cfg.data.micro_batch_size, cfg.data.max_length, dtype=torch.long)
     targets = joint_targets(ids, None, model.drafter_num_steps, model.pairing).to("meta")  # every token is one
@@ -242,10 +248,10 @@ def simulate(
     return Step(meter.flops, meter.recomputed, meter.work, meter.at_peak, meter.moved)
 
 
-def _loss_of_base(base: nn.Module, ids: Tensor, documents: Tensor | None, meter: Meter) -> Tensor:
+def _loss_of_base(base: "Base", ids: Tensor, documents: Tensor | None, meter: Meter) -> Tensor:
     """Cross-entropy of the base's logits in fp32, ``[B, S, V]``."""
     config = base.config.get_text_config()
-    masks = attention_masks(config, ids.shape, base.lm_head.weight.dtype, ids.device, documents)
+    masks = attention_masks(config, (ids.shape[0], ids.shape[1]), base.lm_head.weight.dtype, ids.device, documents)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     hidden = base.model(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False).last_hidden_state
     with meter.within(LOSS):

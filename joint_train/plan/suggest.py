@@ -54,7 +54,7 @@ def changes_training(cfg: Config) -> list[list[tuple[int, dict[str, object]]]]:
     if cfg.precision.params != "bfloat16":
         groups.append([(16, {"precision.params": "bfloat16"})])
     # With adapters the base learns less than in full; frozen it learns nothing.
-    instead = [(32, {"lora.r": 16})] if can_adapt(cfg) else []
+    instead: list[tuple[int, dict[str, object]]] = [(32, {"lora.r": 16})] if can_adapt(cfg) else []
     if not cfg.freeze.base and not cfg.lora.r:
         instead.append((64, {"freeze.base": True}))
     groups.append(instead)

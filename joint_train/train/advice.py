@@ -9,6 +9,7 @@ from torch.torch_version import TorchVersion
 
 from joint_train.config import CheckpointConfig, Config, ConfigError, EvalConfig, ParallelConfig
 from joint_train.config.typed import read
+from joint_train.config.values import run_length
 from joint_train.plan.planner import Machine, Plan
 from joint_train.train.optim import lr_factor
 
@@ -88,31 +89,39 @@ def log_recomputation(plan: Plan, machine: Machine) -> None:
     )  # fmt: skip
 
 
-def warn_of_warmup(cfg: Config) -> None:
+def warn_of_warmup(cfg: Config, max_steps: int) -> None:
     """Say that the learning rate never reaches its peak."""
-    if cfg.optim.warmup_steps >= cfg.max_steps:
-        share = lr_factor(cfg.max_steps - 1, cfg.optim, cfg.max_steps)
+    if cfg.optim.warmup_steps >= max_steps:
+        share = lr_factor(max_steps - 1, cfg.optim, max_steps)
         log.warning(
-            "optim.warmup_steps=%d isn't over before max_steps=%d: the learning rate reaches %.0f %% of its peak. "
-            "Set optim.warmup_steps below max_steps",
-            cfg.optim.warmup_steps, cfg.max_steps, 100 * share,
+            "optim.warmup_steps=%d isn't over before the run's %d steps: the learning rate reaches %.0f %% of its "
+            "peak. Set optim.warmup_steps below them",
+            cfg.optim.warmup_steps, max_steps, 100 * share,
         )  # fmt: skip
 
 
-def say_resumed(cfg: Config, checkpoint: Path, step: int) -> None:
-    """Say where a run goes on, and what a changed configuration does to the learning rates of its next step."""
-    log.info("resumed from step %d of %d (%s)", step, cfg.max_steps, checkpoint)
-    if step >= cfg.max_steps:
+def say_resumed(cfg: Config, checkpoint: Path, step: int, max_steps: int, steps_before: int | None) -> None:
+    """Say where a run goes on, and what a changed configuration does to the learning rates of its next step.
+
+    Args:
+        max_steps: the run's last step.
+        steps_before: what it was when the checkpoint was written; None where that isn't known.
+    """
+    log.info("resumed from step %d of %d (%s)", step, max_steps, checkpoint)
+    if step >= max_steps:
         log.warning(
-            "%s is already at or past max_steps=%d: there is nothing left to train", checkpoint.name, cfg.max_steps
+            "%s is already at or past the last step, %d: there is nothing left to train", checkpoint.name, max_steps
         )
         return
     try:
         before = read(checkpoint / "config.json")
     except (OSError, ConfigError):  # of another version: it can't be known
         return
-    old = lr_factor(step, before.optim, before.max_steps)
-    new = lr_factor(step, cfg.optim, cfg.max_steps)
+    steps_before = steps_before or run_length(before)[0]
+    if steps_before is None:
+        return
+    old = lr_factor(step, before.optim, steps_before)
+    new = lr_factor(step, cfg.optim, max_steps)
     for part, was, now in (
         ("base", old * before.optim.lr, new * cfg.optim.lr),
         ("drafter", old * before.optim.drafter_lr, new * cfg.optim.drafter_lr),

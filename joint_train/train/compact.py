@@ -5,6 +5,8 @@ https://arxiv.org/abs/2110.02861). torchao's own ``AdamW8bit`` isn't used: its b
 other ranks have others, and it can't leave out a step unless the host waits for the norm.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -68,7 +70,7 @@ class CompactAdamW(Optimizer):
     def zeros(self, parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A tensor of state, sharded like the parameter, where this optimizer keeps it."""
         device = torch.device("cpu") if self.on_host else parameter.device
-        options = {"dtype": dtype, "device": device, "pin_memory": self.on_host and parameter.is_cuda}
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "pin_memory": self.on_host and parameter.is_cuda}
         if not isinstance(parameter, DTensor):
             return torch.zeros(shape, **options)
         mesh, placements = parameter.device_mesh, parameter.placements
@@ -86,6 +88,7 @@ class CompactAdamW(Optimizer):
                     self._update(parameter, group)
 
     def _update(self, parameter: Tensor, group: dict) -> None:
+        assert parameter.grad is not None
         state = self._state(parameter)
         weight, gradient = local(parameter), local(parameter.grad)
         if weight.numel() == 0:  # a rank without a part of it: the step counts nevertheless

@@ -84,16 +84,17 @@ def dump(folder: str | Path, rank: int, step: int, batches: Sequence[Mapping[str
     folder = Path(folder) / f"bad_step_{step:08}"
     folder.mkdir(parents=True, exist_ok=True)
     torch.save([{name: x.cpu() for name, x in batch.items()} for batch in batches], folder / f"rank_{rank}.pt")
-    parameters = {}
+    parameters: dict[str, dict[str, float | None]] = {}
     for name, parameter in model.named_parameters():
-        facts = parameters[name] = {}
+        facts: dict[str, float | None] = {}
+        parameters[name] = facts
         for kind, x in (("weight", parameter), ("gradient", parameter.grad)):
             if x is not None:
                 x = (x.to_local() if isinstance(x, DTensor) else x).detach().float()
                 norm = x.norm().item()
                 facts[f"{kind}_norm"] = norm if math.isfinite(norm) else None
                 facts[f"{kind}_nonfinite"] = int((~x.isfinite()).sum())
-    worst = sorted(parameters, key=lambda n: -sum(v for k, v in parameters[n].items() if k.endswith("nonfinite")))
+    worst = sorted(parameters, key=lambda n: -sum(v or 0 for k, v in parameters[n].items() if k.endswith("nonfinite")))
     report = {"step": step, "rank": rank, "parameters": {name: parameters[name] for name in worst}}
     (folder / f"rank_{rank}.json").write_text(json.dumps(report, indent=1) + "\n")
     return folder
@@ -136,6 +137,7 @@ class Watchdog:
     def __init__(self, timeout_seconds: float, rank: int) -> None:
         self.timeout, self.rank = timeout_seconds, rank
         self.last = time.monotonic()
+        self.errors = sys.__stderr__ or open(os.devnull, "w")  # a process may have been started without one
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -153,7 +155,7 @@ class Watchdog:
         """Say that the run goes on: once a step, and within what takes long between steps."""
         self.last = time.monotonic()
         # Replaces the one before.
-        faulthandler.dump_traceback_later(self.timeout, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self.timeout, exit=True, file=self.errors)
 
     def _watch(self) -> None:
         limit = 0.9 * self.timeout
@@ -168,8 +170,8 @@ class Watchdog:
             stacks = file.read()
         text = f"no progress for {silent:.0f} s (parallel.timeout_seconds={self.timeout:g}). Stacks of its threads:\n"
         lines = (text + stacks).splitlines()
-        sys.__stderr__.write("".join(f"[rank {self.rank}] {line}\n" for line in lines))
-        sys.__stderr__.flush()
+        self.errors.write("".join(f"[rank {self.rank}] {line}\n" for line in lines))
+        self.errors.flush()
         time.sleep(min(STACKS_SECONDS, 0.05 * self.timeout))
         os._exit(HUNG)
 
@@ -207,7 +209,7 @@ class StepProfiler:
         with torch.profiler.record_function(f"step {number}") if self.profile else contextlib.nullcontext():
             yield
         if self.profile and number + 1 not in self.steps:
-            self._finish()
+            self._finish(self.profile)
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -216,11 +218,11 @@ class StepProfiler:
         self.profile = torch.profiler.profile(record_shapes=True, profile_memory=True, with_stack=True)
         self.profile.start()
 
-    def _finish(self) -> None:
+    def _finish(self, profile: torch.profiler.profile) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.profile.stop()
-        self.profile.export_chrome_trace(str(self.folder / f"rank_{self.rank}.trace.json.gz"))
+        profile.stop()
+        profile.export_chrome_trace(str(self.folder / f"rank_{self.rank}.trace.json.gz"))
         if torch.cuda.is_available():
             dump_memory(str(self.folder / f"rank_{self.rank}.memory.pickle"))
             record_memory(None)

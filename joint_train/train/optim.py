@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,13 +41,14 @@ def build_optimizer(model: JointModel, cfg: OptimConfig, on_host: bool = False) 
         for (apart, without), params in sorted(sorted_out.items(), key=lambda item: item[0]):
             decay = 0.0 if without else cfg.weight_decay
             groups.append({"params": params, "lr": lr, "peak_lr": lr, "weight_decay": decay, "apart": apart})
+    beta1, beta2 = cfg.betas
     if cfg.name == "muon":
         matrices = [p for _, module in model.parts() for p in moved_by_muon(module)]
-        return Muon(groups, matrices, tuple(cfg.betas), cfg.eps)
+        return Muon(groups, matrices, (beta1, beta2), cfg.eps)
     if cfg.name != "adamw" or on_host:
-        return CompactAdamW(groups, cfg.name, tuple(cfg.betas), cfg.eps, on_host)
+        return CompactAdamW(groups, cfg.name, (beta1, beta2), cfg.eps, on_host)
     # Fused, because it can skip a step by a flag on the device: see update().
-    return AdamW(groups, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
+    return AdamW(groups, betas=(beta1, beta2), eps=cfg.eps, fused=True)
 
 
 def without_gradient_in_some_steps(model: JointModel) -> set[int]:
@@ -75,16 +77,16 @@ def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
     It is on the device of the mesh also where the gradients are in CPU memory (``parallel.cpu_offload=all``), so that
     it is reduced on the network of all other collectives.
     """
-    gradients = [g for g in gradients if g is not None]
-    if not gradients:
+    present = [g for g in gradients if g is not None]
+    if not present:
         return torch.zeros(())
-    sharded = [g for g in gradients if isinstance(g, DTensor)]
-    dtype = torch.promote_types(gradients[0].dtype, torch.float32)  # bfloat16's squares would stop adding up at 256
-    of_each = norm_of_each([local(g) for g in gradients], dtype)
+    sharded = [g for g in present if isinstance(g, DTensor)]
+    dtype = torch.promote_types(present[0].dtype, torch.float32)  # bfloat16's squares would stop adding up at 256
+    of_each = norm_of_each([local(g) for g in present], dtype)
     norm = torch.stack([one.to(of_each[0].device) for one in of_each]).norm()
     if not sharded:
         return norm
-    assert len(sharded) == len(gradients), "whole gradients beside sharded ones would count once for each rank"
+    assert len(sharded) == len(present), "whole gradients beside sharded ones would count once for each rank"
     mesh, placements = sharded[0].device_mesh, sharded[0].placements
     square = norm.to(mesh.device_type).square()
     for dimension, placement in enumerate(placements):
@@ -119,6 +121,7 @@ def update(
     device = next(p.device for group in optimizer.param_groups for p in group["params"])  # of the update
     norm = torch.stack([norm.to(device, non_blocking=device.type != "cpu") for norm in norms.values()]).norm()
     finite = norm.isfinite()
+    clipped: list[tuple[nn.Module, float, Tensor]]
     if drafter_max_grad_norm is None:
         clipped = [(model, max_grad_norm, norm)]
     else:
@@ -135,9 +138,9 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     skip = (~finite | (norm == 0)).float()
-    _step(optimizer, [group for group in optimizer.param_groups if not group["apart"]], skip)
+    _step(optimizer, [group for group in optimizer.param_groups if not group.get("apart")], skip)
     for group in optimizer.param_groups:
-        if group["apart"]:
+        if group.get("apart"):
             own = total_norm(p.grad for p in group["params"]).to(device, non_blocking=device.type != "cpu")
             _step(optimizer, [group], torch.maximum(skip, (own == 0).float()))
     return {"grad_norm": norm, **norms}
@@ -146,7 +149,8 @@ def update(
 def _step(optimizer: AdamW | CompactAdamW, groups: list[dict], skip: Tensor) -> None:
     """A step of some of the groups, which changes nothing where ``skip``, on the device, is 1."""
     every = optimizer.param_groups
-    optimizer.grad_scale, optimizer.found_inf, optimizer.param_groups = None, skip, groups
+    fused: Any = optimizer  # torch's AdamW looks for the first two, and declares neither
+    fused.grad_scale, fused.found_inf, optimizer.param_groups = None, skip, groups
     try:
         optimizer.step()
     finally:

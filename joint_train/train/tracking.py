@@ -23,11 +23,13 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from joint_train.config import Config, TrackingConfig, to_yaml, written
+from joint_train.config.values import run_length
 from joint_train.files import code_version, naming, replace
 from joint_train.metrics import SUMMARY
 
 log = logging.getLogger(__name__)
 
+WIDTH = 80  # of a line in a log
 CONSOLE_SECONDS = 10  # between lines in a log; a terminal is updated at every step
 CLOSE_SECONDS = 120  # for wandb's last upload: a dead network must not keep a finished run
 
@@ -41,13 +43,16 @@ class Tracker:
         step: the step that the run goes on from; 0 for a fresh one. Records after it, of a run that was cut short,
             are moved out of the way.
         unfinished: the record of ``step`` itself is still to come, so one that is there already is moved as well.
+        max_steps: the run's last step; by default that of the configuration.
 
     Raises:
         OSError: if ``output_dir`` can't be written.
         ImportError: for ``tracking.tensorboard=true`` without the tensorboard package.
     """
 
-    def __init__(self, cfg: Config, rank: int, step: int = 0, unfinished: bool = False) -> None:
+    def __init__(
+        self, cfg: Config, rank: int, step: int = 0, unfinished: bool = False, max_steps: int | None = None
+    ) -> None:
         self.sinks: list[Any] = []
         if rank != 0:
             return
@@ -55,7 +60,7 @@ class Tracker:
         with naming(output_dir, "output_dir"):
             output_dir.mkdir(parents=True, exist_ok=True)
         replace(output_dir / "config.yaml", to_yaml(cfg))
-        self.sinks = [JsonLines(output_dir / "metrics.jsonl", step, unfinished), ConsoleLines(cfg, step)]
+        self.sinks = [JsonLines(output_dir / "metrics.jsonl", step, unfinished), ConsoleLines(cfg, step, max_steps)]
         if cfg.tracking.tensorboard:
             self.sinks.append(Guarded("TensorBoard", TensorBoard(output_dir / "tensorboard", step)))
         if cfg.tracking.wandb != "disabled":
@@ -218,12 +223,12 @@ class Wandb:
                 log.warning("wandb didn't finish in %d s; `wandb sync` its folder later", CLOSE_SECONDS)
 
 
-def wandb_mode(mode: str) -> str:
+def wandb_mode(mode: str) -> Any:
     """``tracking.wandb`` without ``auto``: ``WANDB_MODE`` if set, else online where there is a key, else offline."""
     if mode != "auto":
         return mode
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
+    if given := os.environ.get("WANDB_MODE"):
+        return given
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
@@ -261,9 +266,9 @@ class TensorBoard:
 class ConsoleLines:
     """Progress for people: a bar and the newest numbers on a terminal, a line now and then in a log; 80 columns."""
 
-    def __init__(self, cfg: Config, step: int, console: Console | None = None) -> None:
+    def __init__(self, cfg: Config, step: int, max_steps: int | None = None, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
-        self.total, self.output_dir = cfg.max_steps, Path(cfg.output_dir)
+        self.total, self.output_dir = max_steps or run_length(cfg)[0] or 0, Path(cfg.output_dir)
         self.exports = cfg.model.export.at_end
         self.first: tuple[int, float] | None = None  # the first step that was reported, and when
         self.printed = -math.inf
@@ -292,7 +297,9 @@ class ConsoleLines:
         if self.live:
             self.bar.update(self.task, completed=step, numbers=numbers)
         elif step == self.total or time.monotonic() - self.printed >= CONSOLE_SECONDS:
-            self.console.print(f"step {step:>6}/{self.total}  {numbers}")
+            head, epoch = f"step {step} of {self.total}", epoch_of(metrics)
+            fits = len(head) + len(epoch) + 2 + len(numbers) <= WIDTH
+            self.console.print(f"{head}{epoch if fits else ''}  {numbers}")
             self.printed = time.monotonic()
         if metrics.get("loss_spike"):
             self.console.print(f"step {step}: the loss jumped; see metrics.jsonl")
@@ -368,6 +375,11 @@ def validation_line(step: int, metrics: Mapping[str, float]) -> str:
     if (value := metrics.get("val/tokens_per_forward")) is not None:
         text += f"  {value:.2f} tokens/forward"
     return text
+
+
+def epoch_of(metrics: Mapping[str, float]) -> str:
+    """``, epoch 1.4`` where the data have epochs."""
+    return f", epoch {metrics['epoch']:.1f}" if "epoch" in metrics else ""
 
 
 def short(number: float) -> str:

@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,7 @@ from joint_train.train.advice import (
 from joint_train.train.agreement import agree_on_configuration, agree_on_data
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
+from joint_train.train.length import run_steps
 from joint_train.train.optim import build_optimizer, lr_factor, update
 from joint_train.train.pace import Since
 from joint_train.train.tracking import Tracker, plain
@@ -82,7 +84,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
 
-        self.val_loader = self.drift = None
+        self.val_loader: BatchLoader | None = None
+        self.drift: BaseDrift | None = None
         if cfg.data.val:
             self.val_loader = build_loader(cfg, self.tokenizer, "val", self.rank, self.ranks)
             agree_on_data(cfg, "val", self.val_loader, everyone)
@@ -100,17 +103,19 @@ class Trainer:
         if found:
             path, saved = found
             position, bad_steps = saved["data"], saved.get("bad_steps", 0)
-            say_resumed(cfg, path, self.step)
         self.loader = self.build_train_loader(position)
         agree_on_data(cfg, "train", self.loader, everyone)
-        self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None)
+        self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
+        if found:
+            say_resumed(cfg, path, self.step, self.max_steps, saved.get("max_steps"))
+        self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None, self.max_steps)
         if self.device.type == "cuda":
             self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
         warn_of_torchrun(cfg.checkpoint)
-        warn_of_warmup(cfg)
+        warn_of_warmup(cfg, self.max_steps)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -129,7 +134,9 @@ class Trainer:
 
     def go_on_from(self, saved: dict | None) -> None:
         """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""
-        self.step, self.before, self.measured = 0, None, None
+        self.step = 0
+        self.before: dict[str, float] | None = None  # what was validated before the first step, and last
+        self.measured: dict[str, float] | None = None
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
         if saved:
             self.step, self.before, self.measured = saved["step"], numbers(saved["before"]), numbers(saved["measured"])
@@ -140,11 +147,11 @@ class Trainer:
         try:
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks, position)
         except OtherData as error:
-            log.warning("the data start again from the beginning: %s", error)
+            log.warning("the data and their epochs start again from the beginning: %s", error)
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks)
 
     def train(self) -> None:
-        """Run from the current step to ``max_steps``, or until the machine is taken away."""
+        """Run from the current step to the last one, or until the machine is taken away."""
         try:
             self.loop()
         except Exception:
@@ -159,11 +166,11 @@ class Trainer:
         with self.watchdog:
             with self.preemption.ends_at_once():
                 self.first_validation()
-            while self.step < cfg.max_steps:
+            while self.step < self.max_steps:
                 self.watchdog.beat()
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step(batches)
-                last = self.step == cfg.max_steps
+                last = self.step == self.max_steps
                 if due(self.step, cfg.tracking.diagnose_every):
                     metrics |= self.diagnose()
                 self.checkpointer.poll()
@@ -183,7 +190,7 @@ class Trainer:
         if cfg.model.export.at_end:
             self.export(self.output_dir / "export")
             self.publish(self.output_dir / "export")
-        self.tracker.finish(self.before, self.measured)
+        self.tracker.finish(self.before or {}, self.measured or {})
         planned, peak = self.plan.peak / 2**30, (peak_memory(self.device) - self.memory_at_start) / 2**30
         of_what = "" if self.device.type == "cuda" else " (growth of the process, libraries' own buffers included)"
         log.info("peak memory of rank 0: %.2f GiB%s; planned: %.2f GiB", peak, of_what, planned)
@@ -230,26 +237,27 @@ class Trainer:
         weights = self.model.loss_weights(counts[:-1])
 
         self.optimizer.zero_grad()
-        stats: JointStats | None = None
+        stats: JointStats | None = None  # until the first micro-batch, which every step has
         for i, (inputs, targets, _) in enumerate(micro_batches):
             parallelize.set_last_micro_batch(self.model, i == len(micro_batches) - 1)
             out = self.model(**inputs, targets=targets, weights=weights)
             out.loss.backward()
             stats = out.stats if stats is None else stats + out.stats
-        factor = lr_factor(self.step, cfg.optim, cfg.max_steps)
+        factor = lr_factor(self.step, cfg.optim, self.max_steps)
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
         norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter)
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
-        if not due(self.step, cfg.tracking.log_every) and self.step < cfg.max_steps:
+        if not due(self.step, cfg.tracking.log_every) and self.step < self.max_steps:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
+        assert stats is not None
         metrics = stats.reduced(dist.all_reduce).means(self.loader.source_names) | self.bad_steps.read()
         if self.bad_steps.exhausted():
-            inputs = [{**b, "rows": t.rows, "labels": t.labels} for b, t, _ in micro_batches]
-            inputs = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b in inputs]
-            folder = dump(self.output_dir, self.rank, self.step, inputs, self.model)
+            dumped = [{**b, "rows": t.rows, "labels": t.labels} for b, t, _ in micro_batches]
+            dumped = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b in dumped]
+            folder = dump(self.output_dir, self.rank, self.step, dumped, self.model)
             raise TooManyBadSteps(
                 f"{cfg.tracking.max_bad_steps} steps in a row had a loss or gradient that isn't finite "
                 f"(tracking.max_bad_steps); weights are as before them, batches and norms are in {folder}"
@@ -258,6 +266,8 @@ class Trainer:
         metrics["loss_spike"] = float(self.spikes.observe(metrics["base_loss"]))
         self.since.add(counts[-1], waited, time.perf_counter() - started)
         tokens, waited, seconds = self.since.read()
+        if (epoch := self.loader.epoch) is not None:
+            metrics["epoch"] = epoch
         return metrics | {
             "lr": cfg.optim.lr * factor,
             "drafter_lr": cfg.optim.drafter_lr * factor,
@@ -269,7 +279,7 @@ class Trainer:
             "memory_peak_gb": (peak_memory(self.device) - self.memory_at_start) / 2**30,
         }
 
-    def prepare(self, batch: dict[str, Tensor], sources: list[str]) -> tuple[dict[str, Tensor], JointTargets, Tensor]:
+    def prepare(self, batch: dict[str, Tensor], sources: list[str]) -> tuple[dict[str, Any], JointTargets, Tensor]:
         """Find a batch's targets while it is on the CPU, then send it to the device.
 
         Args:
@@ -285,11 +295,11 @@ class Trainer:
             del inputs["document_ids"]  # one document a row, padded on the right: no mask is needed
         if len(sources) > 1:
             inputs["groups"] = batch["source"].flatten()[targets.rows + 1]
-        inputs = {name: send(x, self.device) for name, x in inputs.items()}
-        inputs["num_groups"] = len(sources)
-        inputs |= parallelize.look_up(self.model, batch["input_ids"], self.device)
+        sent: dict[str, Any] = {name: send(x, self.device) for name, x in inputs.items()}
+        sent["num_groups"] = len(sources)
+        sent |= parallelize.look_up(self.model, batch["input_ids"], self.device)
         counts = torch.cat([targets.counts, (documents > 0).sum()[None]])
-        return inputs, targets.to(self.device), counts
+        return sent, targets.to(self.device), counts
 
     @torch.no_grad()
     def evaluate(self, generate: bool, progress: Callable[[], None] | None = None) -> dict[str, float]:
@@ -302,7 +312,7 @@ class Trainer:
             progress: called before each batch and each forward of a generation; by default it only says that this
                 isn't a hang.
         """
-        cfg, measured = self.cfg, {}
+        cfg, measured = self.cfg, dict[str, float]()
         progress = progress or self.watchdog.beat
         if self.val_loader is None:
             return measured
@@ -317,6 +327,7 @@ class Trainer:
                     inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
                     found = self.model(**inputs, targets=targets).stats
                     stats = found if stats is None else stats + found
+            assert stats is not None, "every rank has a batch of validation"
             means = stats.reduced(dist.all_reduce).means(self.val_loader.source_names)
             measured |= {f"val/{name}": value for name, value in means.items()}
             if generate and self.prompts > 0:
@@ -338,6 +349,7 @@ class Trainer:
         inputs, targets, _ = self.fixed_batch
         counts = targets.counts
         dist.all_reduce(counts)
+        assert self.drift is not None, "made where it is asked for"
         measured = self.drift.measure()
         measured["grad_norm_base_from_drafter"] = base_gradient_from_drafter(self.model, inputs, targets, counts)
         parallelize.reshard(self.model)
@@ -345,8 +357,14 @@ class Trainer:
 
     def save(self, block: bool) -> None:
         """A checkpoint of the current step."""
-        before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before, self.measured))
-        state = {"step": self.step, "before": before, "measured": measured, **self.bad_steps.read()}
+        before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before or {}, self.measured or {}))
+        state = {
+            "step": self.step,
+            "max_steps": self.max_steps,
+            "before": before,
+            "measured": measured,
+            **self.bad_steps.read(),
+        }
         state |= {"data": loader_position(self.loader), "unfinished": self.unfinished}
         self.tracker.sync()
         self.checkpointer.save(

@@ -6,6 +6,7 @@ peft's own ``save_pretrained`` and loading know nothing of shards.
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,9 @@ from joint_train.files import naming
 from joint_train.weights.export import sync_files
 from joint_train.weights.loading import frozen_base
 from joint_train.weights.placing import discard, place, staged
+
+if TYPE_CHECKING:
+    import peft
 
 FILE = "adapter_model.safetensors"
 
@@ -55,7 +59,7 @@ def export_adapter(base: nn.Module, out: str | os.PathLike, in_place: bool = Tru
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(tensors, partial / FILE, metadata={"format": "pt"})
-        config = base.peft_config["default"]
+        config = cast("dict[str, peft.LoraConfig]", base.peft_config)["default"]
         config.inference_mode = True  # as peft writes it: who loads it doesn't train it
         try:
             config.save_pretrained(str(partial))

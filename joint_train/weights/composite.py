@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,9 @@ from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
 from joint_train.weights.loading import build_meta, check_weights, fingerprints, frozen_base, materialize
 from joint_train.weights.placing import check as check_folder
 from joint_train.weights.placing import discard, place, staged
+
+if TYPE_CHECKING:
+    import peft
 
 log = logging.getLogger(__name__)
 
@@ -314,7 +318,7 @@ def load_pair(
     ranks = Ranks(cfg.parallel.timeout_seconds) if mesh is not None else None
     for part, folder in (("base", base_dir), ("drafter", drafter_dir)):
         if ranks is not None:
-            files = ranks.all(f"reading {folder}", lambda of=folder: fingerprints(of))
+            files = ranks.all(f"reading {folder}", functools.partial(fingerprints, folder))
             mine = {f"{part}/{name}": fingerprint for name, fingerprint in files.items()}
             agree(ranks, "weights", mine, {f"{part}/{name}": str(folder / name) for name in files})
         check_weights(folder, ranks)
@@ -352,7 +356,7 @@ def meta_pair(
         peft_config = peft_config_of(cfg.lora)
     if peft_config is not None:
         inject(base, peft_config, text_model(base))
-        injected = base.peft_config["default"]
+        injected = cast("peft.LoraConfig", base.peft_config["default"])
         injected.base_model_name_or_path, injected.revision = cfg.model.base, cfg.model.revision
     model = Gemma4WithDrafter(
         base,

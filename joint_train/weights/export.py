@@ -307,14 +307,15 @@ def parse_size(size: str | int) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(size).strip())
     unit = (found[2] or "B").upper() if found else None
-    if unit not in UNITS or float(found[1]) <= 0:
+    if found is None or unit not in UNITS or float(found[1]) <= 0:
         raise ConfigError(f"model.export.max_shard_size={size}: give a size such as 5GB, 500MB or 2GiB.")
     return int(float(found[1]) * UNITS[unit])
 
 
 def plan_shards(layout: dict[str, tuple[tuple[int, ...], torch.dtype]], most: int) -> list[list[str]]:
     """Distribute tensors over files of at most `most` bytes, in the order given."""
-    shards, size = [[]], 0
+    shards: list[list[str]] = [[]]
+    size = 0
     for key, (shape, dtype) in layout.items():
         nbytes = math.prod(shape) * dtype.itemsize
         if shards[-1] and size + nbytes > most:

@@ -66,7 +66,7 @@ def resolve(
         raise ConfigError(
             f"there is no folder {name}. Give an existing folder, or a hub id such as google/gemma-4-E2B-it."
         )
-    options = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": HUB_FILES}
+    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": HUB_FILES}
     first = not dist.is_initialized() or dist.get_node_local_rank(fallback_rank=0) == 0
     try:
         together(lambda: snapshot_download(name, **options, **(hub or {})) if first else None)

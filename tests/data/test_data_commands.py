@@ -6,15 +6,17 @@ import json
 import pytest
 import torch
 from data_helpers import chat, make_config, make_tokenizer, numbered, write_jsonl
+from gemma4_templates import VARIANTS, template
 from pairs import build_pair
 from rich.console import Console
 
-from joint_train.config import SourceConfig
+from joint_train.config import SourceConfig, load
 from joint_train.data import DataError, build_loader
 from joint_train.data import __main__ as command
 from joint_train.data.json_files import Record
 from joint_train.data.readers import sources_of
 from joint_train.data.regenerate import answer_batch, prompts, regenerate
+from joint_train.data.rows import Walk
 from joint_train.data.show import CUT, TRAINED, UNTRAINED, show
 from joint_train.data.sources import parse
 
@@ -33,7 +35,7 @@ def printed(tmp_path):
         sequence = build_loader(cfg, TOKENIZER, "train", 0, 1).dataset.sequence
         console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=200)
         show(console, cfg.drafter, sequence, TOKENIZER, 0, 1, at)
-        return console.file.getvalue(), sequence.row(sequence.window(0)[0], 80)
+        return console.file.getvalue(), sequence.row(next(Walk(sequence)), 80)
 
     return of
 
@@ -111,6 +113,70 @@ def test_check_reports_on_whole_files(tmp_path, capsys, workers):
     assert command.main(["check", columns, "--columns", "prompt=problem", "response=solution", "--json", "-"]) == 0
     assert command.main(["check", f"{tmp_path}/missing.jsonl"]) == 2
     assert command.main(["check"]) == 2
+
+
+def test_check_counts_duplicates_options_and_what_cutting_loses(tmp_path, capsys):
+    make_tokenizer(template(VARIANTS["spring, large"])).save_pretrained(tmp_path / "tokenizer")
+    on = {"chat_template_kwargs": {"enable_thinking": True}}
+    rows = [chat("q", "a"), {**chat("q", "b"), **on}, chat("q", "a"), {**chat("q", "x" * 200), **on}, chat("</s>", "a")]
+    rows += [chat("q", "a"), chat("q" * 200, "a")]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    options = [f"data.tokenizer={tmp_path}/tokenizer", "data.num_workers=0", "data.max_length=128"]
+    assert command.main(["check", path, "--json", f"{tmp_path}/out.json", *options]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    (found,) = json.loads((tmp_path / "out.json").read_text())
+    assert found["duplicate_rows"] == 2 and f"2 rows are the same as an earlier one (first: {path}:3)" in printed
+    assert found["template_options"] == {"enable_thinking=true": 2} and "enable_thinking=true (2 rows)" in printed
+    assert (found["answers"], found["answers_lost"], found["answers_cut"]) == (7, 1, 1)
+    assert found["longer_than_max_length"] == 2 and found["longer_share"] == pytest.approx(2 / 7)
+    assert {"kind": "control token in the text: </s>", "count": 1, "first": f"{path}:5"} in found["notices"]
+    for overlong, lost in (("drop", (2, 0)), ("split", (0, 0))):
+        assert command.main(["check", path, "--json", "-", f"data.overlong={overlong}", *options]) == 0
+        (found,) = json.loads(capsys.readouterr().out)
+        assert (found["answers_lost"], found["answers_cut"]) == lost
+    assert command.main(["check", path, "--json", "-"]) == 0  # without a tokenizer
+    assert json.loads(capsys.readouterr().out)[0]["duplicate_rows"] == 2
+
+
+def test_show_takes_files(tmp_path, capsys):
+    make_tokenizer(template(VARIANTS["spring, large"])).save_pretrained(tmp_path / "tokenizer")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"ask": f"q{n}", "say": f"a{n}"} for n in range(3)])
+    options = [f"data.tokenizer={tmp_path}/tokenizer", f"data.cache_dir={tmp_path}/cache", "data.max_length=64"]
+    options += ["data.packing=false", "data.num_workers=0"]
+    columns = ["--columns", "prompt=ask", "response=say"]
+    assert command.main(["show", path, "--rows", "3", *columns, *options]) == 0
+    printed = capsys.readouterr().out
+    assert [printed.index(f"⟦a{n}<turn|>⟧") for n in range(3)] == sorted(printed.index(f"⟦a{n}<turn") for n in range(3))
+    assert command.main(["show", path, "--row", "1000000", *columns, *options]) == 2
+    assert "--row=1000000: there are 3 documents, and so at most as many rows" in capsys.readouterr().err
+
+
+def test_options_of_the_template_from_the_command_line_and_a_file(tmp_path, capsys):
+    """For all data, for a source, in YAML; and one that the template never reads is an error by its name."""
+    make_tokenizer(template(VARIANTS["spring, large"])).save_pretrained(tmp_path / "tokenizer")
+    row = {"messages": [*chat("q", "a")["messages"]]}
+    row["messages"][1]["reasoning"] = "hm"
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    options = [f"data.tokenizer={tmp_path}/tokenizer", f"data.cache_dir={tmp_path}/cache", "data.max_length=64"]
+    options += ["data.num_workers=0", "--rows", "1"]
+    source = f"path: {path}, chat_template_kwargs: {{enable_thinking: true}}"
+    for arguments in (
+        [path, "data.chat_template_kwargs={enable_thinking: true}"],
+        [path, "data.chat_template_kwargs.enable_thinking=true"],
+        [f"data.train=[{{{source}}}]"],
+        [f"data.train=[{{{source}}}]", "data.chat_template_kwargs={enable_thinking: false}"],
+    ):
+        assert command.main(["show", *arguments, *options]) == 0, capsys.readouterr().err
+        assert "⟦<|channel>thought↵\nhm↵\n<channel|>a<turn|>⟧" in capsys.readouterr().out
+    assert command.main(["show", path, "data.chat_template_kwargs={enable_thinkin: true}", *options]) == 2
+    assert "never reads enable_thinkin (did you mean enable_thinking?)" in capsys.readouterr().err
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_text(
+        f"# @package _global_\ndata:\n  train:\n    - path: {path}\n"
+        "      chat_template_kwargs: {enable_thinking: true}\n"
+    )
+    cfg = load(["+experiment=own", f"hydra.searchpath=[file://{tmp_path}]"], check=False)
+    assert cfg.data.train[0].chat_template_kwargs == {"enable_thinking": True}
 
 
 @pytest.mark.parametrize("pairing, offset", [("serving", 1), ("same_token", 0)])
@@ -232,6 +298,21 @@ def test_it_goes_on_where_it_was_stopped_on_other_ranks(base, expected, tmp_path
     assert regenerate(EXAMPLES, base, TOKENIZER, output, **options)["answered"] == 0, "done is done"
 
 
+def test_nothing_that_could_be_kept_is_an_error_and_more_tokens_answer_again(base, expected, tmp_path):
+    output, options = tmp_path / "out.jsonl", dict(batch_size=7)
+    ends, base.generation_config.eos_token_id = base.generation_config.eos_token_id, -1
+    try:
+        with pytest.raises(DataError, match="none of 7 answers ended within --max-new-tokens=3: .*Raise it"):
+            regenerate(EXAMPLES, base, TOKENIZER, output, max_new_tokens=3, **options)
+    finally:
+        base.generation_config.eos_token_id = ends
+    assert not output.exists()
+    counts = regenerate(EXAMPLES, base, TOKENIZER, output, max_new_tokens=COUNT, **options)
+    assert counts["answered"] == 7 and read(output) == expected
+    with pytest.raises(DataError, match="no prompt to answer"):
+        regenerate([], base, TOKENIZER, tmp_path / "none.jsonl", max_new_tokens=3, **options)
+
+
 def test_sampling_is_a_function_of_the_seed(base, tmp_path):
     base.generation_config.eos_token_id = list(range(200))
     outputs = []
@@ -287,7 +368,7 @@ def test_the_commands(base, tmp_path, capsys):
     ]
     command.main(["show", "--rows", "1", *overrides])
     assert "position" in capsys.readouterr().out
-    command.main(["regenerate", f"{tmp_path}/out.jsonl", "--max-new-tokens", "4", *overrides])
+    assert command.main(["regenerate", f"{tmp_path}/out.jsonl", "--max-new-tokens", "4", *overrides]) == 0
     assert "3 of 3 prompts answered now" in capsys.readouterr().out
     assert [line["messages"][0] for line in read(tmp_path / "out.jsonl")] == [e["messages"][0] for e in numbered(3)]
     for arguments, message in (

@@ -78,7 +78,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package, path):
 
 
 def test_a_dataset_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(DataError, match="the dataset nobody/nothing .* can't be opened"):
+    with pytest.raises(DataError, match="data source nobody/nothing: there is no file .* can't be opened as a dataset"):
         build_loader(make_config(tmp_path, ["nobody/nothing"]), TOKENIZER, "train", 0, 1)
 
 
@@ -110,7 +110,7 @@ def test_a_bad_row_is_named(tmp_path, kind):
 def stream(tmp_path, monkeypatch):
     """A source of 100 streamed examples in three files, read in blocks of 32."""
     monkeypatch.setattr("joint_train.data.streams.BLOCK", 32)
-    monkeypatch.setattr("joint_train.data.rows.WINDOW", 50)
+    monkeypatch.setattr("joint_train.data.rows.BLOCK", 50)
     (tmp_path / "stream").mkdir()
     for number, part in enumerate((range(0, 40), range(40, 90), range(90, 100))):
         made = datasets.Dataset.from_list([numbered(100)[index] for index in part])

@@ -117,7 +117,13 @@ def test_no_part_of_an_image_is_a_target(tmp_path, tokenizer):
     assert (batch["labels"][~image & (batch["document_ids"] > 0)] != -100).all()
 
 
-@pytest.mark.parametrize("form", ["path", "file url", "data url", "image_url", "listed", "one listed", "parquet"])
+FORMS = [
+    "path", "file url", "data url", "image_url", "value", "source", "base64", "listed", "one listed", "no marker",
+    "in the message", "parquet",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_where_images_may_be(tmp_path, tokenizer, form):
     data = png(picture(5))
     (tmp_path / "cat.png").write_bytes(data)
@@ -136,12 +142,19 @@ def test_where_images_may_be(tmp_path, tokenizer, form):
             "file url": ask({"type": "image", "url": f"file://{tmp_path}/cat.png"}),
             "data url": ask({"type": "image", "url": url}),
             "image_url": ask({"type": "image_url", "image_url": {"url": url}}),
+            "value": ask({"type": "image_url", "value": "cat.png"}),
+            "source": ask({"type": "image", "source": {"type": "base64", "data": url.split(",")[1]}}),
+            "base64": ask({"type": "image", "image": url.split(",")[1]}),
+            "no marker": {**ask(), "image": "cat.png"},
+            "in the message": {"messages": [{**ask()["messages"][0], "images": ["cat.png"]}, ask()["messages"][1]]},
             "listed": {**ask({"type": "image"}), "images": ["cat.png"]},
             "one listed": {**ask({"type": "image"}), "image": "cat.png"},
         }[form]
         (batch,) = batches(tmp_path, tokenizer, [example])
     expected = Gemma4ImageProcessorPil(**SIZES)(images=[picture(5)], return_tensors="pt")
     assert torch.equal(batch["pixel_values"][:1], expected["pixel_values"])
+    ids = batch["input_ids"][0].tolist()
+    assert ids.index(tokenizer.image_token_id) < ids.index(tokenizer("what", add_special_tokens=False)["input_ids"][0])
 
 
 BAD = {
@@ -154,6 +167,17 @@ BAD = {
     "too many": ({**ask({"type": "image"}), "images": ["cat.png"] * 2}, "2 images for 1 places"),
     "none": (ask({"type": "image"}), "a message has a place for an image, but the record has no image"),
     "audio": (ask({"type": "audio", "path": "a.wav"}), "content of type 'audio' can't be trained on"),
+    "unknown base64": (ask({"type": "image", "image": "Qk" + "A" * 9000}), r"QkA+… \(9,\d+ characters\) can't be read"),
+    "a pointer": (ask({"type": "image", "path": "pointer.png"}), "pointer.png is a Git LFS pointer, not the file"),
+    "Gemma 3's marker": (
+        ask({"type": "text", "text": "<start_of_image>"}),
+        "a marker of another model family: write <im",
+    ),
+    "Qwen's marker": (
+        ask({"type": "text", "text": "<|vision_start|><|image_pad|>"}),
+        "a marker of another model family",
+    ),
+    "Phi's marker": (ask({"type": "text", "text": "<|image_1|>"}), "a marker of another model family"),
     "placeholder in the text": (ask({"type": "text", "text": "<|image|>"}), "0 images, and 1 placeholders"),
 }
 
@@ -164,19 +188,21 @@ def test_bad_images_are_named_or_skipped(tmp_path, tokenizer, case):
     picture(0).save(tmp_path / "cat.png")
     (tmp_path / "cut.png").write_bytes(png(picture(0))[:500])
     (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(DataError, match=f"a.jsonl:2: .*{message}"):
         batches(tmp_path, tokenizer, [*numbered(1), example], num_workers=int(case == "missing"))
     (batch,) = batches(tmp_path, tokenizer, [*numbered(1), example], on_error="skip")
     assert batch["document_ids"].max() == 1
 
 
-def test_an_image_that_changed_since_is_named_by_the_worker(tmp_path, tokenizer):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_changes_during_a_run_is_named(tmp_path, tokenizer, workers):
     picture(0).save(tmp_path / "cat.png")
-    examples = [ask({"type": "image", "path": "cat.png"})]
-    batches(tmp_path, tokenizer, examples)
+    path = write_jsonl(tmp_path / "a.jsonl", [ask({"type": "image", "path": "cat.png"})])
+    loader = build_loader(make_config(tmp_path, [path], max_length=256, num_workers=workers), tokenizer, "train", 0, 1)
     picture(0, (900, 30)).save(tmp_path / "cat.png")
     with pytest.raises(DataError, match=r"a.jsonl:1: image .*cat.png has \d+ tokens now, and had \d+") as raised:
-        batches(tmp_path, tokenizer, examples, num_workers=1)
+        next(iter(loader))
     assert "Traceback" not in str(raised.value)
 
 
@@ -206,7 +232,7 @@ def test_no_image_is_cut_in_two(tmp_path, tokenizer, overlong):
     path = write_jsonl(tmp_path / "a.jsonl", [ask(*[image] * 5)])
     cfg = make_config(tmp_path, [path], overlong=overlong, max_length=180, train_on="all", mixture="epoch")
     loader = build_loader(cfg, tokenizer, "train", 0, 1)
-    rows = len(loader.dataset.sequence.window(0))
+    rows = loader.sequence.count_rows()
     assert rows == (1 if overlong == "truncate" else 3)
     total = 0
     for batch in itertools.islice(iter(loader), rows):

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from joint_train.data import notices
-from joint_train.data.render import MARKS, prompt_ids
+from joint_train.data.render import MARKS
 from joint_train.data.template import ASSISTANT, LAST, encode
+from joint_train.data.thinking import prompt_ids
 from joint_train.errors import DataError
 
 # Short renditions of what released templates do, with marks around what the assistant writes.
@@ -247,9 +248,14 @@ LATER = [turn("user", "thanks"), turn("assistant", "welcome")]
 THINKING_ON = {"chat_template_kwargs": {"enable_thinking": True}}
 
 
+def options_of(name: str, thinking: bool) -> dict:
+    """The option that turns thinking on or off, for a template that reads it."""
+    return {"chat_template_kwargs": {"enable_thinking": thinking}} if name == "gemma4" else {}
+
+
 @pytest.mark.parametrize("name", ["gemma4", "qwen3"])
 def test_tool_calls_are_trained_on_and_their_results_are_not(name):
-    spans = trained(name, {"messages": TOOL_USE, "tools": TOOLS, **THINKING_ON})
+    spans = trained(name, {"messages": TOOL_USE, "tools": TOOLS, **options_of(name, True)})
     assert "call it" in spans[0] and "Rome" in spans[0] and "It is sunny." in spans[1]
     assert not any("value:" in span or "weather?" in span for span in spans)
 
@@ -259,7 +265,8 @@ def test_tool_calls_of_an_earlier_exchange():
     example = {"messages": TOOL_USE + LATER, "tools": TOOLS}
     spans = trained("gemma4", {**example, **THINKING_ON})
     thoughts = ["<|channel>thought\ncall it\n<channel|>", "so it is\n<channel|>"]
-    assert spans == [thoughts[0] + call, f"{thoughts[1]}It is sunny.<turn|>", "welcome<turn|>"]
+    empty = "<|channel>thought\n<channel|>"
+    assert spans == [thoughts[0] + call, f"{thoughts[1]}It is sunny.<turn|>", f"{empty}welcome<turn|>"]
     # Qwen 3 renders the thinking before an answer only until the next question.
     spans = trained("qwen3", example)
     assert ["call it" in spans[0], "so it is" in spans[1], "welcome<|im_end|>" in spans[2]] == [True] * 3
@@ -273,16 +280,7 @@ CALL_AFTER_CALL = [*TWO_CALLS[:3], turn("assistant", "", tool_calls=CALL, reason
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("messages", [TOOL_USE, TOOL_USE + LATER, TWO_CALLS, CALL_AFTER_CALL, TWO_CALLS[:2] + LATER])
 def test_calls_and_results_of_gemma(messages, thinking):
-    example = {
-        "messages": messages, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": thinking}
-    }  # fmt: skip
-    if thinking and messages in (TWO_CALLS, CALL_AFTER_CALL):
-        # After a result the prompt opens the thinking, and the last answer has none.
-        with pytest.raises(
-            DataError, match="ends with '<|channel>thought.n', and the message hasn't what has to follow"
-        ):
-            encode(example, PAIRS["gemma4"][1])
-        return
+    example = {"messages": messages, "tools": TOOLS, **options_of("gemma4", thinking)}
     spans = trained("gemma4", example)
     assert len(spans) == sum(message["role"] == "assistant" for message in messages)
     assert not any("response:" in span or "<|turn>" in span for span in spans)
@@ -335,16 +333,17 @@ def test_thinking_channels_of_gemma():
     assert trained("gemma4", {"messages": messages, **THINKING_ON}) == thoughts
 
 
-def test_an_answer_without_the_thinking_that_is_turned_on():
-    template = unmarked(GEMMA4).replace("message.get('reasoning') and", "false and")
+def test_thinking_that_the_template_does_not_render_itself():
+    """Gemma 4 has a form for it: the marks are put around what is added, too."""
+    template = GEMMA4.replace("message.get('reasoning') and", "false and")
     messages = [turn("user", "a"), turn("assistant", "b", reasoning="hm")]
-    with pytest.raises(DataError, match="message 1: thinking is turned on, and .* 'tiny' renders the answer without"):
-        encode({"messages": messages, **THINKING_ON}, make_tokenizer(template))
-    with pytest.raises(DataError, match="message 2: thinking is turned on"):
-        encode({"messages": [turn("system", "<|think|>"), *messages]}, make_tokenizer(template))
+    for source in (template, unmarked(template)):
+        (document,) = encode({"messages": messages, **THINKING_ON}, tokenizer := make_tokenizer(source))
+        ((start, end),) = runs_of(document)
+        assert tokenizer.decode(document.tokens[start:end]) == "<|channel>thought\nhm\n<channel|>b<turn|>"
     counts = Counter()
     encode({"messages": [messages[0], turn("assistant", "b")], **THINKING_ON}, PAIRS["gemma4"][1], counts)
-    assert counts == {notices.UNASKED: 1}
+    assert counts == {notices.EMPTY_THOUGHT: 1}
 
 
 def by_itself(document, start: int, end: int):
@@ -374,8 +373,10 @@ def test_what_precedes_an_answer_is_its_prompt(name, conversation, thinking):
     messages = CONVERSATIONS.get(conversation, TOOL_USE + LATER)
     if name == "llama3" and (conversation == "tools" or thinking and conversation == "thinking"):
         pytest.skip("not in this template")
-    options = {"chat_template_kwargs": {"enable_thinking": thinking}}
-    assert_prompted(name, {"messages": messages, "tools": TOOLS if conversation == "tools" else None, **options})
+    if not thinking:  # then it is no part of the conversation
+        messages = [{key: value for key, value in message.items() if key != "reasoning"} for message in messages]
+    tools = TOOLS if conversation == "tools" else None
+    assert_prompted(name, {"messages": messages, "tools": tools, **options_of(name, thinking)})
 
 
 def test_the_empty_channel_of_gemma():

@@ -24,7 +24,8 @@ def tokenised(documents: list[list[int]]) -> Tokenised:
         for start, end in edges.reshape(-1, 2).tolist():
             pictures.append((index, start, end - start - 2, 0, 0, False))
         flags += document
-    source = Tokenised("s", Path("."), table, np.array(pictures, PICTURE), ["f"], 0, [])
+    source = Tokenised("s", Path("."), "key", ["f"], 0, [])
+    source.documents, source.pictures = table, np.array(pictures, PICTURE)
     source._tokens, source._flags = np.arange(len(flags), dtype=np.int32), np.array(flags, np.uint8)
     return source
 
@@ -68,7 +69,7 @@ def flags(draw) -> list[int]:
 @given(st.lists(flags(), min_size=1, max_size=4), st.sampled_from(["truncate", "split", "drop"]))
 @example([[0] * (LENGTH - 1) + [ASSISTANT], [0] * LENGTH + [ASSISTANT]], "drop")  # one fits exactly
 def test_pieces_are_those_of_a_plain_reference(documents, overlong):
-    data = SimpleNamespace(max_length=LENGTH, overlong=overlong, train_on="assistant", on_error="raise")
+    data = SimpleNamespace(max_length=LENGTH, overlong=overlong, train_on="assistant", on_error="raise", unroll="all")
     pieces = cut(tokenised(documents), data)
     expected = [(i, a, b - a) for i, document in enumerate(documents) for a, b in reference(document, overlong)]
     table = np.stack([pieces.document, pieces.start, pieces.length], axis=1)
@@ -80,7 +81,7 @@ def test_pieces_are_those_of_a_plain_reference(documents, overlong):
 @pytest.mark.parametrize("overlong, lost", [("truncate", 1), ("split", 2)])
 def test_pieces_without_a_target_are_counted(overlong, lost, caplog):
     document = [0] * LENGTH + [ASSISTANT] + [0] * (LENGTH - 1) + [0, ASSISTANT]
-    data = SimpleNamespace(max_length=LENGTH, overlong=overlong, train_on="assistant", on_error="raise")
+    data = SimpleNamespace(max_length=LENGTH, overlong=overlong, train_on="assistant", on_error="raise", unroll="all")
     assert len(cut(tokenised([document, [0, ASSISTANT]]), data)) == (1 if overlong == "truncate" else 2)
-    assert f"1 of 2 examples are longer than data.max_length={LENGTH}" in caplog.text
-    assert f"{lost} pieces of them without a target are left out" in caplog.text
+    assert f"1 of 2 documents (50.0%) are longer than data.max_length={LENGTH}" in caplog.text
+    assert f"{lost} of the pieces have no answer in them and are left out" in caplog.text

@@ -13,6 +13,7 @@ from test_data_masks import GEMMA4, LLAMA3, MISTRAL, QWEN3, TEMPLATES, runs_of, 
 from joint_train.config import SourceConfig
 from joint_train.data import DataError, build_loader, notices
 from joint_train.data.json_files import Record
+from joint_train.data.rows import Walk
 from joint_train.data.template import encode
 from joint_train.data.tokenise import encode_record
 from joint_train.starter import CHAT_TEMPLATE
@@ -238,11 +239,14 @@ def test_sources_say_what_they_use(tmp_path, caplog):
         with caplog.at_level("INFO"):
             build_loader(cfg, GEMMA, "train", 0, 1)
         assert (
-            "data source 'a': 1 messages, 1 prompt_response; columns used: messages, prompt, response; "
-            "unused: id, more, source" in caplog.text
+            "data source 'a': 2 rows in the formats messages (1), prompt_response (1); columns used: messages, prompt, "
+            "response; unused: id, more, source" in caplog.text
         )
-        assert "conversations that are a document for each answer, since the template" in caplog.text
-        assert f"prompts for them: 1 (first: {tmp_path}/a.jsonl:1)" in caplog.text
+        assert "1 conversations are split into one training document for each answer, because" in caplog.text
+        assert (
+            f"how it prompts for them; see docs/data.md#training-is-serving (first: {tmp_path}/a.jsonl:1)"
+            in caplog.text
+        )
 
 
 def test_columns_that_no_record_has_are_an_error(tmp_path):
@@ -261,6 +265,29 @@ def test_each_answer_is_trained_once(tmp_path, train_on, targets):
     labels = batch["labels"][0]
     assert GEMMA.decode(labels[labels == GEMMA.convert_tokens_to_ids("<turn|>")]) == "<turn|>" * (targets or 4)
     assert batch["document_ids"].max() == (2 if train_on == "assistant" else 1)
+
+
+@pytest.mark.parametrize(
+    "unroll, kept", [("all", [1, 2, 3, 4]), ("last 2", [3, 4]), ("last 1", [4]), ("last 9", [1, 2, 3, 4])]
+)
+def test_a_long_conversation_can_be_limited_to_its_last_answers(tmp_path, unroll, kept, caplog):
+    """Answers of a conversation that is a document for each: which are trained, and what it costs."""
+    turns = [text for number in range(1, 5) for text in (f"Q{number}", f"A{number}")]
+    path = write_jsonl(tmp_path / "a.jsonl", [chat("Q0", "A0"), chat(*turns), chat("Q5", "A5")])
+    cfg = make_config(tmp_path, [path], max_length=512, mixture="epoch", shuffle=False, unroll=unroll, packing=False)
+    caplog.set_level("INFO")
+    sequence = build_loader(cfg, GEMMA, "train", 0, 1).sequence
+    rows = [sequence.row(row, 512) for row in Walk(sequence)]
+    trained = [GEMMA.decode(row["labels"][row["labels"] != -100]).removesuffix("<turn|>") for row in rows]
+    assert trained == ["A0", *(f"A{number}" for number in kept), "A5"]
+    of_it = [int((row["document_ids"] > 0).sum()) for row in rows[1:-1]]
+    said = (
+        "1 conversations are a document for each answer, since the template renders earlier turns otherwise than it "
+        f"prompts for them: {len(kept)} documents of {sum(of_it)} tokens, {sum(of_it) / of_it[-1]:.1f} times the "
+        f"{of_it[-1]} tokens"
+    )
+    assert said in caplog.text
+    assert ("are left out, with their answers" in caplog.text) == (len(kept) < 4)
 
 
 FOR_EVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}"
@@ -322,7 +349,7 @@ ALL |= {f"{name} without marks": make_tokenizer(unmarked(t)) for name, t in (("g
 @given(st.sampled_from(sorted(ALL)), st.lists(heard | said, min_size=1, max_size=6), st.booleans())
 def test_every_content_is_rendered_or_the_row_is_bad(name, messages, thinking):
     tokenizer = ALL[name]
-    options = {"chat_template_kwargs": {"enable_thinking": thinking}}
+    options = {"chat_template_kwargs": {"enable_thinking": thinking}} if "gemma4" in name else {}
     try:
         found = encode({"messages": messages, **options}, tokenizer)
     except DataError:

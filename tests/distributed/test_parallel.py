@@ -178,6 +178,12 @@ def test_frozen_towers_are_whole_and_in_the_dtype_of_compute():
         assert others - {(False, torch.bfloat16)} == {(True, torch.float32)}
 
 
+@pytest.mark.parametrize("shape", ["e2b", "31b"])
+def test_attention_kept_and_inputs_on_the_host_sharded(shape):
+    recompute = {"activation_checkpointing__base": "selective", "activation_checkpointing__drafter": "layers"}
+    compare(shape, recompute | {"activation_checkpointing__offload": True}, 2, 2)
+
+
 def test_one_rank_equals_one_process():
     compare("e2b", {"activation_checkpointing__base": "full"}, 1, 4)
 

@@ -188,7 +188,7 @@ def test_refusals(override, message, tmp_path):
     """Named, explained, and gone within seconds: nothing was loaded and nothing was written."""
     started = time.monotonic()
     run = job("+experiment=starter", "pair=/nowhere", f"output_dir={tmp_path / 'run'}", override)
-    assert run.returncode != 0
+    assert run.returncode == 2
     assert message in run.stderr + run.stdout
     assert "Traceback" not in run.stderr or "HYDRA_FULL_ERROR" in run.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -204,7 +204,7 @@ def test_an_error_leaves_no_process_behind(starter_dir, tmp_path):
     command = [sys.executable, "-m", "joint_train", *overrides]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
     assert f"{tmp_path}/bad.jsonl:1: malformed JSON" in run.communicate(timeout=120)[1]
-    assert run.returncode == 1
+    assert run.returncode == 2
     with pytest.raises(ProcessLookupError):
         os.killpg(run.pid, 0)
 
@@ -230,7 +230,7 @@ def test_a_refusal_under_torchrun_is_said_once():
 )
 def test_what_is_found_while_loading_is_said_in_a_sentence(starter_dir, tmp_path, override, message):
     run = job(*settings(starter_dir, tmp_path, override))
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith("joint_train: ") and message in run.stderr
     assert "Traceback" not in run.stderr
 

@@ -77,7 +77,7 @@ def rank_of_run(rank: int, ranks: int, store: str, log: str, overrides: list[str
 
 
 def run(folder, overrides: list[str], ranks: int = 1, phase: str | None = None) -> tuple[list[int], str]:
-    """Exit codes of the ranks and what they said; fails if they take more than a minute."""
+    """Exit codes of the ranks and what they said; fails if they take more than four minutes."""
     store, log = folder / f"store-{phase}", folder / f"log-{phase}"
     processes = [
         CONTEXT.Process(target=rank_of_run, args=(rank, ranks, str(store), str(log), overrides, phase))
@@ -85,10 +85,10 @@ def run(folder, overrides: list[str], ranks: int = 1, phase: str | None = None) 
     ]
     for process in processes:
         process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         if any(process.exitcode for process in processes):
-            deadline = min(deadline, time.monotonic() + 5)  # as torchrun does, which then kills the others
+            deadline = min(deadline, time.monotonic() + 60)  # as torchrun does, which then kills the others
         processes[0].join(0.1)
         time.sleep(0.1)
     codes = [process.exitcode for process in processes]

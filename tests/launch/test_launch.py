@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from joint_train.errors import DataError
 from launch import node, submit, summary
 
 PAIR = ["model.base=/a", "model.drafter=/b", 'data.train=[{path: "it\'s $1.jsonl"}]']
@@ -142,8 +143,31 @@ def test_a_sweep_is_an_array_with_a_folder_each(sbatch, tmp_path, monkeypatch):
 def test_refused_by_sbatch(sbatch, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho invalid partition >&2\nexit 1\n")
-    assert submit.main(["--", *PAIR]) == 1
+    assert submit.main(["--", *PAIR]) == 2
     assert "invalid partition" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_preempted_job_whose_requeue_is_refused_fails(sbatch, tmp_path, monkeypatch, capsys, refused):
+    """With programs of Slurm that only say what they are asked: ``afterok`` jobs must not start."""
+    monkeypatch.chdir(tmp_path)
+    assert submit.main(["preflight=false", "--", *PAIR, "output_dir=out"]) == 0
+    programs = {
+        "srun": 'for last; do :; done; touch "$STATE/preempted"',  # the run is preempted
+        "scontrol": 'case $1 in show) echo "n1 NodeAddr=127.0.0.1 " ;; '
+        f'requeue) echo "$@" >>{tmp_path}/asked; exit {int(refused)} ;; esac',
+    }
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = os.environ | {
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1",
+        "STATE": f"{tmp_path}/out/slurm/state-7",
+    }  # fmt: skip
+    done = subprocess.run(["bash", str(sbatch)], env=environment, capture_output=True, text=True, timeout=120)
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert done.returncode == int(refused), done.stdout + done.stderr
+    assert ("Slurm refused to requeue it" in done.stdout) == refused
 
 
 def test_the_first_failure_is_the_one_that_others_followed(tmp_path):
@@ -181,7 +205,7 @@ def test_summary(tmp_path):
         "val/base_loss": ["", "not finite", ""],
     }
     (tmp_path / "0" / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
-    with pytest.raises(ValueError, match="metrics.jsonl, line 2"):
+    with pytest.raises(DataError, match="metrics.jsonl, line 2"):
         summary.summarize(tmp_path)
     with pytest.raises(FileNotFoundError, match="no run in"):
         summary.summarize(tmp_path / "0" / "slurm")

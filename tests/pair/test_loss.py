@@ -252,9 +252,9 @@ def test_chunk_boundaries_are_invisible(drafter, monkeypatch):
     case = Case(dtype=torch.float64, supervised=1.0)
     buffers = 5 if drafter == "kl" else 9  # more for the teacher and js
     centroids = Centroids(case.centroid_weight, token_centroids(case.ordering, 6), top_k=2)
-    starts, chunk = [], loss_module._Pass._chunk
+    starts, chunk = [], loss_module.Pass._chunk
     monkeypatch.setattr(
-        loss_module._Pass, "_chunk", lambda self, part, *rest: (starts.append(part.start), chunk(self, part, *rest))
+        loss_module.Pass, "_chunk", lambda self, part, *rest: (starts.append(part.start), chunk(self, part, *rest))
     )
 
     def run(**budget):

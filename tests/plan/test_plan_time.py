@@ -9,7 +9,7 @@ from test_plan import configure, released
 
 from joint_train.config import with_overrides
 from joint_train.pair.fused import written_out
-from joint_train.pair.loss import _Pass
+from joint_train.pair.loss import Pass
 from joint_train.plan import __main__ as command
 from joint_train.plan import meter, planner
 from joint_train.plan.ladder import LADDER, lowest, rungs
@@ -18,10 +18,10 @@ from joint_train.plan.planner import make_plan
 from joint_train.weights.composite import meta_pair
 from joint_train.weights.folders import read_configs
 
-# NeMo AutoModel, pull request 2436, comment of 27 June 2026: tokens a second of each of 8 H100, gemma-4-31B-it,
-# S = 4096, one row a GPU, no drafter; by what computed attention. The recipe there (gemma4_31b_ffpa_mock_8k.yaml):
-# FSDP2, bfloat16 weights and AdamW, frozen embeddings, every layer recomputed, whole logits. Assumed here: text alone
-# (each of its rows has an image), and norms as transformers writes them.
+# NeMo AutoModel, pull request 2436, comment of 27 June 2026: tokens a second of each of 8 H100, gemma-4-31B-it, one row
+# of S = 4096 a GPU, no drafter; by what computed attention. The recipe there (gemma4_31b_ffpa_mock_8k.yaml): FSDP2,
+# bfloat16 weights and AdamW, frozen embeddings, every layer recomputed, whole logits. Assumed here: text alone (each of
+# its rows has an image), and norms as transformers writes them.
 #   FFPA: its kernels at head_dim 512 do what ffpa-attn's bench/README.md says of an H200.
 #   Flex: at head_dim 512 in blocks of 32 x 32, which no one has measured alone: what the difference from FFPA leaves.
 #   SDPA: dense masks; cuDNN at head_dim 256, by what the difference leaves; memory-efficient at 512.
@@ -117,19 +117,30 @@ def test_full_layers_are_dense_where_flex_has_no_room():
 def test_loss_chunks_that_are_alike_are_counted_once(tmp_path, monkeypatch, shape):
     make_pair(tmp_path, shape)
     cfg = configure(tmp_path, **{"data.max_length": 2048 + 300, "loss.memory_budget_mb": 2})
-    rows, chunks = [], _Pass._chunk
+    rows, chunks = [], Pass._chunk
 
     def counted(self, part, terms):
         rows.append(part.stop - part.start)
         return chunks(self, part, terms)
 
-    monkeypatch.setattr(_Pass, "_chunk", counted)
+    monkeypatch.setattr(Pass, "_chunk", counted)
     short = make_plan(cfg, Machine(gpus=1))
     some, _ = list(rows), rows.clear()
-    monkeypatch.setattr(meter, "_chunks", lambda meter: _Pass.walk_chunks)
+    monkeypatch.setattr(meter, "_chunks", lambda meter: Pass.walk_chunks)
     every = make_plan(cfg, Machine(gpus=1))
     assert len(rows) > 4 and some == [*rows[:2], *([rows[-1]] if rows[-1] != rows[0] else [])]
     assert short == every
+
+
+def test_a_compiled_loss_reads_logits_a_few_times():
+    """26 bytes a logit and round, 30 with ordered embeddings, against some hundred of separate operations."""
+    cfg = released("E4B", **{"data.max_length": 4096})
+    plain, compiled = (make_plan(with_overrides(cfg, {"loss.compile": way}), Machine()) for way in (False, True))
+    logits = 4096 * 262_144
+    apart = plain.work["loss"].bytes - compiled.work["loss"].bytes
+    assert apart > 4 * 60 * logits
+    assert compiled.work["loss"].flops == plain.work["loss"].flops
+    assert compiled.work["loss"].launches < 0.2 * plain.work["loss"].launches
 
 
 def test_a_plan_simulates_few_steps_whatever_the_rows(monkeypatch, capsys):
@@ -172,14 +183,15 @@ def test_auto_is_the_least_that_fits(tmp_path):
 
 
 def test_inputs_on_the_host_are_counted():
-    settings = {"activation_checkpointing.offload": True, "data.max_length": 8192, "checkpoint.background": True}
-    machine, cfg = Machine(), released("E4B", **settings)
-    moved, here = make_plan(cfg, machine), make_plan(released("E4B", **{"data.max_length": 8192}), machine)
-    layers, hidden, per_layer, width, rounds = 42, 2560, 256, 256, 4
-    row = 2 * 8192
-    inputs = row * (layers * (hidden + per_layer) + rounds * hidden)  # a round's is the state
-    assert moved.host["inputs of what is recomputed"] == pytest.approx(inputs, rel=0.02) and width
+    settings = {"activation_checkpointing.offload": True, "checkpoint.background": True}
+    machine, length = Machine(), 32_768
+    here, moved = (
+        make_plan(released("E4B", **{"data.max_length": length}, **more), machine) for more in ({}, settings)
+    )
+    layers, hidden, per_layer, rounds = 42, 2560, 256, 4
+    inputs = 2 * length * (layers * (hidden + per_layer) + rounds * hidden)  # a round's is the state
+    assert moved.host["inputs of what is recomputed"] == pytest.approx(inputs, rel=0.02)
     assert moved.transfers["to host"] == moved.transfers["to device"] == moved.host["inputs of what is recomputed"]
-    assert here.peak - moved.peak > 0.3 * inputs  # and then something else is the peak
+    assert here.peak - moved.peak > 0.25 * inputs  # the peak is elsewhere then
     shards = sum(moved.memory[part] for part in ("weights (this rank's shard)", "frozen towers", "optimizer states"))
     assert moved.host["staging of background saves"] == pytest.approx(shards, rel=0.1) and here.host == {}

@@ -20,6 +20,7 @@ OF_OBJECTS = {
 }  # fmt: skip
 OF_OTHERS = {
     "_exit", "_replace",  # Python's
+    "_gradient_checkpointing_func",
     "_attn_implementation", "_name_or_path", "_is_hf_initialized", "_keys_to_ignore_on_load_unexpected",
     "_get_candidate_generator",  # of a model or configuration of transformers
     "_fingerprint",  # of a data set

@@ -64,7 +64,7 @@ class Run(Trainer):
         )  # fmt: skip
         self.preemption, self.loader, self.val_loader = Signalled(), [], True
         self.checkpointer = SimpleNamespace(restore_random_state=lambda: None, poll=lambda: None, close=lambda: None)
-        self.watchdog = Watchdog()
+        self.watchdog, self.max_steps = Watchdog(), STEPS
         self.profiler = StepProfiler(None, folder, 0)
         self.plan, self.device, self.memory_at_start = SimpleNamespace(peak=0), torch.device("cpu"), 0
         self.go_on_from(json.loads(disk["newest"]) if disk else None)

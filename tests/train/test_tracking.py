@@ -280,31 +280,37 @@ def test_tensorboard_gets_scalars_and_texts(tmp_path, monkeypatch):
 def lines(cfg, terminal: bool = False, first: int = 0) -> tuple[ConsoleLines, io.StringIO]:
     out = io.StringIO()
     console = Console(file=out, width=80, force_terminal=terminal, soft_wrap=not terminal, highlight=False)
-    return ConsoleLines(cfg, first, console), out
+    return ConsoleLines(cfg, first, console=console), out
 
 
 def test_a_log_has_plain_lines_of_80_columns_with_what_matters(tmp_path):
-    console, out = lines(config(tmp_path, "max_steps=1000000"))
+    console, out = lines(config(tmp_path, "max_steps=100000"))
     console.log(0, {"val/base_loss": 8.34, "val/drafter_loss": 8.1, "val/tokens_per_forward": 1.0})
-    console.log(999_998, STEP)
+    console.log(99_998, STEP)
     console.printed = -math.inf
-    console.log(999_999, {**STEP, "tokens_per_second": 98_765_432.0, "bad_steps": 12})
-    console.log(1_000_000, {"base_loss": 123.456, "drafter_loss": 234.567, "tokens_per_second": 1.0})
+    console.log(99_999, {**STEP, "tokens_per_second": 98_765_432.0, "bad_steps": 12})
+    console.log(100_000, {"base_loss": 123.456, "drafter_loss": 234.567, "tokens_per_second": 1.0})
     console.finish({"val/base_loss": 8.34}, {"val/base_loss": 2.5})
     text = out.getvalue()
     assert all(len(line) <= 80 for line in text.splitlines() if "Hugging Face" not in line)
     assert "\x1b" not in text
-    assert "step 999999/1000000  base 5.250  drafter 6.500  98.8M tok/s  0:00 left  bad 12" in text
+    assert "step 99999 of 100000  base 5.250  drafter 6.500  98.8M tok/s  0:00 left  bad 12" in text
     assert "step 0: validation  base 8.340  drafter 8.100  1.00 tokens/forward" in text
     assert re.search(r"base loss +8\.340 +2\.500", text)
     assert str(tmp_path / "run" / "export" / "base") in text
+
+
+def test_a_log_says_the_epoch_where_it_fits(tmp_path):
+    console, out = lines(config(tmp_path, "max_steps=460"))
+    console.log(120, {**STEP, "epoch": 1.43})
+    assert out.getvalue().startswith("step 120 of 460, epoch 1.4  base 5.250")
 
 
 def test_a_log_isnt_flooded_but_gets_its_last_step(tmp_path):
     console, out = lines(config(tmp_path, "max_steps=100"))
     for step in range(1, 101):
         console.log(step, STEP)
-    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["1/100", "100/100"]
+    assert [line.split()[1:4] for line in out.getvalue().splitlines()] == [["1", "of", "100"], ["100", "of", "100"]]
 
 
 def test_a_jump_of_the_loss_is_said_at_once(tmp_path):
