@@ -20,9 +20,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from joint_train.config import Config, DataConfig, SourceConfig, checks
 from joint_train.config.values import run_length
-from joint_train.data import cache, images
-from joint_train.data.cache import cache_folder, tokenised
+from joint_train.data import images, keys
+from joint_train.data.cache import tokenised
 from joint_train.data.formats import check_source
+from joint_train.data.keys import cache_folder
 from joint_train.data.pieces import Pieces, cut
 from joint_train.data.readers import source_name, sources_of
 from joint_train.data.rows import Document, RowSequence, Walk
@@ -293,11 +294,11 @@ def _check(data: DataConfig, split: str, epochs: float | None) -> None:
             )
 
 
-def _fingerprint(cfg: Config, split: str, keys: list[str]) -> str:
+def _fingerprint(cfg: Config, split: str, of_sources: list[str]) -> str:
     """A hash of all that the sequence of rows depends on."""
     data = cfg.data
     weights = [spec.weight for spec in (data.train if split == "train" else data.val)]
-    parts = [ORDER, keys, weights, cfg.seed, [getattr(data, key) for key in SETTINGS]]
+    parts = [ORDER, of_sources, weights, cfg.seed, [getattr(data, key) for key in SETTINGS]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -311,8 +312,8 @@ def describe(cfg, specs, sources, tokenizer) -> dict[str, Any]:
         **{f"data.{key}": getattr(cfg.data, key) for key in SETTINGS},
         "order": ORDER,
         "seed": cfg.seed,
-        **dict(zip(VERSIONS, (cache.VERSION, transformers.__version__, tokenizers.__version__), strict=True)),
-        TOKENIZER: cache.tokenizer_fingerprint(tokenizer)[:16],
+        **dict(zip(VERSIONS, (keys.VERSION, transformers.__version__, tokenizers.__version__), strict=True)),
+        TOKENIZER: keys.tokenizer_fingerprint(tokenizer)[:16],
         SOURCES: {source.name: [source.key, spec.weight] for spec, source in zip(specs, sources, strict=True)},
     }
 

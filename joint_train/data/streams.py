@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from joint_train.data import cache, readers
+from joint_train.data import cache, keys, readers
 from joint_train.data.json_files import Record
 from joint_train.data.pieces import Order, Pieces, cut
 from joint_train.errors import DataError
@@ -37,8 +37,8 @@ class StreamPieces:
     def __init__(self, source, data, tokenizer, timeout: float):
         self.source, self.data, self.tokenizer, self.timeout = source, data, tokenizer, timeout
         self.name = readers.source_name(source)
-        self.key = cache.cache_key(source, data, tokenizer)
-        self.root = cache.cache_folder(data) / f"{self.key}.stream"
+        self.key = keys.cache_key(source, data, tokenizer)
+        self.root = keys.cache_folder(data) / f"{self.key}.stream"
         self._blocks: dict[int, tuple[int, Pieces]] = {}
 
     def draw(self, first: int, count: int, order: Order | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

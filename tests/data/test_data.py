@@ -10,7 +10,7 @@ import torch
 from data_helpers import chat, make_config, make_tokenizer, numbered, write_jsonl
 
 from joint_train.config import SourceConfig
-from joint_train.data import DataError, build_loader, cache, loader_position
+from joint_train.data import DataError, build_loader, keys, loader_position
 from joint_train.data.order import hash64, permutation
 from joint_train.data.packing import fullest
 from joint_train.data.rows import Walk
@@ -203,7 +203,7 @@ def test_what_changes_no_token_changes_no_position(tmp_path, monkeypatch):
     cfg = make_config(tmp_path, [{"path": write_jsonl(tmp_path / "a.jsonl", numbered(20))}])
     position = loader_position(build_loader(cfg, tokenizer, "train", 0, 1))
     tokenizer.chat_template += "{# a comment #}"
-    monkeypatch.setattr("joint_train.data.cache.VERSION", cache.VERSION + 1)
+    monkeypatch.setattr("joint_train.data.keys.VERSION", keys.VERSION + 1)
     build_loader(cfg, tokenizer, "train", 0, 1, position=json.loads(json.dumps(position)))
 
 
