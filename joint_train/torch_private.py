@@ -33,6 +33,8 @@ PRIVATE = {
     ),
     "torch.optim._muon._zeropower_via_newtonschulz": "optim.name=muon stops",
     "torch._foreach_norm": "gradient norms stop: the public get_total_norm adds them up in the gradients' dtype",
+    "torch.ops.aten._fused_rms_norm": "the norms of a GPU have no kernel",
+    "torch.ops.aten._fused_rms_norm_backward": "the norms of a GPU have no kernel for their backward",
     "torch._dynamo.maybe_mark_dynamic": "loss.compile=true makes kernels anew for each number of rows",
     "torch._dynamo.config.recompile_limit": "parallel.compile=true and FlexAttention stop at too few graphs",
     "torch.utils._triton.has_triton": "model.attn_implementation=auto can't choose FlexAttention",
@@ -101,6 +103,21 @@ def norms(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The L2 norm of each tensor, summed in ``dtype``, in few kernels; scalars."""
     tensors = list(tensors)
     return list(find("torch._foreach_norm")(tensors, 2, dtype=dtype)) if tensors else []
+
+
+def fused_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm over the last dimension of ``x``, and 1 / its root mean square, ``[..., 1]``, in one kernel."""
+    find("torch.ops.aten._fused_rms_norm")
+    return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
+
+
+def fused_rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Its gradients by ``x`` and, if there is one, by the weight; ``scale`` is the forward's second result."""
+    find("torch.ops.aten._fused_rms_norm_backward")
+    mask = [True, weight is not None]
+    return torch.ops.aten._fused_rms_norm_backward(grad, x, [x.shape[-1]], scale, weight, mask)
 
 
 def mark_rows_dynamic(tensor: Tensor) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.library import Library
-from torch.utils._triton import has_triton
+
+from joint_train.torch_private import fused_rms_norm, fused_rms_norm_backward, has_triton
 
 LIBRARY = Library("joint_train", "DEF")
 ops = torch.ops.joint_train
@@ -66,14 +67,13 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor
 def _norm_on_gpu(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     if weight is not None and weight.dtype != x.dtype:
         return _norm(x, weight, eps)
-    return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
+    return fused_rms_norm(x, weight, eps)
 
 
 def _norm_backward_on_gpu(grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
     if weight is not None and weight.dtype != x.dtype:
         return _norm_backward(grad, x, weight, scale)
-    mask = [True, weight is not None]
-    by_x, by_weight = torch.ops.aten._fused_rms_norm_backward(grad, x, [x.shape[-1]], scale, weight, mask)
+    by_x, by_weight = fused_rms_norm_backward(grad, x, weight, scale)
     return by_x, grad.new_empty(0) if by_weight is None else by_weight
 
 

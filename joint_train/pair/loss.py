@@ -18,7 +18,6 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._triton import has_triton
 
 from joint_train.config import LossConfig, parse_drafter_loss, teacher_grad
 from joint_train.pair.centroids import Centroids
@@ -30,6 +29,7 @@ from joint_train.pair.targets import JointTargets
 from joint_train.pair.terms import LOSSES, MEASURES, Buffered, Compiled, Mix, Part
 from joint_train.pair.tied import TiedGradient
 from joint_train.pair.walk import decoding_rows
+from joint_train.torch_private import has_triton
 
 
 def compiles(loss_cfg: LossConfig, device_type: str) -> bool:

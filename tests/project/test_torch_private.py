@@ -61,16 +61,16 @@ def private_names(text: str) -> list[str]:
                 path = f"{node.module}.{alias.name}"
                 modules[alias.asname or alias.name] = path
                 found += [path] if any(map(private, path.split("."))) else []
-    for node in ast.walk(tree):
-        if not (isinstance(node, ast.Attribute) and private(node.attr)):
-            continue
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and private(node.attr)]
+    own = {node.attr for node in attributes if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"}
+    for node in attributes:
         names = ast.unparse(node).split(".")
         if names[0] in modules:
             path = ".".join([modules[names[0]], *names[1:]])
             if path.rpartition(".")[2] not in OF_OBJECTS:
                 found.append(path)
         elif re.fullmatch(r"\w+\(.*\)|\w+", names[0]) and names[0] not in ("self", "cls", "super()"):
-            if node.attr not in OF_OBJECTS | OF_OTHERS:
+            if node.attr not in OF_OBJECTS | OF_OTHERS | own:
                 found.append(ast.unparse(node))
     return found
 
