@@ -7,7 +7,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer
 
 from joint_train.command import start
@@ -71,7 +70,7 @@ def make(args: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        drafter.to(torch.bfloat16).save_pretrained(work)
+        drafter.bfloat16().save_pretrained(work)
         if (folder / "tokenizer_config.json").exists():
             AutoTokenizer.from_pretrained(folder).save_pretrained(work)
         work.chmod(0o755)

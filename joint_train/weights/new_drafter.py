@@ -6,7 +6,7 @@ the defaults are those of the released drafters of bases of that width.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,10 @@ def drafter_config(
         num_attention_heads = (
             pattern.num_attention_heads if pattern else text.num_attention_heads // (2 if narrow else 1)
         )
-    for kind, heads in kv_heads.items():
-        if num_attention_heads % heads:
+    for kind, number in kv_heads.items():
+        if num_attention_heads % number:
             raise ConfigError(
-                f"num_attention_heads={num_attention_heads}: the base's {kind} layers have {heads} key/value heads, "
+                f"num_attention_heads={num_attention_heads}: the base's {kind} layers have {number} key/value heads, "
                 "and each needs the same number of query heads. Give a multiple of it."
             )
     if ordered is None:
@@ -113,7 +113,8 @@ def drafter_config(
         hidden_size_per_layer_input=0, vocab_size_per_layer_input=0, final_logit_softcapping=None,
     )  # fmt: skip
     shared = {name: getattr(text, name) for name in SHARED if getattr(text, name, None) is not None}
-    config = CONFIG_MAPPING[f"{family}_assistant"](
+    config_class: Any = CONFIG_MAPPING[f"{family}_assistant"]
+    config = config_class(
         text_config=CONFIG_MAPPING[f"{family}_text"](**shared | heads | own),
         backbone_hidden_size=text.hidden_size,
         use_ordered_embeddings=ordered,
@@ -150,7 +151,7 @@ def new_drafter(
         WeightsError: the folder's weights don't fit its configuration.
     """
     torch.manual_seed(seed)
-    drafter: PreTrainedModel = DRAFTERS[config.model_type](config).float().eval()
+    drafter: Any = DRAFTERS[config.model_type](config).float().eval()
     drafter.generation_config = GenerationConfig(num_assistant_tokens=4)
     text = config.get_text_config()
     layers = drafter.model.layers
@@ -175,7 +176,7 @@ class BaseWeights:
 
     def __init__(self, config: PreTrainedConfig, folder: Path) -> None:
         self.text = config.get_text_config()
-        model = build_meta(config, torch.float32)
+        model: Any = build_meta(config, torch.float32)
         stored = stored_tensors(folder)
         names = {name: key for key, name in match(model, stored, folder).items()}
         tensors = model.state_dict(keep_vars=True)
@@ -197,7 +198,7 @@ class BaseWeights:
         with safe_open(self.files[self.norms[kind]], framework="pt") as weights:
             return weights.get_tensor(self.norms[kind]).float()
 
-    def rows(self):
+    def rows(self) -> Iterator[tuple[int, Tensor]]:
         """The embedding in pieces: (first row, ``[rows, H_b]`` in float32)."""
         with safe_open(self.files[self.embedding], framework="pt") as weights:
             view = weights.get_slice(self.embedding)
