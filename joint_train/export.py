@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from joint_train.checkpoint.layout import MANIFEST as COMPLETE
-from joint_train.checkpoint.layout import Manifest, check_files, damaged
+from joint_train.checkpoint.layout import Manifest, check_files, damage_error
 from joint_train.checkpoint.layout import verify as verify_sizes
 from joint_train.command import start
 from joint_train.config import Config, read
@@ -144,7 +144,7 @@ def verify_checkpoint(checkpoint: Path) -> Manifest:
     manifest = verify_sizes(checkpoint, contents=False)
     names = [name for name in manifest.files if name.startswith(("base/", "drafter/")) or name == "config.json"]
     if problems := check_files(checkpoint, manifest, names):
-        raise damaged(checkpoint, problems)
+        raise damage_error(checkpoint, problems)
     return manifest
 
 

@@ -60,7 +60,7 @@ def flatten(value: object, prefix: str = "") -> dict[str, object]:
     return {key: leaf for name, child in value.items() for key, leaf in flatten(child, f"{prefix}{name}.").items()}
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
@@ -109,7 +109,7 @@ def summarize(folder: Path, metrics: tuple[str, ...] = METRICS, sort: str | None
             row.append(f"{step:.0f}, epoch {newest[run]['epoch']:.1f} of {epochs:g}")
         else:
             row.append(f"{step:.0f} of {of or '?'}")
-        row += [number(newest[run][name]) if name in newest[run] else "" for name in shown]
+        row += [format_number(newest[run][name]) if name in newest[run] else "" for name in shown]
         table.add_row(*row)
     return table
 

@@ -5,7 +5,7 @@ only read. ``python -m joint_train.checkpoint ls|verify|prune DIR`` for people. 
 """
 
 from joint_train.checkpoint.checkpointer import Checkpointer, load_model
-from joint_train.checkpoint.layout import locate, newest, read_manifest, verify
+from joint_train.checkpoint.layout import find_newest, locate, read_manifest, verify
 from joint_train.errors import CheckpointError
 
-__all__ = ["CheckpointError", "Checkpointer", "load_model", "locate", "newest", "read_manifest", "verify"]
+__all__ = ["CheckpointError", "Checkpointer", "find_newest", "load_model", "locate", "read_manifest", "verify"]

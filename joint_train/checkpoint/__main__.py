@@ -14,7 +14,7 @@ from rich.table import Table
 from joint_train.checkpoint import layout
 from joint_train.checkpoint.lock import RunLock
 from joint_train.command import start
-from joint_train.config import resolved
+from joint_train.config import resolve_interpolations
 from joint_train.errors import CheckpointError
 
 METRICS_SHOWN = 4
@@ -99,10 +99,10 @@ def _prune(args, console: Console) -> int:
     folder = _folders(args.dir)[0].absolute().parent
     if layout.step_of(args.dir.absolute()) is not None:
         raise CheckpointError(f"{args.dir} is one checkpoint; prune takes a run's folder")
-    newest = layout.newest(folder)
+    newest = layout.find_newest(folder)
     if newest is None:
         raise CheckpointError(f"no complete checkpoint in {folder}: nothing is removed")
-    rules = resolved(json.loads((newest / "config.json").read_text())).get("checkpoint", {})
+    rules = resolve_interpolations(json.loads((newest / "config.json").read_text())).get("checkpoint", {})
     for name, default in (("keep_last", 0), ("keep_every", 0), ("keep_best", None)):
         given = getattr(args, name)
         rules[name] = rules.get(name, default) if given is None else given
@@ -113,7 +113,7 @@ def _prune(args, console: Console) -> int:
         victims = layout.prunable(folder, rules["keep_last"], rules["keep_every"], rules["keep_best"])
         if victims and not args.dry_run:
             # What is kept has to be good before anything goes: the newest is read from end to end.
-            layout.verify(layout.newest(folder) or newest)
+            layout.verify(layout.find_newest(folder) or newest)
         for victim in victims:
             if not args.dry_run:
                 layout.remove(victim)

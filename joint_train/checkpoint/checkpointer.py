@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from joint_train.checkpoint import compat, layout, state
 from joint_train.checkpoint.background import BackgroundSave
-from joint_train.checkpoint.contents import check_json, model_config, plain, torch_bytes
+from joint_train.checkpoint.contents import check_json, json_config, model_config, torch_bytes
 from joint_train.checkpoint.loading import Loading
 from joint_train.checkpoint.lock import RunLock
 from joint_train.checkpoint.mirror import Mirror
@@ -145,7 +145,7 @@ class Checkpointer:
 
     def _load(self, path, manifest, model, optimizer, config, checksums: bool) -> dict:
         loading = Loading(path, manifest, self._ranks, self._warn)
-        saved, self._random = loading.run(model, optimizer, plain(config), checksums)
+        saved, self._random = loading.run(model, optimizer, json_config(config), checksums)
         self.restore_random_state()
         self._step = manifest.step if path.parent.resolve() == self.folder.resolve() else None
         return saved
@@ -183,7 +183,7 @@ class Checkpointer:
         tensors = {**state.pair_tensors(model), "optimizer": state.optimizer_tensors(model, optimizer)}
         shards = {part: state.local_shards(of_part) for part, of_part in tensors.items()}
         background = self.cfg.background and not block
-        config = plain(config)
+        config = json_config(config)
         documents = {
             "config.json": config,
             "state.json": trainer_state,
@@ -326,7 +326,7 @@ class Checkpointer:
 
     @staticmethod
     def _make_temporary(final: Path) -> Path:
-        temporary = layout.temporary(final)
+        temporary = layout.temporary_path(final)
         for part in layout.PARTS:
             (temporary / part).mkdir(parents=True)
         return temporary

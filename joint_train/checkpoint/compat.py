@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from joint_train.config import renamed, resolved
+from joint_train.config import rename_keys, resolve_interpolations
 from joint_train.errors import CheckpointError
 
 # Keys of a model's Hugging Face configuration that its weights are bound to, even where shapes happen to agree.
@@ -41,9 +41,9 @@ def changed_settings(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
 
     What interpolations stand for is compared, as far as it can be resolved here; what was written is shown.
     """
-    old = renamed(old)
+    old = rename_keys(old)
     written = dict(_flat(old)), dict(_flat(new))
-    found = differences(resolved(old), resolved(new))
+    found = differences(resolve_interpolations(old), resolve_interpolations(new))
     return {
         key: tuple(text.get(key, value) for text, value in zip(written, values, strict=True))
         for key, values in found.items()
@@ -62,7 +62,7 @@ def fixed_differences(part: str, old: dict, new: dict) -> list[str]:
 def adapter_differences(old: dict, new: dict) -> list[str]:
     """What two runs' configurations multiply the product of adapters by, in words where it differs: adapters trained
     with one factor are another model with the other."""
-    before, now = (_adapter_scale(resolved(config).get("lora") or {}) for config in (old, new))
+    before, now = (_adapter_scale(resolve_interpolations(config).get("lora") or {}) for config in (old, new))
     if before is None or now is None or before == now:
         return []
     return [f"the adapters' product was multiplied by {before:g}, and would now be by {now:g}"]

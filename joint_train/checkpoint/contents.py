@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from joint_train.config import Config, written
+from joint_train.config import Config, config_to_save
 from joint_train.errors import CheckpointError
 
 
-def plain(config: Config | dict) -> dict:
+def json_config(config: Config | dict) -> dict:
     """A run's configuration as it will be read back from JSON, interpolations unresolved."""
-    return json.loads(json.dumps(written(config)))
+    return json.loads(json.dumps(config_to_save(config)))
 
 
 def model_config(module: PreTrainedModel) -> dict:
@@ -26,7 +26,7 @@ def torch_bytes(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def some(names: list[str]) -> str:
+def shorten_list(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

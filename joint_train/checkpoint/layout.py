@@ -72,7 +72,7 @@ class Manifest:
         return json.dumps({**body, "checksum": _json_checksum(body)}, indent=1).encode()
 
 
-def inside(name: str) -> bool:
+def stays_inside(name: str) -> bool:
     """Whether a path below a folder stays in it, links aside."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and bool(path.parts)
@@ -127,7 +127,7 @@ def parse_manifest(raw: bytes, folder: Path | str) -> Manifest:
             raise NewerLayout(
                 f"{folder} has layout {layout}, this joint-train reads up to {LAYOUT}: use the newer version"
             )
-        if outside := [name for name in body.get("files", {}) if not inside(name)]:
+        if outside := [name for name in body.get("files", {}) if not stays_inside(name)]:
             raise DamagedCheckpoint(f"{path} is refused: it names {outside[0]}, which is not in the folder")
         manifest = Manifest(**body)
         manifest.files = {name: [int(size), str(checksum)] for name, (size, checksum) in manifest.files.items()}
@@ -179,16 +179,16 @@ def verify(folder: Path, contents: bool = True) -> Manifest:
     manifest = read_manifest(folder)
     problems = check_sizes(folder, manifest) or (contents and check_files(folder, manifest, list(manifest.files)))
     if problems:
-        raise damaged(folder, problems)
+        raise damage_error(folder, problems)
     return manifest
 
 
-def damaged(folder: Path | str, problems: list[str]) -> DamagedCheckpoint:
+def damage_error(folder: Path | str, problems: list[str]) -> DamagedCheckpoint:
     shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
     return DamagedCheckpoint(f"{folder} is damaged: {shown}")
 
 
-def newest(checkpoints: Path) -> Path | None:
+def find_newest(checkpoints: Path) -> Path | None:
     """The newest checkpoint whose manifest and sizes are right, or None."""
     for folder in list_steps(checkpoints):
         try:
@@ -208,7 +208,7 @@ def locate(path: Path) -> Path:
         raise CheckpointError(f"{path} is not a folder; a checkpoint is OUTPUT_DIR/checkpoints/step_XXXXXXXX")
     for checkpoints in (path / "checkpoints", path):
         if list_steps(checkpoints):
-            if found := newest(checkpoints):
+            if found := find_newest(checkpoints):
                 return found
             raise CheckpointError(f"{checkpoints} has no complete checkpoint (python -m joint_train.checkpoint ls)")
     if (path / MANIFEST).exists():
@@ -229,7 +229,7 @@ def locate(path: Path) -> Path:
     raise IncompleteCheckpoint(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
 
 
-def retained(
+def steps_to_keep(
     checkpoints: list[tuple[int, dict[str, float]]], keep_last: int, keep_every: int, keep_best: str | None
 ) -> set[int]:
     """Steps to keep out of (step, metrics) pairs: the newest always.
@@ -259,7 +259,7 @@ def prunable(
     good one out. Incomplete and damaged folders neither count nor are listed.
     """
     found = complete(checkpoints, newest_step)
-    keep = retained([(m.step, m.metrics) for _, m in found], keep_last, keep_every, keep_best)
+    keep = steps_to_keep([(m.step, m.metrics) for _, m in found], keep_last, keep_every, keep_best)
     return [folder for folder, manifest in found if manifest.step not in keep]
 
 
@@ -342,7 +342,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def temporary(final: Path) -> Path:
+def temporary_path(final: Path) -> Path:
     return _with_suffix(final, "tmp")
 
 

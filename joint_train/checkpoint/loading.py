@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from joint_train.checkpoint import compat, layout, state
-from joint_train.checkpoint.contents import model_config, some
+from joint_train.checkpoint.contents import model_config, shorten_list
 from joint_train.checkpoint.reader import Reader, Unreadable
 from joint_train.checkpoint.search import verify_contents
 from joint_train.distributed.ranks import Ranks
@@ -43,7 +43,7 @@ class Loading:
         """
         path, files = self.path, list(self.manifest.files)
         if absent := [name for name in layout.REQUIRED if name not in files]:
-            raise layout.damaged(path, [f"its manifest doesn't name {name}" for name in absent])
+            raise layout.damage_error(path, [f"its manifest doesn't name {name}" for name in absent])
         tensor_files = [name for name in files if name.endswith(".distcp")]
         if checksums:  # of the small files before anything is made of them
             verify_contents(path, self.manifest, [n for n in files if n not in tensor_files], self._ranks)
@@ -82,7 +82,7 @@ class Loading:
         try:
             return json.loads((self.path / name).read_bytes())
         except (OSError, ValueError, RecursionError) as error:
-            raise layout.damaged(self.path, [f"{name} can't be read: {error}"]) from None
+            raise layout.damage_error(self.path, [f"{name} can't be read: {error}"]) from None
 
     def _compare(self, readers: dict[str, Reader], names: list[str]) -> None:
         """Checksums taken while loading against the manifest's; files that no rank has read whole are read again."""
@@ -98,7 +98,7 @@ class Loading:
                 if checksum != written:
                     problems.append(f"{name} has checksum {checksum} instead of {written} ({size} bytes, rank {rank})")
         if problems:
-            raise layout.damaged(self.path, sorted(problems))
+            raise layout.damage_error(self.path, sorted(problems))
         verify_contents(self.path, self.manifest, [name for name in names if name not in seen], self._ranks)
 
     def _check_fit(self, model, tensors, readers, documents, config, changed) -> None:
@@ -133,7 +133,9 @@ class Loading:
                     both = " and now ".join(str(dtype).removeprefix("torch.") for dtype in (before, tensor.dtype))
                     rounded.setdefault(both, []).append(name)
             for both, names in rounded.items():
-                self._warn(f"weights of the {part.partition('/')[0]} were {both}, so they are rounded: {some(names)}")
+                self._warn(
+                    f"weights of the {part.partition('/')[0]} were {both}, so they are rounded: {shorten_list(names)}"
+                )
 
     def _load_optimizer(self, model: JointModel, optimizer: torch.optim.Optimizer, reader: Reader) -> None:
         path, stored = self.path, reader.tensors()
@@ -145,9 +147,13 @@ class Loading:
         trained = {names[p] for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         had = {key.rpartition("/")[0] for key in stored}
         if fresh := sorted(trained - had):
-            self._warn(f"{path.name} has no optimizer state for {some(fresh)}: they start with new optimizer state")
+            self._warn(
+                f"{path.name} has no optimizer state for {shorten_list(fresh)}: they start with new optimizer state"
+            )
         if dropped := sorted(had - trained):
-            self._warn(f"the optimizer state of {some(dropped)} in {path.name} is dropped: they are not trained now")
+            self._warn(
+                f"the optimizer state of {shorten_list(dropped)} in {path.name} is dropped: they are not trained now"
+            )
 
     def _load_random(self, config: dict) -> dict:
         path, rank = self.path, self._ranks.rank
@@ -166,4 +172,4 @@ class Loading:
             problem = f"it holds {len(states)} states"
         except Exception as error:  # of a file that isn't what was written
             problem = f"{type(error).__name__}: {error}"
-        raise layout.damaged(self.path, [f"random.pt can't be read: {problem}"])
+        raise layout.damage_error(self.path, [f"random.pt can't be read: {problem}"])

@@ -68,7 +68,7 @@ class Mirror:
         except OtherRun:
             raise
         except CheckpointError as error:
-            if not layout.newest(checkpoints):
+            if not layout.find_newest(checkpoints):
                 raise CheckpointError(
                     f"checkpoint.mirror: {error}. Without it this can't be known to be a new run: try again, or set "
                     "checkpoint.mirror=null"
@@ -81,7 +81,7 @@ class Mirror:
         file = checkpoints.parent / RUN
         run, owner = _read_id(file), self.store.owner()
         if (other := owner.get("run")) not in (None, run):
-            if run or layout.newest(checkpoints) or owner.get("output_dir") != str(checkpoints.parent):
+            if run or layout.find_newest(checkpoints) or owner.get("output_dir") != str(checkpoints.parent):
                 raise OtherRun(
                     f"checkpoint.mirror={self.store.url} is the mirror of another run: {_name(owner)}. Set another "
                     f"checkpoint.mirror, or null. If it is this run's, which was in that output_dir, delete "

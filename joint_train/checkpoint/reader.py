@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from joint_train.checkpoint.layout import DamagedCheckpoint, hex_checksum, inside
+from joint_train.checkpoint.layout import DamagedCheckpoint, hex_checksum, stays_inside
 from joint_train.torch_private import pickled_in_checkpoints
 
 ALLOWED: dict[tuple[str, str], Any] = {
@@ -114,7 +114,9 @@ class Reader(dcp.FileSystemReader):
             stored = metadata.state_dict_metadata.values()
             if not all(isinstance(of_one, TensorStorageMetadata) for of_one in stored):
                 raise ValueError("it holds other things than tensors")
-            if outside := [of.relative_path for of in metadata.storage_data.values() if not inside(of.relative_path)]:
+            if outside := [
+                of.relative_path for of in metadata.storage_data.values() if not stays_inside(of.relative_path)
+            ]:
                 raise ValueError(f"it names {outside[0]}, which is not in the folder")
         except Exception as error:  # a damaged pickle can raise anything
             raise DamagedCheckpoint(f"{self.folder / '.metadata'} is refused: {error}") from None

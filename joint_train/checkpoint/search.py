@@ -44,7 +44,7 @@ class Search:
     def find(self, resume: str) -> Path | None:
         """See :meth:`joint_train.checkpoint.Checkpointer.find_resume`."""
         own = self._ranks.first("looking for checkpoints", lambda: layout.list_steps(self.folder))
-        complete = self._ranks.first("looking for checkpoints", lambda: layout.newest(self.folder))
+        complete = self._ranks.first("looking for checkpoints", lambda: layout.find_newest(self.folder))
         self._there = self._ranks.first(
             "looking into checkpoint.mirror", lambda: self._mirror.steps() if self._mirror else []
         )
@@ -162,4 +162,4 @@ def verify_contents(path: Path, manifest: Manifest, names: list[str], ranks: Ran
     share = by_size[ranks.rank :: ranks.size]
     problems = ranks.each(f"verifying {path}", lambda: layout.check_files(path, manifest, share))
     if found := [problem for of_rank in problems for problem in of_rank]:
-        raise layout.damaged(path, found)
+        raise layout.damage_error(path, found)

@@ -116,7 +116,7 @@ class Store:
         manifest = Manifest(0, 0, "", "", {}, files=files)
         for file in files:
             if problems := layout.check_files(folder, manifest, [file]):
-                raise layout.damaged(folder, problems)
+                raise layout.damage_error(folder, problems)
             source, target = str(folder / file), self._path(name, file)
             self._try(f"uploading {name}/{file}", partial(self._fs.put_file, source, target))
         found = self._try(f"listing {name}", lambda: self._sizes(name))
@@ -135,7 +135,7 @@ class Store:
         """
         marker, final = self._marker(checkpoint_name(step)), checkpoints / layout.folder_name(step)
         manifest = layout.parse_manifest(marker, f"{self.url}/{checkpoint_name(step)}")
-        temporary = layout.temporary(final)
+        temporary = layout.temporary_path(final)
         temporary.mkdir(parents=True)
         try:
             for file in manifest.files:
@@ -148,7 +148,7 @@ class Store:
                 else:
                     _fsync(target)
             if problems := layout.check_files(temporary, manifest, list(manifest.files)):
-                raise layout.damaged(f"{self.url}/{checkpoint_name(step)}", problems)
+                raise layout.damage_error(f"{self.url}/{checkpoint_name(step)}", problems)
             for inner in {(temporary / file).parent for file in manifest.files}:
                 layout.fsync_folder(inner)
             layout.write_file(temporary / layout.MANIFEST, marker)
@@ -166,7 +166,7 @@ class Store:
             return
         folders = {step: complete for step, complete in self._folders().items() if step <= newest}
         kept = [(step, self.manifest(step).metrics) for step, complete in folders.items() if complete]
-        keep = layout.retained(kept, cfg.keep_last, cfg.keep_every, cfg.keep_best)
+        keep = layout.steps_to_keep(kept, cfg.keep_last, cfg.keep_every, cfg.keep_best)
         for step in sorted(folders.keys() - keep):
             self._remove_marker(checkpoint_name(step))
             self._try(

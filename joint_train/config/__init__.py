@@ -25,15 +25,15 @@ from joint_train.config.schema import (
     TrackingConfig,
 )
 from joint_train.config.typed import (
+    config_to_save,
     group_of,
     read,
     read_written,
-    renamed,
-    resolved,
+    rename_keys,
+    resolve_interpolations,
     select,
     to_yaml,
     with_overrides,
-    written,
 )
 from joint_train.config.values import (
     DIMENSIONS,
@@ -79,8 +79,8 @@ __all__ = [
     "parse_steps",
     "read",
     "read_written",
-    "renamed",
-    "resolved",
+    "rename_keys",
+    "resolve_interpolations",
     "round_weights",
     "select",
     "teacher_grad",
@@ -88,5 +88,5 @@ __all__ = [
     "validate",
     "with_overrides",
     "world_size_from_env",
-    "written",
+    "config_to_save",
 ]

@@ -82,7 +82,7 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
     """Refuse what can't work, before a process group is made or a weight is read.
 
     Args:
-        cfg: the configuration, see :func:`joint_train.config.typed.typed`.
+        cfg: the configuration, see :func:`joint_train.config.typed.to_dataclasses`.
         world_size: number of ranks, where it is known; the mesh has to fit it.
         node: ranks on a node; by default what torchrun says.
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from joint_train.config.checks import validate
 from joint_train.config.schema import Config
-from joint_train.config.typed import typed
+from joint_train.config.typed import to_dataclasses
 
 
 def conf_dir() -> Path:
@@ -29,10 +29,11 @@ def load(
         check: whether to validate; a command that needs neither a drafter nor sources leaves it out.
 
     Raises:
-        ConfigError: as :func:`typed` and :func:`validate`; Hydra's own errors for an unknown key or a wrong type.
+        ConfigError: as :func:`to_dataclasses` and :func:`validate`; Hydra's own errors for an unknown key or a
+            wrong type.
     """
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = typed(compose("config", list(overrides)))
+        cfg = to_dataclasses(compose("config", list(overrides)))
     if check:
         validate(cfg, world_size, node)
     return cfg
@@ -40,7 +41,7 @@ def load(
 
 def composed_by_hydra(composed: DictConfig) -> Config:
     """What ``hydra.main`` hands over, as :func:`load` makes it: typed, and validated for the launcher's ranks."""
-    cfg = typed(composed)
+    cfg = to_dataclasses(composed)
     validate(cfg, world_size_from_env())
     return cfg
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 Group = TypeVar("Group")
 
 
-def typed(composed: DictConfig, may_miss: Collection[str] = ("model.base", "model.drafter")) -> Config:
+def to_dataclasses(composed: DictConfig, may_miss: Collection[str] = ("model.base", "model.drafter")) -> Config:
     """The dataclasses of a composed configuration, with interpolations resolved.
 
     Args:
@@ -68,7 +68,7 @@ def _check_keys(composed: DictConfig, of: type, prefix: str = "") -> None:
                 _check_keys(source, cast(type, item), f"{prefix}{name}[{index}].")
 
 
-def written(cfg: Config | Mapping[str, Any]) -> dict[str, Any]:
+def config_to_save(cfg: Config | Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as it is written to disk, of plain types: interpolations as they were composed, unresolved."""
     if not isinstance(cfg, Config):
         return copy.deepcopy(dict(cfg))
@@ -95,7 +95,7 @@ def _interpolations(text: Any, values: Any, path: tuple = ()) -> Iterator[tuple[
             yield from _interpolations(item, values[key], (*path, key))
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def _to_dict(config: Any) -> dict[str, Any]:
     plain = OmegaConf.to_container(config)
     if not isinstance(plain, dict):
         raise ValueError("it holds no keys")
@@ -103,8 +103,8 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(cfg: Config) -> str:
-    """:func:`written` as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(written(cfg)))
+    """:func:`config_to_save` as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(config_to_save(cfg)))
 
 
 def read_written(file: Path) -> dict[str, Any]:
@@ -115,12 +115,12 @@ def read_written(file: Path) -> dict[str, Any]:
         OSError: if the file can't be read.
     """
     try:
-        return renamed(_plain(OmegaConf.load(file)))
+        return rename_keys(_to_dict(OmegaConf.load(file)))
     except (ValueError, RecursionError, AttributeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{file} can't be read as the configuration of a run: {error}") from None
 
 
-def renamed(saved: dict[str, Any]) -> dict[str, Any]:
+def rename_keys(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved configuration with the earlier names of keys replaced by today's."""
     saved = copy.deepcopy(saved)
     for old, new in RENAMED.items():
@@ -130,7 +130,7 @@ def renamed(saved: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def resolved(saved: dict[str, Any], left_out: list[str] | None = None) -> dict[str, Any]:
+def resolve_interpolations(saved: dict[str, Any], left_out: list[str] | None = None) -> dict[str, Any]:
     """A saved configuration with its interpolations resolved here.
 
     Args:
@@ -162,7 +162,7 @@ def read(file: Path) -> Config:
         OSError: if the file can't be read.
     """
     saved, unresolved = read_written(file), list[str]()
-    config = resolved(saved, unresolved)
+    config = resolve_interpolations(saved, unresolved)
     if unresolved:
         log.warning("%s: %s can't be resolved here and counts as not set", file, ", ".join(unresolved))
     if unknown := _drop_unknown(config, Config):
@@ -170,7 +170,7 @@ def read(file: Path) -> Config:
     try:
         composed = OmegaConf.merge(schema(), config)
         assert isinstance(composed, DictConfig)
-        cfg = typed(composed, OmegaConf.missing_keys(composed))
+        cfg = to_dataclasses(composed, OmegaConf.missing_keys(composed))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{file}: {error.full_key}: {str(error).splitlines()[0]}") from error
     return cfg

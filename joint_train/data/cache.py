@@ -158,7 +158,7 @@ def tokenised(source: SourceConfig, data: DataConfig, tokenizer, num_workers: in
     # Only when it is tokenised it shows whether a source has pictures, and so what its folder is called.
     for _ in range(ATTEMPTS):
         folder = root / cache_key(source, data, tokenizer)
-        once(folder, partial(build, folder), timeout)
+        build_once(folder, partial(build, folder), timeout)
         if folder == root / cache_key(source, data, tokenizer):
             break
     else:
@@ -210,7 +210,7 @@ def _say(name: str, source: SourceConfig, seen: Seen) -> None:
         )
 
 
-def once(folder: Path, build: Callable[[Callable[[], None]], None], timeout: float) -> None:
+def build_once(folder: Path, build: Callable[[Callable[[], None]], None], timeout: float) -> None:
     """Have ``folder`` built by one process of the machine, while the others wait; again if it was damaged.
 
     Args:
@@ -221,11 +221,11 @@ def once(folder: Path, build: Callable[[Callable[[], None]], None], timeout: flo
     Raises:
         TimeoutError: another process holds the lock and makes no progress.
     """
-    if damage(folder, timeout) is None:
+    if find_damage(folder, timeout) is None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f"{folder.name}.lock"), timeout, "tokenising") as progressed:
-        if (found := damage(folder, timeout)) is None:
+        if (found := find_damage(folder, timeout)) is None:
             return
         for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # by builders that died: we hold their lock
             shutil.rmtree(left, ignore_errors=True)
@@ -237,7 +237,7 @@ def once(folder: Path, build: Callable[[Callable[[], None]], None], timeout: flo
         build(progressed)
 
 
-def damage(folder: Path, timeout: float = 1800.0) -> str | None:
+def find_damage(folder: Path, timeout: float = 1800.0) -> str | None:
     """What is wrong with a folder of tokens, in words; None if it is what was written."""
     try:
         meta = json.loads((folder / META).read_text())
@@ -353,7 +353,7 @@ def _rename(temporary: Path, folder: Path) -> None:
         temporary.rename(folder)
     except OSError:
         # On a file system without locks another process may have been first: its content is the same.
-        if damage(folder) is not None:
+        if find_damage(folder) is not None:
             raise
     _sync(folder.parent)
 

@@ -71,7 +71,7 @@ FILLERS = frozenset(
 )
 
 
-def words(name: str) -> list[str]:
+def split_words(name: str) -> list[str]:
     """The words of a name, in lower case."""
     parts = re.findall(r"[a-z]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
     return parts + [part for part in name.lower().split("_") if part not in parts]  # CoT is one word
@@ -80,7 +80,7 @@ def words(name: str) -> list[str]:
 @lru_cache(maxsize=4096)
 def kind_of_content(name: str) -> str | None:
     """What part of a conversation a field of this name is; "" for an answer or a text, None if it isn't one."""
-    parts = words(name)
+    parts = split_words(name)
     if any(part in ABOUT for part in parts):
         return None
     return next((KINDS[part] for part in reversed(parts) if part in KINDS), None)
@@ -93,7 +93,7 @@ def says_trained(name: str) -> bool | None:
     Raises:
         DataError: it is about that, and which of them it means isn't clear.
     """
-    parts = set(words(name))
+    parts = set(split_words(name))
     if not parts & (TRAINED | NOT | UNCLEAR) or parts - TRAINED - NOT - UNCLEAR - FILLERS:
         return None
     if parts & UNCLEAR:

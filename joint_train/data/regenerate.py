@@ -116,7 +116,7 @@ def regenerate(
             "Raise it; a base that never ends its turn wants training, or its chat template"
         )
     if not missing:
-        _put_together(examples, done, output)
+        _write_output(examples, done, output)
         shutil.rmtree(parts, ignore_errors=True)
     return {"answered": len(mine), "unfinished": unfinished, "missing": missing}
 
@@ -143,7 +143,7 @@ def _answers(parts: Path, prompt: list[str], max_new_tokens: int) -> dict[int, d
     return answers
 
 
-def _put_together(examples: list[dict], answers: dict[int, dict | None], output: Path) -> None:
+def _write_output(examples: list[dict], answers: dict[int, dict | None], output: Path) -> None:
     temporary = output.with_name(f"{output.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     with open(temporary, "w") as stream:
         for index, example in enumerate(examples):

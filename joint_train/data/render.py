@@ -249,13 +249,8 @@ def _properties(source: str) -> tuple[bool, bool, frozenset[str]]:
 _PATTERNS: WeakKeyDictionary[Any, tuple[int, re.Pattern, re.Pattern]] = WeakKeyDictionary()
 
 
-def special_pattern(tokenizer) -> re.Pattern:
-    """Of the tokens that a tokenizer has besides its vocabulary."""
-    return _patterns(tokenizer)[0]
-
-
 def control_pattern(tokenizer) -> re.Pattern:
-    """Of those of these tokens that aren't text."""
+    """Matches the tokens that a tokenizer has besides its vocabulary and that aren't text."""
     return _patterns(tokenizer)[1]
 
 

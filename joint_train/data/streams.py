@@ -109,7 +109,7 @@ class StreamPieces:
     def block(self, number: int) -> tuple[int, Pieces]:
         """How many records a block has, and the pieces of them."""
         if number not in self._blocks:
-            cache.once(self._folder(number), lambda progressed: self._build(number, progressed), self.timeout)
+            cache.build_once(self._folder(number), lambda progressed: self._build(number, progressed), self.timeout)
             tokens, records = (
                 cache.load(self._folder(number), self.source, self.data, number == 0),
                 self._meta(number)["records"],

@@ -44,12 +44,12 @@ def differing(
                 place = f"{paths[name]} on {at}" if name in paths else f"on {at}"
                 verb = "has" if len(members) == 1 else "have"
                 has = "none" if value is None else value[:8]
-                said.append(f"{_numbers(members)} {verb} {has} ({place})")
+                said.append(f"{_format_ranks(members)} {verb} {has} ({place})")
             problems[name] = f"{name} differs: {', '.join(said)}"
     return problems
 
 
-def _numbers(ranks: list[int]) -> str:
+def _format_ranks(ranks: list[int]) -> str:
     """``[0, 1, 2, 5]`` as ``ranks 0-2, 5``."""
     spans: list[list[int]] = []
     for rank in ranks:

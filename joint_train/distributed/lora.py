@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from joint_train.config import LoraConfig
-from joint_train.distributed.placement import local, part_of, sharded_like
+from joint_train.distributed.placement import local_tensor, part_of, sharded_like
 from joint_train.errors import ConfigError
 from joint_train.torch_private import local_shape_and_offset
 
@@ -53,9 +53,9 @@ def peft_config_of(cfg: LoraConfig) -> "peft.LoraConfig":
     )
 
 
-def inject(base: nn.Module, config: "peft.LoraConfig", text: "Gemma4TextModel") -> None:
+def inject_adapters(base: nn.Module, config: "peft.LoraConfig", text: "Gemma4TextModel") -> None:
     """Put adapters on the linear layers that `config` names, in place, and freeze everything else. Works on the meta
-    device; :func:`initialise` gives the adapters their values.
+    device; :func:`initialise_adapters` gives the adapters their values.
 
     Args:
         text: the base's language model, whose decoder layers may get adapters.
@@ -91,23 +91,23 @@ def inject(base: nn.Module, config: "peft.LoraConfig", text: "Gemma4TextModel") 
             peft.inject_adapter_in_model(config, base, low_cpu_mem_usage=True)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {error} The decoder's linear layers are {names}.") from error
-    wrong = [name for name, module in adapted(base).items() if id(module.base_layer) not in linear]
+    wrong = [name for name, module in adapted_modules(base).items() if id(module.base_layer) not in linear]
     if wrong:
         raise ConfigError(
             f"lora.target_modules also names {', '.join(wrong[:3])}, which is no linear layer of the decoder. Those "
             f"are {names}. Embedding and head can't have an adapter: the losses and the drafter read the table itself."
         )
-    for module in adapted(base).values():
+    for module in adapted_modules(base).values():
         for part in (module.lora_A, module.lora_B):
             part.to(dtype=module.base_layer.weight.dtype)  # those on the meta device are made in torch's default dtype
 
 
-def adapted(base: nn.Module) -> dict[str, Any]:
+def adapted_modules(base: nn.Module) -> dict[str, Any]:
     """peft's modules in the place of linear layers, by name; none without adapters."""
     return {name: module for name, module in base.named_modules() if hasattr(module, "lora_A")}
 
 
-def adapters(base: nn.Module) -> dict[str, nn.Parameter]:
+def adapter_parameters(base: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' weights, by name."""
     return {name: p for name, p in base.named_parameters() if ADAPTER.search(name)}
 
@@ -119,28 +119,28 @@ def folder_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def initialise(base: nn.Module, seed: int) -> None:
+def initialise_adapters(base: nn.Module, seed: int) -> None:
     """Give the adapters the values that peft starts with: B is 0, so that the base is what it was, and A is uniform
     within 1 / sqrt(in).
 
     The values depend on the seed and the name of a weight alone: they are the same on any mesh, without communication.
     """
-    for name, parameter in adapters(base).items():
+    for name, parameter in adapter_parameters(base).items():
         whole = torch.zeros(parameter.shape)
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-        assign(parameter, whole)
+        copy_from_full(parameter, whole)
 
 
 @torch.no_grad()
-def assign(parameter: nn.Parameter, whole: Tensor) -> None:
+def copy_from_full(parameter: nn.Parameter, whole: Tensor) -> None:
     """Set a weight, or this rank's shard of it, to a value that every rank has whole."""
-    local(parameter).copy_(part_of(whole, parameter))
+    local_tensor(parameter).copy_(part_of(whole, parameter))
 
 
 @torch.no_grad()
-def gathered(parameter: Tensor) -> Tensor:
+def gather_full(parameter: Tensor) -> Tensor:
     """A whole weight, on the device of the mesh. Collective where it is sharded."""
     if not isinstance(parameter, DTensor):
         return parameter.detach()
@@ -149,13 +149,13 @@ def gathered(parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def added(module: Any) -> Tensor:
+def delta_weight(module: Any) -> Tensor:
     """(alpha / r) B A of an adapted layer, in float32: what is added to this rank's shard of W.
 
     Collective where the adapters are sharded.
     """
     weight = module.base_layer.weight
-    a, b = (gathered(part["default"].weight).float() for part in (module.lora_A, module.lora_B))
+    a, b = (gather_full(part["default"].weight).float() for part in (module.lora_A, module.lora_B))
     if isinstance(weight, DTensor):
         shape, (row, column) = local_shape_and_offset(weight.shape, weight.device_mesh, weight.placements)
         a, b = a[:, column : column + shape[1]], b[row : row + shape[0]]
@@ -163,16 +163,16 @@ def added(module: Any) -> Tensor:
 
 
 @torch.no_grad()
-def merged(module: Any, weight: Tensor | None = None) -> Tensor:
+def merged_weight(module: Any, weight: Tensor | None = None) -> Tensor:
     """W + (alpha / r) B A of an adapted layer, in float32, sharded like W. Collective where the adapters are sharded.
 
     Args:
-        module: of :func:`adapted`.
+        module: of :func:`adapted_modules`.
         weight: the whole W, where the layer's own isn't there.
     """
     weight = module.base_layer.weight.detach() if weight is None else weight
-    shard = local(weight)
-    shard = shard.float() + added(module).to(shard.device)
+    shard = local_tensor(weight)
+    shard = shard.float() + delta_weight(module).to(shard.device)
     return sharded_like(shard, weight) if isinstance(weight, DTensor) else shard
 
 
@@ -185,11 +185,11 @@ class Merged(Mapping[str, Tensor]):
 
     def __init__(self, model: nn.Module, names: Mapping[str, str]):
         self.names, self.tensors = names, folder_tensors(model)
-        self.modules = {f"{name}.weight": module for name, module in adapted(model).items()}
+        self.modules = {f"{name}.weight": module for name, module in adapted_modules(model).items()}
 
     def __getitem__(self, key: str) -> Tensor:
         name = self.names[key]
-        return merged(self.modules[name]) if name in self.modules else self.tensors[name]
+        return merged_weight(self.modules[name]) if name in self.modules else self.tensors[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -44,7 +44,7 @@ def placement(shards: int) -> Callable[[nn.Parameter], Shard]:
     return lambda parameter: Shard(shard_dim(parameter.shape, shards))
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's shard; the tensor itself where it isn't sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -108,7 +108,7 @@ def _value(result: T | CheckpointError) -> T:
     return result
 
 
-def together(action: Callable[[], Any]) -> None:
+def run_on_all_ranks(action: Callable[[], Any]) -> None:
     """Do something on every rank; if it fails on one, it fails on all of them, and none is left waiting.
 
     Raises:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import BaseStreamer
 
 from joint_train.evaluate.drafting import Drafting, drafts
-from joint_train.evaluate.lockstep import Lockstep, gathered, share_of
+from joint_train.evaluate.lockstep import Lockstep, gather_in_order, share_of
 from joint_train.evaluate.prompts import Prompt
 from joint_train.pair.halves import input_embedding
 
@@ -198,7 +198,7 @@ def accepted_length(
     finally:
         for model, mode in training.items():
             model.train(mode)
-    decoded = gathered(mine)
+    decoded = gather_in_order(mine)
     steps = [step for d in decoded for step in acceptance_steps(d)]
     drafted = [max(1, sum(drafts > k for drafts, _ in steps)) for k in range(num_steps)]
     return {

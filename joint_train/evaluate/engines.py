@@ -113,7 +113,9 @@ class Engine:
         """Complete prompts, ``concurrency`` of them at a time."""
         raise NotImplementedError
 
-    def _together(self, complete, prompts: Sequence[list[int]], request: Request, concurrency: int) -> tuple:
+    def _complete_concurrently(
+        self, complete, prompts: Sequence[list[int]], request: Request, concurrency: int
+    ) -> tuple:
         """What ``complete(prompt, request)`` returns for each prompt, and the seconds that all of them took."""
         started = time.perf_counter()
         with ThreadPoolExecutor(concurrency) as pool:
@@ -132,7 +134,7 @@ class VLLM(Engine):
 
     def run(self, prompts: Sequence[list[int]], request: Request, concurrency: int) -> Phase:
         before = self.counters()
-        answers, seconds = self._together(self._complete, prompts, request, concurrency)
+        answers, seconds = self._complete_concurrently(self._complete, prompts, request, concurrency)
         expected, deadline = sum(answer.tokens for answer in answers), time.monotonic() + COUNTED_WITHIN
         while True:
             counted = self.counters()
@@ -208,7 +210,7 @@ class SGLang(Engine):
             )
 
     def run(self, prompts: Sequence[list[int]], request: Request, concurrency: int) -> Phase:
-        done, seconds = self._together(self._complete, prompts, request, concurrency)
+        done, seconds = self._complete_concurrently(self._complete, prompts, request, concurrency)
         verifications, accepted = 0, [0] * self.num_steps
         for _, info in done:
             verifications += info.get("spec_verify_ct", 0)

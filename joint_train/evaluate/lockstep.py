@@ -63,7 +63,7 @@ def share_of(items: Sequence[T]) -> list[tuple[int, T]]:
     return list(enumerate(items))[rank::size]
 
 
-def gathered(mine: dict[int, T]) -> list[T]:
+def gather_in_order(mine: dict[int, T]) -> list[T]:
     """All ranks' items in the order of their numbers, on every rank."""
     of_ranks: list[dict[int, T]] = [mine]
     if dist.is_initialized():

@@ -16,7 +16,7 @@ SAMPLED_WAYS = {
 PROBABILISTIC = """vLLM drafts the argmax unless its --speculative-config has "draft_sample_method": "probabilistic"."""
 
 
-def number(interval: Interval, digits: int = 2) -> str:
+def format_interval(interval: Interval, digits: int = 2) -> str:
     """``1.52 [1.45, 1.60]``; a dash where there is no value."""
     if interval["value"] is None:
         return "–"
@@ -34,16 +34,17 @@ def text(results: dict[str, Any]) -> str:
     """The main table, 80 columns wide at most, and what is wrong if anything is."""
     lines = [f"{'K':>3}  {'tokens/forward':<20}{'tokens/s':<22}{'speed-up':<20}{'same text':>9}"]
     plain, prompts = results["plain"], results["prompts"]["count"]
-    lines.append(f"{'–':>3}  {'1':<20}{number(plain['tokens_per_second'], 1):<22}{'1':<20}")
+    lines.append(f"{'–':>3}  {'1':<20}{format_interval(plain['tokens_per_second'], 1):<22}{'1':<20}")
     for s in results["speculative"]:
         same = f"{prompts - len(s['differences'])}/{prompts}"
         lines.append(
-            f"{s['num_steps']:>3}  {number(s['tokens_per_forward']):<20}{number(s['tokens_per_second'], 1):<22}"
-            f"{number(s['speedup']):<20}{same:>9}"
+            f"{s['num_steps']:>3}  {format_interval(s['tokens_per_forward']):<20}"
+            f"{format_interval(s['tokens_per_second'], 1):<22}"
+            f"{format_interval(s['speedup']):<20}{same:>9}"
         )
     lines += ["", f"{'draft':>5}  accepted (with all before it), K = {results['speculative'][-1]['num_steps']}"]
     for k, position in enumerate(results["speculative"][-1]["acceptance"]):
-        lines.append(f"{k + 1:>5}  {number(position['share'])}")
+        lines.append(f"{k + 1:>5}  {format_interval(position['share'])}")
     for s in results["speculative"]:
         for d in s["differences"]:
             margin = "" if d["margin"] is None else f", margin of the base's logits {d['margin']:.2g}"
@@ -54,7 +55,9 @@ def text(results: dict[str, Any]) -> str:
     for s in results["sampling"] or []:
         verdict = "the base's distribution" if s["bases_distribution"] else "NOT the base's distribution"
         deviation = ", ".join(f"{name} {z:+.1f}" for name, z in s["deviation"].items())
-        length = "" if s["tokens_per_forward"] is None else f", {number(s['tokens_per_forward'])} tokens/forward"
+        length = (
+            "" if s["tokens_per_forward"] is None else f", {format_interval(s['tokens_per_forward'])} tokens/forward"
+        )
         lines.append(f"sampling, {SAMPLED_WAYS[s['way']]}: {verdict} (standard errors: {deviation}){length}")
     if results["sampling"]:
         lines.append(f"sampling: {PROBABILISTIC}")
@@ -65,8 +68,8 @@ def page(results: dict[str, Any]) -> str:
     """The page."""
     options, prompts, top = results["options"], results["prompts"], best(results)
     lead = (
-        f"With K = {top['num_steps']} drafts, {number(top['tokens_per_forward'])} tokens per base forward and "
-        f"{number(top['speedup'])} times the speed of plain decoding, on {prompts['count']} prompts "
+        f"With K = {top['num_steps']} drafts, {format_interval(top['tokens_per_forward'])} tokens per base forward and "
+        f"{format_interval(top['speedup'])} times the speed of plain decoding, on {prompts['count']} prompts "
         f"({prompts['name']}). Brackets are 95 % bootstrap intervals over prompts."
     )
     sections = [decoding_section(results), acceptance_section(results), category_section(top), text_section(results)]
@@ -78,14 +81,14 @@ def page(results: dict[str, Any]) -> str:
 
 
 def decoding_section(results: dict[str, Any]) -> Section:
-    rows = [["plain", "1", number(results["plain"]["tokens_per_second"], 1), "1"]]
+    rows = [["plain", "1", format_interval(results["plain"]["tokens_per_second"], 1), "1"]]
     for s in results["speculative"]:
         rows.append(
             [
                 str(s["num_steps"]),
-                number(s["tokens_per_forward"]),
-                number(s["tokens_per_second"], 1),
-                number(s["speedup"]),
+                format_interval(s["tokens_per_forward"]),
+                format_interval(s["tokens_per_second"], 1),
+                format_interval(s["speedup"]),
             ]
         )
     section = Section(
@@ -140,7 +143,12 @@ def errorbars(axes, points: Sequence[tuple[float, Interval]], **style: Any) -> N
 def acceptance_section(results: dict[str, Any]) -> Section:
     last = results["speculative"][-1]
     rows = [
-        [str(k + 1), number(p["share"]), number(p["share_if_reached"]), f"{p['accepted']:,} of {p['drafted']:,}"]
+        [
+            str(k + 1),
+            format_interval(p["share"]),
+            format_interval(p["share_if_reached"]),
+            f"{p['accepted']:,} of {p['drafted']:,}",
+        ]
         for k, p in enumerate(last["acceptance"])
     ]
     section = Section(
@@ -164,7 +172,7 @@ def category_section(top: dict[str, Any]) -> Section:
     found = top["tokens_per_forward_by_category"]
     section = Section(
         f"By kind of prompt, K = {top['num_steps']}",
-        tables=[Table(["kind", "tokens per base forward"], [[name, number(i)] for name, i in found.items()])],
+        tables=[Table(["kind", "tokens per base forward"], [[name, format_interval(i)] for name, i in found.items()])],
     )
     if plots_available() and len(found) > 1:
 
@@ -220,7 +228,12 @@ def calibration_section(calibration: dict[str, Any], sampling: list[dict[str, An
     tables = []
     for name, reliability in measured.items():
         rows = [
-            [f"{b['from']:.1f} to {b['to']:.1f}", f"{b['confidence']:.2f}", number(b["accepted"]), f"{b['drafts']:,}"]
+            [
+                f"{b['from']:.1f} to {b['to']:.1f}",
+                f"{b['confidence']:.2f}",
+                format_interval(b["accepted"]),
+                f"{b['drafts']:,}",
+            ]
             for b in reliability["bins"]
             if b["drafts"]
         ]
@@ -229,8 +242,8 @@ def calibration_section(calibration: dict[str, Any], sampling: list[dict[str, An
     thresholds = [
         [
             f"{t['threshold']:g}" if t["threshold"] else "none",
-            *(number(t[key]) for key in ("tokens_per_forward", "drafts_per_forward", "accepted")),
-            number(t["tokens_per_second"], 1),
+            *(format_interval(t[key]) for key in ("tokens_per_forward", "drafts_per_forward", "accepted")),
+            format_interval(t["tokens_per_second"], 1),
         ]
         for t in calibration["thresholds"]
     ]
@@ -275,8 +288,8 @@ def sampling_section(sampling: list[dict[str, Any]], temperature: float) -> Sect
             "yes" if s["bases_distribution"] else "no",
             f"{s['deviation']['log_probability']:+.1f}",
             f"{s['deviation']['most_likely']:+.1f}",
-            "–" if s["tokens_per_forward"] is None else number(s["tokens_per_forward"]),
-            "–" if s["accepted"] is None else ", ".join(number({**a, "low": None}) for a in s["accepted"]),
+            "–" if s["tokens_per_forward"] is None else format_interval(s["tokens_per_forward"]),
+            "–" if s["accepted"] is None else ", ".join(format_interval({**a, "low": None}) for a in s["accepted"]),
             f"{s['tokens']:,}",
         ]
         for s in sampling

@@ -33,7 +33,7 @@ from joint_train.evaluate.report import (
     acceptance_section,
     category_section,
     examples_section,
-    number,
+    format_interval,
     setting_section,
 )
 
@@ -192,7 +192,7 @@ def concurrency_rows(results: dict[str, Any]) -> list[list[str]]:
         per_forward, speed = row["tokens_per_forward"], f"{row['tokens_per_second']:.1f}"
         cells = ["–" if per_forward is None else f"{per_forward:.2f}", speed]
         if row["concurrency"] == 1:
-            cells = [number(one["tokens_per_forward"]), number(one["tokens_per_second"], 1)]
+            cells = [format_interval(one["tokens_per_forward"]), format_interval(one["tokens_per_second"], 1)]
         rows.append([str(row["concurrency"]), str(row["requests"]), *cells, f"{row['seconds_per_request']:.2f}"])
     return rows
 
@@ -204,7 +204,7 @@ def text(results: dict[str, Any]) -> str:
     for at_a_time, requests, per_forward, speed, latency in concurrency_rows(results):
         lines.append(f"{at_a_time:>9}  {requests:>8}  {per_forward:<20}{speed:<22}{latency:>9}")
     lines += ["", f"{'draft':>5}  accepted (with all before it), K = {one['num_steps']}"]
-    lines += [f"{k + 1:>5}  {number(position['share'])}" for k, position in enumerate(one["acceptance"])]
+    lines += [f"{k + 1:>5}  {format_interval(position['share'])}" for k, position in enumerate(one["acceptance"])]
     return "\n".join(lines)
 
 
@@ -213,9 +213,9 @@ def page(results: dict[str, Any]) -> str:
     one, prompts, options = results["speculative"][0], results["prompts"], results["options"]
     lead = (
         f"{options['engine']} at {options['url']} with K = {one['num_steps']} drafts: "
-        f"{number(one['tokens_per_forward'])} tokens per base forward and {number(one['tokens_per_second'], 1)} "
-        f"tokens/s one request at a time, on {prompts['count']} prompts ({prompts['name']}). Brackets are 95 % "
-        "bootstrap intervals over prompts."
+        f"{format_interval(one['tokens_per_forward'])} tokens per base forward and "
+        f"{format_interval(one['tokens_per_second'], 1)} tokens/s one request at a time, on "
+        f"{prompts['count']} prompts ({prompts['name']}). Brackets are 95 % bootstrap intervals over prompts."
     )
     speed = Section(
         "Speed",

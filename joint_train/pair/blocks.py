@@ -53,7 +53,7 @@ def block_mask(
     every = every & some & whole[:, None] & whole[None, :]
     partly = some & ~every
     return BlockMask.from_kv_blocks(
-        *_ordered(partly), *_ordered(every), BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(length, length)
+        *_order_blocks(partly), *_order_blocks(every), BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(length, length)
     )
 
 
@@ -76,7 +76,7 @@ def _meet(lowest: Tensor, highest: Tensor) -> Tensor:
     return (lowest[:, :, None] <= highest[:, None, :]) & (lowest[:, None, :] <= highest[:, :, None])
 
 
-def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _order_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """How many key blocks each query block has, and which: they come first."""
     number = blocks.sum(-1, dtype=torch.int32)
     order = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True).int()

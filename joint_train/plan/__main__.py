@@ -62,7 +62,7 @@ def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -
         "ranks": mesh_sentence(cfg.parallel, plan.ranks, machine.gpus_per_node),
         "tokens of a step": f"{plan.tokens:,} (S = {cfg.data.max_length}, K = {cfg.drafter.num_steps})",
         "attention": plan.attention,
-        "recomputed": f"{sentence(settings)}{' (chosen by auto)' if plan.chosen else ''}: "
+        "recomputed": f"{format_overrides(settings)}{' (chosen by auto)' if plan.chosen else ''}: "
         f"{plan.recomputed / plan.flops:.0%} of all FLOPs",
         "FLOPs of a token": f"{plan.flops_per_token:.3e} (recomputation included)",
         "FLOPs of a step": f"{plan.flops * plan.ranks:.3e}",
@@ -116,7 +116,7 @@ def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -
     )
 
 
-def sentence(settings: dict[str, object]) -> str:
+def format_overrides(settings: dict[str, object]) -> str:
     return " ".join(f"{key}={value}" for key, value in settings.items())
 
 

@@ -66,7 +66,7 @@ def changes_training(cfg: Config) -> list[list[tuple[int, dict[str, object]]]]:
     return [[(0, {}), *group] for group in groups]
 
 
-def merged(*changes: dict[str, object]) -> dict[str, object]:
+def combine_changes(*changes: dict[str, object]) -> dict[str, object]:
     return {key: value for change in changes for key, value in change.items()}
 
 
@@ -88,10 +88,10 @@ def suggest(cfg: Config, machine: Machine, most: int = 3) -> Iterator[Suggestion
         return
     time, groups = costs_time(pinned(cfg)), changes_training(cfg)
     # The last of each group takes least memory: where all of them together don't fit, nothing does.
-    if not fits(tried(merged(*time, *(group[-1][1] for group in groups)))):
+    if not fits(tried(combine_changes(*time, *(group[-1][1] for group in groups)))):
         return
     combinations = sorted(
-        ((sum(cost for cost, _ in chosen), merged(*(change for _, change in chosen)))
+        ((sum(cost for cost, _ in chosen), combine_changes(*(change for _, change in chosen)))
          for chosen in product(*groups)),
         key=lambda one: one[0],
     )  # fmt: skip
@@ -99,13 +99,13 @@ def suggest(cfg: Config, machine: Machine, most: int = 3) -> Iterator[Suggestion
     for _, change in combinations:
         if any(other <= set(change.items()) for other in kept):
             continue
-        if fits(tried(merged(*time, change))):
+        if fits(tried(combine_changes(*time, change))):
             needed = list(time)
             for setting in time:  # what it fits without is left out
                 without = [other for other in needed if other is not setting]
-                if fits(tried(merged(*without, change))):
+                if fits(tried(combine_changes(*without, change))):
                     needed = without
-            yield final(merged(*needed, change))
+            yield final(combine_changes(*needed, change))
             kept.append(set(change.items()))
             if len(kept) == most:
                 return

@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from joint_train.distributed.moments import block_size
-from joint_train.distributed.placement import local
+from joint_train.distributed.placement import local_tensor
 from joint_train.errors import ConfigError
 from joint_train.torch_private import local_shape_and_offset
 
@@ -44,7 +44,7 @@ class CompactAdamW(Optimizer):
             for group in self.param_groups:
                 for parameter in group["params"]:
                     block = block_size(parameter.shape)
-                    if block and local(parameter).numel() and local(parameter).shape[-1] % block:
+                    if block and local_tensor(parameter).numel() and local_tensor(parameter).shape[-1] % block:
                         raise ConfigError(
                             f"optim.name=adamw_8bit: the shards of a weight of shape {list(parameter.shape)} cut its "
                             f"last dimension inside a block of {block}. Use fewer shards (parallel.dp_shard) or "
@@ -90,7 +90,7 @@ class CompactAdamW(Optimizer):
     def _update(self, parameter: Tensor, group: dict) -> None:
         assert parameter.grad is not None
         state = self._state(parameter)
-        weight, gradient = local(parameter), local(parameter.grad)
+        weight, gradient = local_tensor(parameter), local_tensor(parameter.grad)
         if weight.numel() == 0:  # a rank without a part of it: the step counts nevertheless
             state["step"] += 1 if self.found_inf is None else (self.found_inf == 0)
             return
@@ -116,21 +116,25 @@ class CompactAdamW(Optimizer):
 
     def _read(self, state: dict[str, Tensor], name: str, device: torch.device) -> Tensor:
         if name in state:
-            return local(state[name]).to(device, non_blocking=True).float()  # fp32, and there already: the very tensor
+            return (
+                local_tensor(state[name]).to(device, non_blocking=True).float()
+            )  # fp32, and there already: the very tensor
         from torchao.optim.quant_utils import dequant_with_qmap
 
-        codes, scale = (local(state[f"{name}_{part}"]).to(device, non_blocking=True) for part in ("codes", "scale"))
+        codes, scale = (
+            local_tensor(state[f"{name}_{part}"]).to(device, non_blocking=True) for part in ("codes", "scale")
+        )
         return dequant_with_qmap(codes, self.maps[name].to(device), scale.flatten())
 
     def _write(self, state: dict[str, Tensor], name: str, moment: Tensor) -> None:
         if name in state:
-            kept = local(state[name])
+            kept = local_tensor(state[name])
             if kept.dtype != moment.dtype or kept.device != moment.device:
                 kept.copy_(moment.to(kept.dtype), non_blocking=True)
             return
         from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor
 
-        parts = local(state[f"{name}_codes"]), local(state[f"{name}_scale"])
+        parts = local_tensor(state[f"{name}_codes"]), local_tensor(state[f"{name}_scale"])
         codes, scale = (part.to(moment.device, non_blocking=True) for part in parts)
         scaled, new_scale = scale_tensor(moment, moment.numel() // scale.numel())
         new_codes = quantize_8bit_with_qmap(scaled, self.maps[name].to(codes.device))

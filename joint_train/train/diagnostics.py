@@ -4,9 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from joint_train.distributed.lora import ADAPTER, adapted, added
+from joint_train.distributed.lora import ADAPTER, adapted_modules, delta_weight
 from joint_train.distributed.parallelize import reshard
-from joint_train.distributed.placement import counts_here, local
+from joint_train.distributed.placement import counts_here, local_tensor
 from joint_train.pair.model import JointModel
 from joint_train.pair.targets import JointTargets
 from joint_train.train.optim import total_norm
@@ -30,8 +30,10 @@ class BaseDrift:
         self.model, self.inputs, self.rows = model, inputs, targets.rows[:POSITIONS]
         named = model.base.named_parameters()
         counted = [p for name, p in named if not ADAPTER.search(name) and counts_here(p)]
-        self.size = sum(local(p).detach().bfloat16().float().square().sum().double().cpu() for p in counted)
-        self.start = {p: local(p).detach().to("cpu", torch.bfloat16, copy=True) for p in counted if p.requires_grad}
+        self.size = sum(local_tensor(p).detach().bfloat16().float().square().sum().double().cpu() for p in counted)
+        self.start = {
+            p: local_tensor(p).detach().to("cpu", torch.bfloat16, copy=True) for p in counted if p.requires_grad
+        }
         self.log_probs = self._log_probs()
 
     @torch.no_grad()
@@ -50,9 +52,9 @@ class BaseDrift:
         """``base_drift``, ``|W - W_start| / |W_start|`` over all weights, and ``base_drift_kl``, KL(start || now)."""
         sums = torch.zeros(4, dtype=torch.float64)
         for parameter, start in self.start.items():
-            sums[0] += (local(parameter).detach().float().cpu() - start.float()).square().sum()
-        for module in adapted(self.model.base).values():
-            change = added(module)  # on every rank: it is collective
+            sums[0] += (local_tensor(parameter).detach().float().cpu() - start.float()).square().sum()
+        for module in adapted_modules(self.model.base).values():
+            change = delta_weight(module)  # on every rank: it is collective
             sums[0] += counts_here(module.base_layer.weight) * change.square().sum().cpu()
         sums[1] = self.size
         log_probs = self._log_probs()

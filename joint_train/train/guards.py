@@ -9,7 +9,7 @@ Each guard stands alone and costs a step nothing that the host would wait for::
             with profiler.step(step):
                 …
             bad.observe(grad_norm)                # on the device
-            if due(step, log_every):
+            if is_due(step, log_every):
                 metrics |= bad.read() | {"loss_spike": spikes.observe(loss)}
 """
 

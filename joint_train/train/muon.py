@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from joint_train.distributed.placement import local, part_of
+from joint_train.distributed.placement import local_tensor, part_of
 from joint_train.torch_private import newton_schulz
 from joint_train.train.compact import CompactAdamW
 
@@ -61,7 +61,7 @@ class Muon(CompactAdamW):
                 if owner == rank:
                     mine = newton_schulz(whole, COEFFICIENTS, STEPS, EPS)
             for owner, (parameter, group) in enumerate(batch):
-                change = torch.empty(parameter.shape, dtype=torch.bfloat16, device=local(parameter).device)
+                change = torch.empty(parameter.shape, dtype=torch.bfloat16, device=local_tensor(parameter).device)
                 if mine is not None and owner == rank:
                     change.copy_(mine)
                 if size > 1:
@@ -80,7 +80,7 @@ class Muon(CompactAdamW):
 
     def _move(self, parameter: Tensor, group: dict, change: Tensor) -> None:
         """Add a whole change ``[rows, columns]`` to this rank's shard."""
-        weight, change = local(parameter), part_of(change, parameter)
+        weight, change = local_tensor(parameter), part_of(change, parameter)
         moved = weight * (1 - group["lr"] * group["weight_decay"])
         moved -= group["lr"] * 0.2 * max(parameter.shape) ** 0.5 * change.to(weight.dtype)
         self._keep(weight, moved)
@@ -88,5 +88,5 @@ class Muon(CompactAdamW):
 
     def _keep(self, old: Tensor, new: Tensor) -> None:
         """Set `old` to `new`, unless this step is left out."""
-        old, new = local(old), local(new)
+        old, new = local_tensor(old), local_tensor(new)
         old.copy_(new if self.found_inf is None else torch.where(self.found_inf == 0, new, old))

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from joint_train.config import OptimConfig
 from joint_train.distributed.moments import moved_by_muon, without_decay
 from joint_train.distributed.parallelize import towers
-from joint_train.distributed.placement import local
+from joint_train.distributed.placement import local_tensor
 from joint_train.pair.model import JointModel
 from joint_train.torch_private import norms as norm_of_each
 from joint_train.train.compact import CompactAdamW
@@ -82,7 +82,7 @@ def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
         return torch.zeros(())
     sharded = [g for g in present if isinstance(g, DTensor)]
     dtype = torch.promote_types(present[0].dtype, torch.float32)  # bfloat16's squares would stop adding up at 256
-    of_each = norm_of_each([local(g) for g in present], dtype)
+    of_each = norm_of_each([local_tensor(g) for g in present], dtype)
     norm = torch.stack([one.to(of_each[0].device) for one in of_each]).norm()
     if not sharded:
         return norm

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from joint_train.config import Config, TrackingConfig, to_yaml, written
+from joint_train.config import Config, TrackingConfig, config_to_save, to_yaml
 from joint_train.config.values import run_length
 from joint_train.files import code_version, naming, replace
 from joint_train.metrics import SUMMARY
@@ -64,7 +64,7 @@ class Tracker:
         if cfg.tracking.tensorboard:
             self.sinks.append(Guarded("TensorBoard", TensorBoard(output_dir / "tensorboard", step)))
         if cfg.tracking.wandb != "disabled":
-            self.sinks.append(Guarded("wandb", Wandb(cfg.tracking, output_dir, written(cfg), step)))
+            self.sinks.append(Guarded("wandb", Wandb(cfg.tracking, output_dir, config_to_save(cfg), step)))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record a step's metrics (see ``METRICS``): once for each step, in order."""
@@ -124,7 +124,7 @@ class JsonLines:
             self.file = open(path, "a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        record = {"step": step, "time": round(time.time(), 3)} | {k: plain(v) for k, v in metrics.items()}
+        record = {"step": step, "time": round(time.time(), 3)} | {k: finite_or_none(v) for k, v in metrics.items()}
         with naming(self.path, "output_dir"):
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
@@ -143,7 +143,7 @@ def recorded_step(line: str) -> int:
         return -1
 
 
-def plain(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """A number that JSON has: infinities and NaN become null."""
     value = float(value)
     return value if math.isfinite(value) else None
@@ -293,7 +293,7 @@ class ConsoleLines:
             self.console.print(validation_line(step, metrics))
         if "base_loss" not in metrics:
             return
-        numbers = self.numbers(step, metrics)
+        numbers = self.progress_text(step, metrics)
         if self.live:
             self.bar.update(self.task, completed=step, numbers=numbers)
         elif step == self.total or time.monotonic() - self.printed >= CONSOLE_SECONDS:
@@ -304,7 +304,7 @@ class ConsoleLines:
         if metrics.get("loss_spike"):
             self.console.print(f"step {step}: the loss jumped; see metrics.jsonl")
 
-    def numbers(self, step: int, metrics: Mapping[str, float]) -> str:
+    def progress_text(self, step: int, metrics: Mapping[str, float]) -> str:
         """Both losses, speed and time left, in under 60 columns."""
         text = f"base {shown(metrics, 'base_loss')}  drafter {shown(metrics, 'drafter_loss')}"
         if speed := metrics.get("tokens_per_second"):

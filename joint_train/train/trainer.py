@@ -46,7 +46,7 @@ from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdo
 from joint_train.train.length import run_steps
 from joint_train.train.optim import build_optimizer, lr_factor, update
 from joint_train.train.pace import Since
-from joint_train.train.tracking import Tracker, plain
+from joint_train.train.tracking import Tracker, finite_or_none
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import resolve
 from joint_train.weights.hub import Push
@@ -139,7 +139,11 @@ class Trainer:
         self.measured: dict[str, float] | None = None
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
         if saved:
-            self.step, self.before, self.measured = saved["step"], numbers(saved["before"]), numbers(saved["measured"])
+            self.step, self.before, self.measured = (
+                saved["step"],
+                none_to_nan(saved["before"]),
+                none_to_nan(saved["measured"]),
+            )
             self.unfinished = saved.get("unfinished")
 
     def build_train_loader(self, position: dict | None) -> BatchLoader:
@@ -171,18 +175,21 @@ class Trainer:
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step(batches)
                 last = self.step == self.max_steps
-                if due(self.step, cfg.tracking.diagnose_every):
+                if is_due(self.step, cfg.tracking.diagnose_every):
                     metrics |= self.diagnose()
                 self.checkpointer.poll()
                 stop = self.preemption.should_stop()
-                generate = due(self.step, cfg.eval.generate_every) or last
-                if due(self.step, cfg.eval.every) or generate:
+                generate = is_due(self.step, cfg.eval.generate_every) or last
+                if is_due(self.step, cfg.eval.every) or generate:
                     stop = stop or not self.validate(metrics, generate)
                     if stop and self.val_loader is not None:
-                        self.unfinished = {"metrics": {k: plain(x) for k, x in metrics.items()}, "generate": generate}
+                        self.unfinished = {
+                            "metrics": {k: finite_or_none(x) for k, x in metrics.items()},
+                            "generate": generate,
+                        }
                 if metrics and not self.unfinished:
                     self.tracker.log(self.step, metrics)
-                if stop or due(self.step, cfg.checkpoint.every) or last:
+                if stop or is_due(self.step, cfg.checkpoint.every) or last:
                     self.save(block=stop or last)
                 if stop and (not last or self.unfinished):
                     self.close()
@@ -249,7 +256,7 @@ class Trainer:
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
-        if not due(self.step, cfg.tracking.log_every) and self.step < self.max_steps:
+        if not is_due(self.step, cfg.tracking.log_every) and self.step < self.max_steps:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
         assert stats is not None
@@ -357,7 +364,9 @@ class Trainer:
 
     def save(self, block: bool) -> None:
         """A checkpoint of the current step."""
-        before, measured = ({k: plain(x) for k, x in of.items()} for of in (self.before or {}, self.measured or {}))
+        before, measured = (
+            {k: finite_or_none(x) for k, x in of.items()} for of in (self.before or {}, self.measured or {})
+        )
         state = {
             "step": self.step,
             "max_steps": self.max_steps,
@@ -428,11 +437,11 @@ def utilisation(speed: float, recomputed: float, device: torch.device) -> dict[s
     return {"tflops_per_gpu": speed / 1e12, **shares}
 
 
-def numbers(metrics: dict[str, float | None]) -> dict[str, float]:
+def none_to_nan(metrics: dict[str, float | None]) -> dict[str, float]:
     """Metrics as they were before JSON, which has no NaN."""
     return {name: math.nan if x is None else x for name, x in metrics.items()}
 
 
-def due(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens at this one."""
     return every > 0 and step % every == 0

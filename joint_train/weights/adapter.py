@@ -16,9 +16,16 @@ from transformers import PreTrainedModel
 
 from joint_train.checkpoint import load_model
 from joint_train.config import Config
-from joint_train.distributed.lora import adapted, adapters, assign, gathered, inject, peft_config_of
+from joint_train.distributed.lora import (
+    adapted_modules,
+    adapter_parameters,
+    copy_from_full,
+    gather_full,
+    inject_adapters,
+    peft_config_of,
+)
 from joint_train.distributed.parallelize import DTYPES, text_model
-from joint_train.distributed.ranks import together
+from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import WeightsError
 from joint_train.files import naming
 from joint_train.weights.export import sync_files
@@ -50,8 +57,8 @@ def export_adapter(base: nn.Module, out: str | os.PathLike, in_place: bool = Tru
     out, first = Path(out), not dist.is_initialized() or dist.get_rank() == 0
     partial = staged(out)
     tensors = {}
-    for name, parameter in adapters(base).items():
-        whole = gathered(parameter)
+    for name, parameter in adapter_parameters(base).items():
+        whole = gather_full(parameter)
         if first:
             tensors[key_of(name)] = whole.cpu().contiguous()
 
@@ -73,7 +80,7 @@ def export_adapter(base: nn.Module, out: str | os.PathLike, in_place: bool = Tru
                 write()
 
     try:
-        together(on_first)
+        run_on_all_ranks(on_first)
         if in_place:
             place([out])
     except BaseException:
@@ -88,13 +95,13 @@ def load_adapter(base: nn.Module, folder: str | os.PathLike) -> None:
     Raises:
         WeightsError: if the folder has other adapters than the base.
     """
-    found, wanted = load_file(Path(folder) / FILE), adapters(base)
+    found, wanted = load_file(Path(folder) / FILE), adapter_parameters(base)
     shapes = {key_of(name): parameter.shape for name, parameter in wanted.items()}
     if {key: tensor.shape for key, tensor in found.items()} != shapes:
         wrong = sorted(found.keys() ^ shapes.keys()) or sorted(k for k in found if found[k].shape != shapes[k])
         raise WeightsError(f"{folder} has other adapters than this base: {len(wrong)} differ, such as {wrong[0]}.")
     for name, parameter in wanted.items():
-        assign(parameter, found[key_of(name)])
+        copy_from_full(parameter, found[key_of(name)])
 
 
 def fill_from_checkpoint(base: PreTrainedModel, cfg: Config, checkpoint: Path, source: Path) -> None:
@@ -107,9 +114,9 @@ def fill_from_checkpoint(base: PreTrainedModel, cfg: Config, checkpoint: Path, s
     Raises:
         CheckpointError: if they are others than those that the adapters were trained on.
     """
-    inject(base, peft_config_of(cfg.lora), text_model(base))
+    inject_adapters(base, peft_config_of(cfg.lora), text_model(base))
     base.peft_config["default"].base_model_name_or_path = cfg.model.base
-    for module in adapted(base).values():
+    for module in adapted_modules(base).values():
         for part in (module.lora_A, module.lora_B):
             part.to(dtype=DTYPES[cfg.precision.params]).to_empty(device="cpu")
     load_model(checkpoint, base, "base", frozen=frozen_base(source))

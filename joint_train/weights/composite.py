@@ -27,10 +27,10 @@ from joint_train.config import (
     group_of,
 )
 from joint_train.distributed.agreement import agree
-from joint_train.distributed.lora import adapted, initialise, inject, peft_config_of
+from joint_train.distributed.lora import adapted_modules, initialise_adapters, inject_adapters, peft_config_of
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
-from joint_train.distributed.ranks import Ranks, together
+from joint_train.distributed.ranks import Ranks, run_on_all_ranks
 from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights.adapter import export_adapter, load_adapter
@@ -225,7 +225,7 @@ class Gemma4WithDrafter(JointModel):
                     "and load it from there."
                 )
         folder = Path(save_directory)
-        parts = ["base", "drafter", *(["adapter"] if adapted(self.base) else [])]
+        parts = ["base", "drafter", *(["adapter"] if adapted_modules(self.base) else [])]
         outs = [folder / part for part in parts]
         try:
             export_model(
@@ -237,7 +237,7 @@ class Gemma4WithDrafter(JointModel):
             )  # fmt: skip
             for out in outs[2:]:
                 export_adapter(self.base, out, in_place=False)
-            together(lambda: _add_tokenizer(tokenizer, outs[:2]))
+            run_on_all_ranks(lambda: _add_tokenizer(tokenizer, outs[:2]))
             place(outs)
         except BaseException:
             discard(outs)
@@ -261,7 +261,7 @@ class Gemma4WithDrafter(JointModel):
         elif all((folder / part / "config.json").is_file() for part in ("base", "drafter")):
             for part in ("base", "drafter"):
                 check_folder(folder / part)
-            lora = bool(adapted(self.base))
+            lora = bool(adapted_modules(self.base))
             if lora:
                 if not (folder / "adapter").is_dir():
                     raise FileNotFoundError(f"{folder} has no adapter/, and this pair's base has adapters to fill.")
@@ -325,8 +325,8 @@ def load_pair(
     shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
     materialize(model.base, base_dir, device, shard_device)
     materialize(model.drafter, drafter_dir, device, shard_device)
-    if adapted(model.base):
-        initialise(model.base, cfg.seed)
+    if adapted_modules(model.base):
+        initialise_adapters(model.base, cfg.seed)
         ranks = Ranks(cfg.parallel.timeout_seconds)
         model.frozen_base = ranks.first(f"reading {base_dir}", lambda: frozen_base(base_dir))
     if mesh is not None:
@@ -355,7 +355,7 @@ def meta_pair(
     if peft_config is None and cfg.lora.r:
         peft_config = peft_config_of(cfg.lora)
     if peft_config is not None:
-        inject(base, peft_config, text_model(base))
+        inject_adapters(base, peft_config, text_model(base))
         injected = cast("peft.LoraConfig", base.peft_config["default"])
         injected.base_model_name_or_path, injected.revision = cfg.model.base, cfg.model.revision
     model = Gemma4WithDrafter(

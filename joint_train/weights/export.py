@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from joint_train.checkpoint.reader import Reader
-from joint_train.distributed.lora import Merged, adapted, merged
-from joint_train.distributed.ranks import together
+from joint_train.distributed.lora import Merged, adapted_modules, merged_weight
+from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import WeightsError
 from joint_train.files import naming
 from joint_train.weights.folders import read_config, resolve
@@ -86,7 +86,7 @@ def export_model(
 
     def fill(slots: dict[str, Slot]) -> None:
         written: list[Written] = []
-        together(lambda: written.extend(write_tensors(tensors, slots)))
+        run_on_all_ranks(lambda: written.extend(write_tensors(tensors, slots)))
         check_written(written)
 
     _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill, in_place)
@@ -117,7 +117,7 @@ def export_checkpoint(
     """
     source = Path(source)
     stored, names = _contents(model, source, kv_shared_weights)
-    saved = None if adapted(model) else _saved_names(checkpoint, model, names)
+    saved = None if adapted_modules(model) else _saved_names(checkpoint, model, names)
     value = _values(checkpoint, model, source, stored, names)
 
     def fill(slots: dict[str, Slot]) -> None:
@@ -171,15 +171,15 @@ def _values(
 ) -> Callable[[str, torch.dtype], Tensor]:
     """A tensor of the checkpoint by the source's key, rounded to a dtype; with adapters, theirs added to the source's
     weight in float32."""
-    if modules := {f"{name}.weight": module for name, module in adapted(model).items()}:
+    if modules := {f"{name}.weight": module for name, module in adapted_modules(model).items()}:
         copied = absent_copies(model.config, stored_tensors(source))
 
-        def added(key: str, dtype: torch.dtype) -> Tensor:
+        def merge(key: str, dtype: torch.dtype) -> Tensor:
             with safe_open(stored[key].file, framework="pt") as weights:
                 weight = weights.get_tensor(copied.get(key, key))
-            return (merged(modules[names[key]], weight) if names[key] in modules else weight).to(dtype)
+            return (merged_weight(modules[names[key]], weight) if names[key] in modules else weight).to(dtype)
 
-        return added
+        return merge
     saved, reader = _saved_names(checkpoint, model, names), Reader(Path(checkpoint))
 
     def read(key: str, dtype: torch.dtype) -> Tensor:
@@ -278,9 +278,9 @@ def _export(
                 action()
 
     try:
-        together(lambda: on_first(begin))
-        together(lambda: fill(slots))
-        together(lambda: on_first(finish))
+        run_on_all_ranks(lambda: on_first(begin))
+        run_on_all_ranks(lambda: fill(slots))
+        run_on_all_ranks(lambda: on_first(finish))
         if in_place:
             place([out])
     except BaseException:

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from joint_train.distributed.ranks import together
+from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import ConfigError
 from joint_train.pair.compatibility import check_pair
 from joint_train.weights import placing
@@ -69,7 +69,7 @@ def resolve(
     options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": HUB_FILES}
     first = not dist.is_initialized() or dist.get_node_local_rank(fallback_rank=0) == 0
     try:
-        together(lambda: snapshot_download(name, **options, **(hub or {})) if first else None)
+        run_on_all_ranks(lambda: snapshot_download(name, **options, **(hub or {})) if first else None)
     except Exception as e:
         raise ConfigError(
             f"can't get {name} (revision {revision or 'main'}) from the hub: {e}\nWithout network, give a local folder "

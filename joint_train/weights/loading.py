@@ -28,9 +28,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.generic import ContextManagers
 
-from joint_train.checkpoint.layout import inside
+from joint_train.checkpoint.layout import stays_inside
 from joint_train.distributed.lora import folder_tensors
-from joint_train.distributed.ranks import Ranks, together
+from joint_train.distributed.ranks import Ranks, run_on_all_ranks
 from joint_train.distributed.replicas import Replicas
 from joint_train.errors import WeightsError
 from joint_train.torch_private import local_shape_and_offset
@@ -99,7 +99,7 @@ def materialize(
     if replicas.mesh is None:
         _fill(model, folder, device, shard_device)
     else:
-        together(lambda: _fill(model, folder, device, shard_device, replicas.reads))
+        run_on_all_ranks(lambda: _fill(model, folder, device, shard_device, replicas.reads))
         replicas.share({id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values())
 
 
@@ -194,7 +194,7 @@ def _index(path: Path) -> set[str]:
     """
     try:
         files = set(json.loads(path.read_bytes())["weight_map"].values())
-        outside = [file for file in files if not inside(file)]
+        outside = [file for file in files if not stays_inside(file)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} can't be read as an index of weights: {type(error).__name__}: {error}") from None
     if outside:
@@ -285,7 +285,7 @@ def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.Pa
     if any(wrong.values()):
         raise WeightsError(
             f"the weights in {folder} don't fit {type(model).__name__}:"
-            + "".join(f"\n  {kind} ({len(keys)}): " + _some(keys) for kind, keys in wrong.items() if keys)
+            + "".join(f"\n  {kind} ({len(keys)}): " + _indent_first(keys) for kind, keys in wrong.items() if keys)
         )
     return names
 
@@ -304,7 +304,7 @@ def _mismatch(key: str, entry: Stored, tensor: Tensor) -> list[str]:
     return []
 
 
-def _some(lines: list[str], most: int = 40) -> str:
+def _indent_first(lines: list[str], most: int = 40) -> str:
     more = [f"… and {len(lines) - most} more"] if len(lines) > most else []
     return "".join(f"\n    {line}" for line in lines[:most] + more)
 

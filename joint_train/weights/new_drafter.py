@@ -247,12 +247,12 @@ def balanced_clusters(head: Tensor, count: int, seed: int = 0) -> tuple[Tensor, 
     batch = max(4096, 4 * count)
     fitted = MiniBatchKMeans(count, batch_size=batch, n_init=1, max_iter=20, random_state=seed).fit(directions.numpy())
     centres = torch.nn.functional.normalize(torch.from_numpy(fitted.cluster_centers_).float(), dim=-1)
-    cluster = assign(directions, centres)
+    cluster = assign_clusters(directions, centres)
     ordering = cluster.argsort(stable=True)
     return ordering, head.float()[ordering].view(count, -1, head.shape[1]).mean(1)
 
 
-def assign(directions: Tensor, centres: Tensor) -> Tensor:
+def assign_clusters(directions: Tensor, centres: Tensor) -> Tensor:
     """The centre of each row, ``[V]`` int64, every centre taking V / C rows of ``directions [V, H]``.
 
     Gale and Shapley's deferred acceptance: a row asks the nearest centre that may still take it, a centre keeps the

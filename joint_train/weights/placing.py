@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from joint_train.checkpoint import layout
-from joint_train.distributed.ranks import together
+from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import WeightsError
 from joint_train.files import naming
 
@@ -53,7 +53,7 @@ def place(outs: Sequence[Path]) -> None:
             if number % ranks == rank:
                 mine[str(file)] = layout.file_checksum(file)
 
-    together(read)
+    run_on_all_ranks(read)
     of_rank: list[dict[str, tuple[int, str]]] = [mine]
     if dist.is_initialized():
         of_rank = [{} for _ in range(ranks)]
@@ -70,7 +70,7 @@ def place(outs: Sequence[Path]) -> None:
                 layout.fsync_folder(folder)
         put_in_place(outs)
 
-    together(lambda: finish() if rank == 0 else None)
+    run_on_all_ranks(lambda: finish() if rank == 0 else None)
 
 
 def put_in_place(outs: Sequence[Path]) -> None:
@@ -172,7 +172,7 @@ def read_manifest(folder: Path) -> dict[str, list] | None:
         if body.pop("checksum") != _checksum(body):
             raise ValueError("its checksum doesn't match its contents")
         files = {str(name): [int(size), str(checksum)] for name, (size, checksum) in body["files"].items()}
-        if outside := [name for name in files if not layout.inside(name)]:
+        if outside := [name for name in files if not layout.stays_inside(name)]:
             raise ValueError(f"it names {outside[0]}, which is not in the folder")
     except Exception as error:  # what is none can fail in any way
         raise WeightsError(

@@ -105,7 +105,7 @@ def test_no_manifest_is_incomplete_and_a_newer_layout_says_so(tmp_path):
 )
 def test_retention_keeps_what_it_says(found, keep_last, keep_every, keep_best):
     checkpoints = [(step, {} if value is None else {"loss": value}) for step, value in found.items()]
-    kept = layout.retained(checkpoints, keep_last, keep_every, keep_best)
+    kept = layout.steps_to_keep(checkpoints, keep_last, keep_every, keep_best)
     ordered = sorted(found)
     finite = [step for step in ordered if found[step] is not None and not math.isnan(found[step])]
     for step in ordered:

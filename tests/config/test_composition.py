@@ -18,13 +18,13 @@ from joint_train.config import (
     ConfigError,
     FreezeConfig,
     LossConfig,
+    config_to_save,
     group_of,
     load,
     read,
     select,
     to_yaml,
     with_overrides,
-    written,
 )
 from joint_train.config.schema import RENAMED
 from joint_train.data.readers import sources_of
@@ -153,10 +153,13 @@ def test_overrides_of_a_typed_configuration():
     cfg = compose()
     changed = with_overrides(cfg, {"optim.lr": 0.5, "seed": 7})
     assert (changed.optim.lr, changed.seed, cfg.optim.lr, cfg.seed) == (0.5, 7, Config().optim.lr, 0)
-    assert written(changed)["optim"]["lr"] == 0.5
+    assert config_to_save(changed)["optim"]["lr"] == 0.5
     cfg = compose({"tracking.name": "${model.base}", "tracking.project": "${model.base}"})
     cfg.tracking.name = "mine"
-    assert written(cfg)["tracking"]["name"] == "mine" and written(cfg)["tracking"]["project"] == "${model.base}"
+    assert (
+        config_to_save(cfg)["tracking"]["name"] == "mine"
+        and config_to_save(cfg)["tracking"]["project"] == "${model.base}"
+    )
     with pytest.raises(AttributeError, match="lrr"):
         with_overrides(cfg, {"optim.lrr": 1})
 
@@ -167,7 +170,7 @@ def test_overrides_of_a_typed_configuration():
 @pytest.mark.parametrize("plus", ["", "+", "++"])
 def test_the_earlier_name_of_a_key_is_taken_and_reported_once(run_job, capfd, plus):
     cfg = run_job(f"{plus}checkpoint.async=true")
-    assert cfg.checkpoint.background is True and "async" not in written(cfg)["checkpoint"]
+    assert cfg.checkpoint.background is True and "async" not in config_to_save(cfg)["checkpoint"]
     assert capfd.readouterr().err.count("set checkpoint.background instead") == 1
     assert run_job("checkpoint.background=true").checkpoint.background is True
     assert "checkpoint.background instead" not in capfd.readouterr().err

@@ -17,7 +17,13 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from joint_train import Gemma4WithDrafter
 from joint_train.config import load, validate, with_overrides
-from joint_train.distributed.lora import adapters, added, inject, merged, peft_config_of
+from joint_train.distributed.lora import (
+    adapter_parameters,
+    delta_weight,
+    inject_adapters,
+    merged_weight,
+    peft_config_of,
+)
 from joint_train.distributed.mesh import data_rank, init_mesh
 from joint_train.distributed.parallelize import prepare, text_model
 from joint_train.distributed.placement import shard_dim, sharded_like
@@ -89,7 +95,7 @@ def plain_name(name: str) -> str:
 @torch.no_grad()
 def set_values(model: Gemma4WithDrafter, shape: str) -> None:
     found = values(shape)
-    for name, parameter in adapters(model.base).items():
+    for name, parameter in adapter_parameters(model.base).items():
         value = found[plain_name(name)]
         if isinstance(parameter, DTensor):
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
@@ -147,7 +153,7 @@ def of_the_drafter_alone(rank: int, folders):
     """Gradients of the adapters from the drafter's losses alone, in bfloat16, and what the weights are kept in."""
     cfg = lora_config(folders, precision__compute="bfloat16")
     model = load_pair(cfg, init_mesh(cfg.parallel), "cpu").train()
-    start = {name: full(p.detach()).clone() for name, p in adapters(model.base).items()}
+    start = {name: full(p.detach()).clone() for name, p in adapter_parameters(model.base).items()}
     set_values(model, "e2b")
     counts = all_counts(batch())
     weights = model.loss_weights(counts)
@@ -155,7 +161,7 @@ def of_the_drafter_alone(rank: int, folders):
     model.loss_weights = lambda _: weights
     step(model, batch(), counts)
     kinds = {(p.requires_grad, p.dtype, isinstance(p, DTensor)) for p in model.base.parameters()}
-    return {n: full(p.grad).norm().item() for n, p in adapters(model.base).items()}, kinds, start
+    return {n: full(p.grad).norm().item() for n, p in adapter_parameters(model.base).items()}, kinds, start
 
 
 def test_the_drafters_losses_reach_the_adapters_and_frozen_weights_are_kept_in_bfloat16(tmp_path):
@@ -168,13 +174,13 @@ def test_the_drafters_losses_reach_the_adapters_and_frozen_weights_are_kept_in_b
         assert norms[layer.format(number, "self_attn.v_proj")] > 0
     assert norms[layer.format(4, "mlp.down_proj")] > 0  # through the hidden state
     whole = load_pair(lora_config(folders), None, "cpu")
-    ours = adapters(whole.base)
+    ours = adapter_parameters(whole.base)
     assert start.keys() == ours.keys() and all(torch.equal(start[name], p) for name, p in ours.items())
     bound = 1 / math.sqrt(64)
     a = ours[layer.format(0, "self_attn.q_proj")]
     assert 0.9 * bound < a.abs().max() <= bound and a.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
     assert not any(p.any() for name, p in ours.items() if ".lora_B." in name)
-    again = adapters(load_pair(lora_config(folders, seed=1), None, "cpu").base)
+    again = adapter_parameters(load_pair(lora_config(folders, seed=1), None, "cpu").base)
     assert not torch.equal(again[layer.format(0, "self_attn.q_proj")], a)
 
 
@@ -186,7 +192,7 @@ def test_the_api_takes_pefts_own_configuration(tmp_path):
     model = Gemma4WithDrafter.from_pretrained(*folders, drafter_num_steps=2, peft_config=given)
     assert torch.equal(model(input_ids=ids).logits, plain)
     trained = {n for n, p in model.base.named_parameters() if p.requires_grad}
-    assert trained == adapters(model.base).keys() and len(trained) == 2 * 2 * 5
+    assert trained == adapter_parameters(model.base).keys() and len(trained) == 2 * 2 * 5
     assert not any("tower" in name for name in trained)
     assert model.base.model.language_model.layers[0].mlp.down_proj.scaling == {"default": 8 / math.sqrt(R)}
     with pytest.raises(ValueError, match="freeze_base_for_drafter=True nothing of it"):
@@ -204,7 +210,7 @@ def test_the_api_takes_pefts_own_configuration(tmp_path):
 def test_adapters_that_cannot_work_are_refused(tmp_path, wrong, said):
     base = build_meta(read_config(make_pair(tmp_path)[0]), torch.float32)
     with pytest.raises(ConfigError, match=said):
-        inject(base, peft.LoraConfig(**wrong), text_model(base))
+        inject_adapters(base, peft.LoraConfig(**wrong), text_model(base))
 
 
 @pytest.mark.parametrize("wrong, said", [
@@ -244,7 +250,9 @@ def of_column_shards(rank: int) -> tuple[Tensor, Tensor]:
         lora_B={"default": cut(b, 0)},
         scaling={"default": 0.5},
     )
-    return sharded_like(added(module), module.base_layer.weight).full_tensor(), merged(module).full_tensor()
+    return sharded_like(delta_weight(module), module.base_layer.weight).full_tensor(), merged_weight(
+        module
+    ).full_tensor()
 
 
 def column_values() -> tuple[Tensor, Tensor, Tensor]:

@@ -61,7 +61,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def saved(folder: Path) -> int:
-    newest = layout.newest(folder / "checkpoints")
+    newest = layout.find_newest(folder / "checkpoints")
     layout.verify(newest)
     return layout.step_of(newest)
 

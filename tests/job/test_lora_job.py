@@ -9,7 +9,7 @@ from test_parallel import full
 
 from joint_train.checkpoint.reader import stored_tensors
 from joint_train.config import load
-from joint_train.distributed.lora import adapters
+from joint_train.distributed.lora import adapter_parameters
 from joint_train.distributed.preemption import Preemption
 from joint_train.evaluate.__main__ import main as evaluate
 from joint_train.train import trainer
@@ -21,7 +21,7 @@ def finished(rank: int, overrides: list[str]):
     export = run.export
 
     def kept(folder):
-        found.update({name: full(p.detach()).clone() for name, p in adapters(run.model.base).items()})
+        found.update({name: full(p.detach()).clone() for name, p in adapter_parameters(run.model.base).items()})
         export(folder)
 
     run.export = kept

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from joint_train.config import load, written
+from joint_train.config import config_to_save, load
 from joint_train.plan.planner import Machine, make_plan, meta_pair, read
 from joint_train.train.advice import generation_prompts, say_resumed, warn_of_grace, warn_of_padding, warn_of_warmup
 from joint_train.train.optim import lr_factor
@@ -96,7 +96,7 @@ def test_a_resume_says_where_it_goes_on_and_what_a_change_does_to_the_learning_r
     caplog.set_level(logging.INFO)
     old = composed("max_steps=100", "optim.warmup_steps=10")
     new = composed("max_steps=100", "optim.warmup_steps=10", *change)
-    (tmp_path / "config.json").write_text(json.dumps(written(old)))
+    (tmp_path / "config.json").write_text(json.dumps(config_to_save(old)))
     say_resumed(new, tmp_path, 72, new.max_steps, None)
     assert f"resumed from step 72 of {new.max_steps} ({tmp_path})" in caplog.text
     rates = re.findall(

@@ -8,7 +8,7 @@ from ranks import run_ranks
 
 from joint_train.distributed.mesh import init_mesh
 from joint_train.distributed.parallelize import parallelize, prepare
-from joint_train.distributed.placement import local
+from joint_train.distributed.placement import local_tensor
 from joint_train.pair.targets import joint_targets
 from joint_train.train.diagnostics import BaseDrift
 from joint_train.weights.composite import Gemma4WithDrafter
@@ -31,7 +31,7 @@ def drift(rank: int, replicas: int) -> tuple[float, float]:
     with torch.no_grad():
         for p in model.base.parameters():
             if p.requires_grad:
-                local(p).mul_(1.5)
+                local_tensor(p).mul_(1.5)
     return found.measure()["base_drift"], (0.25 * trained / (frozen + trained)) ** 0.5
 
 

@@ -21,7 +21,7 @@ from joint_train.checkpoint import Checkpointer
 from joint_train.checkpoint.reader import stored_tensors
 from joint_train.checkpoint.state import optimizer_tensors, pair_tensors
 from joint_train.config import to_yaml
-from joint_train.distributed.lora import adapters
+from joint_train.distributed.lora import adapter_parameters
 from joint_train.distributed.mesh import data_rank, init_mesh
 from joint_train.errors import CheckpointError, WeightsError
 from joint_train.export import export_run
@@ -104,7 +104,7 @@ def test_a_checkpoint_holds_the_adapters_alone_and_names_their_base(run):
     folders, out, *_ = run
     checkpoint = out / "checkpoints/step_00000002"
     names = stored_tensors(checkpoint / "base/model")
-    assert names.keys() == adapters(load_pair(lora_config(folders), None, "cpu").base).keys()
+    assert names.keys() == adapter_parameters(load_pair(lora_config(folders), None, "cpu").base).keys()
     assert "pre_projection.weight" in stored_tensors(checkpoint / "drafter/model")
     frozen = json.loads((checkpoint / "base/frozen.json").read_text())
     assert frozen["folder"] == str(folders[0]) and re.fullmatch("[0-9a-f]{64}", frozen["hash"])
@@ -138,7 +138,7 @@ def test_the_merged_base_is_base_and_adapter(run):
         error = (merged[key].double() - expected).abs().max() / expected.abs().max()
         assert error <= 1e-6, f"{key}: {error:.2e}"
         assert torch.equal(rounded[key], merged[key].bfloat16())
-    assert adapted == len(adapters(load_pair(lora_config(folders), None, "cpu").base)) / 2
+    assert adapted == len(adapter_parameters(load_pair(lora_config(folders), None, "cpu").base)) / 2
 
 
 def test_peft_and_plain_transformers_load_what_was_exported(run):
@@ -175,7 +175,7 @@ def test_adapters_are_read_back_by_a_pair_that_has_the_same(run, tmp_path):
     for folder in (out / "checkpoints/step_00000002", out / "export"):
         model = load_pair(lora_config(folders, seed=3), None, "cpu")
         model.load_pretrained(folder)
-        for name, parameter in adapters(model.base).items():
+        for name, parameter in adapter_parameters(model.base).items():
             assert torch.equal(parameter, state[f"base/model/{name}"]), name
     given = peft.LoraConfig(r=2)
     model = Gemma4WithDrafter.from_pretrained(*folders, peft_config=given)

@@ -12,7 +12,7 @@ from joint_train import drafter as command
 from joint_train.errors import ConfigError
 from joint_train.weights.composite import Gemma4WithDrafter
 from joint_train.weights.folders import read_config, read_configs
-from joint_train.weights.new_drafter import assign, balanced_clusters, drafter_config, new_drafter
+from joint_train.weights.new_drafter import assign_clusters, balanced_clusters, drafter_config, new_drafter
 from joint_train.weights.released import CONFIGS, released_config
 
 BASES = [name for name in CONFIGS if not name.endswith("-assistant")]
@@ -92,7 +92,7 @@ def test_clusters_are_of_one_size_and_no_token_would_rather_swap():
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(96, 5, generator=generator), dim=-1)
     centres = torch.nn.functional.normalize(torch.randn(8, 5, generator=generator), dim=-1)
-    cluster = assign(directions, centres)
+    cluster = assign_clusters(directions, centres)
     assert torch.bincount(cluster).tolist() == [12] * 8
     likeness = directions @ centres.T
     for token in range(96):
