@@ -103,7 +103,7 @@ def export_run(
         if check:
             found = verify(out / part, source, unused)
             found += compare_checkpoint(checkpoint / part / "model", model, source, out / part)
-            problems += say(f"{out / part} differs from {source} and {checkpoint}", found)
+            problems += print_problems(f"{out / part} differs from {source} and {checkpoint}", found)
             if not found:
                 print(f"{out / part}: names, shapes and dtypes as in {source}, values as in step {manifest.step}")
     return (verify_export(out) if check else 0) or int(problems > 0)
@@ -119,13 +119,13 @@ def verify_export(folder: Path) -> int:
     problems = 0
     for part in parts or [folder]:
         found = verify_files(part)
-        problems += say(f"{part} isn't what the export wrote", found)
+        problems += print_problems(f"{part} isn't what the export wrote", found)
         if not found:
             print(f"{part}: every file as the export wrote it")
     return int(problems > 0)
 
 
-def say(what: str, problems: list[str]) -> int:
+def print_problems(what: str, problems: list[str]) -> int:
     """Print what is wrong; how much it is."""
     if problems:
         print(f"{what}:", *problems, sep="\n  ", file=sys.stderr)

@@ -153,7 +153,7 @@ def write_probe(folder: Path, name: str) -> str | None:
     return None
 
 
-def appears(file: Path, seconds: float) -> bool:
+def wait_for_file(file: Path, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while not file.exists():
         if time.monotonic() > deadline:
@@ -299,7 +299,7 @@ class Preflight:
             self._put(topic, f"{type(error).__name__}: {error}")
 
     def _check_folder(self) -> str | None:
-        if not appears(self.output_dir / ".preflight-0", SHARED_FOLDER_SECONDS):
+        if not wait_for_file(self.output_dir / ".preflight-0", SHARED_FOLDER_SECONDS):
             return f"doesn't see a file that rank 0 wrote to {self.output_dir}: output_dir must be a shared folder"
         free = shutil.disk_usage(self.output_dir).free
         if self.needed_bytes is not None and free < self.needed_bytes:

@@ -258,12 +258,12 @@ def prunable(
     Only those up to ``newest_step`` count (by default: all): what is newer was found damaged, so it may not push a
     good one out. Incomplete and damaged folders neither count nor are listed.
     """
-    found = complete(checkpoints, newest_step)
+    found = list_complete(checkpoints, newest_step)
     keep = steps_to_keep([(m.step, m.metrics) for _, m in found], keep_last, keep_every, keep_best)
     return [folder for folder, manifest in found if manifest.step not in keep]
 
 
-def complete(checkpoints: Path, newest_step: int | None = None) -> list[tuple[Path, Manifest]]:
+def list_complete(checkpoints: Path, newest_step: int | None = None) -> list[tuple[Path, Manifest]]:
     """The checkpoints up to a step (by default: all) whose manifest and sizes are right, oldest first."""
     found = {}
     for folder in list_steps(checkpoints):

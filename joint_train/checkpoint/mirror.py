@@ -117,7 +117,7 @@ class Mirror:
 
     def submit_all(self, checkpoints: Path, newest: int) -> None:
         """Upload the checkpoints up to a step: what an earlier run may not have come to."""
-        for folder, _ in layout.complete(checkpoints, newest):
+        for folder, _ in layout.list_complete(checkpoints, newest):
             self.submit(folder)
 
     def let_go(self, folder: Path) -> bool:

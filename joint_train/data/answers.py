@@ -133,7 +133,7 @@ class Conversation:
             return text, self._without_prompt(index, text, marks)
         prompt = self.render(before, add_generation_prompt=True)
         if self.channel is None:
-            return self._after(prompt, index, text, marks)
+            return self._answer_after(prompt, index, text, marks)
         return self._with_thought(self.channel, prompt, index, text, marks)
 
     def _with_thought(
@@ -144,20 +144,20 @@ class Conversation:
         if prompt.endswith(channel.opening):
             at = len(prompt) - len(channel.opening)
             if text.startswith(prompt) or not text.startswith(prompt[:at]):
-                return self._after(prompt, index, text, marks)
+                return self._answer_after(prompt, index, text, marks)
             written = channel.opening + (f"{thought}{channel.closing}" if thought else channel.end)
-            return _insert(text, self._ended(index, text, marks, at), at, written, len(channel.opening))
-        text, answer = self._after(prompt, index, text, marks)
+            return _insert(text, self._answer_to_end(index, text, marks, at), at, written, len(channel.opening))
+        text, answer = self._answer_after(prompt, index, text, marks)
         if text.startswith(channel.opening, answer.start) or channel.empty_at_the_end_of(prompt):
             return text, answer
         if thought:
             return _insert(text, answer, answer.start, f"{channel.opening}{thought}{channel.closing}")
-        off = thinking.turned(self.template, False).render(self.messages[:index], add_generation_prompt=True)
+        off = thinking.switch_thinking(self.template, False).render(self.messages[:index], add_generation_prompt=True)
         if empty := channel.empty_at_the_end_of(off):
             return _insert(text, answer, answer.start, empty)
         return text, answer
 
-    def _after(self, prompt: str, index: int, text: str, marks: list[Span]) -> tuple[str, Answer]:
+    def _answer_after(self, prompt: str, index: int, text: str, marks: list[Span]) -> tuple[str, Answer]:
         """The text, or the prompt and what follows it there, and what of it the assistant wrote."""
         message, before = self.messages[index], self.messages[:index]
         if text.startswith(prompt):
@@ -167,22 +167,22 @@ class Conversation:
                 if answer.start > len(prompt):
                     self.notices[notices.OTHER_PROMPT] += 1
                 return text, answer
-            return text, self._ended(index, text, marks, len(prompt))
+            return text, self._answer_to_end(index, text, marks, len(prompt))
         if any(name in message for name in REASONING):
             # The prompt may have ended the thinking already.
             unthought, unthought_marks = self.template.render_marked([*before, _without_thinking(message)])
-            if (joined := self._joined(index, prompt, unthought, unthought_marks)) is not None:
+            if (joined := self._joined_answer(index, prompt, unthought, unthought_marks)) is not None:
                 return joined
-        if (joined := self._joined(index, prompt, text, marks)) is not None:
+        if (joined := self._joined_answer(index, prompt, text, marks)) is not None:
             return joined
         self.notices[notices.OTHER_PROMPT] += 1
         return text, self._without_prompt(index, text, marks)
 
-    def _joined(self, index: int, prompt: str, text: str, marks: list[Span]) -> tuple[str, Answer] | None:
+    def _joined_answer(self, index: int, prompt: str, text: str, marks: list[Span]) -> tuple[str, Answer] | None:
         """The answer of a text after a prompt that the text doesn't begin with, if only an end is missing that the
         template leaves out of the history."""
         if text.startswith(prompt):
-            return text, self._ended(index, text, marks, len(prompt))
+            return text, self._answer_to_end(index, text, marks, len(prompt))
         common = common_prefix(text, prompt, self.special)
         missing = prompt[common:]
         tags = TAG.findall(missing)
@@ -199,9 +199,9 @@ class Conversation:
         shift = len(missing)
         marks = [(start + shift, end + shift) for start, end in marks if end > common]
         text = prompt + text[common:]
-        return text, self._ended(index, text, marks, len(prompt))
+        return text, self._answer_to_end(index, text, marks, len(prompt))
 
-    def _ended(self, index: int, text: str, marks: list[Span], start: int) -> Answer:
+    def _answer_to_end(self, index: int, text: str, marks: list[Span], start: int) -> Answer:
         """The answer that starts at a place and ends with the text."""
         if self.marked:
             return Answer(index, start, [(max(start, first), last) for first, last in marks if last > start])
@@ -210,9 +210,9 @@ class Conversation:
 
     def _without_prompt(self, index: int, text: str, marks: list[Span]) -> Answer:
         if not self.marked:
-            return self._ended(index, text, marks, self._content_start(index, text))
+            return self._answer_to_end(index, text, marks, self._content_start(index, text))
         before = self.render(self.messages[:index]) if index else ""
-        return self._ended(index, text, marks, common_prefix(text, before, self.special))
+        return self._answer_to_end(index, text, marks, common_prefix(text, before, self.special))
 
     def _says(self, index: int, text: str, at: int) -> bool:
         """Whether what a message says begins at a place, by what stands there; what is before it is in the prompt, too,
@@ -225,9 +225,9 @@ class Conversation:
 
     def _content_start(self, index: int, text: str) -> int:
         """The first character that depends on the message that the text ends with."""
-        return min(common_prefix(text, other, self.special) for other in self._replaced(index))
+        return min(common_prefix(text, other, self.special) for other in self._render_probes(index))
 
-    def _replaced(self, index: int) -> list[str]:
+    def _render_probes(self, index: int) -> list[str]:
         """The conversation up to a message, rendered with other content in its place."""
         texts = []
         for probe in PROBES:

@@ -190,11 +190,11 @@ def load(folder: Path, source: SourceConfig, data: DataConfig, first: bool = Tru
             "".join(f"\n  {error}" for error in meta["errors"][:3]),
         )
     if first:
-        _say(name, source, Seen.from_json(meta["seen"]))
+        _report_columns(name, source, Seen.from_json(meta["seen"]))
     return Tokenised(name, folder, meta["content"], source_files(source), meta["skipped"], meta["errors"])
 
 
-def _say(name: str, source: SourceConfig, seen: Seen) -> None:
+def _report_columns(name: str, source: SourceConfig, seen: Seen) -> None:
     if not seen.formats:
         return
     nowhere = sorted(set(source.columns.values()) - seen.columns)

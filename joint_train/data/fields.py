@@ -126,7 +126,7 @@ def trained(fields: dict, where: str, hint: str = "") -> tuple[bool, list[str]]:
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise DataError(
-                f"{where} has {name} {_short(value)}: it is trained on (1 or true) or it is context (0 or false); "
+                f"{where} has {name} {_shorten(value)}: it is trained on (1 or true) or it is context (0 or false); "
                 f"there is nothing between{hint}"
             )
         found = found and bool(value) == positive
@@ -134,7 +134,7 @@ def trained(fields: dict, where: str, hint: str = "") -> tuple[bool, list[str]]:
     return found, said
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
 

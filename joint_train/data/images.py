@@ -114,7 +114,7 @@ def _refuse_markers(message: dict, index: int) -> None:
     for text in [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]:
         if "<" in text and (other := OTHERS.search(text)):
             raise DataError(
-                f"message {index} has {_short(other.group())}, a marker of another model family: write <image> and "
+                f"message {index} has {_shorten(other.group())}, a marker of another model family: write <image> and "
                 f"give the "
                 "images in a column images"
             )
@@ -151,16 +151,16 @@ def _reference(image: Any, folder: str) -> str | bytes:
         except (IndexError, binascii.Error) as error:
             raise DataError(f"an image whose data URL isn't base64: {error}") from None
     if image.startswith(("http://", "https://")):
-        raise DataError(f"image {_short(image)}: nothing is fetched while training; download it and give its path")
+        raise DataError(f"image {_shorten(image)}: nothing is fetched while training; download it and give its path")
     return os.path.join(folder, os.path.expanduser(image.removeprefix("file://")))
 
 
 def name_of(reference: str | bytes) -> str:
     """What to call an image in a message."""
-    return _short(reference) if isinstance(reference, str) else f"of {len(reference)} bytes"
+    return _shorten(reference) if isinstance(reference, str) else f"of {len(reference)} bytes"
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters)"
 
 
@@ -213,7 +213,7 @@ def pixels(reference: str | bytes, folder: str) -> dict[str, np.ndarray]:
                 f"image {name_of(reference)} is a Git LFS pointer, not the file: run git lfs pull"
             ) from None
         raise DataError(
-            f"image {name_of(reference)} can't be read: {type(error).__name__}: {_short(str(error))}"
+            f"image {name_of(reference)} can't be read: {type(error).__name__}: {_shorten(str(error))}"
         ) from None
     return {key: np.asarray(value[0]) for key, value in out.items()}
 

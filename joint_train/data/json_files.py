@@ -56,7 +56,7 @@ def extension(file: str) -> str:
     return os.path.splitext(stem)[1] if last in OPENERS else last
 
 
-def opened(file: str) -> IO[bytes]:
+def open_file(file: str) -> IO[bytes]:
     """A file's bytes, decompressed if its name says so."""
     return OPENERS.get(os.path.splitext(file)[1], open)(file, "rb")
 
@@ -79,7 +79,7 @@ def read_json(file: str, max_line_bytes: int) -> Iterator[Record]:
         yield from read_lines(file, max_line_bytes)
         return
     try:
-        with opened(file) as stream:
+        with open_file(file) as stream:
             while (start := stream.read(BLOCK)) and not start.strip():
                 pass
             first = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
@@ -96,7 +96,7 @@ def read_lines(file: str, max_line_bytes: int) -> Iterator[Record]:
     """The lines of a file that aren't blank. A line over the limit is reported without being held in memory."""
     number = 0
     try:
-        with opened(file) as stream:
+        with open_file(file) as stream:
             while line := stream.readline(max_line_bytes + 1):
                 number += 1
                 if len(line) > max_line_bytes and not line.endswith(b"\n"):
@@ -206,7 +206,7 @@ class _Items:
 def _read_items(file: str, max_bytes: int) -> Iterator[Record]:
     items = _Items(file, max_bytes)
     try:
-        with opened(file) as stream:
+        with open_file(file) as stream:
             while block := stream.read(BLOCK):
                 yield from items.feed(block)
             yield from items.end()

@@ -16,7 +16,7 @@ from joint_train.data.json_files import (
     extension,
     is_lfs_pointer,
     need,
-    opened,
+    open_file,
     read_json,
     read_lines,
 )
@@ -109,7 +109,7 @@ def _read_csv(file: str, max_line_bytes: int) -> Iterator[Record]:
     line = 1
     csv.field_size_limit(max_line_bytes)
     try:
-        with opened(file) as stream:
+        with open_file(file) as stream:
             # Line ends in quoted cells stay as they are.
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
             rows = csv.DictReader(text, delimiter="\t" if extension(file) == ".tsv" else ",", strict=True)

@@ -150,7 +150,7 @@ def _check_source(spec, data, tokenizer) -> Report:
             report.rows += 1
             try:
                 adapted = sources.understand(record, spec)
-                report.seen.saw(adapted)
+                report.seen.count_record(adapted)
                 report.add_digest(repr(adapted.example).encode(), adapted.where)
             except DataError as error:
                 report.add_error(str(error))

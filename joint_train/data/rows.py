@@ -272,7 +272,7 @@ class Walk(Iterator[list[Document]]):
                     break
             document = self._pool[at]
             group = self.sequence.groups[document.source]
-            if behind.get(group, document.lap) != document.lap or self._again(document, inside, copies):
+            if behind.get(group, document.lap) != document.lap or self._is_repeated(document, inside, copies):
                 behind.setdefault(group, document.lap)
                 left.append(document)
             elif document.length <= space or first:
@@ -290,10 +290,10 @@ class Walk(Iterator[list[Document]]):
         laps: dict[int, int] = {}
         for at, document in enumerate(self._pool[: 2 * LOOKAHEAD]):
             group = self.sequence.groups[document.source]
-            if laps.setdefault(group, document.lap) == document.lap and not self._again(document, inside, copies):
+            if laps.setdefault(group, document.lap) == document.lap and not self._is_repeated(document, inside, copies):
                 yield at
 
-    def _again(self, document: Document, inside, copies) -> bool:
+    def _is_repeated(self, document: Document, inside, copies) -> bool:
         """Whether the row has a document already, and not yet every other one of its source as often."""
         group = self.sequence.groups[document.source]
         size = self.sequence.group_sizes[group]

@@ -32,10 +32,10 @@ class Seen:
     options: Counter[str] = field(default_factory=Counter)
     notices: dict[str, tuple[int, str]] = field(default_factory=dict)
 
-    def saw(self, adapted: Adapted) -> None:
+    def count_record(self, adapted: Adapted) -> None:
         """Count a record."""
         self.formats[adapted.format] += 1
-        self.noticed(adapted.notices, adapted.where)
+        self.count_notices(adapted.notices, adapted.where)
         self.used |= adapted.used
         for name, value in adapted.example.get(OPTIONS, {}).items():
             shown = f"{name}={json.dumps(value, ensure_ascii=False)}"
@@ -44,7 +44,7 @@ class Seen:
         if len(self.columns) < MOST_COLUMNS:
             self.columns.update(map(str, adapted.columns))
 
-    def noticed(self, counts: Counter[str], where: str) -> None:
+    def count_notices(self, counts: Counter[str], where: str) -> None:
         """Count what is worth knowing about a record at ``where``."""
         for kind, count in counts.items():
             known, first = self.notices.get(kind, (0, where))
@@ -57,7 +57,7 @@ class Seen:
         self.columns |= other.columns
         self.options += other.options
         for kind, (count, where) in other.notices.items():
-            self.noticed(Counter({kind: count}), where)
+            self.count_notices(Counter({kind: count}), where)
 
     @property
     def unused(self) -> list[str]:

@@ -52,7 +52,7 @@ def switch_of(template: Template) -> str | None:
     return next((name for name in SWITCHES if name in template.reads), None)
 
 
-def turned(template: Template, on: bool) -> Template:
+def switch_thinking(template: Template, on: bool) -> Template:
     """The template with thinking on or off, if it has a switch."""
     switch = switch_of(template)
     return template if switch is None else template.with_options(**{switch: on})
@@ -76,7 +76,7 @@ def is_off(template: Template) -> bool:
     if template.source not in _ON:
         asked = [{"role": "user", "content": ANSWER}]
         try:
-            _ON[template.source] = _prompt(template, asked) == _prompt(turned(template, True), asked)
+            _ON[template.source] = _prompt(template, asked) == _prompt(switch_thinking(template, True), asked)
         except DataError:
             _ON[template.source] = True
     return not _ON[template.source]
@@ -85,7 +85,7 @@ def is_off(template: Template) -> bool:
 def channel_of(template: Template) -> Channel | None:
     """The form of thinking of a template; None if it knows no thinking."""
     if template.source not in _CHANNELS:
-        _CHANNELS[template.source] = _learn(turned(template.with_options(tools=None), True))
+        _CHANNELS[template.source] = _learn(switch_thinking(template.with_options(tools=None), True))
     return _CHANNELS[template.source]
 
 

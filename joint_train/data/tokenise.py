@@ -74,7 +74,7 @@ class Tokenise(torch.utils.data.Dataset):
             noticed = Counter[str]()
             try:
                 adapted = sources.understand(record, self.source)
-                chunk.seen.saw(adapted)
+                chunk.seen.count_record(adapted)
                 found = encode_example(record, adapted, self.tokenizer, noticed)
             except DataError as error:
                 chunk.errors.append(str(error))
@@ -82,7 +82,7 @@ class Tokenise(torch.utils.data.Dataset):
                     break
                 continue
             if noticed:
-                chunk.seen.noticed(noticed, f"{record.file}:{record.line}")
+                chunk.seen.count_notices(noticed, f"{record.file}:{record.line}")
             for document, places in found:
                 for position, count, reference in places:
                     data = reference.encode() if isinstance(reference, str) else reference

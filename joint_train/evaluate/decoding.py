@@ -79,7 +79,8 @@ def decode(
         num_steps: K, drafts for a verification.
         temperature: 0 for greedy decoding; else of sampling from the base's whole distribution.
         ignore_eos: go on to ``max_new_tokens``.
-        engine: let the drafter see what serving engines show it, see :func:`joint_train.evaluate.drafting.settled`.
+        engine: let the drafter see what serving engines show it, see
+            :func:`joint_train.evaluate.drafting.settled_states`.
         way: what is drafted, and how accepted, see :mod:`joint_train.evaluate.drafting`; by default as it is served:
             ``argmax`` with ``engine``, else ``biased``. Of no account to greedy decoding.
         threshold: draft no token of which the drafter is less sure.

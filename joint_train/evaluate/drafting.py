@@ -35,7 +35,7 @@ class Drafting:
         num_steps: K, drafts for a verification.
         way: one of ``WAYS``.
         temperature: of the drafter's distribution; 0 is taken for 1.
-        engine: let the drafter see what vLLM and SGLang show it, see :func:`settled`.
+        engine: let the drafter see what vLLM and SGLang show it, see :func:`settled_states`.
         threshold: drafting stops before a token that is less probable: the largest probability of q, whatever is
             drafted (``p_min`` of llama.cpp).
         confidences: for each verification, the largest probability of q for each draft.
@@ -72,7 +72,7 @@ class Drafts(SinglePositionMultiTokenCandidateGenerator):
         drafting, length = self.drafting, input_ids.shape[1]
         states, position = model_outputs.shared_kv_states, length - 1
         if drafting.engine:
-            states, position = settled(states, length - 1, self.window), length - 2
+            states, position = settled_states(states, length - 1, self.window), length - 2
         else:
             states = {kind: tuple(x[:, :, :length] for x in pair) for kind, pair in states.items()}
         # The base's state at the row that settled the newest token: the last of the prompt, or that of the last match.
@@ -120,7 +120,7 @@ class Drafts(SinglePositionMultiTokenCandidateGenerator):
         return best, logits, q.max()
 
 
-def settled(states: dict[str, tuple[Tensor, ...]], count: int, window: int) -> dict[str, tuple[Tensor, ...]]:
+def settled_states(states: dict[str, tuple[Tensor, ...]], count: int, window: int) -> dict[str, tuple[Tensor, ...]]:
     """Of the base's keys and values those that vLLM and SGLang show the drafter, which is also trained on them.
 
     transformers 5.22 differs in three ways. After a rejection the keys and values end with those of the rejected draft

@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from joint_train.errors import ConfigError
 from joint_train.pair.blocks import block_mask
-from joint_train.pair.recompute import keeping, kept
+from joint_train.pair.recompute import keep_output, run_or_replay
 from joint_train.torch_private import allow_graphs, has_triton
 
 log = logging.getLogger(__name__)
@@ -152,11 +152,11 @@ def head_dim(config: PreTrainedConfig, layer_type: str) -> int:
 
 def flex_takes(size: int, dtype: torch.dtype, device_type: str) -> bool:
     """Whether FlexAttention runs, forward and backward, with a head_dim; on a GPU it is tried."""
-    return size == 0 or device_type != "cuda" or not torch.cuda.is_available() or _tried(size, dtype)
+    return size == 0 or device_type != "cuda" or not torch.cuda.is_available() or _kernel_runs(size, dtype)
 
 
 @functools.cache
-def _tried(size: int, dtype: torch.dtype) -> bool:
+def _kernel_runs(size: int, dtype: torch.dtype) -> bool:
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:  # with shapes of its own
         options = kernel_options(size, dtype, query.device.index)
         return flex_attention(query, key, value, block_mask=mask, scale=1.0, enable_gqa=True, kernel_options=options)
@@ -213,10 +213,12 @@ def by_layer_type(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: FlexAttention for a ``BlockMask``, SDPA for a dense mask or none."""
     if not isinstance(attention_mask, BlockMask):
-        return keeping(sdpa_attention_forward)(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return keep_output(sdpa_attention_forward)(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
     if dropout:
         raise ValueError(f"attention_dropout={dropout}: FlexAttention has none; set model.attn_implementation=sdpa.")
-    out = kept(flex, query, key, value, attention_mask, scaling, sliding_window)
+    out = run_or_replay(flex, query, key, value, attention_mask, scaling, sliding_window)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -229,5 +231,5 @@ def flex_with_options(module: nn.Module, query: Tensor, *args, **kwargs) -> tupl
 
 AttentionInterface.register(BY_LAYER_TYPE, by_layer_type)
 for name, function in (("sdpa", sdpa_attention_forward), ("flex_attention", flex_with_options)):
-    AttentionInterface.register(name, keeping(function))  # the same outside of what is recomputed selectively
+    AttentionInterface.register(name, keep_output(function))  # the same outside of what is recomputed selectively
 AttentionMaskInterface.register(BY_LAYER_TYPE, sdpa_mask)

@@ -36,10 +36,10 @@ def compiled_on_gpu(function: Callable) -> Callable:
     """The function by torch.compile, made at the first call; as it is where there is no Triton."""
 
     @functools.cache
-    def made() -> Callable:
+    def compile_or_not() -> Callable:
         return torch.compile(function, dynamic=True, fullgraph=True) if has_triton() else function
 
-    return lambda *args: made()(*args)
+    return lambda *args: compile_or_not()(*args)
 
 
 # RMS norm

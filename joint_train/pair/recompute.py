@@ -133,18 +133,18 @@ class _Again:
         self.context.close()
 
 
-def kept(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def run_or_replay(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """``function(*args, **kwargs)``, a kernel of attention, or in a replay what it gave before."""
     current = getattr(_running, "kept", None)
     return function(*args, **kwargs) if current is None else current.call(function, args, kwargs)
 
 
-def keeping(attention: Callable) -> Callable:
-    """An attention function of transformers whose output is :func:`kept`."""
+def keep_output(attention: Callable) -> Callable:
+    """An attention function of transformers whose output is :func:`run_or_replay`."""
 
     @functools.wraps(attention)
     def wrapped(*args, **kwargs) -> tuple[Tensor, None]:
-        return kept(lambda: attention(*args, **kwargs)[0]), None
+        return run_or_replay(lambda: attention(*args, **kwargs)[0]), None
 
     return wrapped
 

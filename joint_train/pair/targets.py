@@ -66,11 +66,11 @@ def joint_targets(
 
     prompt_rows = pairing == "same_token" if prompt_rows is None else prompt_rows
 
-    def earlier(x: Tensor, back: int, missing: int) -> Tensor:  # [B, S]: what x has `back` positions earlier
+    def shift_right(x: Tensor, back: int, missing: int) -> Tensor:  # [B, S]: what x has `back` positions earlier
         return torch.nn.functional.pad(x, (back, 0), value=missing)[:, : x.shape[1]]
 
     def in_document(back: int) -> Tensor:  # [B, S]: is the row `back` positions earlier in the same document?
-        return (documents > 0) & (documents == earlier(documents, back, 0))
+        return (documents > 0) & (documents == shift_right(documents, back, 0))
 
     base = (labels != -100) & in_document(1)
     rounds, valid = [], base
@@ -79,7 +79,7 @@ def joint_targets(
         rounds.append(valid)
     reached, answer = [], base
     for k, valid in enumerate(rounds):  # `answer`: all the tokens from that after the row to the target are supervised
-        answer = answer & (earlier(labels, offset + k, -100) != -100)
+        answer = answer & (shift_right(labels, offset + k, -100) != -100)
         reached.append(valid & answer)
     left_out = sum((x.sum() for x in rounds), torch.zeros((), dtype=torch.int64, device=labels.device))
     rounds = rounds if prompt_rows else reached

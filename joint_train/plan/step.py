@@ -63,7 +63,7 @@ class _Unit:
         self.gradient, self.accumulates = local_bytes(self.trained, shard, cfg), cfg.optim.grad_accum > 1
         self.copied = copied
         self.gathered, self.waiting = False, len(self.trained)
-        self.hooks = [p.register_post_accumulate_grad_hook(self.accumulated) for p in self.trained]
+        self.hooks = [p.register_post_accumulate_grad_hook(self.count_accumulated) for p in self.trained]
 
     def wrap(self, module: nn.Module) -> None:
         """Gather before a forward and a backward of the module."""
@@ -92,7 +92,7 @@ class _Unit:
         if output.requires_grad and not isinstance(module, nn.Embedding):  # the gradient of a look-up needs no table
             output.register_hook(self.gather)
 
-    def accumulated(self, _) -> None:
+    def count_accumulated(self, _) -> None:
         self.waiting -= 1
         if self.waiting == 0 and not self.late:
             self.reduce()

@@ -73,22 +73,22 @@ def combine_changes(*changes: dict[str, object]) -> dict[str, object]:
 def suggest(cfg: Config, machine: Machine, most: int = 3) -> Iterator[Suggestion]:
     """Up to `most` settings that fit, as they are found, the cheapest first; none has all the changes of another."""
 
-    def tried(changes: dict[str, object]) -> Suggestion:
+    def plan_pinned(changes: dict[str, object]) -> Suggestion:
         """With as much recomputed as auto can choose."""
         return Suggestion(changes, make_plan(pinned(with_overrides(cfg, changes)), machine))
 
     def fits(found: Suggestion) -> bool:
         return found.plan.peak <= machine.usable
 
-    def final(changes: dict[str, object]) -> Suggestion:
+    def plan_as_set(changes: dict[str, object]) -> Suggestion:
         return Suggestion(changes, make_plan(with_overrides(cfg, changes), machine))
 
-    if fits(tried({})):
-        yield final({})
+    if fits(plan_pinned({})):
+        yield plan_as_set({})
         return
     time, groups = costs_time(pinned(cfg)), changes_training(cfg)
     # The last of each group takes least memory: where all of them together don't fit, nothing does.
-    if not fits(tried(combine_changes(*time, *(group[-1][1] for group in groups)))):
+    if not fits(plan_pinned(combine_changes(*time, *(group[-1][1] for group in groups)))):
         return
     combinations = sorted(
         ((sum(cost for cost, _ in chosen), combine_changes(*(change for _, change in chosen)))
@@ -99,13 +99,13 @@ def suggest(cfg: Config, machine: Machine, most: int = 3) -> Iterator[Suggestion
     for _, change in combinations:
         if any(other <= set(change.items()) for other in kept):
             continue
-        if fits(tried(combine_changes(*time, change))):
+        if fits(plan_pinned(combine_changes(*time, change))):
             needed = list(time)
             for setting in time:  # what it fits without is left out
                 without = [other for other in needed if other is not setting]
-                if fits(tried(combine_changes(*without, change))):
+                if fits(plan_pinned(combine_changes(*without, change))):
                     needed = without
-            yield final(combine_changes(*needed, change))
+            yield plan_as_set(combine_changes(*needed, change))
             kept.append(set(change.items()))
             if len(kept) == most:
                 return

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from joint_train.config import OptimConfig
-from joint_train.distributed.moments import moved_by_muon, without_decay
+from joint_train.distributed.moments import has_no_decay, moved_by_muon
 from joint_train.distributed.parallelize import towers
 from joint_train.distributed.placement import local_tensor
 from joint_train.pair.model import JointModel
@@ -33,7 +33,7 @@ def build_optimizer(model: JointModel, cfg: OptimConfig, on_host: bool = False) 
     groups = []
     sometimes = without_gradient_in_some_steps(model)
     for (_, module), lr in zip(model.parts(), (cfg.lr, cfg.drafter_lr), strict=True):
-        spared = without_decay(module)
+        spared = has_no_decay(module)
         sorted_out: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for p in module.parameters():
             if p.requires_grad:

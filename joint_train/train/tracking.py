@@ -306,9 +306,9 @@ class ConsoleLines:
 
     def progress_text(self, step: int, metrics: Mapping[str, float]) -> str:
         """Both losses, speed and time left, in under 60 columns."""
-        text = f"base {shown(metrics, 'base_loss')}  drafter {shown(metrics, 'drafter_loss')}"
+        text = f"base {format_metric(metrics, 'base_loss')}  drafter {format_metric(metrics, 'drafter_loss')}"
         if speed := metrics.get("tokens_per_second"):
-            text += f"  {short(speed)} tok/s"
+            text += f"  {short_number(speed)} tok/s"
         self.first = self.first or (step, time.monotonic())
         if step > self.first[0]:
             each = (time.monotonic() - self.first[1]) / (step - self.first[0])
@@ -323,7 +323,7 @@ class ConsoleLines:
         if rows:
             self.console.print(f"\n{'on the validation data':<32}{'before':>10}{'after':>10}")
             for name, key in rows:
-                self.console.print(f"  {name:<30}{shown(before, key):>10}{shown(after, key):>10}")
+                self.console.print(f"  {name:<30}{format_metric(before, key):>10}{format_metric(after, key):>10}")
         if self.exports:
             for part in ("base", "drafter"):
                 self.console.print(f"Hugging Face {part}: {self.output_dir / 'export' / part}")
@@ -341,7 +341,7 @@ class ConsoleLines:
 COUNTED = {"base_loss": "base_accuracy", "drafter_loss": "agreement_0", "drafter_ce": "agreement_0"}
 
 
-def shown(metrics: Mapping[str, float], name: str) -> str:
+def format_metric(metrics: Mapping[str, float], name: str) -> str:
     """A metric with three digits; "–" where there was nothing to measure, "nan" where the loss isn't a number."""
     prefix, slash, metric = name.rpartition("/")
     counted = metric if metric.startswith("accepted_length") else COUNTED.get(metric, "")
@@ -371,7 +371,7 @@ def validation_line(step: int, metrics: Mapping[str, float]) -> str:
     text = f"step {step}: validation"
     for key, name in (("val/base_loss", "base"), ("val/drafter_loss", "drafter")):
         if key in metrics:
-            text += f"  {name} {shown(metrics, key)}"
+            text += f"  {name} {format_metric(metrics, key)}"
     if (value := metrics.get("val/tokens_per_forward")) is not None:
         text += f"  {value:.2f} tokens/forward"
     return text
@@ -382,7 +382,7 @@ def epoch_of(metrics: Mapping[str, float]) -> str:
     return f", epoch {metrics['epoch']:.1f}" if "epoch" in metrics else ""
 
 
-def short(number: float) -> str:
+def short_number(number: float) -> str:
     """``1234567`` as ``1.2M``, in at most five characters below 10^12."""
     for unit in ("", "k", "M"):
         if abs(number) < 999.5:

@@ -35,7 +35,7 @@ def break_writing(preflight):
 
 
 def break_folder(preflight):
-    preflight.appears = lambda file, seconds: False
+    preflight.wait_for_file = lambda file, seconds: False
 
 
 def break_space(preflight):

@@ -385,17 +385,17 @@ def test_auto_is_sdpa_on_cpu_and_by_layer_type_on_a_gpu(monkeypatch):
     monkeypatch.setattr(attention, "has_triton", lambda: True)
     assert implementation("auto", "cuda") == BY_LAYER_TYPE
     for runs, named in ((True, "FlexAttention in packed rows"), (False, "SDPA with a dense mask in packed rows")):
-        monkeypatch.setattr(attention, "_tried", lambda size, dtype, runs=runs: runs or size < 32)
+        monkeypatch.setattr(attention, "_kernel_runs", lambda size, dtype, runs=runs: runs or size < 32)
         sentence = kernels(config(), torch.bfloat16, "cuda")
         assert sentence.startswith("FlexAttention for sliding layers (head_dim 16)") and sentence.endswith(named)
 
 
 def test_a_gpu_that_flex_does_not_compile_for(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # and then there is none
-    attention._tried.cache_clear()
+    attention._kernel_runs.cache_clear()
     assert not attention.flex_takes(512, torch.bfloat16, "cuda")
     assert "FlexAttention with head_dim 512 doesn't run on this GPU: " in caplog.text
-    attention._tried.cache_clear()
+    attention._kernel_runs.cache_clear()
 
 
 def test_what_has_no_backward_is_refused():

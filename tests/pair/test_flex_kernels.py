@@ -126,7 +126,7 @@ def test_flex_attention_is_refused_where_a_layer_cannot_have_it(monkeypatch):
     layers = {"layer_types": ["sliding_attention", "full_attention"]}
     layers["per_layer_config"] = [SimpleNamespace(head_dim=256), SimpleNamespace(head_dim=512)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention, "_tried", lambda size, dtype: size < 512)
+    monkeypatch.setattr(attention, "_kernel_runs", lambda size, dtype: size < 512)
     config = SimpleNamespace(**layers, _attn_implementation="flex_attention")
     with pytest.raises(ConfigError, match=r"flex_attention: .* head_dim 512 \(full_attention layers\).*=auto"):
         check_flex(config, torch.bfloat16, "cuda")

@@ -12,7 +12,7 @@ from torch import nn
 from joint_train.config import Config
 from joint_train.distributed.parallelize import recompute
 from joint_train.pair import recompute as module
-from joint_train.pair.recompute import HostCopies, checkpointed, kept
+from joint_train.pair.recompute import HostCopies, checkpointed, run_or_replay
 from joint_train.weights.composite import Gemma4WithDrafter
 
 K = 2
@@ -84,7 +84,7 @@ def test_what_attention_keeps_is_freed_with_its_layer():
     storages = []
 
     def layer(x):
-        out = kept(lambda x: x.exp() * 2, x.sin())
+        out = run_or_replay(lambda x: x.exp() * 2, x.sin())
         storages.append(weakref.ref(out.untyped_storage()))
         return out.cos()
 

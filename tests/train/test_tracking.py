@@ -400,7 +400,7 @@ def test_durations(seconds, text):
     ("number", "text"), [(0, "0"), (999, "999"), (999.6, "1.0k"), (12345, "12.3k"), (123456, "123k"), (1.2e6, "1.2M")]
 )
 def test_short_numbers(number, text):
-    assert tracking.short(number) == text
+    assert tracking.short_number(number) == text
 
 
 def test_code_version_names_the_commit_of_this_tree():
