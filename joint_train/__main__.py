@@ -54,7 +54,7 @@ def main(composed: Any) -> None:
 
 
 def refuse(error: Exception, rank: int) -> NoReturn:
-    """Say what is wrong, in place of a stack that says nothing more; torchrun repeats it at the end of its report.
+    """Report an error without its stack, which would add nothing; torchrun repeats it at the end of its report.
 
     torchrun ends every rank as soon as one has ended, so the others leave rank 0 the time to speak; one that is still
     here after that has a reason of its own, and says so itself.

@@ -1,4 +1,4 @@
-"""How every command starts and ends: logging, an error said in a sentence, the exit code."""
+"""How every command starts and ends: logging, errors that are reported in one sentence, the exit code."""
 
 import ctypes
 import importlib.metadata
@@ -28,7 +28,7 @@ EXIT_CODES = {
     INTERRUPTED: "Ctrl-C ended a command that has nothing to save, or a second one a run that was still saving",
 }
 
-# What is said in a sentence. OSError is a file that can't be read or written: its message names it.
+# Errors that are reported in one sentence. OSError is a file that can't be read or written: its message names it.
 EXPLAINED = (JointTrainError, HydraException, OmegaConfBaseException, OSError)
 
 

@@ -1,4 +1,5 @@
-"""The errors that a user is told in a sentence, without a stack. Every command's ``main`` catches the base class."""
+"""Errors that are reported to the user in one sentence, without a stack trace. Every command's ``main`` catches the
+base class."""
 
 
 class JointTrainError(Exception):
@@ -26,7 +27,7 @@ class CheckpointError(JointTrainError, RuntimeError):
 
 
 class TooManyBadSteps(JointTrainError, RuntimeError):
-    """The run is ended: its gradients stay without a finite norm."""
+    """The run is ended, because its gradient norms are no longer finite."""
 
 
 class WriteError(JointTrainError, OSError):

@@ -126,7 +126,7 @@ def verify_export(folder: Path) -> int:
 
 
 def print_problems(what: str, problems: list[str]) -> int:
-    """Print what is wrong; how much it is."""
+    """Print problems; returns how many there are."""
     if problems:
         print(f"{what}:", *problems, sep="\n  ", file=sys.stderr)
     return len(problems)

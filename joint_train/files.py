@@ -16,7 +16,7 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 @contextmanager
 def naming(path: Path, setting: str | None = None) -> Iterator[None]:
-    """What can't be written to, or below, a path is an error that names it.
+    """Turn a failure to write to a path, or below it, into an error that names it.
 
     Args:
         setting: the key of the configuration that another folder is set with.

@@ -79,7 +79,7 @@ def main(state: Path, arguments: list[str]) -> int:
 
 
 def describe(rank: int, failure: "ProcessFailure") -> dict:
-    """A rank's failure; one that was killed, or that said what is wrong in a sentence, has no traceback."""
+    """A rank's failure; one that was killed, or that reported its error in one sentence, has no traceback."""
     report = failure.error_file_data["message"] if os.path.isfile(failure.error_file) else None
     return {
         "rank": rank,

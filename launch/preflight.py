@@ -44,7 +44,7 @@ PACKAGES = ("torch", "transformers", "torchdata", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """What has to be equal on all ranks for them to run the same program."""
+    """Versions that have to be equal on all ranks."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     found |= {"python": platform.python_version(), "source": source_hash()}
     if torch.cuda.is_available():
@@ -236,7 +236,7 @@ class Preflight:
         return problems or self._slow(answers)
 
     def _slow(self, answers: dict[int, dict[str, dict[str, float]]]) -> list[str]:
-        """Hosts that gather or reduce much slower inside than most do; what all reach together is only said."""
+        """Hosts that gather or reduce much slower inside than most do; what all of them reach is only reported."""
         problems, together = [], answers[0].get("all", {})
         self.speeds = ", ".join(f"{name} {speed:.0f} GB/s" for name, speed in together.items())
         for name in ("all-gather", "reduce-scatter"):

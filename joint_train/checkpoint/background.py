@@ -36,7 +36,7 @@ class BackgroundSave:
         self._thread.join(timeout)
 
     def status(self, late: bool = False) -> int:
-        """How it stands; with ``late`` one that still runs has failed."""
+        """The state of the save; with ``late`` a save that still runs counts as failed."""
         if self._thread.is_alive():
             if late:
                 self.error = CheckpointError(f"saving step {self.step} has not finished in time, its disk may hang")

@@ -1,4 +1,4 @@
-"""What a run may change between a checkpoint and its resume, and what it may not."""
+"""What may change between a checkpoint and the run that resumes from it, and what may not."""
 
 import hashlib
 import json
@@ -60,8 +60,8 @@ def fixed_differences(part: str, old: dict, new: dict) -> list[str]:
 
 
 def adapter_differences(old: dict, new: dict) -> list[str]:
-    """What two runs' configurations multiply the product of adapters by, in words where it differs: adapters trained
-    with one factor are another model with the other."""
+    """The factors by which two runs scale their adapters, in words where they differ: with another factor trained
+    adapters are another model."""
     before, now = (_adapter_scale(resolve_interpolations(config).get("lora") or {}) for config in (old, new))
     if before is None or now is None or before == now:
         return []

@@ -31,7 +31,7 @@ def shorten_list(names: list[str]) -> str:
 
 
 def check_json(value: Any, where: str) -> None:
-    """What isn't the same after a trip through JSON is an error that names the place."""
+    """Raise an error that names the place of a value that JSON doesn't preserve."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):

@@ -140,7 +140,7 @@ def parse_manifest(raw: bytes, folder: Path | str) -> Manifest:
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> list[str]:
-    """Every file that is missing or has the wrong size, said in words."""
+    """Every file that is missing or has the wrong size, in words."""
     problems = []
     for name, (size, _) in manifest.files.items():
         try:
@@ -157,7 +157,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def check_files(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
-    """Reads every byte of these files; says each that isn't what was written."""
+    """Reads every byte of these files and describes each one that isn't what was written."""
     problems = []
     for name in names:
         size, checksum = manifest.files[name]
@@ -277,7 +277,8 @@ def list_complete(checkpoints: Path, newest_step: int | None = None) -> list[tup
 
 
 def recover(checkpoints: Path) -> list[str]:
-    """Finish what a killed run left half done; says what it did. Only for the holder of the run's lock.
+    """Finish what a killed run left half done, and return a description of what was done. Only for the holder of the
+    run's lock.
 
     A temporary folder with a manifest was written to the last byte: it gets its name. One without, and trash, is
     removed: the lock shows that the process which would have finished it is gone. One whose manifest or files are not
@@ -332,7 +333,7 @@ def publish(folder: Path, final: Path) -> list[str]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint: in one rename it is none any more, then its files go."""
+    """Remove a checkpoint: one rename takes its name away, then its files are deleted."""
     trash = _with_suffix(folder, "trash")
     try:
         folder.rename(trash)

@@ -51,8 +51,8 @@ class Mirror:
         threading.Thread(target=self._run, name="mirror", daemon=True).start()
 
     def open(self, checkpoints: Path) -> list[str]:
-        """See that the mirror is this run's and can be written to. If it can't, this is a note for a run that has
-        something to go on from.
+        """Check that the mirror is this run's and can be written to. If it can't, a run that can resume locally only
+        gets a warning.
 
         Raises:
             OtherRun: naming the run that it belongs to.
@@ -109,14 +109,14 @@ class Mirror:
         return self.store.steps() if self.answers else []
 
     def submit(self, folder: Path) -> None:
-        """Upload a complete checkpoint or export, and before long what failed before and is still there."""
+        """Upload a complete checkpoint or export, and soon also earlier ones whose upload failed."""
         with self._changed:
             again = [path for path in self._failed if path != folder and path not in self._waiting]
             self._waiting = [*again, *(path for path in self._waiting if path != folder), folder]
             self._changed.notify_all()
 
     def submit_all(self, checkpoints: Path, newest: int) -> None:
-        """Upload the checkpoints up to a step: what an earlier run may not have come to."""
+        """Upload the checkpoints up to a step, which an earlier run may not have uploaded."""
         for folder, _ in layout.list_complete(checkpoints, newest):
             self.submit(folder)
 
@@ -130,7 +130,7 @@ class Mirror:
             return True
 
     def finish(self, seconds: float) -> None:
-        """Wait until all is uploaded, at most so long; then say what is there and what is missing."""
+        """Wait until everything is uploaded, up to a time limit; then log what is there and what is missing."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting and self._current is None, seconds)
             missing = {path.name: reason for path, reason in self._failed.items()}
@@ -234,6 +234,6 @@ def _read_id(file: Path) -> str | None:
 
 
 def _name(owner: dict) -> str:
-    """Whose a mirror is, for people."""
+    """The owner of a mirror, in words."""
     at = f"output_dir {owner.get('output_dir', 'unknown')} on {owner.get('host', 'an unknown host')}"
     return f"{at} (process {owner.get('pid', 'unknown')}, since {owner.get('since', 'unknown')})"

@@ -1,4 +1,4 @@
-"""Reading a distributed checkpoint that may come from a stranger: nothing in it is run, no path leads out of it.
+"""Reading a distributed checkpoint of untrusted origin: it can't run code, and no path leads out of its folder.
 
 torch.distributed.checkpoint (2.13) keeps its ``.metadata`` as a pickle and reads it with ``pickle.load``, which runs
 whatever the file says. Here only the classes that describe tensors are let in. Tensors it reads by ``torch.load`` with

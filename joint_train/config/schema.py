@@ -25,7 +25,7 @@ class ExportConfig:
     at_end: bool = key(True, "write OUTPUT_DIR/export/{base,drafter} when the run ends")
     max_shard_size: str = key("5GB", "largest safetensors file of an export")
     push_to_hub: str | None = key(None, "also push the export at the end to the repositories ID-base and ID-drafter")
-    private: bool = key(True, "repositories that push_to_hub makes are private")
+    private: bool = key(True, "create the repositories of push_to_hub as private ones")
     kv_shared_weights: bool = key(False, "write unused k/v of KV-shared layers where the base's folder has none")
 
 
@@ -33,7 +33,7 @@ class ExportConfig:
 class ModelConfig:
     base: str = key(MISSING, "folder or hub id of the Gemma 4 base")
     drafter: str = key(MISSING, "folder or hub id of its drafter")
-    dtype: str = key("bfloat16", "dtype of the weights as loaded and exported; only bfloat16, the drafter's only dtype")
+    dtype: str = key("bfloat16", "dtype of loaded and exported weights; only bfloat16, as drafters have no other")
     revision: str | None = key(None, "hub revision of the base")
     drafter_revision: str | None = key(None, "hub revision of the drafter")
     cache_dir: str | None = key(None, "hub cache folder")
@@ -54,10 +54,10 @@ class DrafterConfig:
     )
     loss_weight: float = key(1.0, "lambda, the weight of the drafter's loss")
     base_grad_scale: float = key(
-        0.1, "share of the drafter's gradient that the base gets through keys, values, embedding and state; 0 to 1"
+        0.1, "factor on the drafter's gradient into the base (keys, values, embedding and hidden state); 0 to 1"
     )
     prompt_rows: bool | None = key(
-        None, "train the drafter also at rows that no decoding comes to; by default only with pairing=same_token"
+        None, "also train the drafter at rows that decoding never visits; by default only with pairing=same_token"
     )
     share_embedding_with_base: bool = key(
         False, "copy the base's input embedding into the drafter's, once, at the start"
@@ -78,7 +78,7 @@ class LoraConfig:
     dropout: float = key(0.0, "share of the adapters' inputs that is dropped in training")
     target_modules: list[str] = key(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        "linear layers of the base's decoder layers that get an adapter, by the end of their names",
+        "linear layers of the base's decoder that get an adapter, by name suffix",
     )
     rank_stabilized: bool = key(False, "multiply by alpha / sqrt(r) instead")
 
@@ -92,10 +92,10 @@ class SourceConfig:
     split: str = key("train", "split of a Hugging Face dataset")
     subset: str | None = key(None, "configuration name of a Hugging Face dataset")
     streaming: bool = key(False, "read a Hugging Face dataset as a stream")
-    columns: dict[str, str] = key({}, "the source's column for a field of the format, e.g. {prompt: question}")
-    chat_template_kwargs: dict[str, Any] = key({}, "for the chat template, over those of all data")
-    ignore: list[str] = key([], "columns that are no part of the conversation, though their names say so")
-    limit: int | None = key(None, "at most this many examples of it")
+    columns: dict[str, str] = key({}, "columns to read as the format's fields, e.g. {prompt: question}")
+    chat_template_kwargs: dict[str, Any] = key({}, "options of the chat template, on top of data.chat_template_kwargs")
+    ignore: list[str] = key([], "columns to ignore, though their names suggest a part of the conversation")
+    limit: int | None = key(None, "use at most this many examples of the source")
 
 
 @dataclass
@@ -103,21 +103,23 @@ class DataConfig:
     train: list[SourceConfig] = key([], "training sources")
     val: list[SourceConfig] = key([], "validation sources")
     tokenizer: str | None = key(None, "folder or hub id of the tokenizer; the base's by default")
-    chat_template_kwargs: dict[str, Any] = key({}, "for the chat template, as in serving, e.g. {enable_thinking: true}")
+    chat_template_kwargs: dict[str, Any] = key(
+        {}, "options of the chat template, as in serving, e.g. {enable_thinking: true}"
+    )
     max_length: int = key(2048, "tokens in a row")
     micro_batch_size: int = key(1, "rows on a rank in one forward")
-    packing: bool = key(True, "put several documents in a row")
+    packing: bool = key(True, "pack several documents into a row")
     overlong: str = key("truncate", "a document longer than max_length: truncate | split | drop")
     train_on: str = key("assistant", "supervised turns: assistant | last_assistant | all")
     unroll: str = key(
-        "all", "answers of a conversation that the template makes a document each, with its prompt: all | last N"
+        "all", "where the template needs a document for each answer of a conversation, the ones to keep: all | last N"
     )
     mixture: str = key("endless", "endless: sources by weight, each repeated | epoch: each example once an epoch")
-    shuffle: bool = key(True, "order by the seed; false keeps the files' order")
+    shuffle: bool = key(True, "shuffle by the seed; false keeps the files' order")
     on_error: str = key("raise", "a bad example: raise | skip (counted and reported)")
     num_workers: int = key(1, "loader processes of a rank")
     cache_dir: str | None = key(None, "tokenised data; ~/.cache/joint_train/data by default")
-    max_line_bytes: int = key(16_777_216, "longest accepted line of a JSONL file")
+    max_line_bytes: int = key(16_777_216, "longest line that is accepted in a JSONL file, in bytes")
 
 
 @dataclass
@@ -128,16 +130,18 @@ class OptimConfig:
     lr: float = key(1e-5, "peak learning rate of the base")
     drafter_lr: float = key(1e-4, "peak learning rate of the drafter")
     weight_decay: float = key(
-        0.01, "of matrices, adapters and untied heads too; norms, biases and embedding tables have none"
+        0.01, "for matrices, adapters and untied heads; norms, biases and embedding tables have none"
     )
-    betas: list[float] = key([0.9, 0.95], "AdamW's; with moments in bfloat16 the second is at most 0.99")
-    eps: float = key(1e-8, "AdamW's")
+    betas: list[float] = key([0.9, 0.95], "AdamW's betas; with moments in bfloat16 the second is at most 0.99")
+    eps: float = key(1e-8, "AdamW's epsilon")
     warmup_steps: int = key(50, "linear warm-up")
     schedule: str = key("cosine", "cosine | linear | constant, after the warm-up")
-    min_lr_ratio: float = key(0.1, "last learning rate over the peak")
+    min_lr_ratio: float = key(0.1, "final learning rate as a fraction of the peak")
     clip: str = key("separate", "separate: clip each model by its own norm | joint: clip the norm over both together")
-    max_grad_norm: float = key(1.0, "largest gradient norm, of both models or with clip=separate of the base; 0: none")
-    drafter_max_grad_norm: float = key(1.0, "with clip=separate: largest gradient norm of the drafter; 0: none")
+    max_grad_norm: float = key(
+        1.0, "largest gradient norm: of both models, or with clip=separate of the base; 0: no clipping"
+    )
+    drafter_max_grad_norm: float = key(1.0, "with clip=separate: largest gradient norm of the drafter; 0: no clipping")
     grad_accum: int = key(1, "micro-batches in a step")
 
 
@@ -145,16 +149,16 @@ class OptimConfig:
 class ParallelConfig:
     pp: int = key(1, "pipeline parallel size; only 1")
     dp_replicate: int = key(1, "replicas of the sharded pair (HSDP)")
-    dp_shard: int = key(-1, "ranks that the weights are sharded over; -1: all that are left, or at most 64 (HSDP)")
+    dp_shard: int = key(-1, "ranks that the weights are sharded over; -1: all remaining ranks, or at most 64 (HSDP)")
     cp: int = key(1, "context parallel size; only 1")
     tp: int = key(1, "tensor parallel size; only 1")
     reshard_after_forward: bool = key(True, "free a base layer's gathered weights after its forward")
     cpu_offload: str = key(
         "none",
-        "none | optimizer: its states in CPU memory | all: weights and gradients too, and the update there",
+        "none | optimizer: optimizer states in CPU memory | all: weights and gradients too, updated on the CPU",
     )
     compile: bool = key(False, "torch.compile each decoder layer of both models")
-    timeout_seconds: int = key(1800, "longest wait for a collective")
+    timeout_seconds: int = key(1800, "seconds to wait for a collective")
 
 
 @dataclass
@@ -168,12 +172,14 @@ class PrecisionConfig:
 class ActivationCheckpointingConfig:
     base: str = key(
         "auto",
-        "what of the base the backward recomputes: auto: the least that fits by the plan | none | every_n: each n-th "
+        "what the backward recomputes of the base: auto: the least that fits, as planned | none | every_n: each n-th "
         "layer | selective: every layer, but not its attention | full: every layer",
     )
-    every_n: int = key(2, "n of every_n")
-    drafter: str = key("auto", "auto: the least that fits by the plan | none | full: every round | layers: one by one")
-    offload: bool = key(False, "keep the inputs of what is recomputed in the host's memory, for long rows")
+    every_n: int = key(2, "recompute each n-th layer with base=every_n")
+    drafter: str = key(
+        "auto", "auto: the least that fits, as planned | none | full: every round | layers: layer by layer"
+    )
+    offload: bool = key(False, "keep the inputs of recomputed layers in CPU memory, for long rows")
 
 
 @dataclass
@@ -183,16 +189,14 @@ class LossConfig:
     )
     temperature: float = key(1.0, "of teacher and student in the distillation losses")
     teacher_grad: Any = key(
-        False, "what the distillation losses' gradient of the base as their teacher is multiplied by; true: 1, false: 0"
+        False, "factor on the distillation losses' gradient into the base as the teacher; true: 1, false: 0"
     )
     round_weights: Any = key(None, "w_k: a list of num_steps numbers, or {decay: b} for b**k; 1 each by default")
     centroid_weight: float = key(0.1, "weight of the routing loss of ordered embeddings; 0 freezes the centroids")
-    compile: Any = key(
-        "auto", "torch.compile what is computed of the logits into few kernels; auto: on a GPU that has Triton"
-    )
+    compile: Any = key("auto", "compile the loss's operations on logits into few kernels; auto: on a GPU with Triton")
     memory_budget_mb: int | None = key(
         None,
-        "logits and their gradients that are alive at once, on a rank; by default 384 on CPU and on GPU an eighth of "
+        "memory of a rank for logits and their gradients; by default 384 on CPU and on GPU an eighth of "
         "what the plan leaves free, from 1024 to 4096",
     )
 
@@ -200,16 +204,18 @@ class LossConfig:
 @dataclass
 class CheckpointConfig:
     every: int = key(500, "steps between checkpoints; the last step is always saved")
-    keep_last: int = key(3, "newest checkpoints that are kept; 0 keeps all")
+    keep_last: int = key(3, "number of newest checkpoints to keep; 0 keeps all")
     keep_every: int = key(0, "also keep each checkpoint whose step is a multiple of this; 0: none")
-    keep_best: str | None = key(None, "also keep the one with the lowest (or, with a leading '-', highest) metric")
-    grace_seconds: int = key(120, "time for the save after SIGTERM, SIGUSR1, SIGHUP or Ctrl-C")
+    keep_best: str | None = key(
+        None, "also keep the checkpoint with the lowest (with a leading '-', highest) value of this metric"
+    )
+    grace_seconds: int = key(120, "seconds to save after SIGTERM, SIGUSR1, SIGHUP or Ctrl-C")
     checksums: bool = key(True, "re-read checksums when choosing the checkpoint to resume from")
     mirror: str | None = key(
         None, "also keep complete checkpoints and exports there, and resume from there, e.g. s3://bucket/run (fsspec)"
     )
-    upload_wait_seconds: int = key(900, "longest wait for uploads at the end of a run; less after a signal")
-    background: bool = key(False, "train on while a checkpoint is written")
+    upload_wait_seconds: int = key(900, "seconds to wait for uploads at the end of a run; less after a signal")
+    background: bool = key(False, "keep training while a checkpoint is written")
 
 
 @dataclass
@@ -247,7 +253,9 @@ class Config:
     model: ModelConfig = key(ModelConfig, "the pair")
     drafter: DrafterConfig = key(DrafterConfig, "the joint forward")
     freeze: FreezeConfig = key(FreezeConfig, "what is not trained")
-    lora: LoraConfig = key(LoraConfig, "adapters on the base, which is frozen then; needs the peft package")
+    lora: LoraConfig = key(
+        LoraConfig, "adapters on the base, whose own weights are then frozen; needs the peft package"
+    )
     data: DataConfig = key(DataConfig, "sources, rows and batches")
     optim: OptimConfig = key(OptimConfig, "AdamW and its schedule")
     parallel: ParallelConfig = key(ParallelConfig, "the device mesh")
@@ -258,10 +266,10 @@ class Config:
     eval: EvalConfig = key(EvalConfig, "validation during the run")
     tracking: TrackingConfig = key(TrackingConfig, "metrics, wandb, guards")
     profile: ProfileConfig = key(ProfileConfig, "where time and memory go")
-    pair: str | None = key(None, "a folder with base/ and drafter/, for configurations that say ${pair}")
+    pair: str | None = key(None, "a folder with base/ and drafter/, for configurations that use ${pair}")
     seed: int = key(0, "data order and random state")
     max_steps: int | None = key(None, "optimizer steps; by default 1000, or one epoch with data.mixture=epoch")
-    epochs: float | None = key(None, "instead of max_steps: passes over all training data, also a fraction")
+    epochs: float | None = key(None, "instead of max_steps: passes over all training data; may be a fraction")
     output_dir: str = key("outputs", "folder of the run: configuration, metrics, checkpoints, export")
     resume: str = key(
         "auto",
@@ -270,12 +278,12 @@ class Config:
 
     def __post_init__(self) -> None:
         self.interpolations: dict[tuple[str | int, ...], tuple[str, Any]] = {}
-        """Where the configuration was composed with interpolations such as ``${oc.env:HF_TOKEN}``: their text, which is
-        what is written to disk, and the value that it stands for. Not a key."""
+        """The interpolations, such as ``${oc.env:HF_TOKEN}``, that the configuration was composed with: their text,
+        which is what is written to disk, and their value. Not a key."""
 
 
 RENAMED = {"checkpoint.async": "checkpoint.background"}
-"""Earlier names of keys, which are still taken."""
+"""Earlier names of keys, which are still accepted."""
 
 
 def schema() -> DictConfig:
@@ -292,7 +300,7 @@ def schema() -> DictConfig:
 
 
 def _open_dictionaries(node: DictConfig, of: type) -> None:
-    """Take the dictionaries out of Hydra's rule that only known keys are set: theirs are the user's."""
+    """Exempt dictionaries from Hydra's rule that only known keys may be set: users choose their keys."""
     for field in dataclasses.fields(of):
         if dataclasses.is_dataclass(field.type):
             _open_dictionaries(node[field.name], cast(type, field.type))

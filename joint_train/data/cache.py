@@ -211,11 +211,11 @@ def _report_columns(name: str, source: SourceConfig, seen: Seen) -> None:
 
 
 def build_once(folder: Path, build: Callable[[Callable[[], None]], None], timeout: float) -> None:
-    """Have ``folder`` built by one process of the machine, while the others wait; again if it was damaged.
+    """Let one process of the machine build ``folder``, or rebuild a damaged one, while the others wait.
 
     Args:
         folder: complete when it has a META file.
-        build: makes it; has to call its argument whenever it gets on.
+        build: builds the folder; has to call its argument whenever it makes progress.
         timeout: seconds without progress of another process, before giving up.
 
     Raises:
@@ -256,7 +256,7 @@ def find_damage(folder: Path, timeout: float = 1800.0) -> str | None:
 
 
 class _Checked:
-    """A new file that is hashed as it is written, and on disk when it is closed."""
+    """A new file that is hashed while it is written, and synced to disk when it is closed."""
 
     def __init__(self, path: Path):
         self.stream, self.hash, self.size = open(path, "wb"), hashlib.sha256(), 0

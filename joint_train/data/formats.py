@@ -224,7 +224,7 @@ COMMON = {*SYSTEM, *TOOLS, *IMAGES, "reasoning", OPTIONS}
 
 
 def check_source(where: str, format: str, columns: Mapping[str, str]) -> None:
-    """Refuse a format that there isn't, and columns for fields that it hasn't.
+    """Refuse an unknown format, and columns for fields that the format doesn't have.
 
     Raises:
         DataError: saying what there is.

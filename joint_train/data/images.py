@@ -156,7 +156,7 @@ def _reference(image: Any, folder: str) -> str | bytes:
 
 
 def name_of(reference: str | bytes) -> str:
-    """What to call an image in a message."""
+    """The name of an image for messages."""
     return _shorten(reference) if isinstance(reference, str) else f"of {len(reference)} bytes"
 
 

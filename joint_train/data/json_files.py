@@ -65,7 +65,7 @@ LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def is_lfs_pointer(file: str) -> bool:
-    """Whether a file is what Git LFS leaves in the place of one that wasn't fetched."""
+    """Whether a file is a Git LFS pointer, whose content wasn't fetched."""
     try:
         with open(file, "rb") as stream:
             return stream.read(len(LFS)) == LFS

@@ -1,4 +1,4 @@
-"""A lock file that one process of the machine holds while others wait: as long as the holder makes progress."""
+"""A lock file that one process of the machine holds while others wait, for as long as the holder makes progress."""
 
 import os
 import time
@@ -31,7 +31,8 @@ def locked(path: Path, timeout: float, what: str) -> Iterator[Callable[[], None]
             lock.acquire(timeout=min(1.0, timeout))
             break
         except filelock.Timeout:
-            # The holder touches the lock's file whenever it gets on. Whose clock wrote the time doesn't matter.
+            # The holder touches the lock file whenever it makes progress. Waiters only look for a change, so clocks
+            # needn't agree.
             touched = path.stat().st_mtime if path.exists() else None
             if touched != seen:
                 seen, since = touched, time.monotonic()

@@ -1,4 +1,4 @@
-"""What is worth knowing about a source that can be trained on: counted for each row, said once for the source.
+"""What is worth knowing about a source that can be trained on: counted over rows, reported once for the source.
 
 A kind that is about a particular token or column has its name after a colon.
 """
@@ -58,7 +58,7 @@ MEANING = {
     LEFT_OUT: "{count} rows are left out, because they say that they are not trained (such as weight: 0)",
     PICTURES_FIRST: "the pictures of {count} rows have no marker <image>. They are put before the first question",
 }
-# Those that say what is done, and nothing that had better be changed.
+# Kinds that only report what is done: there is nothing to change.
 AS_IT_SHOULD = {UNROLLED, EMPTY_THOUGHT, PICTURES_FIRST, LEFT_OUT}
 
 
@@ -68,6 +68,6 @@ def about(kind: str, what: str) -> str:
 
 
 def sentence(kind: str, count: int) -> str:
-    """What is to be said about a kind."""
+    """The sentence that reports a kind of notice."""
     name, _, what = kind.partition(": ")
     return MEANING[name].format(count=f"{count:,}", what=what)

@@ -1,4 +1,4 @@
-"""Nothing is lost in rendering: each message's content is in the text, or the row is bad."""
+"""Checks that rendering loses nothing: each message's content is in the text, or the row is bad."""
 
 import json
 import re
@@ -116,7 +116,7 @@ def _in_order(messages: list[dict], text: str) -> bool:
 
 
 def _check_by_probes(conversation: Conversation) -> None:
-    """The same conversation with words in the place of the contents that can't be there by chance."""
+    """The same conversation with its contents replaced by words that can't occur in it by chance."""
     replaced: list[dict] = []
     probes: dict[str, tuple[int, str]] = {}
     for index, message in enumerate(conversation.messages):

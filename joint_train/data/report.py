@@ -1,4 +1,5 @@
-"""Whole files, looked at as training would: which rows are good, what is wrong with the others, what is trained on."""
+"""Checks whole files as training would read them: which rows are good, what is wrong with the others, what is
+trained."""
 
 import hashlib
 import json
@@ -58,7 +59,7 @@ class Report:
     _digests: set[bytes] = field(default_factory=set)
 
     def add_digest(self, content: bytes, where: str) -> None:
-        """Count a row whose content was there before."""
+        """Count a row whose content occurred before."""
         digest = hashlib.blake2b(content, digest_size=8).digest()
         if digest in self._digests:
             self.duplicates += 1
@@ -89,7 +90,7 @@ class Report:
         return sum(count for count, _ in self.bad.values())
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, plain."""
+        """The report in plain types."""
         found: dict[str, Any] = {
             "name": self.name,
             "path": self.path,

@@ -1,4 +1,4 @@
-"""Rows in colour: what is trained on, where documents are cut, what every drafter round has to predict."""
+"""Prints rows in colour: what is trained on, where documents are cut, what each drafter round has to predict."""
 
 import itertools
 from collections.abc import Callable

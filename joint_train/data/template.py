@@ -1,4 +1,4 @@
-"""From an example to tokens, and which of them the assistant wrote."""
+"""Turns an example into tokens and marks those that the assistant wrote."""
 
 from collections import Counter
 from typing import Any, NamedTuple

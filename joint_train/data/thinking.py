@@ -90,7 +90,7 @@ def channel_of(template: Template) -> Channel | None:
 
 
 def kept_thoughts(template: Template, messages: list[dict]) -> list[dict]:
-    """The messages, without their reasoning if thinking is off: then it is no part of a conversation."""
+    """The messages, without their reasoning if thinking is off, where it isn't part of the conversation."""
     if not any("reasoning" in message for message in messages) or thinks(template, messages) or not is_off(template):
         return messages
     return [{key: value for key, value in message.items() if key != "reasoning"} for message in messages]

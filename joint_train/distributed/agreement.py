@@ -1,4 +1,4 @@
-"""Ranks that don't see the same files, or were not started alike, train on in silence: here they compare first."""
+"""Ranks that see different files or were started differently would train on silently: here they compare first."""
 
 import socket
 from collections.abc import Mapping

@@ -1,5 +1,5 @@
-"""LoRA on the base (Hu et al., arXiv 2106.09685), by the peft library: where the adapters are, their first values, and
-the weights that they amount to.
+"""LoRA on the base (Hu et al., arXiv 2106.09685), by the peft library: placing the adapters, initialising them, and
+merging them into weights.
 
     y = W x + (alpha / r) B A x        W [out, in] is frozen, A [r, in] and B [out, r] are trained
 

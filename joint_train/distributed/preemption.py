@@ -1,4 +1,4 @@
-"""Stopping a run in good order when the machine is taken away.
+"""Stopping a run cleanly when the machine is taken away.
 
 SIGTERM, SIGUSR1, SIGHUP (a terminal that is closed) or SIGINT (Ctrl-C) to any rank: all ranks finish the step they are
 in, save, and exit with :data:`PREEMPTED`:

@@ -109,7 +109,7 @@ def _value(result: T | CheckpointError) -> T:
 
 
 def run_on_all_ranks(action: Callable[[], Any]) -> None:
-    """Do something on every rank; if it fails on one, it fails on all of them, and none is left waiting.
+    """Run an action on every rank; if it fails on one, it fails on all of them, and none is left waiting.
 
     Raises:
         Exception: this rank's own; on the other ranks a RuntimeError with its text.

@@ -1,4 +1,4 @@
-"""Ratios of sums over prompts, and how far another set of such prompts might be off."""
+"""Ratios of sums over prompts, with bootstrap intervals for the choice of prompts."""
 
 import math
 from collections.abc import Callable, Sequence

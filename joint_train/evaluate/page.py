@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: tables and plots, in one file that needs nothing from anywhere."""
+"""Self-contained HTML pages: tables and plots in one file without external resources."""
 
 import io
 import re

@@ -31,7 +31,7 @@ def best(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def text(results: dict[str, Any]) -> str:
-    """The main table, 80 columns wide at most, and what is wrong if anything is."""
+    """The main table, at most 80 columns wide, and a warning where texts differ."""
     lines = [f"{'K':>3}  {'tokens/forward':<20}{'tokens/s':<22}{'speed-up':<20}{'same text':>9}"]
     plain, prompts = results["plain"], results["prompts"]["count"]
     lines.append(f"{'–':>3}  {'1':<20}{format_interval(plain['tokens_per_second'], 1):<22}{'1':<20}")

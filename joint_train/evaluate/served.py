@@ -198,7 +198,7 @@ def concurrency_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def text(results: dict[str, Any]) -> str:
-    """The tables for a terminal, 80 columns wide at most."""
+    """The tables for a terminal, at most 80 columns wide."""
     one = results["speculative"][0]
     lines = [f"{'at a time':>9}  {'requests':>8}  {'tokens/forward':<20}{'tokens/s':<22}{'s/request':>9}"]
     for at_a_time, requests, per_forward, speed, latency in concurrency_rows(results):

@@ -86,7 +86,7 @@ class JointModel(nn.Module):
         rope_position: ``last_kv``: row t rotates at its own position; ``next_token``: at the next.
         base_grad_scale: what the drafter's gradient is multiplied by where it enters the base: at its keys and values,
             its input embeddings and its final hidden state. The drafter's own gradient doesn't depend on it.
-        prompt_rows: train the drafter also at rows before an answer, which no decoding comes to; by default only with
+        prompt_rows: also train the drafter at rows before an answer, which decoding never visits; by default only with
             ``same_token``. See :func:`joint_train.pair.targets.joint_targets`.
         loss: the ``loss`` configuration group; its defaults otherwise.
 

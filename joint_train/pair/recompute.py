@@ -1,10 +1,10 @@
-"""What a backward computes again, what is kept so that it need not, and where that is kept.
+"""Activation checkpointing: what a backward recomputes, what is kept instead, and where.
 
 - :func:`checkpointed` runs a function whose intermediate tensors are made again in the backward.
 - With ``keep_attention`` what attention needs for its backward is kept, and its output: the replay takes that and
   doesn't compute attention again, which is most of a layer's time in long rows. torch's selective checkpointing would
   keep the output alone, but it sees operations one by one, by a Python mode, and FlexAttention is one compiled region.
-- :class:`HostCopies` holds the inputs of what is checkpointed in the host's memory until the backward comes to them.
+- :class:`HostCopies` holds the inputs of what is checkpointed in the host's memory until the backward needs them.
 """
 
 import functools
@@ -134,7 +134,7 @@ class _Again:
 
 
 def run_or_replay(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """``function(*args, **kwargs)``, a kernel of attention, or in a replay what it gave before."""
+    """``function(*args, **kwargs)``, a kernel of attention, or in a replay what it returned in the forward."""
     current = getattr(_running, "kept", None)
     return function(*args, **kwargs) if current is None else current.call(function, args, kwargs)
 

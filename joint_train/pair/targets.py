@@ -16,7 +16,7 @@ class JointTargets:
     valid: Tensor  # bool [P, 1+K], column 0 the base, column 1+k round k
     offset: int  # round k of a target is at row `rows - offset - k`
     batch_rows: int  # B*S
-    left_out: Tensor  # int64 [], targets of rounds that aren't valid because no decoding comes to their row
+    left_out: Tensor  # int64 [], targets of rounds that aren't valid because decoding never visits their row
 
     @property
     def counts(self) -> Tensor:
@@ -31,8 +31,8 @@ class JointTargets:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, without a wait: from memory that isn't pinned a copy to a GPU waits for all that is under
-    way there."""
+    """A tensor on a device, without waiting: a copy from memory that isn't pinned waits for all of the GPU's queued
+    work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()  # itself, where it is already
     return tensor.to(device, non_blocking=True)
@@ -56,7 +56,7 @@ def joint_targets(
         document_ids: int64 `[B, S]`, 0 padding, else the documents of a row; None: one document a row.
         num_steps: K.
         pairing: ``serving`` or ``same_token``.
-        prompt_rows: also train at rows that no decoding comes to; by default only with ``same_token``, whose published
+        prompt_rows: also train at rows that decoding never visits; by default only with ``same_token``, whose published
             recipe does.
     """
     if pairing not in ("serving", "same_token"):

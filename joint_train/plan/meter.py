@@ -1,4 +1,4 @@
-"""What code would hold, compute and move on a GPU, counted while it runs on the meta device.
+"""Counts what code would hold, compute and move on a GPU while it runs on the meta device.
 
 Every operation's work belongs to a part of a step (:data:`PARTS`): its FLOPs by the kernel that does them, the bytes
 that it reads and writes, and its launches. What is computed in a backward belongs to the part whose forward made it,

@@ -1,4 +1,4 @@
-"""What takes the place of kernels and dense loops in a step on the meta device, and counts what they would do."""
+"""Stand-ins for kernels and dense loops in a step on the meta device, which count what those would do."""
 
 import contextlib
 from collections import Counter

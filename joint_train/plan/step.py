@@ -1,4 +1,4 @@
-"""One training step on the meta device: the real joint forward, loss and backward. FSDP2's part is played."""
+"""One training step on the meta device: the real joint forward, loss and backward. FSDP2's part is simulated."""
 
 from collections import Counter
 from dataclasses import dataclass

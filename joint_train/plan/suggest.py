@@ -39,8 +39,8 @@ def costs_time(cfg: Config) -> list[dict[str, object]]:
 
 
 def changes_training(cfg: Config) -> list[list[tuple[int, dict[str, object]]]]:
-    """Groups of alternatives with their costs, those that take less memory last: a judgement of how much each changes
-    what is learnt.
+    """Groups of alternatives with their costs, those that take less memory last: costs are a judgement of how much each
+    changes what is learnt.
 
     Only their order counts: each is above the sum of all before it.
     """

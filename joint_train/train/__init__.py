@@ -1,1 +1,1 @@
-"""The training loop and what it is watched with: optimizer, metrics, guards."""
+"""The training loop with its optimizer, metrics and guards."""

@@ -1,4 +1,4 @@
-"""What a run says at its start: about its settings, by its plan, and about the run that it goes on with."""
+"""What a run logs at its start: advice on its settings, from its plan, and what it resumes from."""
 
 import logging
 from pathlib import Path

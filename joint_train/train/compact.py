@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits, in bfloat16 or in the host's memory, which leaves out a step by a flag on the device.
+"""AdamW with moments in 8 bits, in bfloat16 or in the host's memory, which skips a step by a flag on the device.
 
 The arithmetic is torch's fused kernel in fp32, and the 8-bit format torchao's (dynamic, block-wise:
 https://arxiv.org/abs/2110.02861). torchao's own ``AdamW8bit`` isn't used: its blocks follow a rank's shard, so that

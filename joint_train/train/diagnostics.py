@@ -1,4 +1,4 @@
-"""Costly looks at a run, every ``tracking.diagnose_every`` steps: what joint training does to the base."""
+"""Costly diagnostics, every ``tracking.diagnose_every`` steps: what joint training does to the base."""
 
 import torch
 import torch.distributed as dist

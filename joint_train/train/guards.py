@@ -1,4 +1,4 @@
-"""What keeps a run from going wrong unseen: bad steps, loss spikes, hangs; and a profiler for when it is slow.
+"""Guards against runs that go wrong unnoticed: bad steps, loss spikes, hangs; and a profiler for slow ones.
 
 Each guard stands alone and costs a step nothing that the host would wait for::
 
@@ -101,7 +101,7 @@ def dump(folder: str | Path, rank: int, step: int, batches: Sequence[Mapping[str
 
 
 class LossSpikes:
-    """Tells a loss that is far above its recent past.
+    """Detects a loss far above its recent values.
 
     Far is eight robust standard deviations (1.4826 times the median absolute deviation) and a tenth above the median of
     the last 64 losses. The first 20 only teach it.
@@ -152,7 +152,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self) -> None:
-        """Say that the run goes on: once a step, and within what takes long between steps."""
+        """Reset the watchdog's timer: once a step, and during long work between steps."""
         self.last = time.monotonic()
         # Replaces the one before.
         faulthandler.dump_traceback_later(self.timeout, exit=True, file=self.errors)

@@ -1,4 +1,4 @@
-"""How many steps a run has: known once, when its data are tokenised, and the same on every rank."""
+"""How many steps a run has: known once its data is tokenised, and the same on every rank."""
 
 import logging
 
@@ -43,7 +43,7 @@ def run_steps(cfg: Config, loader: BatchLoader, ranks: int, step: int) -> int:
 
 
 def _warn_of_passes(sequence, max_steps: int, rows: int) -> None:
-    """Say what ``max_steps`` come to in passes over the data, and warn of a source that is seen very often."""
+    """Log how many passes over the data ``max_steps`` makes, and warn of a source that is seen very often."""
     if (epoch := sequence.epoch(round(max_steps * rows * sequence.documents_a_row()))) is not None:
         log.info("max_steps=%d are about %.1f epochs of %s documents", max_steps, epoch, f"{sequence.size:,}")
     for name, passes in sequence.passes(max_steps * rows):

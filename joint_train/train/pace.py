@@ -1,4 +1,4 @@
-"""How fast a run is, without waiting for the device in each step."""
+"""The speed of a run, without waiting for the device in each step."""
 
 import torch
 from torch import Tensor

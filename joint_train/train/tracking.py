@@ -351,7 +351,7 @@ def format_metric(metrics: Mapping[str, float], name: str) -> str:
 
 
 def without_targets(metrics: Mapping[str, float], prefix: str) -> str | None:
-    """What of the drafter there was nothing to measure by, in a sentence; None where all of it was measured."""
+    """A sentence on what couldn't be measured of the drafter for lack of targets; None if everything was."""
     rounds = [name for name in metrics if re.fullmatch(rf"{prefix}agreement_\d+", name)]
     empty = [name.rpartition("_")[2] for name in rounds if math.isnan(metrics[name])]
     if empty and len(empty) == len(rounds):

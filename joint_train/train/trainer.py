@@ -1,4 +1,4 @@
-"""A run: the pair, its data, the training loop, and what is kept of it.
+"""A run: the pair, its data, the training loop, and what it writes.
 
 config → mesh → models → data → step → checkpoint, in this order, once from top to bottom.
 """
@@ -147,11 +147,11 @@ class Trainer:
             self.unfinished = saved.get("unfinished")
 
     def build_train_loader(self, position: dict | None) -> BatchLoader:
-        """The training data from a checkpoint's position; from their start where they aren't the checkpoint's."""
+        """The training data from a checkpoint's position; from the beginning if it isn't the data of the checkpoint."""
         try:
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks, position)
         except OtherData as error:
-            log.warning("the data and their epochs start again from the beginning: %s", error)
+            log.warning("the data restarts from the beginning, and so do its epochs: %s", error)
             return build_loader(self.cfg, self.tokenizer, "train", self.rank, self.ranks)
 
     def train(self) -> None:
@@ -232,7 +232,7 @@ class Trainer:
             raise Interrupted
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
-        """One optimizer step over ``grad_accum`` micro-batches; its metrics, or none where they aren't due."""
+        """One optimizer step over ``grad_accum`` micro-batches; its metrics, or none in a step that doesn't log."""
         cfg, started = self.cfg, time.perf_counter()
         loaded = [next(batches) for _ in range(cfg.optim.grad_accum)]
         waited = time.perf_counter() - started
@@ -414,7 +414,7 @@ class Interrupted(Exception):
 
 
 def run(cfg: Config) -> None:
-    """A whole run on this rank, that a signal stops in good order: before anything is trained it ends at once."""
+    """A whole run on this rank. A signal stops it cleanly, and at once where nothing is trained yet."""
     with Preemption(cfg.checkpoint.grace_seconds, cfg.parallel.timeout_seconds) as preemption:
         with preemption.ends_at_once():
             trainer = Trainer(cfg, preemption)

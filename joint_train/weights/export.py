@@ -292,7 +292,8 @@ def _export(
 
 
 def _other_files(source: str | os.PathLike) -> tuple[list[str], list[str]]:
-    """What a model's folder holds besides weights: paths of what belongs to the model, and names of what doesn't.
+    """Files of a model's folder besides its weights: the paths of those that belong to the model, the names of the
+    others.
 
     A link counts only inside the folder, and into the blobs of the hub's cache: what else it may lead to is not the
     model's.
@@ -348,7 +349,7 @@ def _write_configs(
 
 
 def sync_files(folder: Path) -> None:
-    """Put what is in a folder on disk."""
+    """Sync the files of a folder to disk."""
     for file in folder.rglob("*"):
         if file.is_file():
             with open(file, "rb") as handle:

@@ -1,4 +1,4 @@
-"""Keys and values of KV-shared layers: weights that no forward uses, which some engines want to find in a folder.
+"""Keys and values of KV-shared layers: weights that no forward uses, but that some engines expect in a folder.
 
 The last ``num_kv_shared_layers`` layers of a Gemma 4 base reuse the keys and values of the last layer of their type
 before them, so they have no ``k_proj``, ``v_proj`` and ``k_norm``. vLLM before September 2026 refuses a folder without

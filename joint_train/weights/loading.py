@@ -291,7 +291,7 @@ def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.Pa
 
 
 def ignored_keys(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
-    """Those of a folder's keys that transformers lets it hold for nothing."""
+    """The keys of a folder that transformers ignores."""
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     return {key for key in keys if any(pattern.search(key) for pattern in patterns)}
 

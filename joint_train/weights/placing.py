@@ -1,4 +1,4 @@
-"""The folders of an export: complete under another name, put in place together, and known again when they are loaded.
+"""The folders of an export: written under another name, put in place together, and verified when they are loaded.
 
     OUT/base/  OUT/drafter/  OUT/adapter/    each with joint_train_export.json: size and CRC-32 of its files
     OUT/EXPORT_INCOMPLETE                    while they are being replaced: none of them counts as long as it is there
@@ -99,7 +99,7 @@ def put_in_place(outs: Sequence[Path]) -> None:
 
 
 def discard(outs: Sequence[Path]) -> None:
-    """Remove what was staged, after an error."""
+    """Remove staged folders after an error."""
     for out in outs:
         shutil.rmtree(staged(out), ignore_errors=True)
 

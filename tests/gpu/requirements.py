@@ -1,4 +1,4 @@
-"""Whether this Python has what the GPU suite needs. Nothing is installed: what is missing is said, with exit code 2.
+"""Whether this Python has what the GPU suite needs. Nothing is installed: what is missing is named, with exit code 2.
 
 Only Python's own library is imported until that is known.
 """

@@ -1,4 +1,4 @@
-"""Runs that are as long as their data: the number of steps, what is trained on, resumes, and what is said."""
+"""Runs that are as long as their data: the number of steps, what is trained on, resumes, and what is logged."""
 
 import json
 import logging

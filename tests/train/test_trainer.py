@@ -85,7 +85,7 @@ def tally(model: Gemma4WithDrafter, batches: list[dict], first: int | None = Non
                 targets[0].append((b, p, p - 1))
                 for k in range(K):
                     if p - 2 - k >= 0 and documents[b, p - 2 - k] == documents[b, p]:
-                        if -100 in labels[b, p - 1 - k : p]:  # decoding doesn't come to that row
+                        if -100 in labels[b, p - 1 - k : p]:  # decoding never visits that row
                             left_out += 1
                         else:
                             targets[1 + k].append((b, p, p - 2 - k))
