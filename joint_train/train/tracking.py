@@ -124,7 +124,7 @@ class JsonLines:
             self.file = open(path, "a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        record = {"step": step, "time": round(time.time(), 3)} | {k: finite_or_none(v) for k, v in metrics.items()}
+        record = {"step": step, "time": round(time.time(), 3)} | metrics_to_json(metrics)
         with naming(self.path, "output_dir"):
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
@@ -143,10 +143,14 @@ def recorded_step(line: str) -> int:
         return -1
 
 
-def finite_or_none(value: float) -> float | None:
-    """A number that JSON has: infinities and NaN become null."""
-    value = float(value)
-    return value if math.isfinite(value) else None
+def metrics_to_json(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as numbers that JSON has: infinities and NaN become null."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def metrics_from_json(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Metrics that :func:`metrics_to_json` made, with NaN for null."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
 class Guarded:

@@ -4,7 +4,6 @@ config → mesh → models → data → step → checkpoint, in this order, once
 """
 
 import logging
-import math
 import os
 import resource
 import time
@@ -46,7 +45,7 @@ from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdo
 from joint_train.train.length import run_steps
 from joint_train.train.optim import build_optimizer, lr_factor, update
 from joint_train.train.pace import Since
-from joint_train.train.tracking import Tracker, finite_or_none
+from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import resolve
 from joint_train.weights.hub import Push
@@ -139,11 +138,8 @@ class Trainer:
         self.measured: dict[str, float] | None = None
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
         if saved:
-            self.step, self.before, self.measured = (
-                saved["step"],
-                none_to_nan(saved["before"]),
-                none_to_nan(saved["measured"]),
-            )
+            self.step = saved["step"]
+            self.before, self.measured = (metrics_from_json(saved[name]) for name in ("before", "measured"))
             self.unfinished = saved.get("unfinished")
 
     def build_train_loader(self, position: dict | None) -> BatchLoader:
@@ -183,10 +179,7 @@ class Trainer:
                 if is_due(self.step, cfg.eval.every) or generate:
                     stop = stop or not self.validate(metrics, generate)
                     if stop and self.val_loader is not None:
-                        self.unfinished = {
-                            "metrics": {k: finite_or_none(x) for k, x in metrics.items()},
-                            "generate": generate,
-                        }
+                        self.unfinished = {"metrics": metrics_to_json(metrics), "generate": generate}
                 if metrics and not self.unfinished:
                     self.tracker.log(self.step, metrics)
                 if stop or is_due(self.step, cfg.checkpoint.every) or last:
@@ -364,9 +357,7 @@ class Trainer:
 
     def save(self, block: bool) -> None:
         """A checkpoint of the current step."""
-        before, measured = (
-            {k: finite_or_none(x) for k, x in of.items()} for of in (self.before or {}, self.measured or {})
-        )
+        before, measured = (metrics_to_json(of or {}) for of in (self.before, self.measured))
         state = {
             "step": self.step,
             "max_steps": self.max_steps,
@@ -435,11 +426,6 @@ def utilisation(speed: float, recomputed: float, device: torch.device) -> dict[s
     most = next((peak for gpu, peak in TFLOPS.items() if gpu in name), None)
     shares = {"hfu": speed / 1e12 / most, "mfu": (speed - recomputed) / 1e12 / most} if most else {}
     return {"tflops_per_gpu": speed / 1e12, **shares}
-
-
-def none_to_nan(metrics: dict[str, float | None]) -> dict[str, float]:
-    """Metrics as they were before JSON, which has no NaN."""
-    return {name: math.nan if x is None else x for name, x in metrics.items()}
 
 
 def is_due(step: int, every: int) -> bool:
