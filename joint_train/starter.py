@@ -24,6 +24,7 @@ from joint_train.errors import JointTrainError
 
 MIN_CHARS = 60  # a shorter docstring says too little to be worth a question
 VAL_EXAMPLES = 200
+ALPHABET_SIZE = 120  # characters with a token of their own: the most frequent ones
 VOCAB_SIZE = 2048  # small, so that five heads don't outweigh the layers
 MAX_DRAFTS = 4  # tokens that the drafter proposes in generation, unless told otherwise
 
@@ -130,22 +131,40 @@ def write_jsonl(path: Path, records: Iterable[dict]) -> None:
 
 
 def build_tokenizer(texts: list[dict]):
-    """A byte-level BPE tokenizer of ``VOCAB_SIZE`` tokens trained on these chats, with Gemma 4's marks and template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """A tokenizer of Gemma's kind, with Gemma 4's marks and template, trained on these chats to ``VOCAB_SIZE`` tokens.
+
+    Blanks are ``▁``, and a character that has no token of its own is written as its bytes, ``<0xE2>``: the kind that
+    the converters of other engines know as Gemma's.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    marks = [PAD, EOS, BOS, UNK, TURN_START, TURN_END, *MEDIA]
+    before = [*marks, *(f"<0x{byte:02X}>" for byte in range(256))]
+    blanks = normalizers.Replace(" ", "▁")
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = blanks
+    # Tokens are learnt within a word and the blanks before it; in use there is no such split, as in Gemma's.
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex("\n+|▁*[^▁\n]+|▁+"), "isolated")
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[PAD, EOS, BOS, UNK, TURN_START, TURN_END, *MEDIA],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=VOCAB_SIZE - len(before), limit_alphabet=ALPHABET_SIZE, show_progress=False
     )
-    tokenizer.train_from_iterator((message["content"] for chat in texts for message in chat["messages"]), trainer)
-    if tokenizer.get_vocab_size() != VOCAB_SIZE:
-        raise JointTrainError(f"the texts give {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}: too few texts")
+    learner.train_from_iterator((message["content"] for chat in texts for message in chat["messages"]), trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    tokens = [*before, *sorted(learnt["vocab"], key=learnt["vocab"].get)]
+    if len(tokens) != VOCAB_SIZE:
+        raise JointTrainError(f"the texts give {len(tokens)} tokens, not {VOCAB_SIZE}: too few texts")
+    model = models.BPE(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[tuple(pair) for pair in learnt["merges"]],
+        unk_token=UNK,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = blanks
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(marks)
     bos = (BOS, tokenizer.token_to_id(BOS))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[bos])
     fast = PreTrainedTokenizerFast(

@@ -17,7 +17,7 @@ from joint_train.config.values import (
 )
 from joint_train.errors import ConfigError
 
-CHOICES = {
+CHOICES: dict[str, tuple[str | bool, ...]] = {
     "model.attn_implementation": ("auto", "by_layer_type", "sdpa", "flex_attention", "eager"),
     "drafter.pairing": ("serving", "same_token"),
     "drafter.rope_position": ("last_kv", "next_token"),
@@ -98,7 +98,7 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
         )
     for name, choices in CHOICES.items():
         if (value := select(cfg, name)) not in choices:
-            raise ConfigError(f"{name}={value}: choose one of {', '.join(choices)}.")
+            raise ConfigError(f"{name}={value}: choose one of {', '.join(map(str, choices))}.")
     for name, least in AT_LEAST.items():
         value = select(cfg, name)
         if value is not None and not value >= least:  # NaN is refused, too

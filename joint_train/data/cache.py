@@ -22,14 +22,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tokenizers
-import transformers
 
 from joint_train.config import DataConfig, SourceConfig
 from joint_train.data import notices, readers
+from joint_train.data.cache_key import (
+    META,
+    cache_folder,
+    cache_key,
+    content_key,
+    hashed,
+    pictures_file,
+    source_files,
+    with_pictures,
+)
 from joint_train.data.digests import digest, remember
 from joint_train.data.json_files import Record
 from joint_train.data.locks import locked
@@ -40,8 +47,6 @@ from joint_train.files import replace
 
 logger = logging.getLogger(__name__)
 
-VERSION = 7
-META = "meta.json"
 REPORTED = 20
 ATTEMPTS = 3
 FILES = ("tokens.bin", "flags.bin", "pictures.bin", "documents.npy", "pictures.npy")
@@ -120,11 +125,6 @@ def _mapped(path: Path) -> np.ndarray:
     return np.asarray(array)  # a plain array on the same memory: taking parts of it is quicker
 
 
-def cache_folder(data: DataConfig) -> Path:
-    """Where tokenised data is kept: ``data.cache_dir``."""
-    return Path(data.cache_dir or Path.home() / ".cache" / "joint_train" / "data").expanduser()
-
-
 def tokenised(source: SourceConfig, data: DataConfig, tokenizer, num_workers: int, timeout: float) -> Tokenised:
     """A source's tokens, from the cache or made now.
 
@@ -152,7 +152,7 @@ def tokenised(source: SourceConfig, data: DataConfig, tokenizer, num_workers: in
             tokenizer,
             num_workers,
             progressed,
-            pictures=_pictures_file(root, key, source),
+            pictures=pictures_file(root, key, source),
         )
 
     # Only when it is tokenised it shows whether a source has pictures, and so what its folder is called.
@@ -210,87 +210,6 @@ def _say(name: str, source: SourceConfig, seen: Seen) -> None:
         )
 
 
-def cache_key(source: SourceConfig, data: DataConfig, tokenizer) -> str:
-    """A hash of everything that a source's tokens depend on.
-
-    Where the source turned out to have pictures that are files, as far as this cache knows, these are part of it: where
-    they are, and their sizes and times.
-    """
-    key, root = content_key(source, data, tokenizer), cache_folder(data)
-    listed = _pictures_file(root, key, source)
-    if (root / key / META).exists() or not listed.exists():
-        return key
-    return _with_pictures(listed)
-
-
-def _with_pictures(listed: Path) -> str:
-    """The key of a source whose pictures are listed in a file, as they are now."""
-    parts: list[Any] = [listed.name]
-    for picture in json.loads(listed.read_text()):
-        try:
-            found = os.stat(picture)
-            parts.append([picture, found.st_size, found.st_mtime_ns])
-        except OSError:
-            parts.append([picture, None])
-    return _hash(parts)
-
-
-def _pictures_file(root: Path, key: str, source: SourceConfig) -> Path:
-    """Where the pictures of a source are listed: relative paths in its rows mean others in another folder."""
-    folders = sorted({os.path.realpath(os.path.dirname(file)) for file in source_files(source)})
-    return root / f"{_hash([key, folders])}.pictures"
-
-
-def _hash(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def content_key(source: SourceConfig, data: DataConfig, tokenizer) -> str:
-    """:func:`cache_key` without pictures."""
-    parts = {
-        "version": VERSION,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "content": _content(source, cache_folder(data)),
-        "format": source.format,
-        "columns": dict(source.columns),
-        "chat_template_kwargs": source.chat_template_kwargs,
-        "ignore": sorted(source.ignore),
-        "limit": source.limit,
-        "max_line_bytes": data.max_line_bytes,
-    }
-    return _hash(parts)
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """A hash of the vocabulary, the rules and the chat template of a tokenizer."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else dict(tokenizer.get_vocab())
-    for volatile in ("truncation", "padding"):  # set by the last call, not part of what it does with a text
-        state.pop(volatile, None)
-    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    # An image's number of tokens depends on its processor's configuration.
-    processor = [
-        file.read_text()
-        for name in ("preprocessor_config.json", "processor_config.json")
-        if (file := Path(tokenizer.name_or_path) / name).is_file()
-    ]
-    text = json.dumps([state, special, tokenizer.chat_template, processor], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def source_files(source: SourceConfig) -> list[str]:
-    """What the records of a source name as their file."""
-    return readers.local_files(source) or [source.path]
-
-
-def _content(source: SourceConfig, cache: Path) -> list:
-    files = readers.local_files(source)
-    if not files:
-        return [source.path, source.subset, source.split, readers.dataset_fingerprint(source)]
-    return [digest(file, cache) for file in files]
-
-
 def once(folder: Path, build: Callable[[Callable[[], None]], None], timeout: float) -> None:
     """Have ``folder`` built by one process of the machine, while the others wait; again if it was damaged.
 
@@ -322,7 +241,7 @@ def damage(folder: Path, timeout: float = 1800.0) -> str | None:
     """What is wrong with a folder of tokens, in words; None if it is what was written."""
     try:
         meta = json.loads((folder / META).read_text())
-        if meta.pop("checksum") != _hash(meta):
+        if meta.pop("checksum") != hashed(meta):
             return f"the checksum of {META} differs"
         for name, (size, checksum) in meta["files"].items():
             if (now := (folder / name).stat().st_size) != size:
@@ -414,13 +333,13 @@ def write(
             np.save(written["pictures.npy"], np.concatenate(places) if places else np.empty(0, PICTURE))
         sizes = {name: [file.size, file.hash.hexdigest()] for name, file in written.items()}
         # What rows are made of. Pictures may move, and what they take of a row is in the tokens.
-        content = _hash([sizes[name] for name in ("tokens.bin", "flags.bin", "documents.npy")])
+        content = hashed([sizes[name] for name in ("tokens.bin", "flags.bin", "documents.npy")])
         meta = {"files": sizes, "content": content, "skipped": skipped, "errors": errors, "tokens": offset}
         meta |= {"seen": seen.as_json(), **(more or {})}
-        replace(temporary / META, json.dumps(meta | {"checksum": _hash(meta)}))
+        replace(temporary / META, json.dumps(meta | {"checksum": hashed(meta)}))
         if paths and pictures is not None:
             replace(pictures, json.dumps(list(paths)))
-            folder = folder.with_name(_with_pictures(pictures))
+            folder = folder.with_name(with_pictures(pictures))
         _rename(temporary, folder)
         for name, file in written.items():
             remember(folder / name, folder.parent, file.hash.hexdigest())

@@ -20,8 +20,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from joint_train.config import Config, DataConfig, SourceConfig, checks
 from joint_train.config.values import run_length
-from joint_train.data import cache, images
-from joint_train.data.cache import cache_folder, tokenised
+from joint_train.data import cache_key, images
+from joint_train.data.cache import tokenised
+from joint_train.data.cache_key import cache_folder, tokenizer_fingerprint
 from joint_train.data.formats import check_source
 from joint_train.data.pieces import Pieces, cut
 from joint_train.data.readers import source_name, sources_of
@@ -272,7 +273,7 @@ def loader_position(loader: BatchLoader) -> dict:
 def _check(data: DataConfig, split: str, epochs: float | None) -> None:
     for key, choices in CHOICES.items():
         if getattr(data, key) not in choices:
-            raise DataError(f"data.{key}={getattr(data, key)!r} is none of {', '.join(choices)}")
+            raise DataError(f"data.{key}={getattr(data, key)!r} is none of {', '.join(map(str, choices))}")
     specs = data.train if split == "train" else data.val
     if not specs:
         raise DataError(f"data.{split} has no source: choose one of conf/data, or list sources with a path each")
@@ -311,8 +312,8 @@ def describe(cfg, specs, sources, tokenizer) -> dict[str, Any]:
         **{f"data.{key}": getattr(cfg.data, key) for key in SETTINGS},
         "order": ORDER,
         "seed": cfg.seed,
-        **dict(zip(VERSIONS, (cache.VERSION, transformers.__version__, tokenizers.__version__), strict=True)),
-        TOKENIZER: cache.tokenizer_fingerprint(tokenizer)[:16],
+        **dict(zip(VERSIONS, (cache_key.VERSION, transformers.__version__, tokenizers.__version__), strict=True)),
+        TOKENIZER: tokenizer_fingerprint(tokenizer)[:16],
         SOURCES: {source.name: [source.key, spec.weight] for spec, source in zip(specs, sources, strict=True)},
     }
 

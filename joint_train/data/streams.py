@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from joint_train.data import cache, readers
+from joint_train.data.cache_key import cache_key
 from joint_train.data.json_files import Record
 from joint_train.data.pieces import Order, Pieces, cut
 from joint_train.errors import DataError
@@ -37,7 +38,7 @@ class StreamPieces:
     def __init__(self, source, data, tokenizer, timeout: float):
         self.source, self.data, self.tokenizer, self.timeout = source, data, tokenizer, timeout
         self.name = readers.source_name(source)
-        self.key = cache.cache_key(source, data, tokenizer)
+        self.key = cache_key(source, data, tokenizer)
         self.root = cache.cache_folder(data) / f"{self.key}.stream"
         self._blocks: dict[int, tuple[int, Pieces]] = {}
 

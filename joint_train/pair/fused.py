@@ -157,7 +157,8 @@ def mlp(self: nn.Module, x: Tensor) -> Tensor:
     """The forward of ``Gemma4TextMLP``."""
     if torch.compiler.is_compiling():
         return type(self).written_out(self, x)  # type: ignore[attr-defined]
-    return self.down_proj(_GeGLU.apply(self.gate_proj(x), self.up_proj(x)))
+    layers: Any = self
+    return layers.down_proj(_GeGLU.apply(layers.gate_proj(x), layers.up_proj(x)))
 
 
 # Rotation
@@ -244,7 +245,8 @@ def fuse(model: nn.Module) -> None:
         return
     for module in model.modules():
         activation = getattr(getattr(module, "config", None), "hidden_activation", "gelu_pytorch_tanh")
-        if (fused := _fused_class(type(module))) is not None and activation == "gelu_pytorch_tanh":
+        kind: Any = type(module)
+        if (fused := _fused_class(kind)) is not None and activation == "gelu_pytorch_tanh":
             module.__class__ = fused
         home: Any = sys.modules[type(module).__module__]
         if home.__name__.startswith("transformers.models.gemma4") and hasattr(home, "apply_rotary_pos_emb"):

@@ -21,7 +21,8 @@ from joint_train.distributed.rows import RowShardedEmbedding, even_lookup
 from joint_train.pair.recompute import HostCopies
 from joint_train.pair.targets import joint_targets
 from joint_train.pair.visibility import attention_masks
-from joint_train.plan.meter import COPIES, LOSS, Meter, Work, stand_ins
+from joint_train.plan.meter import COPIES, LOSS, Meter, Work
+from joint_train.plan.stand_ins import stand_ins
 from joint_train.torch_private import in_backward
 from joint_train.weights.composite import Gemma4WithDrafter
 

@@ -9,6 +9,7 @@ from torch.torch_version import TorchVersion
 
 from joint_train.config import CheckpointConfig, Config, ConfigError, EvalConfig, ParallelConfig
 from joint_train.config.typed import read
+from joint_train.config.values import run_length
 from joint_train.plan.planner import Machine, Plan
 from joint_train.train.optim import lr_factor
 
@@ -116,7 +117,7 @@ def say_resumed(cfg: Config, checkpoint: Path, step: int, max_steps: int, steps_
         before = read(checkpoint / "config.json")
     except (OSError, ConfigError):  # of another version: it can't be known
         return
-    steps_before = steps_before or before.max_steps
+    steps_before = steps_before or run_length(before)[0]
     if steps_before is None:
         return
     old = lr_factor(step, before.optim, steps_before)

@@ -138,9 +138,9 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     skip = (~finite | (norm == 0)).float()
-    _step(optimizer, [group for group in optimizer.param_groups if not group["apart"]], skip)
+    _step(optimizer, [group for group in optimizer.param_groups if not group.get("apart")], skip)
     for group in optimizer.param_groups:
-        if group["apart"]:
+        if group.get("apart"):
             own = total_norm(p.grad for p in group["params"]).to(device, non_blocking=device.type != "cpu")
             _step(optimizer, [group], torch.maximum(skip, (own == 0).float()))
     return {"grad_norm": norm, **norms}

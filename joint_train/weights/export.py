@@ -13,15 +13,12 @@ other; everything else in that folder is left out, and named.
 
 import json
 import logging
-import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -32,22 +29,17 @@ from transformers import GenerationConfig, PreTrainedModel
 from joint_train.checkpoint.reader import Reader
 from joint_train.distributed.lora import Merged, adapted, merged
 from joint_train.distributed.ranks import together
-from joint_train.errors import ConfigError, WeightsError
+from joint_train.errors import WeightsError
 from joint_train.files import naming
 from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.kv_shared import absent_copies
 from joint_train.weights.loading import FLOATS, Stored, match, stored_tensors
 from joint_train.weights.placing import MANIFEST, discard, place, staged
+from joint_train.weights.shards import DTYPES, mapped, parse_size, plan_shards, slots_of, write_headers
 from joint_train.weights.writing import Slot, Written, check_written, write_tensors
 
 log = logging.getLogger(__name__)
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-SAFETENSORS_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 # What belongs to a model beside its weights. A model's folder may hold anything: optimizer states, logs, keys.
 MODEL_FILES = re.compile(r"\.(json|jinja|model|txt|md|tiktoken)$|^(LICENSE|NOTICE|README)\b", re.IGNORECASE)
 WEIGHT_FILES = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx)$|\.index\.json$")
@@ -131,10 +123,10 @@ def export_checkpoint(
     def fill(slots: dict[str, Slot]) -> None:
         if saved is None:
             for key in names:
-                _mapped(slots[key]).copy_(value(key, slots[key].dtype))
+                mapped(slots[key]).copy_(value(key, slots[key].dtype))
             return
         # The checkpoint's reader copies into the tensors that it is given, converting their dtype: here, the files.
-        files = {key: _mapped(slots[key]) for key in saved}
+        files = {key: mapped(slots[key]) for key in saved}
         wanted = {name: files[key] for key, name in saved.items()}
         dcp.load(wanted, storage_reader=Reader(Path(checkpoint)), no_dist=True)
         for key, name in saved.items():
@@ -265,17 +257,17 @@ def _export(
         key: (entry.shape, dtype if entry.dtype in FLOATS else DTYPES[entry.dtype]) for key, entry in stored.items()
     }
     shards = plan_shards(layout, parse_size(max_shard_size))
-    slots = {slot_key: slot for shard in _slots(shards, layout, partial) for slot_key, slot in shard.items()}
+    slots = {slot_key: slot for shard in slots_of(shards, layout, partial) for slot_key, slot in shard.items()}
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_headers(partial, shards, layout)
+        write_headers(partial, shards, layout)
 
     def finish() -> None:
         for key in stored.keys() - names.keys():  # held by the source for nothing, and by the export as well
             with safe_open(stored[key].file, framework="pt") as weights:
-                _mapped(slots[key]).copy_(weights.get_tensor(key))
+                mapped(slots[key]).copy_(weights.get_tensor(key))
         _copy_other_files(source, partial)
         _write_configs(model, source, partial, dtype, num_assistant_tokens)
         sync_files(partial)
@@ -294,97 +286,6 @@ def _export(
     except BaseException:
         discard([out])
         raise
-
-
-# Safetensors files, written in place
-
-
-def parse_size(size: str | int) -> int:
-    """Bytes of "5GB", "500MB", "2GiB" or a plain number.
-
-    Raises:
-        ConfigError: if it isn't one.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(size).strip())
-    unit = (found[2] or "B").upper() if found else None
-    if found is None or unit not in UNITS or float(found[1]) <= 0:
-        raise ConfigError(f"model.export.max_shard_size={size}: give a size such as 5GB, 500MB or 2GiB.")
-    return int(float(found[1]) * UNITS[unit])
-
-
-def plan_shards(layout: dict[str, tuple[tuple[int, ...], torch.dtype]], most: int) -> list[list[str]]:
-    """Distribute tensors over files of at most `most` bytes, in the order given."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for key, (shape, dtype) in layout.items():
-        nbytes = math.prod(shape) * dtype.itemsize
-        if shards[-1] and size + nbytes > most:
-            shards.append([])
-            size = 0
-        shards[-1].append(key)
-        size += nbytes
-    return shards
-
-
-def _header(keys: Iterable[str], layout: dict) -> tuple[bytes, dict[str, int]]:
-    """A safetensors header, and the offset of each tensor from the start of the file.
-
-    Format: 8 bytes of little-endian length, then JSON, padded to 8 bytes; tensors of large elements first, so that each
-    is aligned to its own (https://github.com/huggingface/safetensors#format).
-    """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offsets, position = {}, 0
-    for key in sorted(keys, key=lambda k: (-layout[k][1].itemsize, k)):
-        shape, dtype = layout[key]
-        end = position + math.prod(shape) * dtype.itemsize
-        entries[key] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
-        offsets[key], position = position, end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {key: start + offset for key, offset in offsets.items()}
-
-
-def _file_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-
-
-def _slots(shards: list[list[str]], layout: dict, folder: Path) -> list[dict[str, Slot]]:
-    return [
-        {key: Slot(folder / name, offset, *layout[key]) for key, offset in _header(keys, layout)[1].items()}
-        for name, keys in zip(_file_names(len(shards)), shards, strict=True)
-    ]
-
-
-def _write_headers(folder: Path, shards: list[list[str]], layout: dict) -> None:
-    """Create each file at its final size with its header, and the index if there are several."""
-    sizes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in layout.items()}
-    names = _file_names(len(shards))
-    for name, keys in zip(names, shards, strict=True):
-        header, _ = _header(keys, layout)
-        with open(folder / name, "wb") as file:
-            file.write(header)
-            file.truncate(len(header) + sum(sizes[key] for key in keys))
-    if len(names) > 1:
-        index = {
-            "metadata": {
-                "total_size": sum(sizes.values()),
-                "total_parameters": sum(math.prod(shape) for shape, _ in layout.values()),
-            },
-            "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in sorted(keys)},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _mapped(slot: Slot) -> Tensor:
-    """A tensor that is the slot's bytes on disk."""
-    count = math.prod(slot.shape)
-    if count == 0:
-        return torch.empty(slot.shape, dtype=slot.dtype)
-    array = np.memmap(slot.file, np.uint8, "r+", slot.offset, (count * slot.dtype.itemsize,))
-    return torch.from_numpy(array).view(slot.dtype).reshape(slot.shape)
 
 
 # The folder around them

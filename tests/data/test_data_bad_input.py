@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from joint_train.config import SourceConfig
-from joint_train.data import DataError, build_loader, cache, tokenise
+from joint_train.data import DataError, build_loader, cache, cache_key, tokenise
 from joint_train.data.json_files import Record, read_lines
 from joint_train.data.readers import read_records
 from joint_train.data.sources import parse
@@ -316,7 +316,7 @@ def test_concurrent_builders_make_one_cache(tmp_path):
 def test_a_builder_without_progress_ends_the_wait(tmp_path):
     cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", numbered(3))])
     cfg.parallel.timeout_seconds = 2
-    key = cache.cache_key(cfg.data.train[0], cfg.data, TOKENIZER)
+    key = cache_key.cache_key(cfg.data.train[0], cfg.data, TOKENIZER)
     (tmp_path / "cache").mkdir(exist_ok=True)
     with filelock.FileLock(tmp_path / "cache" / f"{key}.lock"):
         began = time.monotonic()
@@ -333,7 +333,7 @@ def hold_lock_and_die(path):
 
 def test_the_lock_of_a_process_that_died_is_free(tmp_path):
     cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", numbered(3))])
-    key = cache.cache_key(cfg.data.train[0], cfg.data, TOKENIZER)
+    key = cache_key.cache_key(cfg.data.train[0], cfg.data, TOKENIZER)
     root = tmp_path / "cache"
     (root / f"{key}.tmp-host-1").mkdir(parents=True)
     child = multiprocessing.get_context("fork").Process(target=hold_lock_and_die, args=(root / f"{key}.lock",))
@@ -357,14 +357,14 @@ def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, monkeypatch, change)
     TOKENIZER("padded", padding="max_length", max_length=9)  # a call's settings aren't the tokenizer's
     tokenizer = make_tokenizer()
     tokenizer.name_or_path = str(tmp_path)
-    before = cache.cache_key(spec, data, TOKENIZER)
-    assert cache.cache_key(spec, data, tokenizer) == before
+    before = cache_key.cache_key(spec, data, TOKENIZER)
+    assert cache_key.cache_key(spec, data, tokenizer) == before
     if change == "content":
         path.write_text(path.read_text().replace("n0", "m0"))
     elif change == "max_line_bytes":
         data.max_line_bytes -= 1
     elif change in ("transformers", "tokenizers"):
-        monkeypatch.setattr(getattr(cache, change), "__version__", "0")
+        monkeypatch.setattr(getattr(cache_key, change), "__version__", "0")
     elif change == "template":
         tokenizer.chat_template = "{{ messages[0].content }}"
     elif change == "vocabulary":
@@ -378,11 +378,11 @@ def test_the_cache_is_keyed_by_what_it_depends_on(tmp_path, monkeypatch, change)
         values = {"format": "messages", "limit": 2, "columns": {"messages": "chat"}, "ignore": ["context"]}
         values["chat_template_kwargs"] = options
         setattr(spec, change, values[change])
-    after = cache.cache_key(spec, data, tokenizer)
+    after = cache_key.cache_key(spec, data, tokenizer)
     assert after != before
     path.rename(tmp_path / "moved.jsonl")
     spec.path = str(tmp_path / "moved.jsonl")
-    assert cache.cache_key(spec, data, tokenizer) == after, "not by where it lies"
+    assert cache_key.cache_key(spec, data, tokenizer) == after, "not by where it lies"
 
 
 def test_cached_tokens_are_the_templates(tmp_path):

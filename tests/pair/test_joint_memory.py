@@ -6,7 +6,8 @@ import torch
 from benchmarks.joint_step import DRAFTER_HIDDEN, HIDDEN, build_pair
 from joint_train.config import LossConfig
 from joint_train.pair.targets import joint_targets
-from joint_train.plan.meter import Meter, stand_ins
+from joint_train.plan.meter import Meter
+from joint_train.plan.stand_ins import stand_ins
 from joint_train.weights.composite import Gemma4WithDrafter
 
 K, BUDGET_MB = 4, 256

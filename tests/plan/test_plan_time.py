@@ -79,7 +79,8 @@ def test_norms_have_their_backward(pair):
     cfg = configure(pair)
     launches = {}
     for base in ("none", "full"):
-        plan = make_plan(with_overrides(cfg, {"activation_checkpointing.base": base}), Machine(gpus=1), "cpu")
+        with written_out():
+            plan = make_plan(with_overrides(cfg, {"activation_checkpointing.base": base}), Machine(gpus=1), "cpu")
         launches[base] = {part: work.launches for part, work in plan.work.items()}
     norms = launches["none"]["norms"]
     forward = launches["full"]["norms"] - norms

@@ -24,7 +24,7 @@ FLOORS = [
     ["distributed"],
     ["checkpoint"],
     ["weights"],
-    ["export"],
+    ["export", "drafter"],
     ["plan"],
     ["data"],
     ["evaluate"],

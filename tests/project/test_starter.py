@@ -145,6 +145,17 @@ def test_tokenizer_gives_any_text_back(tokenizer):
         assert tokenizer(mark, add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids(mark)]
 
 
+def test_the_tokenizer_is_of_gemmas_kind(tokenizer):
+    """Blanks are ▁ and rare characters their bytes: engines' converters tell the kind by that."""
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer("a  b 漢", add_special_tokens=False)["input_ids"])
+    assert "".join(pieces).startswith("a▁▁b▁") and pieces[-3:] == ["<0xE6>", "<0xBC>", "<0xA2>"]
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    assert model["type"] == "BPE" and model["byte_fallback"] and model["fuse_unk"]
+    assert all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
+    literal = tokenizer("<0x41>", add_special_tokens=False)["input_ids"]  # text that looks like a byte's token
+    assert tokenizer.decode(literal) == "<0x41>" and len(literal) > 1
+
+
 def test_pair_fits_together_and_generates(pair, tokenizer):
     base = Gemma4ForCausalLM.from_pretrained(pair / "base", dtype=torch.float32)
     drafter = Gemma4AssistantForCausalLM.from_pretrained(pair / "drafter", dtype=torch.float32)

@@ -125,4 +125,4 @@ def test_a_warm_up_that_the_run_does_not_outlast_is_named(caplog):
     warn_of_warmup(composed("max_steps=51", "optim.warmup_steps=50"), 51)
     assert not caplog.messages
     warn_of_warmup(composed("max_steps=40", "optim.warmup_steps=49"), 40)
-    assert "optim.warmup_steps=49 isn't over before max_steps=40: the learning rate reaches 80 %" in caplog.text
+    assert "optim.warmup_steps=49 isn't over before the run's 40 steps: the learning rate reaches 80 %" in caplog.text

@@ -138,7 +138,7 @@ def test_a_position_says_why_it_does_not_fit(tmp_path):
     _, loader = loader_of(tmp_path, seed=0)
     position = json.loads(json.dumps(loader_position(loader)))
     loader_of(tmp_path, seed=0, position=position)
-    with pytest.raises(OtherData, match="seed was 0, is 1; data.max_length was 64, is 96"):
+    with pytest.raises(OtherData, match="data.max_length was 64 and is now 96; seed was 0 and is now 1"):
         loader_of(tmp_path, seed=1, data={"max_length": 96}, position=position)
     before = {"rows": 12, "window": 0, "row": 12, "data": "0123456789abcdef"}
     with pytest.raises(OtherData, match="the order of the rows changed with this version of joint-train"):
