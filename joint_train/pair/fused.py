@@ -244,7 +244,7 @@ def fuse(model: nn.Module) -> None:
         return
     for module in model.modules():
         activation = getattr(getattr(module, "config", None), "hidden_activation", "gelu_pytorch_tanh")
-        kind: Hashable = type(module)
+        kind: Hashable = type(module)  # type: ignore
         if (fused := _fused_class(kind)) is not None and activation == "gelu_pytorch_tanh":
             module.__class__ = fused
         home: Any = sys.modules[type(module).__module__]
