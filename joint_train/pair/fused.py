@@ -157,7 +157,7 @@ def mlp(self: nn.Module, x: Tensor) -> Tensor:
     """The forward of ``Gemma4TextMLP``."""
     if torch.compiler.is_compiling():
         return type(self).written_out(self, x)  # type: ignore[attr-defined]
-    return self.down_proj(_GeGLU.apply(self.gate_proj(x), self.up_proj(x)))
+    return self.down_proj(_GeGLU.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[operator]
 
 
 # Rotation
