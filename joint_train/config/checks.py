@@ -17,7 +17,7 @@ from joint_train.config.values import (
 )
 from joint_train.errors import ConfigError
 
-CHOICES: dict[str, tuple[str | bool, ...]] = {
+CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "model.attn_implementation": ("auto", "by_layer_type", "sdpa", "flex_attention", "eager"),
     "drafter.pairing": ("serving", "same_token"),
     "drafter.rope_position": ("last_kv", "next_token"),
@@ -27,7 +27,8 @@ CHOICES: dict[str, tuple[str | bool, ...]] = {
     "data.on_error": ("raise", "skip"),
     "optim.name": ("adamw", "adamw_8bit", "adamw_bf16", "muon"),
     "optim.clip": ("joint", "separate"),
-    "optim.schedule": ("cosine", "linear", "constant"),
+    "optim.schedule": ("cosine", "linear", "constant", "wsd"),
+    "optim.drafter_schedule": (None, "cosine", "linear", "constant", "wsd"),
     "parallel.cpu_offload": ("none", "optimizer", "all"),
     "precision.compute": ("auto", "bfloat16", "float32"),
     "precision.params": ("float32", "bfloat16"),
@@ -52,6 +53,8 @@ AT_LEAST = {
     "optim.weight_decay": 0,
     "optim.eps": 0,
     "optim.min_lr_ratio": 0,
+    "optim.drafter_min_lr_ratio": 0,
+    "optim.decay_share": 0,
     "optim.grad_accum": 1,
     "optim.warmup_steps": 0,
     "optim.max_grad_norm": 0,
@@ -103,8 +106,8 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
         value = select(cfg, name)
         if value is not None and not value >= least:  # NaN is refused, too
             raise ConfigError(f"{name}={value}: must be at least {least}.")
-    for name in ("optim.min_lr_ratio", "drafter.base_grad_scale"):
-        if (value := select(cfg, name)) > 1:
+    for name in ("optim.min_lr_ratio", "optim.drafter_min_lr_ratio", "optim.decay_share", "drafter.base_grad_scale"):
+        if (value := select(cfg, name)) is not None and value > 1:
             raise ConfigError(f"{name}={value}: must be at most 1.")
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
         raise ConfigError(f"optim.betas={cfg.optim.betas}: give two numbers from 0 to below 1, e.g. [0.9, 0.95].")

@@ -135,8 +135,11 @@ class OptimConfig:
     betas: list[float] = key([0.9, 0.95], "AdamW's betas; with moments in bfloat16 the second is at most 0.99")
     eps: float = key(1e-8, "AdamW's epsilon")
     warmup_steps: int = key(50, "linear warm-up")
-    schedule: str = key("cosine", "cosine | linear | constant, after the warm-up")
+    schedule: str = key("cosine", "cosine | linear | constant | wsd (constant, then linear), after the warm-up")
     min_lr_ratio: float = key(0.1, "final learning rate as a fraction of the peak")
+    drafter_schedule: str | None = key(None, "the drafter's schedule; null: as schedule")
+    drafter_min_lr_ratio: float | None = key(None, "the drafter's min_lr_ratio; null: as min_lr_ratio")
+    decay_share: float = key(0.2, "with wsd: share of the run, at its end, in which the learning rate decays")
     clip: str = key("separate", "separate: clip each model by its own norm | joint: clip the norm over both together")
     max_grad_norm: float = key(
         1.0, "largest gradient norm: of both models, or with clip=separate of the base; 0: no clipping"

@@ -24,7 +24,7 @@ def block_size(shape: Iterable[int]) -> int:
     return block if block >= _SMALLEST_BLOCK else 0
 
 
-def has_no_decay(module: nn.Module) -> set[int]:
+def weights_without_decay(module: nn.Module) -> set[int]:
     """``id`` of each weight that has no decay: norms, biases, scales and embedding tables (and heads tied to them), of
     tokens as well as of an image's positions. A head of its own is decayed as any matrix."""
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
@@ -38,7 +38,7 @@ def moved_by_muon(module: nn.Module) -> list[nn.Parameter]:
     Not tables and heads (tied or not), not the routing of ordered embeddings, which is a head as well, and not experts,
     which are three-dimensional.
     """
-    spared = has_no_decay(module)
+    spared = weights_without_decay(module)
     matrices = [(n, p) for n, p in module.named_parameters() if p.requires_grad and p.ndim == 2 and id(p) not in spared]
     return [p for n, p in matrices if "lm_head" not in n and "centroids" not in n]
 

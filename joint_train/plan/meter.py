@@ -129,8 +129,10 @@ class Meter(TorchDispatchMode):
     def part(self) -> str | None:
         """What the operation that runs belongs to; None where its own kind says it."""
         # A backward has gradients off, but for the forwards that checkpointing repeats.
+        if self._within:
+            return self._within[-1]
         if not in_backward() or torch.is_grad_enabled():
-            return self._within[-1] if self._within else None
+            return None
         if (number := number_in_backward()) is None:
             return None
         numbers, parts = self._marks

@@ -120,12 +120,9 @@ def say_resumed(cfg: Config, checkpoint: Path, step: int, max_steps: int, steps_
     steps_before = steps_before or run_length(before)[0]
     if steps_before is None:
         return
-    old = lr_factor(step, before.optim, steps_before)
-    new = lr_factor(step, cfg.optim, max_steps)
-    for part, was, now in (
-        ("base", old * before.optim.lr, new * cfg.optim.lr),
-        ("drafter", old * before.optim.drafter_lr, new * cfg.optim.drafter_lr),
-    ):
+    for part, key in (("base", "lr"), ("drafter", "drafter_lr")):
+        was = getattr(before.optim, key) * lr_factor(step, before.optim, steps_before, part)
+        now = getattr(cfg.optim, key) * lr_factor(step, cfg.optim, max_steps, part)
         if abs(now - was) > 1e-6 * max(now, was):
             change = f" ({100 * (now / was - 1):+.0f} %)" if was > 0 else ""
             log.warning(

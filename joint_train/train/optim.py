@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from joint_train.config import OptimConfig
-from joint_train.distributed.moments import has_no_decay, moved_by_muon
+from joint_train.distributed.moments import moved_by_muon, weights_without_decay
 from joint_train.distributed.parallelize import towers
 from joint_train.distributed.placement import local_tensor
 from joint_train.pair.model import JointModel
@@ -32,15 +32,16 @@ def build_optimizer(model: JointModel, cfg: OptimConfig, on_host: bool = False) 
     """
     groups = []
     sometimes = without_gradient_in_some_steps(model)
-    for (_, module), lr in zip(model.parts(), (cfg.lr, cfg.drafter_lr), strict=True):
-        spared = has_no_decay(module)
+    for (name, module), lr in zip(model.parts(), (cfg.lr, cfg.drafter_lr), strict=True):
+        spared = weights_without_decay(module)
         sorted_out: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for p in module.parameters():
             if p.requires_grad:
                 sorted_out.setdefault((id(p) in sometimes, id(p) in spared), []).append(p)
         for (apart, without), params in sorted(sorted_out.items(), key=lambda item: item[0]):
             decay = 0.0 if without else cfg.weight_decay
-            groups.append({"params": params, "lr": lr, "peak_lr": lr, "weight_decay": decay, "apart": apart})
+            rates = {"lr": lr, "peak_lr": lr, "of": name}
+            groups.append({"params": params, "weight_decay": decay, "apart": apart, **rates})
     beta1, beta2 = cfg.betas
     if cfg.name == "muon":
         matrices = [p for _, module in model.parts() for p in moved_by_muon(module)]
@@ -61,14 +62,29 @@ def without_gradient_in_some_steps(model: JointModel) -> set[int]:
     return {id(p) for module in modules for p in module.parameters()}
 
 
-def lr_factor(step: int, cfg: OptimConfig, max_steps: int) -> float:
+def lr_factor(step: int, cfg: OptimConfig, max_steps: int, part: str = "base") -> float:
     """Learning rate of step 0, 1, … over its peak: linear warm-up, then ``schedule`` down to ``min_lr_ratio``, which is
-    that of the last step, ``max_steps - 1``."""
+    that of the last step, ``max_steps - 1``.
+
+    Args:
+        part: ``base`` or ``drafter``, which may have a schedule of its own: one that decays with the base's anneals on
+            a base that still moves.
+    """
+    schedule, least = cfg.schedule, cfg.min_lr_ratio
+    if part == "drafter":
+        schedule = cfg.drafter_schedule or schedule
+        least = least if cfg.drafter_min_lr_ratio is None else cfg.drafter_min_lr_ratio
     if step < cfg.warmup_steps:
         return (step + 1) / (cfg.warmup_steps + 1)
-    done = min(1.0, (step - cfg.warmup_steps) / max(1, max_steps - 1 - cfg.warmup_steps))
-    shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[cfg.schedule]
-    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape if cfg.schedule != "constant" else 1.0
+    if schedule == "constant":
+        return 1.0
+    last = max_steps - 1
+    start = cfg.warmup_steps
+    if schedule == "wsd":  # warm-up, stable, decay (Hu et al., arXiv 2404.06395, section 4.2)
+        start = max(start, last - round(cfg.decay_share * max_steps))
+    done = min(1.0, max(0, step - start) / max(1, last - start))
+    shape = (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
+    return least + (1 - least) * shape
 
 
 def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
@@ -102,6 +118,7 @@ def update(
     max_grad_norm: float,
     factor: float,
     drafter_max_grad_norm: float | None = None,
+    drafter_factor: float | None = None,
 ) -> dict[str, Tensor]:
     """Clip the gradients and take one step.
 
@@ -113,6 +130,7 @@ def update(
         max_grad_norm: largest norm over both models; 0 leaves the gradients as they are.
         factor: of :func:`lr_factor`.
         drafter_max_grad_norm: if given, that of the drafter alone; ``max_grad_norm`` is that of the base alone then.
+        drafter_factor: of :func:`lr_factor` for the drafter, where it isn't that of the base.
 
     Returns:
         The norms before clipping, scalars on the device: ``grad_norm`` and that of each model.
@@ -136,7 +154,8 @@ def update(
             scale = torch.where(finite, own, 0.0)
             nn.utils.clip_grads_with_norm_([p for p in part.parameters() if p.requires_grad], limit, scale)
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        own_factor = drafter_factor if group.get("of") == "drafter" and drafter_factor is not None else factor
+        group["lr"] = group["peak_lr"] * own_factor
     skip = (~finite | (norm == 0)).float()
     _step(optimizer, [group for group in optimizer.param_groups if not group.get("apart")], skip)
     for group in optimizer.param_groups:

@@ -243,9 +243,9 @@ class Trainer:
             out = self.model(**inputs, targets=targets, weights=weights)
             out.loss.backward()
             stats = out.stats if stats is None else stats + out.stats
-        factor = lr_factor(self.step, cfg.optim, self.max_steps)
+        factor, drafter_factor = (lr_factor(self.step, cfg.optim, self.max_steps, part) for part in ("base", "drafter"))
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
-        norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter)
+        norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter, drafter_factor)
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
@@ -270,7 +270,7 @@ class Trainer:
             metrics["epoch"] = epoch
         return metrics | {
             "lr": cfg.optim.lr * factor,
-            "drafter_lr": cfg.optim.drafter_lr * factor,
+            "drafter_lr": cfg.optim.drafter_lr * drafter_factor,
             "tokens_per_second": tokens / seconds,
             "tokens_per_second_per_gpu": tokens / seconds / self.ranks,
             "seconds": seconds,

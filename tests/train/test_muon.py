@@ -131,12 +131,12 @@ def test_real_gradients_of_other_ranks_move_a_matrix_nearly_alike():
 
 def test_tables_and_heads_of_their_own_are_not_muons():
     """An untied head moves by AdamW, with decay; an image's table of positions without."""
-    from joint_train.distributed.moments import has_no_decay
+    from joint_train.distributed.moments import weights_without_decay
 
     for shape in ("e2b", "multimodal"):
         base, _ = build_pair(shape)
         base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())  # untied
-        spared, by_muon = has_no_decay(base), {id(p) for p in moved_by_muon(base)}
+        spared, by_muon = weights_without_decay(base), {id(p) for p in moved_by_muon(base)}
         assert id(base.lm_head.weight) not in by_muon | spared
         named = base.named_parameters()
         tables = [p for n, p in named if "position_embedding_table" in n or n.endswith("embed_tokens.weight")]

@@ -187,3 +187,24 @@ def test_a_weight_that_no_target_reaches_does_not_decay(model, name):
         before, moved = weight.detach().clone(), other.detach().clone()
         update(optimizer, model, 1.0, 1.0)
         assert torch.equal(before, weight) != moves and not torch.equal(moved, other)
+
+
+def test_the_drafter_follows_a_schedule_of_its_own():
+    """Against the shapes written out, step by step; unset keys follow the base's."""
+    steps, warmup = 50, 5
+    cfg = config(
+        warmup_steps=warmup, min_lr_ratio=0.1, drafter_schedule="wsd", drafter_min_lr_ratio=0.0, decay_share=0.2
+    )
+    rates = {part: [lr_factor(step, cfg, steps, part) for step in range(steps)] for part in ("base", "drafter")}
+    assert rates["base"] == [
+        lr_factor(step, config(warmup_steps=warmup, min_lr_ratio=0.1), steps) for step in range(steps)
+    ]
+    expected = [(step + 1) / 6 for step in range(5)] + [1.0] * 35 + [1 - step / 10 for step in range(1, 11)]
+    assert rates["drafter"] == pytest.approx(expected)
+    same = config(warmup_steps=warmup, schedule="linear", min_lr_ratio=0.3)
+    assert [lr_factor(step, same, steps, "drafter") for step in range(steps)] == [
+        lr_factor(step, same, steps) for step in range(steps)
+    ]
+    assert [lr_factor(step, config(warmup_steps=0, schedule="wsd", decay_share=0.0), 9) for step in range(9)] == [
+        1.0
+    ] * 9
