@@ -85,7 +85,7 @@ def initialise_fsdp(root: FSDPModule) -> None:
 
 
 def pickled_in_checkpoints() -> dict[tuple[str, str], Any]:
-    """The private names in a distributed checkpoint's ``.metadata``: what each (module, name) stands for."""
+    """The private names in a distributed checkpoint's ``.metadata``: the object for each (module, name)."""
     paths = (
         "torch.serialization._get_layout",
         "torch.distributed.checkpoint.filesystem._StorageInfo",
@@ -126,7 +126,7 @@ def mark_rows_dynamic(tensor: Tensor) -> None:
 
 
 def allow_graphs(count: int) -> None:
-    """Let ``torch.compile`` make so many graphs of a function, in this process, at least."""
+    """Let ``torch.compile`` make at least this many graphs of a function in this process."""
     find("torch._dynamo.config.recompile_limit")
     config: Any = importlib.import_module("torch._dynamo.config")
     config.recompile_limit = max(config.recompile_limit, count)
@@ -143,7 +143,7 @@ def in_backward() -> bool:
 
 
 def sequence_number() -> int:
-    """What autograd numbers the next operation of this thread with."""
+    """The sequence number of this thread's next autograd operation."""
     return find("torch._C._autograd._get_sequence_nr")()
 
 
@@ -154,11 +154,11 @@ def number_in_backward() -> int | None:
 
 
 def record_memory(max_entries: int | None) -> None:
-    """Begin to record the GPU's allocations, so many; None ends it."""
+    """Start recording up to this many GPU allocations; None stops it."""
     record = find("torch.cuda.memory._record_memory_history")
     record(max_entries=max_entries) if max_entries else record(enabled=None)
 
 
 def dump_memory(file: str) -> None:
-    """Write what was recorded, for pytorch.org/memory_viz."""
+    """Write the recorded allocations, for pytorch.org/memory_viz."""
     find("torch.cuda.memory._dump_snapshot")(file)

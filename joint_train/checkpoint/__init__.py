@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, in the background if wished, for any number of ranks, exact.
+"""Checkpoints: atomic, exact, for any number of ranks, and optionally saved in the background.
 
 :class:`Checkpointer` is a run's view; :func:`load_model`, :func:`locate` and :func:`read_manifest` are for those who
 only read. ``python -m joint_train.checkpoint ls|verify|prune DIR`` for people. On disk: :mod:`.layout`.

@@ -170,7 +170,7 @@ class Mirror:
                 self._warned = True
                 log.warning(
                     "checkpoint.mirror: %s was not uploaded (%s). Training goes on; it is tried again with the next "
-                    "checkpoint, further failures are counted and said at the end of the run",
+                    "checkpoint, further failures are counted and reported at the end of the run",
                     folder.name, reason,
                 )  # fmt: skip
 

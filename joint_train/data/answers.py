@@ -215,8 +215,8 @@ class Conversation:
         return self._answer_to_end(index, text, marks, common_prefix(text, before, self.special))
 
     def _says(self, index: int, text: str, at: int) -> bool:
-        """Whether what a message says begins at a place, by what stands there; what is before it is in the prompt, too,
-        and so doesn't depend on the message. That spares three renderings."""
+        """Whether a message's content begins at a place, judged by the text there; what is before it is also in the
+        prompt, and so doesn't depend on the message. That spares three renderings."""
         message = self.messages[index]
         content = message.get("content")
         if not isinstance(content, str) or "tool_calls" in message or any(name in message for name in REASONING):

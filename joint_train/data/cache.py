@@ -230,7 +230,7 @@ def build_once(folder: Path, build: Callable[[Callable[[], None]], None], timeou
         for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # by builders that died: we hold their lock
             shutil.rmtree(left, ignore_errors=True)
         if folder.exists():
-            logger.warning("%s is damaged (%s): its data are tokenised again", folder, found)
+            logger.warning("%s is damaged (%s): its data is tokenised again", folder, found)
             away = folder.with_name(f"{folder.name}.tmp-damaged-{os.getpid()}")
             folder.rename(away)
             shutil.rmtree(away, ignore_errors=True)

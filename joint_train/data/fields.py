@@ -1,7 +1,7 @@
 """What the name of a field says: that it is a part of the conversation, or that something is not trained on.
 
 Rows come with fields that their format doesn't read. One that is a part of the conversation by its name must not be
-lost in silence. The names are those that LLaMA-Factory, axolotl, TRL, ms-swift, OpenRLHF and LLaVA document, and those
+lost silently. The names are those that LLaMA-Factory, axolotl, TRL, ms-swift, OpenRLHF and LLaVA document, and those
 of much used datasets. A name of several words (``chat_history``, ``sqlContext``) counts by its words.
 """
 

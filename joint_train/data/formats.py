@@ -142,7 +142,7 @@ def _prompt_response(fields: Fields) -> tuple[list[dict], list[int]]:
         answer, more = fields.conversation(response, "response")
     else:
         answer, more = [{"role": "assistant", "content": fields.text(response, *RESPONSE)}], []
-    # What the assistant says in the prompt is what the answer follows, not what is learnt.
+    # An assistant's message in the prompt is context, not a target.
     said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     context = [*context, *(len(earlier) + index for index in said)]
     messages = earlier + messages
@@ -227,7 +227,7 @@ def check_source(where: str, format: str, columns: Mapping[str, str]) -> None:
     """Refuse an unknown format, and columns for fields that the format doesn't have.
 
     Raises:
-        DataError: saying what there is.
+        DataError: naming the known ones.
     """
     if format not in FORMATS:
         raise DataError(f"{where}: format={format!r} is none of {', '.join(FORMATS)}")

@@ -175,7 +175,7 @@ def _processor(folder: str):
         # Pillow's resizing is the same on every machine; torchvision may be missing.
         return AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError) as error:
-        raise DataError(f"the data have images, and {folder} has no image processor: {error}") from error
+        raise DataError(f"the data has images, and {folder} has no image processor: {error}") from error
 
 
 def pixels(reference: str | bytes, folder: str) -> dict[str, np.ndarray]:

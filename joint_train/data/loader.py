@@ -303,7 +303,7 @@ def _fingerprint(cfg: Config, split: str, keys: list[str]) -> str:
 
 
 def describe(cfg, specs, sources, tokenizer) -> dict[str, Any]:
-    """What the sequence of rows depends on, in plain values by name: of two such, :func:`difference` says what differs.
+    """What the sequence of rows depends on, by name, in plain types: :func:`difference` compares two of them.
 
     Args:
         specs, sources: of a split, and what was made of them.
@@ -319,7 +319,8 @@ def describe(cfg, specs, sources, tokenizer) -> dict[str, Any]:
 
 
 def difference(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
-    """In words what differs between two of :func:`describe`; ``before`` is None in checkpoints that don't hold it."""
+    """A description of what differs between two results of :func:`describe`; ``before`` is None in older
+    checkpoints."""
     if before is None or before.get("order") != ORDER:
         return "the order of the rows changed with this version of joint-train"
     plain = [name for name in now if name not in (TOKENIZER, SOURCES) and before.get(name) != now[name]]

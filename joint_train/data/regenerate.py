@@ -122,7 +122,7 @@ def regenerate(
 
 
 def _digest(example: dict, model: str) -> str:
-    """Of what an answer belongs to: the prompts of a run that goes on may not be those it started with."""
+    """A digest of an answer's prompt: a resumed run may have other prompts than it started with."""
     return hashlib.sha256(json.dumps([example, model], sort_keys=True).encode()).hexdigest()[:16]
 
 

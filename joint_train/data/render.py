@@ -132,7 +132,7 @@ class Template:
         )
 
     def prepared(self, messages: list[dict]) -> list[dict]:
-        """The messages as templates see them: of plain values only, with each name that there is for thinking."""
+        """The messages as templates see them: in plain types, with thinking under each of its names."""
         return chat_template_utils._alias_reasoning_fields(chat_template_utils._plain_template_data(messages))
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:

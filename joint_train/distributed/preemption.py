@@ -121,10 +121,6 @@ class Preemption:
         """What is left of the countdown; None without a signal."""
         return None if self._until is None else max(self._until - time.monotonic(), 0.0)
 
-    def local_flag(self) -> bool:
-        """Whether this rank was signalled: to be combined with something that is reduced anyway."""
-        return self._signalled
-
     def should_stop(self) -> bool:
         """Whether any rank was signalled: the same answer on all. Collective, once a step; the first call may make
         the control group."""

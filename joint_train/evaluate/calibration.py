@@ -48,7 +48,7 @@ def reliability(decoded: Sequence[Decoded], seed: int) -> dict[str, Any]:
 
 
 def stopped(decoded: Sequence[Decoded], threshold: float, seed: int) -> dict[str, Any]:
-    """What decoding did that drafts no token of which the drafter is less sure than ``threshold``."""
+    """Decoding that stops drafting at a confidence below ``threshold``."""
     settled, verifications = [sum(d.settled) for d in decoded], [len(d.settled) for d in decoded]
     drafts, tokens = [sum(d.drafted) for d in decoded], [len(d.ids) for d in decoded]
     accepted = [s - v for s, v in zip(settled, verifications, strict=True)]

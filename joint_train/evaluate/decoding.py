@@ -83,7 +83,7 @@ def decode(
             :func:`joint_train.evaluate.drafting.settled_states`.
         way: what is drafted, and how accepted, see :mod:`joint_train.evaluate.drafting`; by default as it is served:
             ``argmax`` with ``engine``, else ``biased``. Of no account to greedy decoding.
-        threshold: draft no token of which the drafter is less sure.
+        threshold: stop drafting where the drafter's confidence is below it.
     """
     device = input_embedding(base).weight.device
     ids = torch.tensor([list(prompt_ids)], device=device)

@@ -18,7 +18,7 @@ def interval(columns: Sequence[Sequence[float]], statistic: Callable[..., Tensor
         statistic: of the columns' sums; elementwise on tensors.
 
     Returns:
-        ``value``, ``low``, ``high``; ``None`` where it can't be said.
+        ``value``, ``low``, ``high``; ``None`` where there is none.
     """
     data = torch.tensor(columns, dtype=torch.float64)  # [quantities, prompts]
     count = data.shape[1]

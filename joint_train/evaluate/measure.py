@@ -47,7 +47,7 @@ def measure(
 
     def run(what: str, drafter: PreTrainedModel | None, k: int, **more: float) -> list[Decoded]:
         options: dict[str, Any] = {"ignore_eos": ignore_eos, "engine": engine, **more}
-        # Once for nothing: the first generation pays for kernels, caches and memory.
+        # A warm-up: the first generation pays for kernels, caches and memory.
         decode(base, drafter, prompts[0].ids, k, min(8, max_new_tokens))
         decoded = []
         for i, prompt in enumerate(prompts):
@@ -162,7 +162,7 @@ def difference(
     if plain.ids == other.ids:
         return None
     at = next((i for i, (a, b) in enumerate(zip(plain.ids, other.ids, strict=False)) if a != b), None)
-    if at is None:  # one ends where the other goes on
+    if at is None:  # one ends where the other continues
         at = min(len(plain.ids), len(other.ids))
         return {"prompt": index, "position": at, "plain": None, "speculative": None, "margin": None}
     ids = torch.tensor([prompt.ids + plain.ids[:at]], device=input_embedding(base).weight.device)

@@ -74,7 +74,7 @@ def options_for(size: int, dtype: torch.dtype, shared: int | None, major: int = 
 
 @torch.compiler.assume_constant_result  # in a layer that is compiled
 def kernel_options(size: int, dtype: torch.dtype, index: int | None) -> dict[str, int]:
-    """:func:`options_for` the CUDA device of a number, by what the driver says of it."""
+    """:func:`options_for` a CUDA device, by its index, as the driver describes it."""
     card = _properties(index)
     return options_for(size, dtype, getattr(card, "shared_memory_per_block_optin", None), card.major)
 

@@ -47,7 +47,7 @@ class Machine:
 
     @property
     def usable(self) -> float:
-        """Bytes of a GPU that a run can fill."""
+        """Bytes of a GPU's memory that a run can use."""
         return self.gpu_memory_gb * 2**30 * (1 - self.reserve)
 
     def kernel_tflops(self, kernel: str) -> float:

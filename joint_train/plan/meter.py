@@ -176,7 +176,7 @@ class Meter(TorchDispatchMode):
         self.work[part].flops[kernel] += flops
 
     def move(self, part: str, size: int, launches: int = 1) -> None:
-        """Bytes that are read and written by what isn't an operation here."""
+        """Count bytes that are read and written outside of operations."""
         self.work[part].bytes += size
         self.work[part].launches += launches
 

@@ -394,12 +394,12 @@ def longest(cfg: Config, machine: Machine, plan: Plan, unit: int = 256, most: in
 
 
 def pinned(cfg: Config) -> Config:
-    """With as much recomputed as ``auto`` can choose."""
+    """The configuration with the most recomputation that ``auto`` can choose."""
     return with_overrides(cfg, rungs(cfg.activation_checkpointing)[-1])
 
 
 def can_adapt(cfg: Config) -> bool:
-    """Whether adapters in the place of a trained base are a choice that is left."""
+    """Whether adapters could still take the place of a trained base."""
     return not cfg.lora.r and not cfg.freeze.base and cfg.freeze.towers and find_spec("peft") is not None
 
 

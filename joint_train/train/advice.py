@@ -44,7 +44,7 @@ def generation_prompts(
 
 
 def warn_of_grace(cfg: CheckpointConfig, plan: Plan, machine: Machine, device_type: str) -> None:
-    """Say at the start that a save won't fit into the time that a signal leaves, rather than when it comes."""
+    """Warn at the start if a save won't fit into the time that a signal leaves."""
     seconds = plan.checkpoint / machine.disk_gb_per_second / 1e9
     if device_type != "cpu" and seconds > cfg.grace_seconds:
         log.warning(
@@ -55,7 +55,7 @@ def warn_of_grace(cfg: CheckpointConfig, plan: Plan, machine: Machine, device_ty
 
 
 def warn_of_torchrun(cfg: CheckpointConfig) -> None:
-    """Say where torchrun kills a run before ``checkpoint.grace_seconds`` are over: before torch 2.13."""
+    """Warn where torchrun kills a run before ``checkpoint.grace_seconds`` are over: before torch 2.13."""
     if dist.is_torchelastic_launched() and torch.__version__ < TorchVersion("2.13") and cfg.grace_seconds > 30:
         log.warning(
             "torchrun of torch %s kills a run 30 s after a signal: a save on preemption has that long, and not "
@@ -65,7 +65,7 @@ def warn_of_torchrun(cfg: CheckpointConfig) -> None:
 
 
 def warn_of_padding(plan: Plan) -> None:
-    """Say that the weights don't divide over so many shards."""
+    """Warn that the weights don't divide evenly over the shards."""
     if plan.padding > MOST_PADDING:
         log.warning(
             "over %d shards the weights take %.0f %% more memory and communication than they have values, because none "
@@ -90,7 +90,7 @@ def log_recomputation(plan: Plan, machine: Machine) -> None:
 
 
 def warn_of_warmup(cfg: Config, max_steps: int) -> None:
-    """Say that the learning rate never reaches its peak."""
+    """Warn that the learning rate never reaches its peak."""
     if cfg.optim.warmup_steps >= max_steps:
         share = lr_factor(max_steps - 1, cfg.optim, max_steps)
         log.warning(
@@ -101,7 +101,7 @@ def warn_of_warmup(cfg: Config, max_steps: int) -> None:
 
 
 def say_resumed(cfg: Config, checkpoint: Path, step: int, max_steps: int, steps_before: int | None) -> None:
-    """Say where a run goes on, and what a changed configuration does to the learning rates of its next step.
+    """Log where a run resumes, and what a changed configuration does to the learning rates of its next step.
 
     Args:
         max_steps: the run's last step.

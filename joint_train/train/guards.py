@@ -49,7 +49,7 @@ class BadSteps:
 
     Args:
         limit: steps in a row after which the run shouldn't go on.
-        before: bad steps of the run until here, of which none is in a row with what comes.
+        before: bad steps of the run so far; they don't count towards a new row of bad steps.
     """
 
     def __init__(self, limit: int, device: torch.device | str, before: int = 0) -> None:

@@ -19,7 +19,7 @@ def run_steps(cfg: Config, loader: BatchLoader, ranks: int, step: int) -> int:
     Args:
         loader: of the training data, at the position of ``step``.
         ranks: that share the data.
-        step: that the run goes on from.
+        step: the step that the run resumes from.
 
     Raises:
         ConfigError: ``profile.steps`` lie beyond it.

@@ -40,7 +40,7 @@ class Tracker:
     Args:
         cfg: the whole configuration.
         rank: only rank 0 does anything.
-        step: the step that the run goes on from; 0 for a fresh one. Records after it, of a run that was cut short,
+        step: the step that the run resumes from; 0 for a new one. Records after it, of a run that was cut short,
             are moved out of the way.
         unfinished: the record of ``step`` itself is still to come, so one that is there already is moved as well.
         max_steps: the run's last step; by default that of the configuration.
@@ -84,7 +84,7 @@ class Tracker:
                 sink.finish(before, after)
 
     def sync(self) -> None:
-        """Have the records so far on disk, before a checkpoint that goes on after them."""
+        """Sync the records to disk, before a checkpoint that continues after them."""
         for sink in self.sinks:
             if isinstance(sink, JsonLines):
                 os.fsync(sink.file.fileno())
@@ -382,7 +382,7 @@ def validation_line(step: int, metrics: Mapping[str, float]) -> str:
 
 
 def epoch_of(metrics: Mapping[str, float]) -> str:
-    """``, epoch 1.4`` where the data have epochs."""
+    """``, epoch 1.4`` where the data has epochs."""
     return f", epoch {metrics['epoch']:.1f}" if "epoch" in metrics else ""
 
 

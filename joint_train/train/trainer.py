@@ -382,7 +382,7 @@ class Trainer:
         )
 
     def publish(self, folder: Path) -> None:
-        """Begin to upload an export to where the configuration says."""
+        """Start uploading an export as configured."""
         self.checkpointer.upload(folder)
         export = self.cfg.model.export
         if export.push_to_hub and dist.get_rank() == 0:

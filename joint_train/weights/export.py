@@ -265,7 +265,7 @@ def _export(
         write_headers(partial, shards, layout)
 
     def finish() -> None:
-        for key in stored.keys() - names.keys():  # held by the source for nothing, and by the export as well
+        for key in stored.keys() - names.keys():  # unused, but in the source, and so in the export
             with safe_open(stored[key].file, framework="pt") as weights:
                 mapped(slots[key]).copy_(weights.get_tensor(key))
         _copy_other_files(source, partial)

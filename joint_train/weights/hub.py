@@ -66,7 +66,8 @@ class Push:
             self._error = error
 
     def finish(self, seconds: float) -> None:
-        """Wait, at most so long, and say how it ended: a push that fails is a warning, the local export is complete."""
+        """Wait, up to a time limit, and log the outcome: a failed push is a warning, as the local export is
+        complete."""
         self._thread.join(seconds)
         late = self._thread.is_alive()
         if not late and self._error is None:

@@ -259,7 +259,7 @@ def frozen_base(folder: str | os.PathLike) -> dict[str, str]:
 def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.PathLike) -> dict[str, str]:
     """The model's tensor for each of a folder's, by name, through transformers' own renamings.
 
-    Left out are the keys that the format lets a folder hold for nothing, such as the k/v of KV-shared layers.
+    Keys that transformers ignores are left out, such as the k/v of KV-shared layers.
 
     Raises:
         WeightsError: listing what is missing, unexpected, misshaped or of the wrong kind.
