@@ -52,7 +52,7 @@ def find(path: str) -> Any:
     """What has a name of :data:`PRIVATE`.
 
     Raises:
-        ImportError: if this torch hasn't got it, saying what that breaks and which releases have it.
+        ImportError: if this torch doesn't have it, with what that breaks and which releases have it.
     """
     breaks, parts = PRIVATE[path], path.split(".")
     for split in range(len(parts) - 1, 0, -1):

@@ -354,7 +354,7 @@ class Preflight:
             time.sleep(0.05)
 
     def _who(self, rank: int) -> str:
-        """The rank and its host, by its own word or else by Slurm's list of nodes."""
+        """The rank and its host, as it reported it, or else with Slurm's list of nodes."""
         if self.store.check([f"host/{rank}"]):
             return f"rank {rank} on {json.loads(self.store.get(f'host/{rank}'))}"
         return (

@@ -33,7 +33,8 @@ from joint_train.pair.model import JointModel
 
 log = logging.getLogger(__name__)
 
-# How long what another rank did may take to be seen here: its error in this rank's thread, its files over a network.
+# How long it may take until this rank sees what another one did: its error in this rank's thread, its files over a
+# network.
 _GRACE_SECONDS = 10.0
 
 

@@ -162,7 +162,7 @@ class Conversation:
         message, before = self.messages[index], self.messages[:index]
         if text.startswith(prompt):
             if before[-1]["role"] != "user" and prompt == self.render(before):
-                # No prompt here, as after a tool's result: what the template may write before the answer is nobody's.
+                # No prompt here, as after a tool's result: what the template may write before the answer isn't trained.
                 answer = self._without_prompt(index, text, marks)
                 if answer.start > len(prompt):
                     self.notices[notices.OTHER_PROMPT] += 1

@@ -244,7 +244,8 @@ def build_loader(
 
 
 def open_source(spec: SourceConfig, data: DataConfig, tokenizer, timeout: float) -> Pieces | StreamPieces:
-    """What of a source goes into rows. All of it is tokenised first, unless it is a stream without a limit.
+    """The pieces of a source that go into rows. It is tokenised as a whole first, unless it is a stream without a
+    limit.
 
     Raises:
         DataError: bad data, or nothing usable.

@@ -1,4 +1,4 @@
-"""What of a source goes into rows: its documents, cut and sorted out by the ``data`` options."""
+"""The pieces of a source that go into rows: its documents, cut and filtered by the ``data`` options."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -116,7 +116,7 @@ def cut(source: Tokenised, data) -> Pieces:
     lost = 0
     for document in np.flatnonzero(keep & long).tolist():
         for start, size in _parts(source, document, data):
-            # The first token of a piece is nobody's target: nothing before it predicts it.
+            # The first token of a piece is never a target: nothing before it predicts it.
             flags = source.read(document, start + 1, size - 1)[1]
             if size > 1 and (mask is None or np.any(flags & mask)):
                 pieces.append(np.array([[document, start, size]]))

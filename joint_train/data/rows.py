@@ -196,7 +196,8 @@ class Walk(Iterator[list[Document]]):
 
     @property
     def position(self) -> dict[str, Any]:
-        """Where it is, plain: rows and documents before it, the place in the interleaving, and what was left there."""
+        """The position, in plain types: rows and documents before it, the place in the interleaving, and what was left
+        there."""
         return {
             "rows": self.rows,
             "documents": self._pulled - len(self._pool),

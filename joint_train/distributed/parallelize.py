@@ -66,7 +66,7 @@ def towers(base: nn.Module) -> list[nn.Module]:
 
 
 def audio_towers(base: nn.Module) -> list[nn.Module]:
-    """Those of them that only sound reaches."""
+    """Those of them that only process audio."""
     return [tower for name in ("audio_tower", "embed_audio") if (tower := getattr(base.model, name, None)) is not None]
 
 
@@ -106,7 +106,7 @@ def freeze(model: JointModel, cfg: FreezeConfig) -> None:
 
 
 def prepare(model: JointModel, cfg: Config) -> None:
-    """What comes before sharding, and is there without it: freezing, kernels, checkpointing, compilation.
+    """What is done before sharding, and also without it: freezing, kernels, checkpointing, compilation.
 
     Raises:
         ConfigError: for liger's kernels without its package.

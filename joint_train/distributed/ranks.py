@@ -1,4 +1,4 @@
-"""Agreement between ranks: what fails on one fails on all, and no wait is without an end."""
+"""Agreement between ranks: what fails on one fails on all, and every wait has a time limit."""
 
 from collections.abc import Callable
 from datetime import timedelta

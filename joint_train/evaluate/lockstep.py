@@ -12,7 +12,8 @@ T = TypeVar("T")
 
 
 class Lockstep:
-    """While it is entered, every forward of the base waits until all ranks are at one; a rank with nothing left to
+    """While it is entered, every forward of the base waits until every rank has reached one; a rank with nothing left
+    to
     decode joins in with a forward of one token, until none has.
 
     Args:

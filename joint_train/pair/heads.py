@@ -65,7 +65,7 @@ def softcapped(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def before_softcap(grad: Tensor, logits: Tensor, cap: float | None, scratch: Tensor | None = None) -> Tensor:
-    """The gradient by what was softcapped of that by the softcapped `logits`, in place."""
+    """From the gradient by the softcapped `logits` to that by the logits before the softcap, in place."""
     return grad if cap is None else grad.addcmul_(grad, torch.div(logits, cap, out=scratch).square_(), value=-1)
 
 

@@ -1,4 +1,4 @@
-"""What the logits of one chunk give, row by row: losses, measures and the gradient by the logits.
+"""What is computed of one chunk's logits, row by row: losses, measures and the gradient by the logits.
 
 One statement of the mathematics in two ways to run it. :class:`Buffered` keeps its ``[n, V]`` tensors in buffers that
 all chunks share. :class:`Compiled` (``loss.compile``) has ``torch.compile`` make few kernels of it: probabilities are
@@ -22,7 +22,7 @@ from joint_train.torch_private import mark_rows_dynamic
 
 @dataclass(frozen=True)
 class Mix:
-    """What ``loss.drafter`` says: weights of the distances from the teacher, of the data's token and of its argmax."""
+    """``loss.drafter``, parsed: weights of the distances from the teacher, of the data's token and of its argmax."""
 
     distances: Mapping[str, float]
     data_weight: float
@@ -32,7 +32,7 @@ class Mix:
 
 
 class Part(NamedTuple):
-    """What a chunk's rows give of the base, or of a round.
+    """What the rows of a chunk contribute to the base's sums, or to a round's.
 
     Attributes:
         sums: of each number over the rows in the mask, ``[numbers]``: ``loss``, ``ce`` and ``top1``, and of a round the

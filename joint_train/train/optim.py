@@ -150,7 +150,7 @@ def update(
         ]
     for part, limit, own in clipped:
         if limit > 0:
-            # A norm that isn't finite would spread to every gradient, and hide where it came from.
+            # A norm that isn't finite would spread to every gradient and hide its origin.
             scale = torch.where(finite, own, 0.0)
             nn.utils.clip_grads_with_norm_([p for p in part.parameters() if p.requires_grad], limit, scale)
     for group in optimizer.param_groups:
