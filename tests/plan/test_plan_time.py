@@ -11,7 +11,7 @@ from joint_train.config import with_overrides
 from joint_train.pair.fused import written_out
 from joint_train.pair.loss import Pass
 from joint_train.plan import __main__ as command
-from joint_train.plan import meter, planner
+from joint_train.plan import planner, stand_ins
 from joint_train.plan.ladder import LADDER, lowest, rungs
 from joint_train.plan.machine import ATTENTION, Machine
 from joint_train.plan.planner import make_plan
@@ -126,7 +126,7 @@ def test_loss_chunks_that_are_alike_are_counted_once(tmp_path, monkeypatch, shap
     monkeypatch.setattr(Pass, "_chunk", counted)
     short = make_plan(cfg, Machine(gpus=1))
     some, _ = list(rows), rows.clear()
-    monkeypatch.setattr(meter, "_chunks", lambda meter: Pass.walk_chunks)
+    monkeypatch.setattr(stand_ins, "_chunks", lambda meter: Pass.walk_chunks)
     every = make_plan(cfg, Machine(gpus=1))
     assert len(rows) > 4 and some == [*rows[:2], *([rows[-1]] if rows[-1] != rows[0] else [])]
     assert short == every
