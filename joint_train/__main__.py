@@ -76,7 +76,7 @@ def leave(code: int | str | None) -> NoReturn:
         code = command.EXPLAINED_ERROR
     # torch's handler raises where a loader's process is killed; and torchrun signals those that end last.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, command.PARENT_ENDED):
         signal.signal(number, signal.SIG_IGN)
     for worker in multiprocessing.active_children():  # of the data loaders: Python's own ending would end them
         worker.kill()
@@ -105,7 +105,7 @@ if __name__ == "__main__":
     if {"--help", "-h"} & set(sys.argv):
         sys.exit(command.start("joint_train", print_help))
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank ends with its torchrun: it saves, see distributed/preemption.py
-        command.end_with_parent(signal.SIGINT)
+        command.end_with_parent(command.PARENT_ENDED)
     try:
         main()
         leave(command.DONE)

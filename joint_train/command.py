@@ -84,6 +84,7 @@ def start(name: str, main: Callable[[], int | None], rank: int = 0) -> int:
         return INTERRUPTED
 
 
+PARENT_ENDED = signal.SIGUSR2  # to a rank whose torchrun ended; the kernel may send it more than once
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux has it
 
 

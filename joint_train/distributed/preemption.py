@@ -33,9 +33,10 @@ What a launcher has to know:
 - torchrun never returns a worker's exit code. It exits with 1: after ``SignalException`` if it got the signal itself,
   after ``ChildFailedError`` (whose ``failures[rank].exitcode`` is 85) if a worker did. A launcher that needs the
   difference calls ``torch.distributed.launcher.api.elastic_launch`` and catches the two, or starts the ranks itself.
-- torchrun hands the first Ctrl-C to its workers, and ends at a second one without waiting for them. Its workers get a
-  SIGINT when it ends, however that happens (``joint_train.__main__``): a rank's first one makes it save, as where
-  torchrun was killed, and its second one ends it.
+- torchrun hands the first Ctrl-C to its workers, and ends at a second one without waiting for them. Its workers get
+  :data:`PARENT_ENDED` when it ends, however that happens (``joint_train.__main__``): they save, as where torchrun was
+  killed, or end at once if a Ctrl-C came before. The kernel sends it for each of torchrun's threads that a worker is
+  handed on to, so it counts once its process is gone.
 - torchrun signals a worker's whole process group. Data loader processes have to live until the step is done, and no
   longer than their rank: :func:`stand_apart`, and a hook for those that are just being forked.
 """
@@ -52,10 +53,10 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from joint_train.command import INTERRUPTED, OVERRUN, PREEMPTED, end_with_parent
+from joint_train.command import INTERRUPTED, OVERRUN, PARENT_ENDED, PREEMPTED, end_with_parent
 from joint_train.distributed.ranks import control_group
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, PARENT_ENDED)
 MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 
 
@@ -80,6 +81,7 @@ class Preemption:
         self.timeout_seconds = timeout_seconds
         self._signalled = False
         self._interrupts = 0
+        self._parent = os.getppid()
         self._saved = False
         self._at_once = False
         self._until: float | None = None
@@ -152,7 +154,8 @@ class Preemption:
 
     def _arrived(self, number: int) -> None:
         self._signalled = True
-        self._interrupts += number == signal.SIGINT
+        left = number == PARENT_ENDED and self._interrupts > 0 and os.getppid() != self._parent
+        self._interrupts += number == signal.SIGINT or left
         if self._at_once:
             self._end_at_once()
         if self._interrupts > 1 and not self._saved:

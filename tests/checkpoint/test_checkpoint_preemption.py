@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ranks import CONTEXT, run_ranks
 from torch.utils.data import DataLoader
 
-from joint_train.command import INTERRUPTED, OVERRUN, PREEMPTED, end_with_parent
+from joint_train.command import INTERRUPTED, OVERRUN, PARENT_ENDED, PREEMPTED, end_with_parent
 from joint_train.distributed.preemption import Preemption, stand_apart
 
 
@@ -113,6 +113,14 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 def test_a_first_ctrl_c_after_another_signal_does_not_end_the_save(tmp_path):
     signals = [(0, signal.SIGTERM), (0.2, signal.SIGHUP), (0.2, signal.SIGINT)]
+    code, said, _ = ends(save_and_exit, tmp_path, 60, 1.5, False, False, signals=signals)
+    assert code == PREEMPTED and (tmp_path / "saved").exists(), said
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, PARENT_ENDED])
+def test_the_kernels_repeated_word_of_a_parents_end_does_not_end_the_save(tmp_path, first):
+    """A dying torchrun hands its ranks on from thread to thread, and each time they are signalled."""
+    signals = [(0, first), (0.2, PARENT_ENDED), (0.2, PARENT_ENDED)]
     code, said, _ = ends(save_and_exit, tmp_path, 60, 1.5, False, False, signals=signals)
     assert code == PREEMPTED and (tmp_path / "saved").exists(), said
 
