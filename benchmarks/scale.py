@@ -39,7 +39,7 @@ from joint_train.pair import attention as attention_module
 from joint_train.pair import heads
 from joint_train.pair.recompute import HostCopies
 from joint_train.pair.targets import joint_targets
-from joint_train.plan import meter
+from joint_train.plan import stand_ins
 from joint_train.plan.planner import GIB, Machine, make_plan, read
 from joint_train.torch_private import local_shape_and_offset
 from joint_train.train import compact
@@ -144,13 +144,10 @@ def played(memory: Memory, traffic: Traffic) -> Iterator[None]:
     def attention(query, key, value, attn_mask=None, **_):
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
-        return meter._Attention.apply(query, key, value, attn_mask, UNCOUNTED)
+        return stand_ins._Attention.apply(query, key, value, attn_mask, UNCOUNTED)
 
     def flex(query, key, value, mask, scaling, window):
         return attention(query, key, value)
-
-    def rms_norm(input, normalized_shape, weight=None, eps=None):
-        return meter._RMSNorm.apply(input, weight, UNCOUNTED)
 
     def shard_of(*args):
         with _disable_current_modes():  # the mesh's own tensors have contents
@@ -177,7 +174,6 @@ def played(memory: Memory, traffic: Traffic) -> Iterator[None]:
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
         mock.patch.object(nn.functional, "scaled_dot_product_attention", attention),
         mock.patch.object(attention_module, "flex", flex),
-        mock.patch.object(nn.functional, "rms_norm", rms_norm),
         mock.patch.object(HostCopies, "to_host", to_host),
         mock.patch.object(compact, "local_shape_and_offset", shard_of),
         mock.patch.object(heads, "_matmul", plain_matmul),
