@@ -58,6 +58,9 @@ def encoding(tokenizer, text: str) -> tokenizers.Encoding:
     return backend.encode(text, add_special_tokens=False)
 
 
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # variables that aren't options
+
+
 class Template:
     """A tokenizer's chat template with its options.
 
@@ -86,8 +89,9 @@ class Template:
             )
         self.name, self.options = tokenizer.name_or_path, options
         self.source: str = tokenizer.get_chat_template(tools=options.get("tools"))
-        self.marked, self.prompts, self.reads = _properties(self.source)
-        _check_options(tokenizer, options, self.reads)
+        self.marked, self.prompts = _properties(self.source)
+        self.reads = self._variables_of(self.source)
+        self._check_options(tokenizer)
         self.special, self.control = _patterns(tokenizer)
         given = {"tools": None, "documents": None, **tokenizer.special_tokens_map, **options}
         self._variables: dict[str, Any] = chat_template_utils._plain_template_data(given)
@@ -98,6 +102,34 @@ class Template:
         other.options = {**self.options, **options}
         other._variables = {**self._variables, **chat_template_utils._plain_template_data(options)}
         return other
+
+    def _variables_of(self, source: str) -> frozenset[str]:
+        """Variables that a template reads. Compiling it computes its constants, so it is limited as a rendering is."""
+        with self._explained():
+            return _undeclared(source)
+
+    def _check_options(self, tokenizer) -> None:
+        """Refuse options that the template would pass over."""
+        for name, value in self.options.items():
+            if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+                raise DataError(
+                    f"chat_template_kwargs: {name} is the text {value!r}, which a template takes for true: write "
+                    f"{value.strip().lower()} without quotation marks"
+                )
+        reads, templates = self.reads, tokenizer.chat_template
+        unread = [name for name in self.options if name not in reads and name not in GIVEN]
+        if unread and isinstance(templates, dict):  # by name: another one may read it
+            reads = reads.union(*(self._variables_of(source) for source in templates.values()))
+            unread = [name for name in unread if name not in reads]
+        if not unread:
+            return
+        known = sorted(reads.difference(GIVEN, tokenizer.special_tokens_map))
+        close = difflib.get_close_matches(unread[0], known, 1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise DataError(
+            f"chat_template_kwargs: the chat template of {self.name!r} never reads {', '.join(unread)}{hint}; it reads "
+            f"{', '.join(known) or 'no options'}"
+        )
 
     def prepared(self, messages: list[dict]) -> list[dict]:
         """The messages as templates see them: of plain values only, with each name that there is for thinking."""
@@ -181,33 +213,13 @@ def _handle_signals(process: int) -> None:
     signal.signal(signal.SIGVTALRM, _stop)
 
 
-GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
-
-
-def _check_options(tokenizer, options: dict[str, Any], reads: frozenset[str]) -> None:
-    """Refuse options that the template would pass over."""
-    for name, value in options.items():
-        if isinstance(value, str) and value.strip().lower() in ("true", "false"):
-            raise DataError(
-                f"chat_template_kwargs: {name} is the text {value!r}, which a template takes for true: write "
-                f"{value.strip().lower()} without quotation marks"
-            )
-    unread = [name for name in options if name not in reads and name not in GIVEN]
-    if not unread:
-        return
-    templates = tokenizer.chat_template
-    if isinstance(templates, dict):  # by name: another one may read it
-        reads = reads.union(*(_properties(source)[2] for source in templates.values()))
-        unread = [name for name in unread if name not in reads]
-        if not unread:
-            return
-    known = sorted(reads.difference(GIVEN, tokenizer.special_tokens_map))
-    close = difflib.get_close_matches(unread[0], known, 1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    raise DataError(
-        f"chat_template_kwargs: the chat template of {tokenizer.name_or_path!r} never reads {', '.join(unread)}{hint}; "
-        f"it reads {', '.join(known) or 'no options'}"
-    )
+@lru_cache(maxsize=64)
+def _undeclared(source: str) -> frozenset[str]:
+    try:
+        environment = chat_template_utils._compile_jinja_template(source).environment
+        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+    except jinja2.TemplateError:  # reported when it is rendered
+        return frozenset()
 
 
 @lru_cache(maxsize=64)
@@ -231,19 +243,14 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 @lru_cache(maxsize=64)
-def _properties(source: str) -> tuple[bool, bool, frozenset[str]]:
+def _properties(source: str) -> tuple[bool, bool]:
     try:
         powers = any(value == "**" for _, kind, value in jinja2.Environment().lex(source) if kind == "operator")
     except jinja2.TemplateSyntaxError:
         powers = False  # said when it is rendered
     if powers:
         raise DataError("the chat template takes powers (**), which no conversation needs and which may never end")
-    try:
-        environment = chat_template_utils._compile_jinja_template(source).environment
-        reads = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
-    except jinja2.TemplateError:  # said when it is rendered
-        reads = frozenset()
-    return bool(MARKS.search(source)), "add_generation_prompt" in source, reads
+    return bool(MARKS.search(source)), "add_generation_prompt" in source
 
 
 _PATTERNS: WeakKeyDictionary[Any, tuple[int, re.Pattern, re.Pattern]] = WeakKeyDictionary()

@@ -111,7 +111,7 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """The forward of ``Gemma4RMSNorm``, as one kernel."""
     if torch.compiler.is_compiling():
-        return type(self).written_out(self, hidden_states)  # type: ignore[attr-defined]
+        return type(self).written_out(self, hidden_states)  # type: ignore[attr-defined]  # which a fused class has
     return _RMSNorm.apply(hidden_states, self.weight if self.with_scale else None, self.eps)
 
 
@@ -156,7 +156,7 @@ class _GeGLU(torch.autograd.Function):
 def mlp(self: nn.Module, x: Tensor) -> Tensor:
     """The forward of ``Gemma4TextMLP``."""
     if torch.compiler.is_compiling():
-        return type(self).written_out(self, x)  # type: ignore[attr-defined]
+        return type(self).written_out(self, x)  # type: ignore[attr-defined]  # which a fused class has
     layers: Any = self
     return layers.down_proj(_GeGLU.apply(layers.gate_proj(x), layers.up_proj(x)))
 

@@ -81,7 +81,7 @@ class CompactAdamW(Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]
+    def step(self, closure=None) -> None:  # type: ignore[override]  # no loss: no closure is run
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -43,7 +43,7 @@ class Muon(CompactAdamW):
         return super().entries(parameter)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]
+    def step(self, closure=None) -> None:  # type: ignore[override]  # no loss: no closure is run
         found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         matrices = [(p, group) for p, group in found if id(p) in self.matrices]
         for parameter, group in found:

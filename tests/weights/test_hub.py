@@ -154,9 +154,8 @@ def test_a_push_that_cannot_work_is_refused_before_the_run(monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
 
     def refused(**overrides):
-        cfg = config({"data.train": [{"path": "x.jsonl"}], "model.export.push_to_hub": "me/pair", **overrides})
         with pytest.raises(ConfigError) as error:
-            validate(cfg, 1)
+            config({"data.train": [{"path": "x.jsonl"}], "model.export.push_to_hub": "me/pair", **overrides})
         return str(error.value)
 
     assert "hf auth login" in refused()
