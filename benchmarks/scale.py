@@ -149,9 +149,6 @@ def played(memory: Memory, traffic: Traffic) -> Iterator[None]:
     def flex(query, key, value, mask, scaling, window):
         return attention(query, key, value)
 
-    def rms_norm(input, normalized_shape, weight=None, eps=None):
-        return stand_ins._RMSNorm.apply(input, weight, UNCOUNTED)
-
     def shard_of(*args):
         with _disable_current_modes():  # the mesh's own tensors have contents
             return local_shape_and_offset(*args)
@@ -177,7 +174,6 @@ def played(memory: Memory, traffic: Traffic) -> Iterator[None]:
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
         mock.patch.object(nn.functional, "scaled_dot_product_attention", attention),
         mock.patch.object(attention_module, "flex", flex),
-        mock.patch.object(nn.functional, "rms_norm", rms_norm),
         mock.patch.object(HostCopies, "to_host", to_host),
         mock.patch.object(compact, "local_shape_and_offset", shard_of),
         mock.patch.object(heads, "_matmul", plain_matmul),

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from joint_train import config
 from joint_train.command import TOO_LARGE, start
-from joint_train.config.values import mesh_sentence
+from joint_train.config.values import mesh_sentence, run_length
 from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, pinned, savings
 from joint_train.plan.suggest import suggest
 
@@ -86,6 +86,7 @@ def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -
         "time of a step": f"{seconds:.2f} s; the largest part: {plan.bound(machine)}",
         "tokens a second": f"{plan.tokens / seconds:,.0f} ({plan.tokens / seconds / plan.ranks:,.0f} a GPU), "
         f"MFU {plan.mfu(machine):.0%}",
+        "length of the run": length_sentence(cfg, plan, seconds),
         "checkpoint": f"{plan.checkpoint / GIB:.1f} GiB, {plan.checkpoint / machine.disk_gb_per_second / 1e9:.0f} s at "
         f"{machine.disk_gb_per_second:g} GB/s",
     }.items():
@@ -114,6 +115,20 @@ def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -
         style="bold",
         highlight=False,
     )
+
+
+def length_sentence(cfg: config.Config, plan: Plan, seconds: float) -> str:
+    """What is known of a run's length before its data are tokenised.
+
+    Args:
+        seconds: of a step.
+    """
+    steps, epochs = run_length(cfg)
+    rows = plan.ranks * cfg.data.micro_batch_size * cfg.optim.grad_accum
+    if steps is None:
+        return f"epochs={epochs:g}, {rows:,} rows a step; the steps are counted when the data are tokenised"
+    hours = f"{steps * seconds / 3600:,.1f} h without validation and saves"
+    return f"max_steps={steps:,} x {rows:,} rows = {steps * rows:,} rows, {hours}; the log's first lines say the epochs"
 
 
 def format_overrides(settings: dict[str, object]) -> str:

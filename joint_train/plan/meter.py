@@ -47,6 +47,7 @@ class _Seen:
 
     flops: int
     bytes: int
+    launches: int
     result: tuple | None
 
 
@@ -88,7 +89,7 @@ class Meter(TorchDispatchMode):
             return out
         seen, out = self.run(func, kind, args, kwargs)
         if kind != "allocation":
-            self.charge(_name(func) in _PRODUCTS, seen)
+            self.charge(_name(func), seen)
         if isinstance(out, Tensor):
             self.see(out)
         elif isinstance(out, (tuple, list)):
@@ -113,16 +114,16 @@ class Meter(TorchDispatchMode):
             result = (out.shape, out.stride(), out.dtype) if fresh else None
             count = flop_registry.get(func._overloadpacket)
             flops = count(*args, **kwargs, out_val=out) if count else 0
-            seen = self._seen[key] = _Seen(flops, _moved(func, args, kwargs, out), result)
+            seen = self._seen[key] = _Seen(flops, *_moved(func, args, kwargs, out), result)
         return seen, out
 
-    def charge(self, is_product: bool, seen: _Seen) -> None:
-        again, part = in_backward() and torch.is_grad_enabled(), self.part()
+    def charge(self, name: str, seen: _Seen) -> None:
+        again, part = in_backward() and torch.is_grad_enabled(), _FUSED.get(name) or self.part()
         if part is None:
-            part = PRODUCTS if is_product else OTHERS
+            part = PRODUCTS if name in _PRODUCTS else OTHERS
         work = self.work[part]
         work.bytes += seen.bytes
-        work.launches += 1
+        work.launches += seen.launches
         if seen.flops:
             self.count(seen.flops, again, part)
 
@@ -227,6 +228,12 @@ class Meter(TorchDispatchMode):
 
 # Operations by the names that torch.ops.aten has them by.
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
+# The operators of `joint_train.pair.fused`, by their part. Gradients are off in their forwards, which so look like a
+# backward where checkpointing repeats them: only their names tell.
+_FUSED = {
+    "rms_norm": NORMS, "rms_norm_backward": NORMS,
+    "geglu": OTHERS, "geglu_backward": OTHERS, "rotate": OTHERS, "rotate_backward": OTHERS,
+}  # fmt: skip
 # What reads or writes only rows of its first argument.
 _OF_ROWS = {
     "embedding", "index", "index_select", "gather", "index_add_", "index_fill_", "scatter_add_", "index_put_",
@@ -250,17 +257,20 @@ def _kind(func) -> str:
     return "view" if aliases or _name(func) in ("_unsafe_view", "_reshape_alias") else "new"
 
 
-def _moved(func, args, kwargs, out) -> int:
-    """Bytes that an operation reads and writes: its inputs and outputs once each, of rows only those."""
+def _moved(func, args, kwargs, out) -> tuple[int, int]:
+    """Bytes that an operation reads and writes (inputs and outputs once each, of rows only those), and its kernels."""
     outputs = [out] if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else []
     inputs = [*args, *kwargs.values()]
     inputs += [x for many in args if isinstance(many, (tuple, list)) for x in many]
     tensors = [x for x in (*inputs, *outputs) if isinstance(x, Tensor)]
+    if _name(func) == "rms_norm_backward" and args[2] is not None:
+        grad, x = args[:2]  # the weight's gradient has a kernel of its own, which reads them again
+        return sum(map(size_of, (*tensors, grad, x))), 2
     if _name(func) not in _OF_ROWS:
-        return sum(map(size_of, tensors))
+        return sum(map(size_of, tensors)), 1
     rows = [x for x in tensors if x is not args[0]]
     source = [x for x in rows if x.dtype == args[0].dtype]
-    return sum(map(size_of, rows)) + sum(map(size_of, source))
+    return sum(map(size_of, rows)) + sum(map(size_of, source)), 1
 
 
 def size_of(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ from joint_train.pair import heads, loss, terms, visibility
 from joint_train.pair import model as model_module
 from joint_train.pair.blocks import visible
 from joint_train.pair.centroids import Centroids
-from joint_train.plan.meter import LOSS, NORMS, PRODUCTS, Meter, Work, size_of
+from joint_train.plan.meter import LOSS, PRODUCTS, Meter, Work, size_of
 from joint_train.torch_private import in_backward
 
 PASSES = 3  # over the logits, of the loss's compiled kernels (counted in those that are made for sm_90)
@@ -54,29 +54,10 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None, None, None
 
 
-class _RMSNorm(torch.autograd.Function):
-    """What CUDA's fused kernel keeps: its input and one fp32 number a row."""
-
-    @staticmethod
-    def forward(ctx, x, weight, meter):
-        rows = x.new_empty(x.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(x, weight, rows)
-        ctx.meter = meter
-        meter.move(NORMS, 2 * size_of(x))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, _ = ctx.saved_tensors
-        moved = 3 * size_of(x) + (0 if weight is None else 2 * size_of(x))
-        ctx.meter.move(NORMS, moved, launches=1 + (weight is not None))
-        return torch.empty_like(x), None if weight is None else torch.empty_like(weight), None
-
-
 @contextlib.contextmanager
 def stand_ins(meter: Meter, device_type: str = "cpu", flex_head_dim: int | None = None) -> Iterator[None]:
     """What the meta device can't run, or only in another form than the device: attention kernels, the experts' choice,
-    and on a GPU norms by one kernel and the loss's products of half-precision inputs with a result in fp32.
+    and on a GPU the loss's products of half-precision inputs with a result in fp32.
 
     Args:
         flex_head_dim: the largest that FlexAttention runs with on the device; None: any.
@@ -103,9 +84,6 @@ def stand_ins(meter: Meter, device_type: str = "cpu", flex_head_dim: int | None 
     def flex(query, key, value, mask, scaling, window):
         keys = visible(key.shape[-2], window)  # of one document a row: more of them are less work
         return _Attention.apply(query, key, value, None, meter, keys)
-
-    def rms_norm(input, normalized_shape, weight=None, eps=None):
-        return _RMSNorm.apply(input, weight, meter)
 
     def experts(self: Gemma4TextExperts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The experts' work without their choice: each token passes through as many experts, of the same size."""
@@ -150,7 +128,7 @@ def stand_ins(meter: Meter, device_type: str = "cpu", flex_head_dim: int | None 
         played += [(visibility, "flex_takes", lambda size, *args: size <= flex_head_dim and takes(size, *args))]
     if device_type == "cuda":
         played += [(heads, "_matmul", product), (heads, "_add_matmul", add_product)]
-        played += [(nn.functional, "rms_norm", rms_norm), (terms, "compiled", compiled)]
+        played.append((terms, "compiled", compiled))
     kept = [getattr(owner, name) for owner, name, _ in played]
     for owner, name, stand_in in played:
         setattr(owner, name, stand_in)

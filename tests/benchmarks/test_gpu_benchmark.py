@@ -21,7 +21,8 @@ BASE_LAYERS, DRAFTER_LAYERS = 10, 4
 @pytest.fixture
 def cfg(tmp_path):
     gpu.write_configs("E2B", tmp_path, small=True)
-    return gpu.configure(tmp_path, LENGTH, "data.packing=false", f"drafter.num_steps={ROUNDS}")
+    recomputed = "activation_checkpointing.base=full", "activation_checkpointing.drafter=full"
+    return gpu.configure(tmp_path, LENGTH, "data.packing=false", f"drafter.num_steps={ROUNDS}", *recomputed)
 
 
 def test_the_table(tmp_path, capsys):

@@ -60,7 +60,7 @@ def test_variety_by_hand():
     assert found["repeated_4"] == pytest.approx(1 / 3)  # 1212 2121 1212
 
 
-ARGUMENTS = ["--seeds", "0", "--steps", "2", "--start-steps", "3", "--prompts", "8", "--max-new-tokens", "20"]
+ARGUMENTS = ["--seeds", "0", "--steps", "2", "--start-steps", "25", "--prompts", "8", "--max-new-tokens", "20"]
 ARGUMENTS += ["--arms", "stale", "sequential", "--set", "data.num_workers=0"]
 
 

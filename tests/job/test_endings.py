@@ -121,6 +121,21 @@ def test_a_sweep_is_refused_with_the_ways_to_do_it(tmp_path):
     assert "Traceback" not in log.read_text() and not (tmp_path / "run").exists()
 
 
+def test_an_export_of_a_damaged_checkpoint_ends_with_2_and_writes_nothing(tmp_path):
+    step, out, log = tmp_path / "run/checkpoints/step_00000010", tmp_path / "out", tmp_path / "log"
+    (step / "base/model").mkdir(parents=True)
+    weights = step / "base/model/__0_0.distcp"
+    weights.write_bytes(bytes(1000))
+    files = {"base/model/__0_0.distcp": list(layout.file_checksum(weights))}
+    layout.write_file(step / layout.MANIFEST, layout.Manifest(10, 1, "", "", {}, files=files).to_bytes())
+    layout.verify(step)
+    weights.write_bytes(bytes(999) + b"\1")  # as the disk might: the size stays
+    process = start(log, "joint_train.export", str(step), str(out))
+    assert process.wait(240) == command.EXPLAINED_ERROR, log.read_text()
+    assert "base/model/__0_0.distcp has checksum" in log.read_text() and "Traceback" not in log.read_text()
+    assert not out.exists()
+
+
 def test_the_documentation_has_every_code():
     table = dict(re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "docs/exit-codes.md").read_text(), re.M))
     assert {int(code): meaning for code, meaning in table.items()} == command.EXIT_CODES

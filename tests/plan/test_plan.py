@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from joint_train.config import with_overrides
 from joint_train.errors import ConfigError
+from joint_train.plan import __main__ as command
 from joint_train.plan.__main__ import main
 from joint_train.plan.planner import GIB, Machine, count_parameters, longest, make_plan, savings
 from joint_train.plan.step import simulate
@@ -336,6 +337,25 @@ def test_command_line(pairs, capsys):
     assert main(["--gpu-memory-gb", "0.001", *folders]) == 3
     said = capsys.readouterr().out
     assert "It does not fit" in said and "Change first: " in said
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["max_steps=300"], "max_steps=300 x 24 rows = 7,200 rows, "),
+        (["epochs=2.5"], "epochs=2.5, 24 rows a step; the steps are counted when the data are tokenised"),
+        (["data.mixture=epoch"], "epochs=1, 24 rows a step"),
+        ([], "max_steps=1,000 x 24 rows = 24,000 rows, "),
+    ],
+)
+def test_the_plan_says_how_long_the_run_is(pairs, capsys, monkeypatch, overrides, words):
+    """2 GPUs with 3 accumulations of 4 rows; which memory it takes isn't asked."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(command, "longest", lambda *_: None)
+    folders = [f"model.base={pairs / 'e2b/base'}", f"model.drafter={pairs / 'e2b/drafter'}", "data.max_length=32"]
+    batch = ["data.micro_batch_size=4", "optim.grad_accum=3"]
+    assert main([*folders, *batch, *overrides, "--gpus", "2"]) == 0
+    assert words in capsys.readouterr().out
 
 
 def test_command_line_errors(capsys, tmp_path):

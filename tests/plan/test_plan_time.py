@@ -1,5 +1,6 @@
 """What the plan says of a step's time: part by part, against arithmetic by hand and against what others measured."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from joint_train.config import with_overrides
 from joint_train.pair.fused import written_out
 from joint_train.pair.loss import Pass
 from joint_train.plan import __main__ as command
-from joint_train.plan import planner, stand_ins
+from joint_train.plan import meter, planner, stand_ins
 from joint_train.plan.ladder import LADDER, lowest, rungs
 from joint_train.plan.machine import ATTENTION, Machine
 from joint_train.plan.planner import make_plan
@@ -86,6 +87,32 @@ def test_norms_have_their_backward(pair):
     forward = launches["full"]["norms"] - norms
     assert norms >= 2 * forward > 0  # a backward is as many operations as a forward at least
     assert launches["full"]["loss"] == launches["none"]["loss"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_fused_operators_belong_to_their_part_by_name(pair, recompute, monkeypatch):
+    """Also where checkpointing repeats them; a norm's backward has a second kernel where there is a weight."""
+    ran, charge = Counter(), meter.Meter.charge
+
+    def charged(self, name, seen):
+        before = {part: work.launches for part, work in self.work.items()}
+        charge(self, name, seen)
+        for part, work in self.work.items():
+            ran[name, part] += work.launches - before[part]
+
+    monkeypatch.setattr(meter.Meter, "charge", charged)
+    settings = {f"activation_checkpointing.{part}": recompute for part in ("base", "drafter")}
+    make_plan(configure(pair, **settings), Machine(gpus=1))
+    parts = {name: {part for (other, part), count in ran.items() if other == name and count} for name, _ in ran}
+    for name in ("rms_norm", "rms_norm_backward"):
+        assert parts[name] == {"norms"}
+    for name in ("geglu", "geglu_backward", "rotate", "rotate_backward"):
+        assert parts[name] == {"element-wise"}
+    if recompute == "none":
+        layers = read_configs(str(pair / "base"), str(pair / "drafter"))[0].get_text_config().num_hidden_layers
+        assert (
+            ran["rms_norm_backward", "norms"] == 2 * ran["rms_norm", "norms"] - layers
+        )  # values' norms have no weight
 
 
 def test_each_part_takes_the_longer_of_its_two_times_and_the_host_bounds_the_sum(pair):
