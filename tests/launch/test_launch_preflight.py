@@ -79,7 +79,7 @@ def break_clock_reading(preflight):
 
 
 def break_sum_for_good(preflight):
-    def failing(group, value):
+    def failing(group, value, device):
         raise RuntimeError("connection reset")
 
     preflight.all_reduce = failing

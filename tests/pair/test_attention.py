@@ -18,6 +18,7 @@ from joint_train.evaluate.decoding import decode
 from joint_train.pair import attention
 from joint_train.pair.attention import BY_LAYER_TYPE, check_backward, implementation, kernels
 from joint_train.pair.blocks import BLOCK, visible
+from joint_train.pair.fused import written_out
 from joint_train.pair.visibility import attention_masks
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.plan.step import simulate
@@ -211,7 +212,9 @@ def test_losses_and_gradients_are_those_of_dense_masks(shape, rows, flex_on_cpu)
             base_activation_checkpointing=kind == BY_LAYER_TYPE,
             drafter_activation_checkpointing=kind == BY_LAYER_TYPE,
         )
-        results.append(step(pair, ids, **inputs))
+        # transformers' norms round to float32, and other operators around them would round at other places
+        with written_out():
+            results.append(step(pair, ids, **inputs))
         assert bool(flex_on_cpu) == (kind == BY_LAYER_TYPE)
     assert all(query > key for query, key, _ in flex_on_cpu)  # keys and values aren't repeated
     windows = {window is None for *_, window in flex_on_cpu}

@@ -211,6 +211,7 @@ def test_peak_of_adapters_is_that_of_real_steps(tmp_path):
     sizes = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 2048}
     make_pair(tmp_path, "31b", num_attention_heads=8, head_dim=32, global_head_dim=64, **sizes)
     settings = {"data.max_length": 768, "loss.memory_budget_mb": 64, "activation_checkpointing.base": "full"}
+    settings |= {"activation_checkpointing.drafter": "full"}
     cfg, full = (configure(tmp_path, **settings, **more) for more in ({"lora.r": 8}, {}))
     peaks = run_ranks(measured_peak, 2, cfg)
     plan = make_plan(cfg, Machine(gpus=2), **CPU)
