@@ -1,8 +1,16 @@
 """What several test files use."""
 
+import signal
+
 import pytest
 
 from joint_train import starter
+
+
+# A shell's background job starts with these ignored, and runs that the tests start would leave them so.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
