@@ -6,7 +6,6 @@ import pytest
 
 from joint_train import starter
 
-
 # A shell's background job starts with these ignored, and runs that the tests start would leave them so.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
