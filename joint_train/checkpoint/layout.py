@@ -23,8 +23,10 @@ import shutil
 import stat
 import uuid
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from joint_train.errors import CheckpointError
 
@@ -158,9 +160,13 @@ def check_sizes(folder: Path, manifest: Manifest) -> list[str]:
 
 def check_files(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
     """Reads every byte of these files and describes each one that isn't what was written."""
+    return compare_files(folder, {name: manifest.files[name] for name in names})
+
+
+def compare_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Describes each file that hasn't its size and checksum, as :func:`file_checksum` gives them."""
     problems = []
-    for name in names:
-        size, checksum = manifest.files[name]
+    for name, (size, checksum) in files.items():
         try:
             found = file_checksum(folder / name)
         except OSError as error:

@@ -132,7 +132,7 @@ def check(folder: Path) -> None:
 def check_contents(folder: Path, rank: int = 0, ranks: int = 1) -> list[str]:
     """What of a folder's weights isn't what its export wrote, every byte read; of this rank's share of the files."""
     weights = sorted(_weights(folder).items(), key=lambda item: (item[1][0], item[0]))
-    return _compare(folder, dict(weights[rank::ranks]))
+    return layout.compare_files(folder, dict(weights[rank::ranks]))
 
 
 def verify(folder: Path) -> list[str]:
@@ -146,7 +146,7 @@ def verify(folder: Path) -> list[str]:
         raise WeightsError(
             f"{folder} has no {MANIFEST}: no export of this version wrote it, so nothing can be compared."
         )
-    return _compare(folder, files)
+    return layout.compare_files(folder, files)
 
 
 def refuse_changed(folder: Path, problems: list[str]) -> None:
@@ -179,19 +179,6 @@ def read_manifest(folder: Path) -> dict[str, list] | None:
             f"{path} is damaged ({error}). Export again; or, if the weights are good, delete it"
         ) from None
     return files
-
-
-def _compare(folder: Path, files: dict[str, list]) -> list[str]:
-    problems = []
-    for name, (size, checksum) in files.items():
-        try:
-            found = layout.file_checksum(folder / name)
-        except OSError as error:
-            problems.append(f"{name} can't be read: {error.strerror}")
-            continue
-        if found != (size, checksum):
-            problems.append(f"{name} has checksum {found[1]} ({found[0]} bytes) instead of {checksum} ({size} bytes)")
-    return problems
 
 
 def _refuse(folder: Path, problems: list[str]) -> None:
