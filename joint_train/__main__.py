@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from joint_train import command
+from joint_train import cli, command
 
 command.set_allocator()  # before torch is imported, which reads it once
 
@@ -120,7 +120,7 @@ if __name__ == "__main__":
     if {"--help", "-h"} & set(sys.argv):
         sys.exit(command.start("joint_train", print_help))
     if "--version" in sys.argv:
-        sys.exit(print(command.versions()))
+        sys.exit(print(cli.versions()))
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank ends with its torchrun: it saves, see distributed/preemption.py
         command.end_with_parent(command.PARENT_ENDED)
     try:

@@ -45,12 +45,6 @@ def set_allocator() -> None:
     os.environ["PYTORCH_ALLOC_CONF"] = settings
 
 
-def versions() -> str:
-    """What ``--version`` prints."""
-    ours, *others = (f"{name} {importlib.metadata.version(name)}" for name in ("joint-train", "torch", "transformers"))
-    return f"{ours} ({', '.join(others)})"
-
-
 class StderrLines(logging.Handler):
     """Log lines to whatever stderr is when they come: a live progress bar takes its place and prints them above itself,
     where a ``StreamHandler`` would go on writing into the bar."""
