@@ -381,7 +381,8 @@ def main(overrides: list[str]) -> int:
         room = "room for a checkpoint not checked" if needed is None else f"room for {needed / 1e9:.1f} GB"
         room += f", {preflight.speeds}" if preflight.speeds else ""
         seconds = time.monotonic() - start
-        print(f"preflight: {'failed' if problems else f'{world_size} ranks are well, {room}'} ({seconds:.1f} s)")
+        ranks = f"{world_size} rank{'s' * (world_size != 1)}"
+        print(f"preflight {f'failed on {ranks}' if problems else f'passed on {ranks}: {room}'} ({seconds:.1f} s)")
     return 1 if problems else 0
 
 

@@ -116,7 +116,10 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
         raise ConfigError(f"loss.temperature={cfg.loss.temperature}: must be above 0.")
     for name in ("model.base", "model.drafter"):
         if not select(cfg, name):
-            raise ConfigError(f"{name} is not set: a folder or a hub id, e.g. {name}=/models/gemma-4-pair")
+            raise ConfigError(
+                f"{name} is not set: a folder or a hub id. E.g. model=gemma4_e4b, or "
+                "model.base=/models/gemma-4-E4B-it model.drafter=/models/gemma-4-E4B-it-assistant"
+            )
     if not cfg.data.train:
         raise ConfigError(
             "data.train is empty: name a source, e.g. 'data.train=[{path: train.jsonl}]' or data=starter."

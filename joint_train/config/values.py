@@ -185,15 +185,12 @@ def mesh_shape(
         elif shard == -1 and world_size % replicate == 0:
             shard = world_size // replicate
         if shard == -1 or replicate * shard != world_size:
-            product = f"{replicate} x {'?' if shard == -1 else shard}"
-            fit = (
-                f"{replicate} x {shard} = {replicate * shard}"
-                if shard != -1
-                else f"{world_size} / {replicate} isn't whole"
-            )
+            ranks = f"{world_size} rank{'s' * (world_size != 1)}"
+            given = f"dp_replicate x dp_shard = {replicate} x {shard} = {replicate * shard} doesn't fit {ranks}"
+            if shard == -1:
+                given = f"dp_replicate = {replicate} doesn't divide {ranks}"
             raise ConfigError(
-                f"parallel: dp_replicate x dp_shard = {product} doesn't fit {world_size} ranks ({fit}). Set "
-                f"parallel.dp_shard=-1 and a parallel.dp_replicate that divides {world_size}."
+                f"parallel: {given}. Set parallel.dp_shard=-1 and a parallel.dp_replicate that divides {world_size}."
             )
     return 1, replicate, shard, 1, 1
 
