@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,7 +23,7 @@ from joint_train.checkpoint.layout import verify as verify_sizes
 from joint_train.command import start
 from joint_train.config import Config, read
 from joint_train.data.template import ASSISTANT, encode
-from joint_train.data.tokenizer import CONVERSATION, end_token_ids, load_tokenizer
+from joint_train.data.tokenizer import CONVERSATION, end_token_ids, load_tokenizer, read_tokenizer
 from joint_train.errors import ConfigError
 from joint_train.model_card import model_cards
 from joint_train.weights.adapter import export_adapter, fill_from_checkpoint
@@ -173,7 +172,11 @@ def compare_tokens(
     wanted = encode(example, tokenizer)[-1]
     start = int(np.flatnonzero(wanted.flags & ASSISTANT)[0])
     for part in parts:
-        exported: Any = AutoTokenizer.from_pretrained(out / part)
+        try:
+            exported: Any = read_tokenizer(out / part)
+        except ConfigError:
+            problems.append(f"{part}: there is no tokenizer that can be read")
+            continue
         if template and exported.chat_template is None:
             problems.append(f"{part}: it has no chat template")
             continue

@@ -122,7 +122,7 @@ def _settings(saved: dict[str, Any]) -> list[str]:
 
 def _measured(before: Mapping[str, float | None], measured: Mapping[str, float | None]) -> list[str]:
     named = SUMMARY | {
-        name: f"drafts of round {name.rpartition('_')[2]} that greedy decoding accepts"
+        name: f"share of the drafts of round {name.rpartition('_')[2]} that greedy decoding accepts"
         for name in measured
         if name.startswith("val/agreement_")
     }
