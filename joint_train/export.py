@@ -24,7 +24,7 @@ from joint_train.command import start
 from joint_train.config import Config, read
 from joint_train.data.template import ASSISTANT, encode
 from joint_train.data.tokenizer import CONVERSATION, end_token_ids, load_tokenizer, read_tokenizer
-from joint_train.errors import ConfigError
+from joint_train.errors import ConfigError, DataError
 from joint_train.model_card import model_cards
 from joint_train.weights.adapter import export_adapter, fill_from_checkpoint
 from joint_train.weights.export import compare_checkpoint, export_checkpoint, verify
@@ -166,28 +166,9 @@ def compare_tokens(
     Args:
         tokenizer, options: of training, and its chat template's.
     """
-    problems, template = [], bool(tokenizer.chat_template)
-    conversation = {"messages": CONVERSATION, "chat_template_kwargs": options}
-    example = conversation if template else {"text": "Some text."}
-    wanted = encode(example, tokenizer)[-1]
-    start = int(np.flatnonzero(wanted.flags & ASSISTANT)[0])
+    problems = []
     for part in parts:
-        try:
-            exported: Any = read_tokenizer(out / part)
-        except ConfigError:
-            problems.append(f"{part}: there is no tokenizer that can be read")
-            continue
-        if template and exported.chat_template is None:
-            problems.append(f"{part}: it has no chat template")
-            continue
-        found = encode(example, exported)[-1].tokens.tolist()
-        if template:  # as an engine prompts
-            asked = exported.apply_chat_template(
-                CONVERSATION[:1], add_generation_prompt=True, tokenize=False, **options
-            )
-            found = exported(asked, add_special_tokens=False)["input_ids"] + found[start:]
-        if found != wanted.tokens.tolist():
-            problems.append(f"{part}: its tokenizer or chat template gives other tokens")
+        problems += [f"{part}: {problem}" for problem in _other_tokens(out / part, tokenizer, options)]
         ends = list_of_ids(GenerationConfig.from_pretrained(out / part).eos_token_id)
         problems += [
             f"{part}: generation doesn't end with {tokenizer.convert_ids_to_tokens(token)} ({token})"
@@ -195,6 +176,30 @@ def compare_tokens(
             if token not in ends
         ]
     return problems
+
+
+def _other_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> list[str]:
+    """How the tokens differ that a folder's tokenizer gives: of a conversation, or without a template of a text."""
+    try:
+        exported: Any = read_tokenizer(folder)
+    except ConfigError:
+        return ["there is no tokenizer that can be read"]
+    if not tokenizer.chat_template:
+        text = {"text": "Some text."}
+        same = encode(text, exported)[-1].tokens.tolist() == encode(text, tokenizer)[-1].tokens.tolist()
+        return [] if same else ["its tokenizer gives other tokens for a text"]
+    if not exported.chat_template:
+        return ["there is no chat template"]
+    conversation = {"messages": CONVERSATION, "chat_template_kwargs": options}
+    wanted = encode(conversation, tokenizer)[-1]
+    try:
+        found = encode(conversation, exported)[-1]
+    except DataError as error:
+        return [f"its chat template refuses a conversation: {error}"]
+    start = int(np.flatnonzero(wanted.flags & ASSISTANT)[0])
+    prompt = exported.apply_chat_template(CONVERSATION[:1], add_generation_prompt=True, tokenize=False, **options)
+    served = [*exported(prompt, add_special_tokens=False)["input_ids"], *found.tokens[start:].tolist()]
+    return [] if served == wanted.tokens.tolist() else ["its tokenizer or chat template gives other tokens"]
 
 
 def load_problems(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from joint_train.config import Config, config_to_save
+from joint_train.config import Config, SourceConfig, config_to_save
 from joint_train.data.readers import source_name
 from joint_train.evaluate.serving import serve_command
 from joint_train.files import code_version
@@ -50,26 +50,26 @@ def model_cards(
     """
     saved = config_to_save(cfg)  # without the values of interpolations, which may be secrets
     body = [
-        *_origin(saved, step),
-        *_data(cfg),
+        *_origin(cfg, step),
+        *_data(saved),
         *_settings(saved),
         *_measured(before, measured),
         *_table("Versions", ("package", "version"), code_version().items()),
         *_serving(cfg, sources),
     ]
     return {
-        part: "\n".join([*_metadata(saved, part, sources), f"# {part}", "", sentence, "", *body])
+        part: "\n".join([*_metadata(cfg, part, sources), f"# {part}", "", sentence, "", *body])
         for part, sentence in PARTS.items()
         if part != "adapter" or cfg.lora.r
     }
 
 
-def _metadata(saved: dict[str, Any], part: str, sources: tuple[Path, Path]) -> list[str]:
+def _metadata(cfg: Config, part: str, sources: tuple[Path, Path]) -> list[str]:
     """The hub's metadata: the licence is that of the source's own card."""
     source = sources[part == "drafter"]
     metadata: dict[str, Any] = {key: value for key, value in _front_matter(source).items() if key in LICENCE}
     metadata["library_name"] = "peft" if part == "adapter" else "transformers"
-    model = saved["model"]["drafter" if part == "drafter" else "base"]
+    model = cfg.model.drafter if part == "drafter" else cfg.model.base
     if _is_hub_id(model):
         metadata |= {"base_model": model, "base_model_relation": "adapter" if part == "adapter" else "finetune"}
     metadata["tags"] = ["gemma4", "speculative-decoding", "multi-token-prediction", "joint-train"]
@@ -85,29 +85,29 @@ def _front_matter(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _origin(saved: dict[str, Any], step: int) -> list[str]:
-    model, lora = saved["model"], saved["lora"]["r"]
-    frozen = saved["freeze"]["base"]
-    trained = "frozen" if frozen else f"trained by adapters of rank {lora}" if lora else "trained"
+def _origin(cfg: Config, step: int) -> list[str]:
+    of_base = f"trained by adapters of rank {cfg.lora.r}" if cfg.lora.r else "frozen" if cfg.freeze.base else "trained"
     rows = [
-        ("base", f"{_public(model['base'], model['revision'])} ({trained})"),
-        ("drafter", _public(model["drafter"], model["drafter_revision"])),
+        ("base", f"{_public(cfg.model.base, cfg.model.revision)} ({of_base})"),
+        ("drafter", _public(cfg.model.drafter, cfg.model.drafter_revision)),
         ("optimizer steps", f"{step:,}"),
     ]
-    if tokenizer := saved["data"]["tokenizer"]:
-        rows.append(("tokenizer", _public(tokenizer)))
+    if cfg.data.tokenizer:
+        rows.append(("tokenizer", _public(cfg.data.tokenizer)))
     advice = "A drafter guesses what its own base says: serve the two of one export together."
     return _table("Where it comes from", ("", ""), rows) + [advice, ""]
 
 
-def _data(cfg: Config) -> list[str]:
+def _data(saved: dict[str, Any]) -> list[str]:
     rows = []
     for split in ("train", "val"):
-        for spec in getattr(cfg.data, split):
-            part = f", {spec.subset or spec.split}" if _is_hub_id(spec.path) else ""
-            where = spec.path if _is_hub_id(spec.path) else os.path.basename(os.path.normpath(spec.path))
-            rows.append((split, source_name(spec), f"{where}{part}", f"{spec.weight:g}", spec.limit or "all"))
-    return _table("Data", ("split", "name", "source", "weight", "examples"), rows)
+        for spec in saved["data"][split]:
+            path, on_hub = spec["path"], _is_hub_id(spec["path"])
+            where = path if on_hub else os.path.basename(os.path.normpath(path))
+            name = source_name(SourceConfig(path=path, name=spec["name"]))
+            part = ", ".join(filter(None, (spec["subset"], spec["split"]))) if on_hub else ""
+            rows.append((split, name, where, part, f"{spec['weight']:g}", spec["limit"] or "all"))
+    return _table("Data", ("", "name", "source", "split", "weight", "examples"), rows)
 
 
 def _settings(saved: dict[str, Any]) -> list[str]:
