@@ -90,8 +90,8 @@ def test_each_folder_has_a_model_card(run):
         assert metadata.get("license") == ("apache-2.0" if part == "base" else None)  # that of the source
         for words in (
             "`base`, a folder", "| optimizer steps | 1 |", "| train | docstrings | train.jsonl |  | 1 | all |",
-            "| base loss | ", "| `drafter.num_steps` | `2` |", "| tokens per base forward | ", "| transformers | 5.", "vllm serve base",
-            '"model": "drafter"', "assistant_model=drafter",
+            "| base loss | ", "| tokens per base forward | ", "| `drafter.num_steps` | `2` |", "| transformers | 5.",
+            "vllm serve base", '"model": "drafter"', "assistant_model=drafter",
         ):  # fmt: skip
             assert words in card, words
         assert str(run) not in card and "Another model" not in card
