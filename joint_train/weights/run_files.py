@@ -99,18 +99,25 @@ def _write_processor(name: str, source: Path, folder: Path) -> None:
     """Copy the configuration of the processor that training prepared its images with, if there is one."""
     replaced = []
     for file in PROCESSOR_FILES:
-        found = cached_file(
-            name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        ) if name else None  # fmt: skip
-        if found is None:
+        if (found := _find(name, file)) is None:
             continue
-        contents, ours = Path(found).read_bytes(), folder / file
+        contents, ours = found.read_bytes(), folder / file
         if not ours.exists() or ours.read_bytes() != contents:
             ours.write_bytes(contents)
             replaced.append(file)
     if replaced:
         log.info("export: %s are those of the run, from %s, not of %s", " and ".join(replaced), name, source)
+
+
+def _find(name: str, file: str) -> Path | None:
+    """A file of a folder, or of a hub repository in the cache."""
+    if not name or Path(name).is_dir():
+        return path if name and (path := Path(name) / file).is_file() else None
+    try:
+        found = cached_file(name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # neither, or not in the cache
+        return None
+    return None if found is None else Path(found)
 
 
 def _write_end_tokens(files: RunFiles, config: PreTrainedConfig, source: Path, folder: Path) -> None:
