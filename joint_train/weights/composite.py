@@ -36,7 +36,15 @@ from joint_train.pair.model import JointModel
 from joint_train.weights.adapter import export_adapter, load_adapter
 from joint_train.weights.export import export_model
 from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
-from joint_train.weights.loading import build_meta, check_weights, fingerprints, frozen_base, materialize
+from joint_train.weights.loading import (
+    build_meta,
+    check_token_ordering,
+    check_weights,
+    fingerprints,
+    frozen_base,
+    materialize,
+    stored_tensors,
+)
 from joint_train.weights.placing import check as check_folder
 from joint_train.weights.placing import discard, place
 from joint_train.weights.run_files import RunFiles
@@ -319,6 +327,7 @@ def load_pair(
             mine = {f"{part}/{name}": fingerprint for name, fingerprint in files.items()}
             agree(ranks, "weights", mine, {f"{part}/{name}": str(folder / name) for name in files})
         check_weights(folder, ranks)
+        check_token_ordering(stored_tensors(folder), folder)
     shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
     materialize(model.base, base_dir, device, shard_device)
     materialize(model.drafter, drafter_dir, device, shard_device)

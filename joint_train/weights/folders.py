@@ -41,7 +41,8 @@ TEXT_INPUTS = {"global_head_dim", "num_global_key_value_heads", "rope_theta"}
 # Further options of a download; they are in no run's configuration, which is written to files.
 HUB_OPTIONS = {"token", "local_files_only", "force_download"}
 # What a training run needs of a hub repository: weights in other formats can be as large again.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
+HUB_IGNORED = ["*/*.safetensors", "*/*.json"]  # a trainer's checkpoints, each as large as the model
 
 
 WEIGHTS = re.compile(r"\.safetensors(\.index\.json)?$")
@@ -72,7 +73,12 @@ def resolve(
         raise ConfigError(
             f"there is no folder {name}. Give an existing folder, or a hub id such as google/gemma-4-E2B-it."
         )
-    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": HUB_FILES}
+    options: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "allow_patterns": HUB_FILES,
+        "ignore_patterns": HUB_IGNORED,
+    }
     first = not dist.is_initialized() or dist.get_node_local_rank(fallback_rank=0) == 0
     try:
         run_on_all_ranks(lambda: snapshot_download(name, **options, **(hub or {})) if first else None)
