@@ -65,7 +65,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any] | 
             log.warning("which token ends an answer can't be told: %s", error)
         else:
             last = int(document.tokens[np.flatnonzero(document.flags & template.ASSISTANT)[-1]])
-            if last in tokenizer.added_tokens_decoder:
+            if last in tokenizer.added_tokens_decoder and last != tokenizer.unk_token_id:
                 ends.append(last)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
