@@ -46,7 +46,7 @@ from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.length import run_steps
 from joint_train.train.optim import build_optimizer, lr_factor, update
-from joint_train.train.pace import Since
+from joint_train.train.pace import Since, utilisation
 from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import run_configs
@@ -54,8 +54,6 @@ from joint_train.weights.hub import Push
 from joint_train.weights.run_files import end_generation_with
 
 log = logging.getLogger(__name__)
-
-TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bfloat16, by the vendor's data sheets
 
 
 class Trainer:
@@ -88,6 +86,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
         self.end_token_ids = end_token_ids(self.tokenizer, cfg.data.chat_template_kwargs)
         end_generation_with(self.model.base, self.end_token_ids)
+
         self.val_loader: BatchLoader | None = None
         self.drift: BaseDrift | None = None
         if cfg.data.val:
@@ -378,9 +377,9 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Both models as Hugging Face folders."""
-        export = self.cfg.model.export
-        assert self.model.sources is not None, "the pair was loaded from folders"
-        cards = model_cards(self.cfg, self.model.sources, self.step, self.before or {}, self.measured or {})
+        export, sources = self.cfg.model.export, self.model.sources
+        assert sources is not None, "the pair was loaded from folders"
+        cards = model_cards(self.cfg, sources, self.step, self.before or {}, self.measured or {})
         self.model.save_pretrained(
             folder,
             tokenizer=self.tokenizer,
@@ -426,15 +425,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def utilisation(speed: float, recomputed: float, device: torch.device) -> dict[str, float]:
-    """A rank's FLOPs a second, and their share of what its GPU can do, where that is known: with and without those that
-    compute something again."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    most = next((peak for gpu, peak in TFLOPS.items() if gpu in name), None)
-    shares = {"hfu": speed / 1e12 / most, "mfu": (speed - recomputed) / 1e12 / most} if most else {}
-    return {"tflops_per_gpu": speed / 1e12, **shares}
 
 
 def is_due(step: int, every: int) -> bool:
