@@ -1,7 +1,9 @@
-"""The speed of a run, without waiting for the device in each step."""
+"""The speed of a run, without waiting for the device in each step, and its share of what the device can do."""
 
 import torch
 from torch import Tensor
+
+TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bfloat16, by the vendor's data sheets
 
 
 class Since:
@@ -26,3 +28,12 @@ class Since:
         means = self.tokens.item() / self.steps, self.waited / self.steps, self.seconds / self.steps
         self.clear()
         return means
+
+
+def utilisation(speed: float, recomputed: float, device: torch.device) -> dict[str, float]:
+    """A rank's FLOPs a second, and their share of what its GPU can do, where that is known: with and without those that
+    compute something again."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    most = next((peak for gpu, peak in TFLOPS.items() if gpu in name), None)
+    shares = {"hfu": speed / 1e12 / most, "mfu": (speed - recomputed) / 1e12 / most} if most else {}
+    return {"tflops_per_gpu": speed / 1e12, **shares}

@@ -14,17 +14,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from joint_train.checkpoint import Checkpointer
 from joint_train.config import Config, with_overrides
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
+from joint_train.data.fit import check_fit
+from joint_train.data.tokenizer import end_token_ids, load_tokenizer
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
 from joint_train.distributed.preemption import Preemption
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
+from joint_train.model_card import model_cards
 from joint_train.pair.attention import check_backward
 from joint_train.pair.loss import run_budget_mb
 from joint_train.pair.stats import JointStats
@@ -44,15 +46,14 @@ from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.length import run_steps
 from joint_train.train.optim import build_optimizer, lr_factor, update
-from joint_train.train.pace import Since
+from joint_train.train.pace import Since, utilisation
 from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
 from joint_train.weights.composite import load_pair
-from joint_train.weights.folders import resolve
+from joint_train.weights.folders import run_configs
 from joint_train.weights.hub import Push
+from joint_train.weights.run_files import end_generation_with
 
 log = logging.getLogger(__name__)
-
-TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bfloat16, by the vendor's data sheets
 
 
 class Trainer:
@@ -79,9 +80,12 @@ class Trainer:
         machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
         self.plan = make_plan(cfg, machine, self.device.type)
         log_recomputation(self.plan, machine)
+        self.tokenizer = load_tokenizer(cfg)
+        check_fit(cfg, self.tokenizer, *run_configs(cfg))
         self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
-        self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
+        self.end_token_ids = end_token_ids(self.tokenizer, cfg.data.chat_template_kwargs)
+        end_generation_with(self.model.base, self.end_token_ids)
 
         self.val_loader: BatchLoader | None = None
         self.drift: BaseDrift | None = None
@@ -373,12 +377,16 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Both models as Hugging Face folders."""
-        export = self.cfg.model.export
+        export, sources = self.cfg.model.export, self.model.sources
+        assert sources is not None, "the pair was loaded from folders"
+        cards = model_cards(self.cfg, sources, self.step, self.before or {}, self.measured or {})
         self.model.save_pretrained(
             folder,
             tokenizer=self.tokenizer,
             max_shard_size=export.max_shard_size,
             kv_shared_weights=export.kv_shared_weights,
+            end_token_ids=self.end_token_ids,
+            cards=cards,
         )
 
     def publish(self, folder: Path) -> None:
@@ -417,15 +425,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def utilisation(speed: float, recomputed: float, device: torch.device) -> dict[str, float]:
-    """A rank's FLOPs a second, and their share of what its GPU can do, where that is known: with and without those that
-    compute something again."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    most = next((peak for gpu, peak in TFLOPS.items() if gpu in name), None)
-    shares = {"hfu": speed / 1e12 / most, "mfu": (speed - recomputed) / 1e12 / most} if most else {}
-    return {"tflops_per_gpu": speed / 1e12, **shares}
 
 
 def is_due(step: int, every: int) -> bool:

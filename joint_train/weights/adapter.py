@@ -31,6 +31,7 @@ from joint_train.files import naming
 from joint_train.weights.export import sync_files
 from joint_train.weights.loading import frozen_base
 from joint_train.weights.placing import discard, place, staged
+from joint_train.weights.run_files import CARD
 
 if TYPE_CHECKING:
     import peft
@@ -43,13 +44,14 @@ def key_of(name: str) -> str:
     return f"base_model.model.{name.replace('.default.', '.')}"
 
 
-def export_adapter(base: nn.Module, out: str | os.PathLike, in_place: bool = True) -> None:
+def export_adapter(base: nn.Module, out: str | os.PathLike, in_place: bool = True, card: str | None = None) -> None:
     """Write the adapters of a base, in the dtype that they are trained in. Collective.
 
     The folder is written beside `out` and renamed when it is complete. Rank 0 holds all adapters for that.
 
     Args:
         in_place: False leaves the complete folder staged, for :func:`joint_train.weights.placing.place`.
+        card: the text of README.md.
 
     Raises:
         OSError: if the disk is full, …; on every rank alike.
@@ -72,6 +74,8 @@ def export_adapter(base: nn.Module, out: str | os.PathLike, in_place: bool = Tru
             config.save_pretrained(str(partial))
         finally:
             config.inference_mode = False
+        if card is not None:
+            (partial / CARD).write_text(card, encoding="utf-8")
         sync_files(partial)
 
     def on_first() -> None:

@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -30,15 +30,24 @@ from joint_train.distributed.agreement import agree
 from joint_train.distributed.lora import adapted_modules, initialise_adapters, inject_adapters, peft_config_of
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
-from joint_train.distributed.ranks import Ranks, run_on_all_ranks
+from joint_train.distributed.ranks import Ranks
 from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights.adapter import export_adapter, load_adapter
-from joint_train.weights.export import export_model, sync_files
+from joint_train.weights.export import export_model
 from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
-from joint_train.weights.loading import build_meta, check_weights, fingerprints, frozen_base, materialize
+from joint_train.weights.loading import (
+    build_meta,
+    check_token_ordering,
+    check_weights,
+    fingerprints,
+    frozen_base,
+    materialize,
+    stored_tensors,
+)
 from joint_train.weights.placing import check as check_folder
-from joint_train.weights.placing import discard, place, staged
+from joint_train.weights.placing import discard, place
+from joint_train.weights.run_files import RunFiles
 
 if TYPE_CHECKING:
     import peft
@@ -201,6 +210,8 @@ class Gemma4WithDrafter(JointModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_shard_size: str | int = "5GB",
         kv_shared_weights: bool = False,
+        end_token_ids: Sequence[int] = (),
+        cards: Mapping[str, str] | None = None,
     ) -> None:
         """Write ``base/`` and ``drafter/``, each for ``from_pretrained`` alone, in bfloat16, with the original's names.
 
@@ -210,7 +221,10 @@ class Gemma4WithDrafter(JointModel):
         Under a process group all ranks call it; no rank gathers a model. ``checkpointer`` isn't needed and ignored.
 
         Args:
-            tokenizer: saved into both folders where the original folder has none.
+            tokenizer: that training used: it, its chat template and its image processor are written to both folders
+                where the original ones differ.
+            end_token_ids: tokens that end an answer in training: generation ends with them, too.
+            cards: the text of README.md of ``base``, ``drafter`` and ``adapter``; the original's stays without one.
             max_shard_size, kv_shared_weights: see :func:`joint_train.weights.export.export_model`.
 
         Raises:
@@ -227,17 +241,18 @@ class Gemma4WithDrafter(JointModel):
         folder = Path(save_directory)
         parts = ["base", "drafter", *(["adapter"] if adapted_modules(self.base) else [])]
         outs = [folder / part for part in parts]
+        files = {part: RunFiles(tokenizer, tuple(end_token_ids), (cards or {}).get(part)) for part in parts}
         try:
             export_model(
-                self.base, sources[0], outs[0], max_shard_size, kv_shared_weights=kv_shared_weights, in_place=False
-            )
+                self.base, sources[0], outs[0], max_shard_size, kv_shared_weights=kv_shared_weights, in_place=False,
+                files=files["base"],
+            )  # fmt: skip
             export_model(
                 self.drafter, sources[1], outs[1], max_shard_size, num_assistant_tokens=self.drafter_num_steps,
-                in_place=False,
+                in_place=False, files=files["drafter"],
             )  # fmt: skip
             for out in outs[2:]:
-                export_adapter(self.base, out, in_place=False)
-            run_on_all_ranks(lambda: _add_tokenizer(tokenizer, outs[:2]))
+                export_adapter(self.base, out, in_place=False, card=files["adapter"].card)
             place(outs)
         except BaseException:
             discard(outs)
@@ -273,16 +288,6 @@ class Gemma4WithDrafter(JointModel):
                 f"{folder} has neither base/model and drafter/model (a checkpoint) nor base/ and drafter/ with a "
                 "config.json each (an export)."
             )
-
-
-def _add_tokenizer(tokenizer: PreTrainedTokenizerBase | None, outs: list[Path]) -> None:
-    """Save a tokenizer, on rank 0, into the staged folders that have none."""
-    if tokenizer is None or (dist.is_initialized() and dist.get_rank()):
-        return
-    for out in outs:
-        if not (staged(out) / "tokenizer_config.json").exists():
-            tokenizer.save_pretrained(staged(out))
-            sync_files(staged(out))
 
 
 def load_pair(
@@ -322,6 +327,7 @@ def load_pair(
             mine = {f"{part}/{name}": fingerprint for name, fingerprint in files.items()}
             agree(ranks, "weights", mine, {f"{part}/{name}": str(folder / name) for name in files})
         check_weights(folder, ranks)
+        check_token_ordering(stored_tensors(folder), folder)
     shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
     materialize(model.base, base_dir, device, shard_device)
     materialize(model.drafter, drafter_dir, device, shard_device)

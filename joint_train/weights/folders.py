@@ -1,7 +1,9 @@
 """Where a model's folder is, and what its ``config.json`` says: no weight is read here."""
 
 import copy
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from joint_train.config import Config
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import ConfigError
 from joint_train.pair.compatibility import check_pair
@@ -38,7 +41,11 @@ TEXT_INPUTS = {"global_head_dim", "num_global_key_value_heads", "rope_theta"}
 # Further options of a download; they are in no run's configuration, which is written to files.
 HUB_OPTIONS = {"token", "local_files_only", "force_download"}
 # What a training run needs of a hub repository: weights in other formats can be as large again.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
+HUB_IGNORED = ["*/*.safetensors", "*/*.json"]  # a trainer's checkpoints, each as large as the model
+
+
+WEIGHTS = re.compile(r"\.safetensors(\.index\.json)?$")
 
 
 def resolve(
@@ -66,7 +73,12 @@ def resolve(
         raise ConfigError(
             f"there is no folder {name}. Give an existing folder, or a hub id such as google/gemma-4-E2B-it."
         )
-    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": HUB_FILES}
+    options: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "allow_patterns": HUB_FILES,
+        "ignore_patterns": HUB_IGNORED,
+    }
     first = not dist.is_initialized() or dist.get_node_local_rank(fallback_rank=0) == 0
     try:
         run_on_all_ranks(lambda: snapshot_download(name, **options, **(hub or {})) if first else None)
@@ -78,6 +90,42 @@ def resolve(
     folder = Path(snapshot_download(name, local_files_only=True, **options))
     placing.check(folder)
     return folder
+
+
+def model_type(folder: Path) -> str | None:
+    """The ``model_type`` of a folder's config.json, if it has one that can be read."""
+    try:
+        return json.loads((folder / "config.json").read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def inner_folders(path: str | os.PathLike) -> str:
+    """A sentence that names the folders of models inside a folder, as trainers leave them there; or nothing."""
+    found = []
+    for depth in ("*", "*/*", "*/*/*"):  # Trainer's checkpoint-500, NeMo's epoch_0_step_99/model/consolidated
+        for config in sorted(Path(path).glob(f"{depth}/config.json")) if Path(path).is_dir() else ():
+            if any(WEIGHTS.search(file.name) for file in config.parent.iterdir()):
+                found.append(str(config.parent))
+    return f" There are models in it: {', '.join(found[-5:])}." if found else ""
+
+
+def other_weights(folder: Path) -> str:
+    """A sentence on the weights in other formats that a folder without safetensors has, and what to do with them."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    advice = {
+        r"pytorch_model.*\.bin$": "its pytorch_model.bin runs code when it is read. Save the model again from "
+        "transformers, which writes safetensors: from_pretrained(…).save_pretrained(…)",
+        r"pytorch_model_fsdp": "it has FSDP's shards: `accelerate merge-weights {inner} OUT` puts them together",
+        r"global_step\d+$": "it has DeepSpeed's shards: its zero_to_fp32.py puts them together, with "
+        "--safe_serialization",
+        r"\.distcp$": "it has torch.distributed.checkpoint's shards: export the model with the program that wrote them",
+        r"\.gguf$": "it has GGUF files, which are made from a model: give the folder that they were made from",
+    }
+    for pattern, what in advice.items():
+        if inner := next((name for name in names if re.search(pattern, name)), None):
+            return f" Instead {what.format(inner=folder / inner)}.{inner_folders(folder)}"
+    return inner_folders(folder)
 
 
 def read_config(
@@ -101,7 +149,9 @@ def read_config(
     except OSError as e:
         raise ConfigError(f"no model configuration at {path}: {e}") from e
     if not raw:
-        raise ConfigError(f"{path} has no config.json: give a folder that save_pretrained wrote, or a hub id.")
+        raise ConfigError(
+            f"{path} has no config.json: give a folder that save_pretrained wrote, or a hub id.{inner_folders(path)}"
+        )
     kind = raw.get("model_type")
     if kind not in BASES and kind not in DRAFTERS:
         raise ConfigError(
@@ -158,3 +208,10 @@ def read_configs(
             "of its config.json, as in the released drafters."
         )
     return base_config, drafter_config
+
+
+def run_configs(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    """:func:`read_configs` of a run's pair, downloaded if need be. Collective under a process group."""
+    m = cfg.model
+    folders = resolve(m.base, m.revision, m.cache_dir), resolve(m.drafter, m.drafter_revision, m.cache_dir)
+    return read_configs(*folders, text_config=m.text_config)

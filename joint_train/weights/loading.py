@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.generic import ContextManagers
@@ -35,10 +35,16 @@ from joint_train.distributed.replicas import Replicas
 from joint_train.errors import WeightsError
 from joint_train.torch_private import local_shape_and_offset
 from joint_train.weights import placing
-from joint_train.weights.folders import BASES, DRAFTERS, read_config, resolve
+from joint_train.weights.folders import BASES, DRAFTERS, model_type, other_weights, read_config, resolve
 
 READ_BYTES = 64 * 2**20
 SAMPLE_BYTES = 4096
+COMPOSITES, TEXTS = ("gemma4", "gemma4_unified"), ("gemma4_text", "gemma4_unified_text")
+WRAPPERS = re.compile(
+    r"^(module\.|base_model\.model\.(?=model\.|lm_head\.))|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."
+)
+OLDER = re.compile(r"language_model\.model\.")
+TEXT_ALONE = re.compile(r"model\.(layers|norm|embed_tokens|embed_tokens_per_layer|per_layer_\w+)\.")
 # safetensors' names of the dtypes that a floating-point weight may be read from.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -50,6 +56,7 @@ class Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # safetensors' name, e.g. "BF16"
+    key: str  # its name in the file
 
 
 def build_meta(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -113,6 +120,7 @@ def _fill(
     """Check, allocate, and with ``values`` read."""
     stored = stored_tensors(folder)
     names = match(model, stored, folder)
+    check_token_ordering(stored, folder)
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=shard_device or device)
         if shard_device is not None:
@@ -124,10 +132,10 @@ def _fill(
     filled = set()
     for file in sorted({stored[key].file for key in names}) if values else ():
         with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 - not a dict
-                target = tensors.get(names[key]) if key in names else None
-                if target is not None and id(target) not in filled:
-                    _read_slice(weights, key, target)
+            for key, name in names.items():
+                target = tensors.get(name)
+                if stored[key].file == file and target is not None and id(target) not in filled:
+                    _read_slice(weights, stored[key].key, target)
                     filled.add(id(target))
     if (Path(folder) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -158,11 +166,28 @@ def load_model(
     return model
 
 
+def load_to_generate(path: str | os.PathLike, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+    """A whole model to generate with: that of :func:`load_model`, or of transformers if its weights are quantised.
+
+    transformers would take a folder with a forgotten ``adapter_config.json`` for an adapter.
+    """
+    folder = resolve(path)
+    raw, _ = PreTrainedConfig.get_config_dict(folder)
+    if not any(part.get("quantization_config") for part in (raw, raw.get("text_config") or {})):
+        return load_model(folder, dtype, device)
+    check_weights(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval()
+
+
 def stored_tensors(folder: str | os.PathLike) -> dict[str, Stored]:
     """The tensors of a folder by name: of ``model.safetensors``, else of the files that the index names.
 
+    Names that transformers wouldn't know are given as it writes them today, see :func:`current_name`.
+
     Raises:
-        WeightsError: if there is neither, a file of the index is missing, or a header can't be read.
+        WeightsError: if there is neither, a file of the index is missing, a header can't be read, or two tensors have
+            one name.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
@@ -171,19 +196,66 @@ def stored_tensors(folder: str | os.PathLike) -> dict[str, Stored]:
     elif index.exists():
         files = _index(index)
     else:
-        raise WeightsError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
+        raise WeightsError(
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json.{other_weights(folder)}"
+        )
     if absent := sorted(file for file in files if not (folder / file).exists()):
         raise WeightsError(f"{index} names files that aren't in the folder: {', '.join(absent)}.")
-    stored = {}
+    kind, stored, twice = model_type(folder), dict[str, Stored](), list[str]()
     for file in sorted(files):
         try:
             with safe_open(folder / file, framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118 - not a dict
-                    view = weights.get_slice(key)
-                    stored[key] = Stored(folder / file, tuple(view.get_shape()), view.get_dtype())
+                    view, name = weights.get_slice(key), current_name(key, kind)
+                    if name in stored and key != stored[name].key:
+                        twice.append(f"{stored[name].key} and {key}")
+                    stored[name] = Stored(folder / file, tuple(view.get_shape()), view.get_dtype(), key)
         except Exception as e:
             raise WeightsError(f"can't read {folder / file}: {e}") from e
+    if twice:
+        raise WeightsError(f"{folder} has {len(twice)} tensors under two names, such as {twice[0]}: save one model")
     return stored
+
+
+def current_name(key: str, kind: str | None) -> str:
+    """The name that transformers gives a tensor today, for those names of other programs that it doesn't rename itself.
+
+    Wrappers leave prefixes (torch.compile ``_orig_mod.``, DDP ``module.``, FSDP ``_fsdp_wrapped_module.``, peft
+    ``base_model.model.``); transformers before 4.52 wrote ``language_model.model.`` of a multimodal model; and the text
+    model alone has ``model.`` where it has ``model.language_model.`` as a part of the multimodal one.
+
+    Args:
+        kind: the ``model_type`` of the folder.
+    """
+    name = WRAPPERS.sub("", key)
+    if kind not in COMPOSITES and kind not in TEXTS:
+        return name
+    name = name.replace("language_model.model.", "model.language_model.", 1) if OLDER.match(name) else name
+    name = name.removeprefix("language_model.") if name.startswith("language_model.lm_head.") else name
+    if kind in COMPOSITES and TEXT_ALONE.match(name):
+        return name.replace("model.", "model.language_model.", 1)
+    if kind in TEXTS and name.startswith("model.language_model."):
+        return name.replace("model.language_model.", "model.", 1)
+    return name
+
+
+def check_token_ordering(stored: dict[str, Stored], folder: str | os.PathLike) -> None:
+    """Refuse ordered embeddings whose order leaves tokens out: they could never be drafted.
+
+    Raises:
+        WeightsError: if ``token_ordering`` doesn't have each token once.
+    """
+    for name, entry in stored.items():
+        if not name.endswith("token_ordering"):
+            continue
+        with safe_open(entry.file, framework="pt") as weights:
+            order = weights.get_tensor(entry.key).flatten()
+        if not torch.equal(order.sort().values, torch.arange(order.numel(), dtype=order.dtype)):
+            raise WeightsError(
+                f"{name} in {entry.file} is no permutation of the {order.numel()} tokens: it has "
+                f"{order.unique().numel()} different values, from {int(order.min())} to {int(order.max())}, and a "
+                "token that it lacks could never be drafted. Take the drafter's folder as it was released"
+            )
 
 
 def _index(path: Path) -> set[str]:
@@ -248,9 +320,9 @@ def frozen_base(folder: str | os.PathLike) -> dict[str, str]:
         digest.update(f"{key} {entry.shape} {entry.dtype}".encode())
         with safe_open(entry.file, framework="pt") as weights:
             row = (
-                weights.get_tensor(key)
+                weights.get_tensor(entry.key)
                 if len(entry.shape) < 2
-                else weights.get_slice(key)[(slice(0, 1),) * (len(entry.shape) - 1)]
+                else weights.get_slice(entry.key)[(slice(0, 1),) * (len(entry.shape) - 1)]
             )
         digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {"folder": os.fspath(folder), "hash": digest.hexdigest()}

@@ -24,11 +24,12 @@ FLOORS = [
     ["distributed"],
     ["checkpoint"],
     ["weights"],
-    ["export", "drafter"],
+    ["drafter"],
     ["plan"],
     ["data"],
     ["evaluate"],
-    ["train"],
+    ["model_card"],
+    ["export", "train"],
     ["__main__"],
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
