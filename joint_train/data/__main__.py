@@ -73,6 +73,10 @@ def main(arguments: list[str]) -> int:
             cfg = with_files(options, options.overrides + more, options.split)
         else:
             cfg = load_config(options.overrides + more)
+        if cfg.model.adapter is not None:
+            from joint_train.weights.settle import with_adapter
+
+            cfg = with_adapter(cfg)
         if cfg.data.tokenizer is None and not cfg.model.base:
             raise ConfigError("model.base is not set (or data.tokenizer, for show)")
         {"show": run_show, "regenerate": run_regenerate}[options.command](cfg, options)
@@ -172,6 +176,7 @@ def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     from joint_train.data.regenerate import prompts, regenerate
     from joint_train.distributed.parallelize import compute_dtype
     from joint_train.weights.folders import resolve
+    from joint_train.weights.settle import load_merged
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
@@ -180,8 +185,10 @@ def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(cfg)
     examples = list(prompts(sources_of(cfg.data, options.split), cfg.data))
     dtype = compute_dtype(cfg.precision, device.type)
-    model = AutoModelForCausalLM.from_pretrained(resolve(*_base(cfg.model)), dtype=dtype).eval()
-    model.to(device)
+    if cfg.model.adapter is None:
+        model = AutoModelForCausalLM.from_pretrained(resolve(*_base(cfg.model)), dtype=dtype).eval().to(device)
+    else:
+        model = load_merged(cfg, dtype, device)
     counts = regenerate(
         examples,
         model,

@@ -5,12 +5,15 @@ import sys
 
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 
 from joint_train import config
 from joint_train.command import TOO_LARGE, start
 from joint_train.config.values import mesh_sentence, run_length
 from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, pinned, savings
 from joint_train.plan.suggest import suggest
+from joint_train.weights.folders import resolve
+from joint_train.weights.settle import with_adapter, with_vocabulary
 
 
 def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -> None:
@@ -165,7 +168,10 @@ def main(argv: list[str] | None = None) -> int:
     overrides, suggesting, alone = (args.pop(name) for name in ("overrides", "suggest", "base_alone"))
 
     def run() -> int:
-        cfg = config.load(["data.train=[{path: unused}]", *overrides])
+        cfg = with_adapter(config.load(["data.train=[{path: unused}]", *overrides]))
+        if cfg.model.resize_vocabulary is True:
+            folder = cfg.data.tokenizer or resolve(cfg.model.base, cfg.model.revision, cfg.model.cache_dir)
+            cfg = with_vocabulary(cfg, AutoTokenizer.from_pretrained(folder))
         machine, number = Machine(**args), 0
         if not suggesting:
             plan = make_plan(cfg, machine, base_alone=alone)

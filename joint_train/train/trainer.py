@@ -49,6 +49,7 @@ from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_js
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import resolve
 from joint_train.weights.hub import Push
+from joint_train.weights.settle import with_adapter, with_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Trainer:
     """
 
     def __init__(self, cfg: Config, preemption: Preemption) -> None:
-        self.cfg, self.preemption = cfg, preemption
+        self.preemption = preemption
         self.output_dir = Path(cfg.output_dir).absolute()
         if torch.cuda.is_available():
             flight_recorder(self.output_dir)
@@ -74,6 +75,9 @@ class Trainer:
         torch.manual_seed(cfg.seed + self.rank)
 
         check_backward(cfg.model.attn_implementation, self.device.type)
+        cfg = with_adapter(cfg)
+        self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
+        self.cfg = cfg = with_vocabulary(cfg, self.tokenizer)
         everyone = Ranks(cfg.parallel.timeout_seconds)
         agree_on_configuration(cfg, everyone)
         machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
@@ -81,7 +85,6 @@ class Trainer:
         log_recomputation(self.plan, machine)
         self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
-        self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
 
         self.val_loader: BatchLoader | None = None
         self.drift: BaseDrift | None = None

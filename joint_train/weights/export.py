@@ -31,6 +31,7 @@ from joint_train.distributed.lora import Merged, adapted_modules, merged_weight
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import WeightsError
 from joint_train.files import naming
+from joint_train.weights.changes import UNCHANGED, Changes
 from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.kv_shared import absent_copies
 from joint_train.weights.loading import FLOATS, Stored, match, stored_tensors
@@ -60,6 +61,7 @@ def export_model(
     num_assistant_tokens: int | None = None,
     kv_shared_weights: bool = False,
     in_place: bool = True,
+    changes: Changes = UNCHANGED,
 ) -> None:
     """Write a model as a Hugging Face folder; under a process group, all ranks must call it, and share `out`'s disk.
 
@@ -75,13 +77,14 @@ def export_model(
         kv_shared_weights: also write the keys' and values' weights of KV-shared layers where `source` has none, which
             nothing uses: copies of those that these layers reuse, see :mod:`joint_train.weights.kv_shared`.
         in_place: False leaves the complete folder staged, for :func:`joint_train.weights.placing.place`.
+        changes: what was changed in the weights of `source` when the model was loaded.
 
     Raises:
         WeightsError: if the model's tensors are not those of `source`.
         OSError: if the disk is full, …; on every rank alike.
     """
     source = resolve(source)
-    stored, names = _contents(model, source, kv_shared_weights)
+    stored, names = _contents(model, source, kv_shared_weights, changes)
     tensors = Merged(model, names)
 
     def fill(slots: dict[str, Slot]) -> None:
@@ -102,6 +105,7 @@ def export_checkpoint(
     num_assistant_tokens: int | None = None,
     kv_shared_weights: bool = False,
     in_place: bool = True,
+    changes: Changes = UNCHANGED,
 ) -> None:
     """Write a distributed checkpoint of one model as a Hugging Face folder, in one process.
 
@@ -109,16 +113,16 @@ def export_checkpoint(
         checkpoint: folder of the distributed checkpoint, e.g. ``step_00000100/base/model``.
         model: the model on the meta device, for the names of its tensors and their ties. If it has adapters, they are
             on the CPU and filled, and the other weights are those of `source`.
-        source, out, max_shard_size, dtype, num_assistant_tokens, kv_shared_weights, in_place: as for
+        source, out, max_shard_size, dtype, num_assistant_tokens, kv_shared_weights, in_place, changes: as for
             :func:`export_model`.
 
     Raises:
         WeightsError: if the checkpoint lacks a tensor of `source`, or has it in another shape.
     """
     source = Path(source)
-    stored, names = _contents(model, source, kv_shared_weights)
+    stored, names = _contents(model, source, kv_shared_weights, changes)
     saved = None if adapted_modules(model) else _saved_names(checkpoint, model, names)
-    value = _values(checkpoint, model, source, stored, names)
+    value = _values(checkpoint, model, source, stored, names, changes)
 
     def fill(slots: dict[str, Slot]) -> None:
         if saved is None:
@@ -137,16 +141,20 @@ def export_checkpoint(
 
 
 def compare_checkpoint(
-    checkpoint: str | os.PathLike, model: PreTrainedModel, source: str | os.PathLike, out: str | os.PathLike
+    checkpoint: str | os.PathLike,
+    model: PreTrainedModel,
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    changes: Changes = UNCHANGED,
 ) -> list[str]:
     """The tensors of an export that don't have the checkpoint's values, each read again.
 
     Args:
-        checkpoint, model, source: as for :func:`export_checkpoint`.
+        checkpoint, model, source, changes: as for :func:`export_checkpoint`.
         out: the exported folder.
     """
-    stored, names = _contents(model, Path(source), False)
-    value, ours = _values(checkpoint, model, Path(source), stored, names), stored_tensors(out)
+    stored, names = _contents(model, Path(source), False, changes)
+    value, ours = _values(checkpoint, model, Path(source), stored, names, changes), stored_tensors(out)
     problems = []
     for key in sorted(names.keys() & ours.keys()):
         with safe_open(ours[key].file, framework="pt") as weights:
@@ -168,6 +176,7 @@ def _values(
     source: Path,
     stored: dict[str, Stored],
     names: dict[str, str],
+    changes: Changes,
 ) -> Callable[[str, torch.dtype], Tensor]:
     """A tensor of the checkpoint by the source's key, rounded to a dtype; with adapters, theirs added to the source's
     weight in float32."""
@@ -176,7 +185,7 @@ def _values(
 
         def merge(key: str, dtype: torch.dtype) -> Tensor:
             with safe_open(stored[key].file, framework="pt") as weights:
-                weight = weights.get_tensor(copied.get(key, key))
+                weight = changes.view(weights, copied.get(key, key), names[key]).whole()
             return (merged_weight(modules[names[key]], weight) if names[key] in modules else weight).to(dtype)
 
         return merge
@@ -203,9 +212,11 @@ def _saved_names(checkpoint: str | os.PathLike, model: PreTrainedModel, names: d
     return {key: name for key, name in found.items() if name is not None}
 
 
-def verify(out: str | os.PathLike, source: str | os.PathLike, kv_shared_weights: bool = False) -> list[str]:
+def verify(
+    out: str | os.PathLike, source: str | os.PathLike, kv_shared_weights: bool = False, changes: Changes = UNCHANGED
+) -> list[str]:
     """What differs between an export and the folder it comes from, in names, shapes, dtypes and other files."""
-    ours, theirs = stored_tensors(out), stored_tensors(source)
+    ours, theirs = stored_tensors(out), stored_tensors(source, changes)
     if kv_shared_weights:
         theirs |= {key: theirs[copied] for key, copied in absent_copies(read_config(source), theirs).items()}
     problems = [f"missing: {key}" for key in sorted(theirs.keys() - ours.keys())]
@@ -220,10 +231,10 @@ def verify(out: str | os.PathLike, source: str | os.PathLike, kv_shared_weights:
 
 
 def _contents(
-    model: PreTrainedModel, source: Path, kv_shared_weights: bool
+    model: PreTrainedModel, source: Path, kv_shared_weights: bool, changes: Changes
 ) -> tuple[dict[str, Stored], dict[str, str]]:
     """What the export holds, as the source's entries by key, and the model's name of those that the model has."""
-    stored = stored_tensors(source)
+    stored = stored_tensors(source, changes)
     names = match(model, stored, source)
     copies = absent_copies(model.config, stored)
     if kv_shared_weights:

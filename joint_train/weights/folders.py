@@ -1,6 +1,7 @@
 """Where a model's folder is, and what its ``config.json`` says: no weight is read here."""
 
 import copy
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,13 @@ def read_config(
     revision: str | None = None,
     cache_dir: str | None = None,
     text_config: dict[str, Any] | None = None,
+    rows: int | None = None,
 ) -> PreTrainedConfig:
     """Configuration of one model from its folder or hub id.
 
     Args:
         text_config: values that replace those of the folder's text configuration.
+        rows: of the vocabulary's tables, where they are to be others than the folder's.
 
     Raises:
         ConfigError: if there is none, its weights are quantised, or `text_config` has a key that Gemma 4's text
@@ -100,6 +103,12 @@ def read_config(
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision, cache_dir=cache_dir)
     except OSError as e:
         raise ConfigError(f"no model configuration at {path}: {e}") from e
+    if not raw and (file := Path(path) / "adapter_config.json").is_file():
+        base = json.loads(file.read_bytes()).get("base_model_name_or_path") or "BASE"
+        raise ConfigError(
+            f"{path} holds adapters (PEFT) on {base}, and no model: set model.base={base} model.adapter={path}; a base "
+            "that is somewhere else now has its own folder as model.base."
+        )
     if not raw:
         raise ConfigError(f"{path} has no config.json: give a folder that save_pretrained wrote, or a hub id.")
     kind = raw.get("model_type")
@@ -112,6 +121,8 @@ def read_config(
             f"{path} holds quantised weights (quantization_config in its config.json), which can't be trained: give "
             "the bfloat16 folder that it was made from, and quantise the export after training."
         )
+    if rows is not None:
+        text_config = {**(text_config or {}), **vocabulary_settings(kind, rows)}
     config_class = CONFIG_MAPPING[kind]
     config = config_class.from_dict(copy.deepcopy(raw))
     if text_config:
@@ -127,6 +138,12 @@ def read_config(
     return config
 
 
+def vocabulary_settings(kind: str, rows: int) -> dict[str, int]:
+    """The text settings of a model of this type whose vocabulary's tables have so many rows."""
+    tables = ("vocab_size", "vocab_size_per_layer_input") if kind in BASES else ("vocab_size",)
+    return dict.fromkeys(tables, rows)
+
+
 def read_configs(
     base: str | os.PathLike,
     drafter: str | os.PathLike,
@@ -135,15 +152,19 @@ def read_configs(
     drafter_revision: str | None = None,
     cache_dir: str | None = None,
     text_config: dict[str, Any] | None = None,
+    rows: int | None = None,
 ) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """Configurations of a pair, checked to fit together; reads no weight.
+
+    Args:
+        rows: as for :func:`read_config`, of both.
 
     Raises:
         ConfigError: for a model of another family, a drafter that was made for another base, and a drafter whose
             logits serving would cap.
     """
-    base_config = read_config(base, revision=revision, cache_dir=cache_dir, text_config=text_config)
-    drafter_config = read_config(drafter, revision=drafter_revision, cache_dir=cache_dir)
+    base_config = read_config(base, revision=revision, cache_dir=cache_dir, text_config=text_config, rows=rows)
+    drafter_config = read_config(drafter, revision=drafter_revision, cache_dir=cache_dir, rows=rows)
     for key, config, path, known in (
         ("model.base", base_config, base, BASES),
         ("model.drafter", drafter_config, drafter, DRAFTERS),
