@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -13,11 +14,15 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from joint_train.distributed.lora import folder_tensors
+from joint_train.checkpoint import Checkpointer
+from joint_train.config import to_yaml
+from joint_train.distributed.lora import adapter_parameters, copy_from_full, folder_tensors
 from joint_train.distributed.mesh import init_mesh
-from joint_train.errors import ConfigError, WeightsError
+from joint_train.errors import CheckpointError, ConfigError, WeightsError
+from joint_train.export import export_run
+from joint_train.train.optim import build_optimizer
 from joint_train.weights.composite import load_pair
-from joint_train.weights.settle import with_adapter
+from joint_train.weights.settle import with_adapter, with_vocabulary
 
 
 def settled(folders, **settings):
@@ -187,3 +192,72 @@ def test_keys_and_values_that_nothing_reads_are_left_out(multimodal, tmp_path, c
         tensors = folder_tensors(load_pair(settled(folders, model__adapter=str(tmp_path / "a")), None, "cpu").base)
     assert_equal(tensors, merged_by_peft(folders[0], whole))
     assert "1 layers whose keys and values nothing reads" in caplog.text
+
+
+def adapted_again(rank: int, folders, out, settings: dict) -> None:
+    """New adapters on a base with merged ones, as if trained: a checkpoint and an export."""
+    cfg = settled(folders, **settings)
+    model = load_pair(cfg, init_mesh(cfg.parallel), "cpu").train()
+    for number, (name, parameter) in enumerate(adapter_parameters(model.base).items()):
+        if ".lora_B." in name:
+            generator = torch.Generator().manual_seed(number)
+            copy_from_full(parameter, torch.randn(parameter.shape, generator=generator) / 20)
+    checkpointer = Checkpointer(out, cfg.checkpoint, timeout_seconds=60)
+    checkpointer.save(1, model, build_optimizer(model, cfg.optim), {"step": 1}, config=cfg)
+    checkpointer.close()
+    if rank == 0:
+        (out / "config.yaml").write_text(to_yaml(cfg))
+    model.save_pretrained(out / "export")
+
+
+def test_a_checkpoint_of_adapters_on_a_merged_base_exports_what_the_run_does(multimodal, tmp_path):
+    folders, whole, _ = multimodal
+    settings = {"model__adapter": str(whole), "lora__r": 2, "lora__target_modules": ["q_proj", "down_proj"]}
+    run_ranks(adapted_again, 2, folders, tmp_path, settings)
+    checkpoint = tmp_path / "checkpoints/step_00000001"
+    assert export_run(checkpoint, tmp_path / "out", check=True) == 0
+    one, other = (load_file(tmp_path / path / "base/model.safetensors") for path in ("export", "out"))
+    assert one.keys() == other.keys()
+    for key, value in one.items():  # a sum of the same three products, in slices or at once, rounded to bfloat16
+        assert torch.allclose(value.float(), other[key].float(), rtol=2**-7, atol=1e-6), key
+    merged = merged_by_peft(folders[0], whole, tmp_path / "export/adapter").state_dict()
+    for key, value in one.items():
+        assert torch.allclose(value.float(), merged[key], rtol=2**-7, atol=1e-6), key
+    file = tmp_path / "config.yaml"
+    file.write_text(file.read_text().replace(f"adapter: {whole}", "adapter: null"))
+    with pytest.raises(CheckpointError, match="are others. Set model.base"):
+        export_run(checkpoint, tmp_path / "again")
+
+
+def test_an_adapter_with_trained_tables_of_new_tokens(tmp_path):
+    """peft saves embedding and head of a model whose vocabulary was resized, beside the adapters."""
+    folders = make_pair(tmp_path / "pair", "31b")
+    torch.manual_seed(0)
+    model = load_base(folders[0])
+    model.resize_token_embeddings(260)
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight) / 10)
+    table = model.lm_head.weight.detach().clone()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    wrapped.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert any("embed_tokens" in key for key in load_file(tmp_path / "a/adapter_model.safetensors"))
+    vocabulary = {f"token{number}": number for number in range(258)}
+    tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary, name_or_path="tuned")
+    cfg = settled(folders, model__adapter=str(tmp_path / "a"))
+    with pytest.raises(ConfigError, match="2 tokens beyond"):
+        with_vocabulary(cfg, tokenizer)
+    with pytest.raises(WeightsError, match="260 rows, and in the base 256 .set model.resize_vocabulary=true"):
+        load_pair(cfg, None, "cpu")
+    cfg.model.resize_vocabulary = True
+    cfg = with_vocabulary(cfg, tokenizer)
+    assert cfg.model.resize_vocabulary == 320
+    pair = load_pair(cfg, None, "cpu")
+    head = pair.base.lm_head.weight.detach()
+    assert pair.base.get_input_embeddings().weight is pair.base.lm_head.weight
+    assert torch.equal(head[:260], table) and torch.equal(head[260:], table.double().mean(0).float().expand(60, -1))
+    # A table of its own beside a head that is tied in the base: no folder can hold both.
+    found = load_file(tmp_path / "a/adapter_model.safetensors")
+    key = next(key for key in found if "embed_tokens" in key)
+    save_file(found | {key: found[key] + 1}, tmp_path / "a/adapter_model.safetensors")
+    with pytest.raises(WeightsError, match="the base ties"):
+        load_pair(cfg, None, "cpu")
