@@ -154,8 +154,8 @@ def split(files: Sequence[str], held_out: int, folder: Path) -> tuple[Path, Path
                 text = json.dumps(fields, ensure_ascii=False)
             except (TypeError, ValueError):
                 raise ConfigError(
-                    f"{record.file}:{record.line}: this row can't be written as JSON (pictures?): run the main job with "
-                    "+experiment=retune_drafter, and data.train and data.val of your own."
+                    f"{record.file}:{record.line}: this row can't be written as JSON (pictures?): run the main job "
+                    "with +experiment=retune_drafter, and data.train and data.val of your own."
                 ) from None
             rows.setdefault(hashlib.sha256(text.encode()).hexdigest(), text)
     if len(rows) < 2 * held_out or held_out < 1:

@@ -114,8 +114,8 @@ def test_a_command_that_fails_ends_it(capfd):
 
 @pytest.mark.slow
 def test_the_starter_pair_with_an_adapter_trained_by_peft(starter_dir, tmp_path):
-    """A pair is trained on docstrings. peft teaches its base to answer with the question; then the drafter is retuned on
-    what the base now says."""
+    """A pair is trained on docstrings; peft teaches its base to answer with the question; and the drafter is retuned
+    on what the base now says."""
     import peft
 
     job = [sys.executable, "-m", "joint_train", "+experiment=starter", f"pair={starter_dir}", "tracking.wandb=disabled"]
