@@ -45,7 +45,7 @@ SHAPES = {
     "31b": {},
     "12b_unified": {},
 }
-GROWN = {"e2b, grown": "e2b", "31b, grown": "31b"}  # with model.resize_vocabulary
+GROWN = {"e2b_grown": "e2b", "31b_grown": "31b"}  # with model.resize_vocabulary
 EOS, BOS = 1, 2
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
