@@ -13,6 +13,7 @@ from joint_train.checkpoint.layout import Manifest, check_files, damage_error
 from joint_train.checkpoint.layout import verify as verify_sizes
 from joint_train.command import start
 from joint_train.config import Config, read
+from joint_train.config.values import grown_rows
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import ConfigError
 from joint_train.weights.adapter import export_adapter, fill_from_checkpoint
@@ -22,7 +23,7 @@ from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.loading import build_meta, stored_tensors
 from joint_train.weights.placing import MANIFEST, PARTS, discard, place
 from joint_train.weights.placing import verify as verify_files
-from joint_train.weights.settle import changes_of_base, grown_rows
+from joint_train.weights.settle import changes_of_base
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -107,6 +107,12 @@ def parse_adapters(choice: Any) -> list[AdapterSpec]:
     return specs
 
 
+def grown_rows(cfg) -> int | None:
+    """Rows that ``model.resize_vocabulary`` gives the vocabulary's tables, where it is a number; None otherwise."""
+    rows = cfg.model.resize_vocabulary
+    return None if isinstance(rows, bool) else rows
+
+
 def parse_steps(spec: str | None) -> range:
     """``"10-12"`` as the steps 10, 11 and 12; ``"10"`` as that one; ``None`` as none.
 

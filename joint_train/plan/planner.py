@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from joint_train.checkpoint.state import pair_tensors
 from joint_train.config import Config, select, with_overrides
-from joint_train.config.values import mesh_shape
+from joint_train.config.values import grown_rows, mesh_shape
 from joint_train.distributed.moments import moved_by_muon, state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
 from joint_train.distributed.placement import local_numel, padding
@@ -30,7 +30,6 @@ from joint_train.plan.step import SAVED, local_bytes, simulate
 from joint_train.weights import released
 from joint_train.weights.composite import Gemma4WithDrafter, meta_pair
 from joint_train.weights.folders import read_config, vocabulary_settings
-from joint_train.weights.settle import grown_rows
 
 GIB = 2**30
 PARTS = (

@@ -26,6 +26,7 @@ from joint_train.config import (
     PrecisionConfig,
     group_of,
 )
+from joint_train.config.values import grown_rows
 from joint_train.distributed.agreement import agree
 from joint_train.distributed.lora import adapted_modules, initialise_adapters, inject_adapters, peft_config_of
 from joint_train.distributed.mesh import check_mesh
@@ -45,7 +46,6 @@ from joint_train.weights.settle import (
     changes_of_base,
     changes_of_drafter,
     continued_adapter,
-    grown_rows,
     merged_adapters,
     read_adapters,
 )

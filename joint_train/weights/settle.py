@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from joint_train.config import Config, with_overrides
-from joint_train.config.values import AdapterSpec, parse_adapters
+from joint_train.config.values import AdapterSpec, grown_rows, parse_adapters
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import ConfigError
 from joint_train.weights.changes import Changes, file_digest, mean_rows
@@ -24,7 +24,6 @@ from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.loading import build_meta, check_weights, match, materialize, stored_tensors
 from joint_train.weights.peft_folder import FILE, PeftFolder, read_adapter
 from joint_train.weights.vocabulary import (
-    check_tokenizer,
     drafter_ordering,
     highest_id,
     rows_needed,
@@ -123,13 +122,12 @@ def with_vocabulary(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     """A configuration with ``model.resize_vocabulary`` as a number of rows, or false where nothing grows.
 
     Raises:
-        ConfigError: for a tokenizer with ids that a base has no rows for, which isn't to grow.
+        ConfigError: for a number that is too small.
     """
     m = cfg.model
-    base = read_config(resolve(m.base, m.revision, m.cache_dir), text_config=m.text_config)
     if m.resize_vocabulary is False:
-        check_tokenizer(base, tokenizer)
         return cfg
+    base = read_config(resolve(m.base, m.revision, m.cache_dir), text_config=m.text_config)
     drafter = read_config(resolve(m.drafter, m.drafter_revision, m.cache_dir))
     used = highest_id(tokenizer) + 1
     needed = rows_needed(base, drafter, max([used, *(adapter.table_rows for adapter in merged_adapters(cfg))]))
@@ -139,11 +137,6 @@ def with_vocabulary(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     trained = not (cfg.freeze.base or cfg.freeze.embeddings or cfg.lora.r)
     say_growth(base, drafter, rows, used, trained)
     return with_overrides(cfg, {"model.resize_vocabulary": rows})
-
-
-def grown_rows(cfg: Config) -> int | None:
-    """Rows of the tables of a settled configuration; None where nothing grows."""
-    return cfg.model.resize_vocabulary if type(cfg.model.resize_vocabulary) is int else None
 
 
 def changes_of_base(cfg: Config, base: PreTrainedModel, folder: Any, ranks: Ranks) -> Changes:

@@ -35,23 +35,6 @@ def table_rows(config: PreTrainedConfig) -> list[int]:
     return [text.vocab_size, *([text.vocab_size_per_layer_input] if per_layer else [])]
 
 
-def check_tokenizer(base: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse tokens that a base has no rows for.
-
-    Raises:
-        ConfigError: naming them.
-    """
-    rows = min(table_rows(base))
-    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
-    if beyond:
-        named = ", ".join(f"{token} ({number})" for number, token in beyond[:3])
-        raise ConfigError(
-            f"the tokenizer {tokenizer.name_or_path} has {len(beyond)} tokens beyond the base's {rows} rows: {named}"
-            f"{', …' if len(beyond) > 3 else ''}. Set model.resize_vocabulary=true, which grows base and drafter, or "
-            "data.tokenizer to the tokenizer that the base was trained with."
-        )
-
-
 def rows_needed(base: PreTrainedConfig, drafter: PreTrainedConfig, least: int) -> int:
     """Rows that all tables of a pair get: enough for the largest of them and for `least`.
 
