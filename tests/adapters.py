@@ -26,7 +26,8 @@ def make_adapter(base: Path, out: Path, seed: int = 0, text_only: bool = False, 
     torch.manual_seed(seed)
     config = peft.LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | options))
     model = load_base(base, text_only)
-    if isinstance(config.target_modules, set) and not text_only:
+    towers = any("_tower" in name for name, _ in model.named_modules())
+    if isinstance(config.target_modules, set) and towers:
         config.exclude_modules = r".*(vision_tower|audio_tower|embed_vision|embed_audio).*"
     model = peft.get_peft_model(model, config)
     with torch.no_grad():
