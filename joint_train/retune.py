@@ -106,7 +106,7 @@ def pair_overrides(args: argparse.Namespace) -> list[str]:
         ConfigError: if there is no drafter to begin with.
     """
     base, adapter = args.base, args.adapter
-    if Path(base).is_dir() and is_adapter(Path(base)):
+    if is_adapter(Path(base)):
         if adapter is not None:
             raise ConfigError(f"{base} is an adapter itself: give the base that it is for, and then one adapter.")
         base, adapter = None, base

@@ -57,7 +57,12 @@ def parser() -> argparse.ArgumentParser:
 
 def load_config(overrides: list[str]) -> Config:
     """The configuration; unlike the main job's it needs no drafter."""
-    return load(overrides, check=False)
+    cfg = load(overrides, check=False)
+    if cfg.model.adapter is not None:
+        from joint_train.weights.settle import with_adapter
+
+        cfg = with_adapter(cfg)
+    return cfg
 
 
 def main(arguments: list[str]) -> int:
@@ -73,10 +78,6 @@ def main(arguments: list[str]) -> int:
             cfg = with_files(options, options.overrides + more, options.split)
         else:
             cfg = load_config(options.overrides + more)
-        if cfg.model.adapter is not None:
-            from joint_train.weights.settle import with_adapter
-
-            cfg = with_adapter(cfg)
         if cfg.data.tokenizer is None and not cfg.model.base:
             raise ConfigError("model.base is not set (or data.tokenizer, for show)")
         {"show": run_show, "regenerate": run_regenerate}[options.command](cfg, options)

@@ -103,13 +103,8 @@ def read_config(
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision, cache_dir=cache_dir)
     except OSError as e:
         raise ConfigError(f"no model configuration at {path}: {e}") from e
-    if not raw and (file := Path(path) / "adapter_config.json").is_file():
-        base = json.loads(file.read_bytes()).get("base_model_name_or_path") or "BASE"
-        raise ConfigError(
-            f"{path} holds adapters (PEFT) on {base}, and no model: set model.base={base} model.adapter={path}; a base "
-            "that is somewhere else now has its own folder as model.base."
-        )
     if not raw:
+        refuse_adapter(Path(path))
         raise ConfigError(f"{path} has no config.json: give a folder that save_pretrained wrote, or a hub id.")
     kind = raw.get("model_type")
     if kind not in BASES and kind not in DRAFTERS:
@@ -136,6 +131,24 @@ def read_config(
             raise ConfigError(f"model.text_config={text_config} doesn't fit {path}: {e}") from e
     config._name_or_path = os.fspath(path)
     return config
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Say what to set where a model's folder holds adapters alone.
+
+    Raises:
+        ConfigError: if it does.
+    """
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return
+    try:
+        base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"] or "BASE"
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "BASE"
+    raise ConfigError(
+        f"{folder} holds adapters (PEFT) on {base}, and no model: set model.base={base} model.adapter={folder}. If "
+        "that base has moved, model.base is where it is now."
+    )
 
 
 def vocabulary_settings(kind: str, rows: int) -> dict[str, int]:

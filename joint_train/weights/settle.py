@@ -9,6 +9,7 @@ A run writes the result to its ``config.yaml``: an export from one of its checkp
 import functools
 import hashlib
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from joint_train.config.values import AdapterSpec, grown_rows, parse_adapters
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import ConfigError
 from joint_train.weights.changes import Changes, file_digest, mean_rows
-from joint_train.weights.folders import read_config, resolve
+from joint_train.weights.folders import read_config, refuse_adapter, resolve
 from joint_train.weights.loading import build_meta, check_weights, match, materialize, stored_tensors
 from joint_train.weights.peft_folder import FILE, PeftFolder, read_adapter
 from joint_train.weights.vocabulary import (
@@ -64,8 +65,10 @@ def with_adapter(cfg: Config) -> Config:
     with the last one; and the rank, scale and layers of one that is trained on.
 
     Raises:
-        ConfigError, WeightsError: as :func:`read_adapters`; for an adapter that names no base, or can't be trained on.
+        ConfigError, WeightsError: as :func:`read_adapters`; for an adapter as ``model.base``, one that names no base
+            where that isn't set, and one that can't be trained on.
     """
+    refuse_adapter(Path(cfg.model.base or "/no folder"))
     adapters = read_adapters(cfg)
     if not adapters:
         return cfg

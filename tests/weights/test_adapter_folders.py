@@ -134,7 +134,9 @@ def test_an_adapter_names_its_base_and_brings_its_tokenizer(multimodal, tmp_path
     cfg = with_adapter(compose({"model.base": "", "model.adapter": str(adapter)}))
     assert cfg.model.base == str(folders[0]) and cfg.data.tokenizer == str(adapter)
     with pytest.raises(ConfigError, match=f"set model.base={folders[0]} model.adapter={adapter}"):
-        load_pair(settled(folders, model__base=str(adapter)), None, "cpu")
+        with_adapter(compose({"model.base": str(adapter)}))
+    with pytest.raises(ConfigError, match=f"holds adapters .PEFT. on {folders[0]}, and no model"):
+        load_pair(compose({"model.base": str(adapter), "model.drafter": str(folders[1])}), None, "cpu")
 
 
 @pytest.mark.parametrize(
