@@ -131,8 +131,8 @@ def check_files(ranks: int) -> str | None:
 def checkpoint_bytes(cfg: config.Config) -> int | None:
     """Bytes of one checkpoint at most: weights and AdamW's two moments of every parameter, in ``precision.params``.
 
-    None when the pair is a hub id rather than a folder, or its base the one that an adapter names, so that its size isn't
-    known here.
+    None when the pair is a hub id rather than a folder, or its base is the one that an adapter names, so that its size
+    isn't known here.
     """
     folders = [Path(cfg.model.base), Path(cfg.model.drafter)]
     if not cfg.model.base or not all(folder.is_dir() for folder in folders):
