@@ -21,13 +21,9 @@ from typing import Any
 from joint_train.command import DONE, NO, start
 from joint_train.config import Config, SourceConfig, read
 from joint_train.data.readers import read_records
-from joint_train.data.sources import parse
 from joint_train.errors import ConfigError, JointTrainError
 from joint_train.evaluate.page import Section, Table, html
 from joint_train.files import replace
-from joint_train.weights.folders import resolve
-from joint_train.weights.peft_folder import is_adapter, read_adapter
-from joint_train.weights.released import CONFIGS
 
 STALE, TUNED = "stale", "tuned"
 WHAT = {STALE: "the drafter as it was", TUNED: "the drafter retuned"}
@@ -105,6 +101,11 @@ def pair_overrides(args: argparse.Namespace) -> list[str]:
     Raises:
         ConfigError: if there is no drafter to begin with.
     """
+    # torch and transformers take seconds to import
+    from joint_train.weights.folders import resolve
+    from joint_train.weights.peft_folder import is_adapter, read_adapter
+    from joint_train.weights.released import CONFIGS
+
     base, adapter = args.base, args.adapter
     if is_adapter(Path(base)):
         if adapter is not None:
@@ -144,6 +145,8 @@ def split(files: Sequence[str], held_out: int, folder: Path) -> tuple[Path, Path
         DataError: for a bad example, naming its file and line.
         ConfigError: if there are too few, or one that JSON can't hold.
     """
+    from joint_train.data.sources import parse
+
     rows: dict[str, str] = {}
     for file in files:
         source = SourceConfig(path=file)

@@ -5,15 +5,12 @@ import sys
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from joint_train import config
 from joint_train.command import TOO_LARGE, start
 from joint_train.config.values import mesh_sentence, run_length
 from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, pinned, savings
 from joint_train.plan.suggest import suggest
-from joint_train.weights.folders import resolve
-from joint_train.weights.settle import with_adapter, with_vocabulary
 
 
 def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -> None:
@@ -164,10 +161,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--base-alone", action="store_true", help="plan plain fine-tuning of the base, with whole logits, to compare"
     )
-    args = vars(parser.parse_intermixed_args(argv))
+    parsed, more = parser.parse_known_intermixed_args(config.join_options(sys.argv[1:] if argv is None else argv))
+    parsed.overrides += more
+    args = vars(parsed)
     overrides, suggesting, alone = (args.pop(name) for name in ("overrides", "suggest", "base_alone"))
 
     def run() -> int:
+        from transformers import AutoTokenizer
+
+        from joint_train.weights.folders import resolve
+        from joint_train.weights.settle import with_adapter, with_vocabulary
+
         cfg = with_adapter(config.load(["data.train=[{path: unused}]", *overrides]))
         if cfg.model.resize_vocabulary is True:
             folder = cfg.data.tokenizer or resolve(cfg.model.base, cfg.model.revision, cfg.model.cache_dir)

@@ -115,26 +115,26 @@ def test_a_command_that_fails_ends_it(capfd):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_starter_pair_with_an_adapter_trained_by_peft(starter_dir, tmp_path):
-    """A pair is trained on docstrings; peft teaches its base to answer with the question; and the drafter is retuned
+    """A pair is trained on docstrings; peft teaches its base one answer to everything; and the drafter is retuned
     on what the base now says."""
     import peft
 
     job = [sys.executable, "-m", "joint_train", "+experiment=starter", f"pair={starter_dir}", "tracking.wandb=disabled"]
     short = ["eval.prompts=0", "eval.every=0", "eval.batches=4"]
-    subprocess.run([*job, f"output_dir={tmp_path}/pair", "max_steps=120", *short], check=True, timeout=900)
+    subprocess.run([*job, f"output_dir={tmp_path}/pair", "max_steps=40", *short], check=True, timeout=900)
     base, drafter = tmp_path / "pair/export/base", tmp_path / "pair/export/drafter"
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = [json.loads(line) for line in (starter_dir / "train.jsonl").read_text().splitlines()]
     for row in rows:
-        row["messages"][1]["content"] = " ".join([row["messages"][0]["content"]] * 3)
+        row["messages"][1]["content"] = "It is a name of the standard library, and does what it says."
     data = tmp_path / "questions.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:400]))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:160]))
     torch.manual_seed(0)
     layers = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = peft.get_peft_model(load_base(base), peft.LoraConfig(r=16, lora_alpha=32, target_modules=layers)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
-    for step in range(60):
+    for step in range(40):
         batch = [
             tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows[8 * step : 8 * step + 8]
         ]
@@ -151,7 +151,7 @@ def test_the_starter_pair_with_an_adapter_trained_by_peft(starter_dir, tmp_path)
     words += [
         "--regenerate",
         "--max-new-tokens",
-        "128",
+        "48",
         "--held-out",
         "16",
         "--eval-tokens",
@@ -159,7 +159,7 @@ def test_the_starter_pair_with_an_adapter_trained_by_peft(starter_dir, tmp_path)
         "--nproc-per-node",
         "2",
     ]
-    words += ["optim.drafter_lr=8e-3", "max_steps=60", "data.max_length=192", "tracking.wandb=disabled", *short]
+    words += ["optim.drafter_lr=8e-3", "max_steps=40", "data.max_length=96", "tracking.wandb=disabled", *short]
     assert retune.main([*words, "checkpoint.every=1000", "data.micro_batch_size=4"]) == 0
     found = json.loads((out / "retune.json").read_text())["results"]
     stale, tuned = (found[name]["tokens_per_forward"]["value"] for name in ("stale", "tuned"))
