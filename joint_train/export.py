@@ -22,17 +22,21 @@ from joint_train.checkpoint.layout import Manifest, check_files, damage_error
 from joint_train.checkpoint.layout import verify as verify_sizes
 from joint_train.command import start
 from joint_train.config import Config, read
+from joint_train.config.values import grown_rows
 from joint_train.data.template import ASSISTANT, encode
 from joint_train.data.tokenizer import CONVERSATION, end_token_ids, load_tokenizer, read_tokenizer
+from joint_train.distributed.ranks import Ranks
 from joint_train.errors import ConfigError, DataError
 from joint_train.model_card import model_cards
 from joint_train.weights.adapter import export_adapter, fill_from_checkpoint
+from joint_train.weights.changes import Changes
 from joint_train.weights.export import compare_checkpoint, export_checkpoint, verify
 from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.loading import build_meta, stored_tensors
 from joint_train.weights.placing import MANIFEST, PARTS, discard, place
 from joint_train.weights.placing import verify as verify_files
 from joint_train.weights.run_files import RunFiles, list_of_ids
+from joint_train.weights.settle import changes_of_base
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +103,7 @@ def export_run(
     options = cfg.data.chat_template_kwargs
     ends = [] if trained_with is None else end_token_ids(trained_with, options)
     unused = cfg.model.export.kv_shared_weights or kv_shared_weights
-    parts: dict[str, tuple[PreTrainedModel, Path]] = {}
+    parts: dict[str, tuple[PreTrainedModel, Path, Changes]] = {}
     outs = [out / "base", out / "drafter"]
     sources = (
         resolve(cfg.model.base, cfg.model.revision, cfg.model.cache_dir),
@@ -111,27 +115,31 @@ def export_run(
     try:
         for part, source, tokens in (("base", sources[0], None), ("drafter", sources[1], cfg.drafter.num_steps)):
             overrides = cfg.model.text_config if part == "base" else None
-            model = build_meta(read_config(source, text_config=overrides), torch.bfloat16)
+            rows = grown_rows(cfg)
+            model = build_meta(read_config(source, text_config=overrides, rows=rows), torch.bfloat16)
+            changes = Changes(rows=rows)  # all other values are the checkpoint's
             if part == "base" and cfg.lora.r:
-                fill_from_checkpoint(model, cfg, checkpoint, source)
+                changes = changes_of_base(cfg, model, source, Ranks(cfg.parallel.timeout_seconds))
+                fill_from_checkpoint(model, cfg, checkpoint, source, changes)
                 outs.append(out / "adapter")
                 export_adapter(model, out / "adapter", in_place=False, card=cards["adapter"])
             export_checkpoint(
                 checkpoint / part / "model", model, source, out / part,
                 max_shard_size or cfg.model.export.max_shard_size, num_assistant_tokens=tokens,
-                kv_shared_weights=unused, in_place=False, files=RunFiles(trained_with, ends, cards[part]),
+                kv_shared_weights=unused, in_place=False, changes=changes,
+                files=RunFiles(trained_with, ends, cards[part]),
             )  # fmt: skip
-            parts[part] = model, source
+            parts[part] = model, source, changes
         place(outs)
     except BaseException:
         discard(outs)
         raise
     problems = 0
-    for part, (model, source) in parts.items():
+    for part, (model, source, changes) in parts.items():
         print(f"{out / part}: {len(stored_tensors(out / part))} tensors")
         if check:
-            found = verify(out / part, source, unused)
-            found += compare_checkpoint(checkpoint / part / "model", model, source, out / part)
+            found = verify(out / part, source, unused, changes=changes)
+            found += compare_checkpoint(checkpoint / part / "model", model, source, out / part, changes)
             problems += print_problems(f"{out / part} differs from {source} and {checkpoint}", found)
             if not found:
                 print(f"{out / part}: names, shapes and dtypes as in {source}, values as in step {manifest.step}")

@@ -57,7 +57,12 @@ def parser() -> argparse.ArgumentParser:
 
 def load_config(overrides: list[str]) -> Config:
     """The configuration; unlike the main job's it needs no drafter."""
-    return load(overrides, check=False)
+    cfg = load(overrides, check=False)
+    if cfg.model.adapter is not None:
+        from joint_train.weights.settle import with_adapter
+
+        cfg = with_adapter(cfg)
+    return cfg
 
 
 def main(arguments: list[str]) -> int:
@@ -170,6 +175,7 @@ def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     from joint_train.weights.folders import resolve
     from joint_train.weights.loading import load_to_generate
     from joint_train.weights.run_files import end_generation_with
+    from joint_train.weights.settle import load_merged
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
@@ -179,7 +185,10 @@ def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     Template(tokenizer, {})  # refuses a tokenizer without one before the base is loaded
     examples = list(prompts(sources_of(cfg.data, options.split), cfg.data))
     dtype = compute_dtype(cfg.precision, device.type)
-    model = load_to_generate(resolve(*_base(cfg.model)), dtype, device)
+    if cfg.model.adapter is None:
+        model = load_to_generate(resolve(*_base(cfg.model)), dtype, device)
+    else:
+        model = load_merged(cfg, dtype, device)
     if (added := end_generation_with(model, end_token_ids(tokenizer, cfg.data.chat_template_kwargs))) and rank == 0:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(added)))
         print(f"answers also end with {names}, as in training; the base's generation configuration doesn't have it")

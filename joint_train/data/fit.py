@@ -89,7 +89,7 @@ def _check_tokens(
     raise DataError(
         f"{where} {what}, and the tokenizer has {len(beyond)} tokens beyond {table}={size}, the first of them "
         f"{beyond[min(beyond)]!r}: no table of the pair has a row for them. Set data.tokenizer to the one that belongs "
-        "to the base, or give a base whose tables were resized with its tokenizer"
+        "to the base, or model.resize_vocabulary=true, which gives them rows"
     )
 
 

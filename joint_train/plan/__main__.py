@@ -167,7 +167,15 @@ def main(argv: list[str] | None = None) -> int:
     overrides, suggesting, alone = (args.pop(name) for name in ("overrides", "suggest", "base_alone"))
 
     def run() -> int:
-        cfg = config.load(["data.train=[{path: unused}]", *overrides])
+        from transformers import AutoTokenizer
+
+        from joint_train.weights.folders import resolve
+        from joint_train.weights.settle import with_adapter, with_vocabulary
+
+        cfg = with_adapter(config.load(["data.train=[{path: unused}]", *overrides]))
+        if cfg.model.resize_vocabulary is True:
+            folder = cfg.data.tokenizer or resolve(cfg.model.base, cfg.model.revision, cfg.model.cache_dir)
+            cfg = with_vocabulary(cfg, AutoTokenizer.from_pretrained(folder))
         machine, number = Machine(**args), 0
         if not suggesting:
             plan = make_plan(cfg, machine, base_alone=alone)

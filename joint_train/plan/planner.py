@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from joint_train.checkpoint.state import pair_tensors
 from joint_train.config import Config, select, with_overrides
-from joint_train.config.values import mesh_shape
+from joint_train.config.values import grown_rows, mesh_shape
 from joint_train.distributed.moments import moved_by_muon, state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
 from joint_train.distributed.placement import local_numel, padding
@@ -29,7 +29,7 @@ from joint_train.plan.meter import COPIES, Work
 from joint_train.plan.step import SAVED, local_bytes, simulate
 from joint_train.weights import released
 from joint_train.weights.composite import Gemma4WithDrafter, meta_pair
-from joint_train.weights.folders import read_config
+from joint_train.weights.folders import read_config, vocabulary_settings
 
 GIB = 2**30
 PARTS = (
@@ -203,14 +203,16 @@ def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, st
         ConfigError: if there are neither, or the pair doesn't fit together.
     """
     m, configs, sources = cfg.model, list[PreTrainedConfig](), list[str]()
-    for path, revision, overrides in (
-        (m.base, m.revision, m.text_config),
-        (m.drafter, m.drafter_revision, None),
+    rows = grown_rows(cfg)
+    for path, revision, overrides, kind in (
+        (m.base, m.revision, m.text_config, "gemma4"),
+        (m.drafter, m.drafter_revision, None, "gemma4_assistant"),
     ):
-        found = released.released_config(path, overrides)
+        grown = vocabulary_settings(kind, rows) if rows else {}
+        found = released.released_config(path, {**(overrides or {}), **grown})
         if found is None:
             found, source = (
-                read_config(path, revision=revision, cache_dir=m.cache_dir, text_config=overrides),
+                read_config(path, revision=revision, cache_dir=m.cache_dir, text_config=overrides, rows=rows),
                 f"{path}/config.json",
             )
         else:

@@ -52,6 +52,7 @@ from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import run_configs
 from joint_train.weights.hub import Push
 from joint_train.weights.run_files import end_generation_with
+from joint_train.weights.settle import with_adapter, with_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Trainer:
     """
 
     def __init__(self, cfg: Config, preemption: Preemption) -> None:
-        self.cfg, self.preemption = cfg, preemption
+        self.preemption = preemption
         self.output_dir = Path(cfg.output_dir).absolute()
         if torch.cuda.is_available():
             flight_recorder(self.output_dir)
@@ -75,12 +76,14 @@ class Trainer:
         torch.manual_seed(cfg.seed + self.rank)
 
         check_backward(cfg.model.attn_implementation, self.device.type)
+        cfg = with_adapter(cfg)
+        self.tokenizer = load_tokenizer(cfg)
+        self.cfg = cfg = with_vocabulary(cfg, self.tokenizer)
         everyone = Ranks(cfg.parallel.timeout_seconds)
         agree_on_configuration(cfg, everyone)
         machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
         self.plan = make_plan(cfg, machine, self.device.type)
         log_recomputation(self.plan, machine)
-        self.tokenizer = load_tokenizer(cfg)
         check_fit(cfg, self.tokenizer, *run_configs(cfg))
         self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")

@@ -26,6 +26,7 @@ from joint_train.config import (
     PrecisionConfig,
     group_of,
 )
+from joint_train.config.values import grown_rows
 from joint_train.distributed.agreement import agree
 from joint_train.distributed.lora import adapted_modules, initialise_adapters, inject_adapters, peft_config_of
 from joint_train.distributed.mesh import check_mesh
@@ -34,6 +35,7 @@ from joint_train.distributed.ranks import Ranks
 from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights.adapter import export_adapter, load_adapter
+from joint_train.weights.changes import UNCHANGED, Changes, file_digest
 from joint_train.weights.export import export_model
 from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
 from joint_train.weights.loading import (
@@ -45,9 +47,17 @@ from joint_train.weights.loading import (
     materialize,
     stored_tensors,
 )
+from joint_train.weights.peft_folder import FILE as ADAPTER_FILE
 from joint_train.weights.placing import check as check_folder
 from joint_train.weights.placing import discard, place
 from joint_train.weights.run_files import RunFiles
+from joint_train.weights.settle import (
+    changes_of_base,
+    changes_of_drafter,
+    continued_adapter,
+    merged_adapters,
+    read_adapters,
+)
 
 if TYPE_CHECKING:
     import peft
@@ -62,9 +72,11 @@ class Gemma4WithDrafter(JointModel):
 
     Attributes:
         sources: the folders of base and drafter that the pair was loaded from, if it was.
+        changes: what was changed in their weights at the load.
     """
 
     sources: tuple[Path, Path] | None = None
+    changes: tuple[Changes, Changes] = (UNCHANGED, UNCHANGED)
 
     @classmethod
     def from_pretrained(
@@ -245,11 +257,11 @@ class Gemma4WithDrafter(JointModel):
         try:
             export_model(
                 self.base, sources[0], outs[0], max_shard_size, kv_shared_weights=kv_shared_weights, in_place=False,
-                files=files["base"],
+                files=files["base"], changes=self.changes[0],
             )  # fmt: skip
             export_model(
                 self.drafter, sources[1], outs[1], max_shard_size, num_assistant_tokens=self.drafter_num_steps,
-                in_place=False, files=files["drafter"],
+                in_place=False, files=files["drafter"], changes=self.changes[1],
             )  # fmt: skip
             for out in outs[2:]:
                 export_adapter(self.base, out, in_place=False, card=files["adapter"].card)
@@ -310,7 +322,7 @@ def load_pair(
     m = cfg.model
     base_dir = resolve(m.base, m.revision, m.cache_dir, hub)
     drafter_dir = resolve(m.drafter, m.drafter_revision, m.cache_dir, hub)
-    configs = read_configs(base_dir, drafter_dir, text_config=m.text_config)
+    configs = read_configs(base_dir, drafter_dir, text_config=m.text_config, rows=grown_rows(cfg))
     device = torch.device(device)
     model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params], device.type, peft_config)
     text = model.base.config.get_text_config()
@@ -328,13 +340,29 @@ def load_pair(
             agree(ranks, "weights", mine, {f"{part}/{name}": str(folder / name) for name in files})
         check_weights(folder, ranks)
         check_token_ordering(stored_tensors(folder), folder)
+    everyone = Ranks(cfg.parallel.timeout_seconds)
+    if ranks is not None and (adapters := read_adapters(cfg)):
+        digests = {f"adapter {number}": file_digest(a.folder / ADAPTER_FILE) for number, a in enumerate(adapters)}
+        agree(ranks, "weights", digests, {f"adapter {number}": str(a.folder) for number, a in enumerate(adapters)})
+    model.changes = (
+        changes_of_base(cfg, model.base, base_dir, everyone),
+        changes_of_drafter(cfg, model.drafter, drafter_dir, everyone),
+    )
     shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
-    materialize(model.base, base_dir, device, shard_device)
-    materialize(model.drafter, drafter_dir, device, shard_device)
+    materialize(model.base, base_dir, device, shard_device, model.changes[0])
+    materialize(model.drafter, drafter_dir, device, shard_device, model.changes[1])
     if adapted_modules(model.base):
         initialise_adapters(model.base, cfg.seed)
-        ranks = Ranks(cfg.parallel.timeout_seconds)
-        model.frozen_base = ranks.first(f"reading {base_dir}", lambda: frozen_base(base_dir))
+        if continued := continued_adapter(cfg):
+            load_adapter(model.base, continued.folder)
+        if merged := merged_adapters(cfg):
+            log.warning(
+                "the export's adapter/ will belong to the base with %s merged into it, not to %s alone: serve it as "
+                "the merged base/, or on that merged base",
+                " and ".join(str(adapter.folder) for adapter in merged), m.base,
+            )  # fmt: skip
+        base_changes = model.changes[0]
+        model.frozen_base = everyone.first(f"reading {base_dir}", lambda: frozen_base(base_dir, base_changes))
     if mesh is not None:
         share_streams(model)
     if cfg.drafter.share_embedding_with_base:

@@ -31,6 +31,7 @@ from joint_train.distributed.lora import Merged, adapted_modules, merged_weight
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import WeightsError
 from joint_train.files import naming
+from joint_train.weights.changes import UNCHANGED, Changes
 from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.kv_shared import absent_copies
 from joint_train.weights.loading import FLOATS, Stored, match, stored_tensors
@@ -81,6 +82,7 @@ def export_model(
     kv_shared_weights: bool = False,
     in_place: bool = True,
     files: RunFiles = NOTHING,
+    changes: Changes = UNCHANGED,
 ) -> None:
     """Write a model as a Hugging Face folder; under a process group, all ranks must call it, and share `out`'s disk.
 
@@ -97,13 +99,14 @@ def export_model(
             nothing uses: copies of those that these layers reuse, see :mod:`joint_train.weights.kv_shared`.
         in_place: False leaves the complete folder staged, for :func:`joint_train.weights.placing.place`.
         files: what the run adds to the source's files.
+        changes: what was changed in the weights of `source` when the model was loaded.
 
     Raises:
         WeightsError: if the model's tensors are not those of `source`.
         OSError: if the disk is full, …; on every rank alike.
     """
     source = resolve(source)
-    stored, names = _contents(model, source, kv_shared_weights)
+    stored, names = _contents(model, source, kv_shared_weights, changes)
     tensors = Merged(model, names)
 
     def fill(slots: dict[str, Slot]) -> None:
@@ -125,6 +128,7 @@ def export_checkpoint(
     kv_shared_weights: bool = False,
     in_place: bool = True,
     files: RunFiles = NOTHING,
+    changes: Changes = UNCHANGED,
 ) -> None:
     """Write a distributed checkpoint of one model as a Hugging Face folder, in one process.
 
@@ -132,16 +136,16 @@ def export_checkpoint(
         checkpoint: folder of the distributed checkpoint, e.g. ``step_00000100/base/model``.
         model: the model on the meta device, for the names of its tensors and their ties. If it has adapters, they are
             on the CPU and filled, and the other weights are those of `source`.
-        source, out, max_shard_size, dtype, num_assistant_tokens, kv_shared_weights, in_place, files: as
+        source, out, max_shard_size, dtype, num_assistant_tokens, kv_shared_weights, in_place, files, changes: as
             for :func:`export_model`.
 
     Raises:
         WeightsError: if the checkpoint lacks a tensor of `source`, or has it in another shape.
     """
     source = Path(source)
-    stored, names = _contents(model, source, kv_shared_weights)
+    stored, names = _contents(model, source, kv_shared_weights, changes)
     saved = None if adapted_modules(model) else _saved_names(checkpoint, model, names)
-    value = _values(checkpoint, model, source, stored, names)
+    value = _values(checkpoint, model, source, stored, names, changes)
 
     def fill(slots: dict[str, Slot]) -> None:
         if saved is None:
@@ -160,16 +164,20 @@ def export_checkpoint(
 
 
 def compare_checkpoint(
-    checkpoint: str | os.PathLike, model: PreTrainedModel, source: str | os.PathLike, out: str | os.PathLike
+    checkpoint: str | os.PathLike,
+    model: PreTrainedModel,
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    changes: Changes = UNCHANGED,
 ) -> list[str]:
     """The tensors of an export that don't have the checkpoint's values, each read again.
 
     Args:
-        checkpoint, model, source: as for :func:`export_checkpoint`.
+        checkpoint, model, source, changes: as for :func:`export_checkpoint`.
         out: the exported folder.
     """
-    stored, names = _contents(model, Path(source), False)
-    value, ours = _values(checkpoint, model, Path(source), stored, names), stored_tensors(out)
+    stored, names = _contents(model, Path(source), False, changes)
+    value, ours = _values(checkpoint, model, Path(source), stored, names, changes), stored_tensors(out)
     problems = []
     for key in sorted(names.keys() & ours.keys()):
         with safe_open(ours[key].file, framework="pt") as weights:
@@ -191,6 +199,7 @@ def _values(
     source: Path,
     stored: dict[str, Stored],
     names: dict[str, str],
+    changes: Changes,
 ) -> Callable[[str, torch.dtype], Tensor]:
     """A tensor of the checkpoint by the source's key, rounded to a dtype; with adapters, theirs added to the source's
     weight in float32."""
@@ -199,7 +208,8 @@ def _values(
 
         def merge(key: str, dtype: torch.dtype) -> Tensor:
             with safe_open(stored[key].file, framework="pt") as weights:
-                weight = weights.get_tensor(stored[copied.get(key, key)].key)
+                source_key = copied.get(key, key)
+                weight = changes.view(weights, source_key, names[key], stored[source_key].key).whole()
             return (merged_weight(modules[names[key]], weight) if names[key] in modules else weight).to(dtype)
 
         return merge
@@ -231,13 +241,15 @@ def verify(
     source: str | os.PathLike,
     kv_shared_weights: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    changes: Changes = UNCHANGED,
 ) -> list[str]:
     """What differs between an export and the folder it comes from, in names, shapes, dtypes and other files.
 
     Args:
         dtype: of floating-point tensors in the export, whatever the source has.
+        changes: what the run changed in the weights of `source` when it loaded them.
     """
-    ours, theirs = stored_tensors(out), stored_tensors(source)
+    ours, theirs = stored_tensors(out), stored_tensors(source, changes)
     if kv_shared_weights:
         theirs |= {key: theirs[copied] for key, copied in absent_copies(read_config(source), theirs).items()}
     problems = [f"missing: {key}" for key in sorted(theirs.keys() - ours.keys())]
@@ -255,10 +267,10 @@ def verify(
 
 
 def _contents(
-    model: PreTrainedModel, source: Path, kv_shared_weights: bool
+    model: PreTrainedModel, source: Path, kv_shared_weights: bool, changes: Changes
 ) -> tuple[dict[str, Stored], dict[str, str]]:
     """What the export holds, as the source's entries by key, and the model's name of those that the model has."""
-    stored = stored_tensors(source)
+    stored = stored_tensors(source, changes)
     names = match(model, stored, source)
     copies = absent_copies(model.config, stored)
     if kv_shared_weights:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from joint_train.config import Config
+from joint_train.config.values import grown_rows
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import ConfigError
 from joint_train.pair.compatibility import check_pair
@@ -134,11 +135,13 @@ def read_config(
     revision: str | None = None,
     cache_dir: str | None = None,
     text_config: dict[str, Any] | None = None,
+    rows: int | None = None,
 ) -> PreTrainedConfig:
     """Configuration of one model from its folder or hub id.
 
     Args:
         text_config: values that replace those of the folder's text configuration.
+        rows: of the vocabulary's tables, where they are to be others than the folder's.
 
     Raises:
         ConfigError: if there is none, its weights are quantised, or `text_config` has a key that Gemma 4's text
@@ -149,6 +152,7 @@ def read_config(
     except OSError as e:
         raise ConfigError(f"no model configuration at {path}: {e}") from e
     if not raw:
+        refuse_adapter(Path(path))
         raise ConfigError(
             f"{path} has no config.json: give a folder that save_pretrained wrote, or a hub id.{inner_folders(path)}"
         )
@@ -162,6 +166,8 @@ def read_config(
             f"{path} holds quantised weights (quantization_config in its config.json), which can't be trained: give "
             "the bfloat16 folder that it was made from, and quantise the export after training."
         )
+    if rows is not None:
+        text_config = {**(text_config or {}), **vocabulary_settings(kind, rows)}
     config_class = CONFIG_MAPPING[kind]
     config = config_class.from_dict(copy.deepcopy(raw))
     if text_config:
@@ -177,6 +183,30 @@ def read_config(
     return config
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Say what to set where a model's folder holds adapters alone.
+
+    Raises:
+        ConfigError: if it does.
+    """
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return
+    try:
+        base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"] or "BASE"
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "BASE"
+    raise ConfigError(
+        f"{folder} holds adapters (PEFT) on {base}, and no model: set model.base={base} model.adapter={folder}. If "
+        "that base has moved, model.base is where it is now."
+    )
+
+
+def vocabulary_settings(kind: str, rows: int) -> dict[str, int]:
+    """The text settings of a model of this type whose vocabulary's tables have so many rows."""
+    tables = ("vocab_size", "vocab_size_per_layer_input") if kind in BASES else ("vocab_size",)
+    return dict.fromkeys(tables, rows)
+
+
 def read_configs(
     base: str | os.PathLike,
     drafter: str | os.PathLike,
@@ -185,15 +215,19 @@ def read_configs(
     drafter_revision: str | None = None,
     cache_dir: str | None = None,
     text_config: dict[str, Any] | None = None,
+    rows: int | None = None,
 ) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """Configurations of a pair, checked to fit together; reads no weight.
+
+    Args:
+        rows: as for :func:`read_config`, of both.
 
     Raises:
         ConfigError: for a model of another family, a drafter that was made for another base, and a drafter whose
             logits serving would cap.
     """
-    base_config = read_config(base, revision=revision, cache_dir=cache_dir, text_config=text_config)
-    drafter_config = read_config(drafter, revision=drafter_revision, cache_dir=cache_dir)
+    base_config = read_config(base, revision=revision, cache_dir=cache_dir, text_config=text_config, rows=rows)
+    drafter_config = read_config(drafter, revision=drafter_revision, cache_dir=cache_dir, rows=rows)
     for key, config, path, known in (
         ("model.base", base_config, base, BASES),
         ("model.drafter", drafter_config, drafter, DRAFTERS),
@@ -214,4 +248,4 @@ def run_configs(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """:func:`read_configs` of a run's pair, downloaded if need be. Collective under a process group."""
     m = cfg.model
     folders = resolve(m.base, m.revision, m.cache_dir), resolve(m.drafter, m.drafter_revision, m.cache_dir)
-    return read_configs(*folders, text_config=m.text_config)
+    return read_configs(*folders, text_config=m.text_config, rows=grown_rows(cfg))

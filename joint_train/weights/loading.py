@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,7 @@ from joint_train.distributed.replicas import Replicas
 from joint_train.errors import WeightsError
 from joint_train.torch_private import local_shape_and_offset
 from joint_train.weights import placing
+from joint_train.weights.changes import UNCHANGED, Changes, View
 from joint_train.weights.folders import BASES, DRAFTERS, model_type, other_weights, read_config, resolve
 
 READ_BYTES = 64 * 2**20
@@ -86,6 +87,7 @@ def materialize(
     folder: str | os.PathLike,
     device: torch.device | str,
     shard_device: torch.device | str | None = None,
+    changes: Changes = UNCHANGED,
 ) -> None:
     """Fill a model of :func:`build_meta` from a folder's safetensors, on `device`.
 
@@ -97,6 +99,7 @@ def materialize(
 
     Args:
         shard_device: of sharded parameters, where it is another: the CPU with ``parallel.cpu_offload=all``.
+        changes: of the folder's weights; each rank makes them in the slices that it reads.
 
     Raises:
         WeightsError: before anything is allocated.
@@ -104,9 +107,9 @@ def materialize(
     """
     replicas = Replicas(model.parameters())
     if replicas.mesh is None:
-        _fill(model, folder, device, shard_device)
+        _fill(model, folder, device, shard_device, changes)
     else:
-        run_on_all_ranks(lambda: _fill(model, folder, device, shard_device, replicas.reads))
+        run_on_all_ranks(lambda: _fill(model, folder, device, shard_device, changes, replicas.reads))
         replicas.share({id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values())
 
 
@@ -115,10 +118,11 @@ def _fill(
     folder: str | os.PathLike,
     device: torch.device | str,
     shard_device: torch.device | str | None,
+    changes: Changes,
     values: bool = True,
 ) -> None:
     """Check, allocate, and with ``values`` read."""
-    stored = stored_tensors(folder)
+    stored = stored_tensors(folder, changes)
     names = match(model, stored, folder)
     check_token_ordering(stored, folder)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -135,7 +139,7 @@ def _fill(
             for key, name in names.items():
                 target = tensors.get(name)
                 if stored[key].file == file and target is not None and id(target) not in filled:
-                    _read_slice(weights, stored[key].key, target)
+                    _read_slice(changes.view(weights, key, name, stored[key].key), target)
                     filled.add(id(target))
     if (Path(folder) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -180,10 +184,13 @@ def load_to_generate(path: str | os.PathLike, dtype: torch.dtype, device: torch.
     return model.to(device).eval()
 
 
-def stored_tensors(folder: str | os.PathLike) -> dict[str, Stored]:
+def stored_tensors(folder: str | os.PathLike, changes: Changes = UNCHANGED) -> dict[str, Stored]:
     """The tensors of a folder by name: of ``model.safetensors``, else of the files that the index names.
 
     Names that transformers wouldn't know are given as it writes them today, see :func:`current_name`.
+
+    Args:
+        changes: shapes are those that the tensors have with them.
 
     Raises:
         WeightsError: if there is neither, a file of the index is missing, a header can't be read, or two tensors have
@@ -209,7 +216,8 @@ def stored_tensors(folder: str | os.PathLike) -> dict[str, Stored]:
                     view, name = weights.get_slice(key), current_name(key, kind)
                     if name in stored and key != stored[name].key:
                         twice.append(f"{stored[name].key} and {key}")
-                    stored[name] = Stored(folder / file, tuple(view.get_shape()), view.get_dtype(), key)
+                    shape = changes.shape(name, tuple(view.get_shape()))
+                    stored[name] = Stored(folder / file, shape, view.get_dtype(), key)
         except Exception as e:
             raise WeightsError(f"can't read {folder / file}: {e}") from e
     if twice:
@@ -309,13 +317,14 @@ def check_weights(folder: Path, ranks: Ranks | None = None) -> None:
     placing.refuse_changed(folder, sorted(problem for of_rank in problems for problem in of_rank))
 
 
-def frozen_base(folder: str | os.PathLike) -> dict[str, str]:
+def frozen_base(folder: str | os.PathLike, changes: Changes = UNCHANGED) -> dict[str, str]:
     """A folder and what tells its weights from others: a checkpoint of adapters names them so.
 
     The hash is over the headers (names, shapes, dtypes) and the first row of every tensor, since fine-tuned models have
-    the headers of what they were made from. How the tensors are spread over files doesn't count.
+    the headers of what they were made from. How the tensors are spread over files doesn't count. Adapters that were
+    merged into them do, and rows that were added.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(changes.digest.encode())
     for key, entry in sorted(stored_tensors(folder).items()):
         digest.update(f"{key} {entry.shape} {entry.dtype}".encode())
         with safe_open(entry.file, framework="pt") as weights:
@@ -337,14 +346,12 @@ def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.Pa
         WeightsError: listing what is missing, unexpected, misshaped or of the wrong kind.
     """
     tensors = folder_tensors(model)
-    conversions = get_model_conversion_mapping(model)
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    rename = renamer(model, tensors)
     ignored = ignored_keys(model, stored)
     names: dict[str, str] = {}
     wrong: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshaped": []}
     for key, entry in stored.items():
-        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, tensors)
+        name = rename(key)
         if name not in tensors and key in tensors:
             name = key
         if name in tensors:
@@ -360,6 +367,19 @@ def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.Pa
             + "".join(f"\n  {kind} ({len(keys)}): " + _indent_first(keys) for kind, keys in wrong.items() if keys)
         )
     return names
+
+
+def renamer(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Callable[[str], str]:
+    """transformers' own renamings of a folder's keys, as a function.
+
+    Args:
+        tensors: of the model, see :func:`folder_tensors`.
+    """
+    conversions = get_model_conversion_mapping(model)
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    known = dict(tensors)
+    return lambda key: rename_source_key(key, renamings, converters, model.base_model_prefix, known)[0]
 
 
 def ignored_keys(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
@@ -381,16 +401,15 @@ def _indent_first(lines: list[str], most: int = 40) -> str:
     return "".join(f"\n    {line}" for line in lines[:most] + more)
 
 
-def _read_slice(weights: Any, key: str, target: Tensor) -> None:
+def _read_slice(view: View, target: Tensor) -> None:
     """Copy this rank's part of a stored tensor into `target`, converting its dtype."""
-    view = weights.get_slice(key)
     if isinstance(target, DTensor):
         shape, offset = local_shape_and_offset(target.shape, target.device_mesh, target.placements)
         target = target.to_local()
     else:
         shape, offset = tuple(target.shape), (0,) * target.dim()
     if target.dim() == 0:
-        target.copy_(weights.get_tensor(key))
+        target.copy_(view.whole())
         return
     if target.numel() == 0:
         return

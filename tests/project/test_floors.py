@@ -30,7 +30,7 @@ FLOORS = [
     ["evaluate"],
     ["model_card"],
     ["export", "train"],
-    ["__main__"],
+    ["__main__", "retune"],
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 FILES = sorted(file for file in ROOT.rglob("*.py") if file != ROOT / "__init__.py" and "conf" not in file.parts[-2:])
