@@ -64,7 +64,9 @@ class Loading:
             for part, of_part in tensors.items():
                 state.load_tensors(readers[part], of_part, self._ranks)
             if optimizer is not None:
-                self._load_optimizer(model, optimizer, readers["optimizer"])
+                saved = documents["state.json"]
+                frozen = saved.get("joint_steps", saved["step"]) < saved["step"]
+                self._load_optimizer(model, optimizer, readers["optimizer"], frozen)
         except Unreadable:
             if checksums:  # changed bytes explain it better
                 verify_contents(path, self.manifest, tensor_files, self._ranks)
@@ -137,7 +139,12 @@ class Loading:
                     f"weights of the {part.partition('/')[0]} were {both}, so they are rounded: {shorten_list(names)}"
                 )
 
-    def _load_optimizer(self, model: JointModel, optimizer: torch.optim.Optimizer, reader: Reader) -> None:
+    def _load_optimizer(
+        self, model: JointModel, optimizer: torch.optim.Optimizer, reader: Reader, base_frozen: bool
+    ) -> None:
+        """Args:
+        base_frozen: by ``freeze.base_after``; the run knows whether it still is.
+        """
         path, stored = self.path, reader.tensors()
         loaded = state.new_optimizer_state(model, optimizer, stored)
         names = state.parameter_names(model)
@@ -146,7 +153,8 @@ class Loading:
         state.load_tensors(reader, state.optimizer_tensors(model, optimizer), self._ranks)
         trained = {names[p] for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         had = {key.rpartition("/")[0] for key in stored}
-        if fresh := sorted(trained - had):
+        fresh = sorted(name for name in trained - had if not (base_frozen and name.startswith("base.")))
+        if fresh:
             self._warn(
                 f"{path.name} has no optimizer state for {shorten_list(fresh)}: they start with new optimizer state"
             )

@@ -7,6 +7,7 @@ from joint_train.config.schema import Config
 from joint_train.config.typed import select
 from joint_train.config.uploads import check_uploads
 from joint_train.config.values import (
+    base_after,
     mesh_shape,
     parse_drafter_loss,
     parse_steps,
@@ -123,6 +124,11 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
         )
     if cfg.epochs is not None and not 0 < cfg.epochs < math.inf:
         raise ConfigError(f"epochs={cfg.epochs}: must be above 0.")
+    if base_after(cfg.freeze.base_after) is not None and cfg.freeze.base:
+        raise ConfigError(
+            f"freeze.base_after={cfg.freeze.base_after} freezes the base during the run, and freeze.base=true before "
+            "its first step: set only one of them."
+        )
     unroll_limit(cfg.data.unroll)
     max_steps, _ = run_length(cfg)
     steps = parse_steps(cfg.profile.steps)

@@ -67,6 +67,11 @@ class DrafterConfig:
 @dataclass
 class FreezeConfig:
     base: bool = key(False, "train the drafter alone")
+    base_after: Any = key(
+        None,
+        "train the drafter alone after so many steps | after this share of the run, below 1 | auto: in the steps that "
+        "training jointly has saved until then, by the plan's FLOPs, against training one model after the other",
+    )
     towers: bool = key(True, "freeze the vision tower and its projection; the audio tower always is frozen")
     embeddings: bool = key(False, "freeze the base's embedding tables (and the head tied to them)")
 
@@ -135,7 +140,10 @@ class OptimConfig:
     betas: list[float] = key([0.9, 0.95], "AdamW's betas; with moments in bfloat16 the second is at most 0.99")
     eps: float = key(1e-8, "AdamW's epsilon")
     warmup_steps: int = key(50, "linear warm-up")
-    schedule: str = key("cosine", "cosine | linear | constant | wsd (constant, then linear), after the warm-up")
+    schedule: str = key(
+        "cosine",
+        "cosine | linear | constant | wsd (constant, then linear), after the warm-up and until freeze.base_after",
+    )
     min_lr_ratio: float = key(0.1, "final learning rate as a fraction of the peak")
     drafter_schedule: str | None = key(None, "the drafter's schedule; null: as schedule")
     drafter_min_lr_ratio: float | None = key(None, "the drafter's min_lr_ratio; null: as min_lr_ratio")

@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from joint_train.config.schema import LossConfig, ParallelConfig
 from joint_train.errors import ConfigError
@@ -72,6 +73,22 @@ def _number(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"{key} is {value!r}, must be a number of 0 or more")
     return float(value)
+
+
+def base_after(choice: object) -> int | float | str | None:
+    """``freeze.base_after``: steps (an integer), a share of the run (below 1), ``auto``, or None for never.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if choice is None or choice == "auto":
+        return cast("str | None", choice)
+    number = isinstance(choice, (int, float)) and not isinstance(choice, bool)
+    if number and (0 < cast(float, choice) < 1 or (isinstance(choice, int) and choice >= 1)):
+        return cast("int | float", choice)
+    raise ConfigError(
+        f"freeze.base_after={choice}: give a number of steps, a share of the run between 0 and 1 such as 0.55, or auto."
+    )
 
 
 def parse_steps(spec: str | None) -> range:

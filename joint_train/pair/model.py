@@ -169,6 +169,13 @@ class JointModel(nn.Module):
             )
         target.copy_(source)
 
+    def freeze_base(self) -> None:
+        """Train the drafter alone from now on, as with ``freeze_base_for_drafter``; under FSDP2 between two steps."""
+        self.freeze_base_for_drafter = True
+        for parameter in self.base.parameters():
+            parameter.grad = None
+        self.base.requires_grad_(False)
+
     def parts(self) -> tuple[tuple[str, PreTrainedModel], tuple[str, PreTrainedModel]]:
         """Both models with their names."""
         return ("base", self.base), ("drafter", self.drafter)

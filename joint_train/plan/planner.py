@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from joint_train.checkpoint.state import pair_tensors
 from joint_train.config import Config, select, with_overrides
-from joint_train.config.values import mesh_shape
+from joint_train.config.values import base_after, mesh_shape
 from joint_train.distributed.moments import moved_by_muon, state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
 from joint_train.distributed.placement import local_numel, padding
@@ -239,12 +239,15 @@ def mesh_sizes(cfg: Config, machine: Machine) -> tuple[int, int]:
     return ranks, mesh_shape(cfg.parallel, ranks, machine.gpus_per_node)[2]
 
 
-def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda", base_alone: bool = False) -> Plan:
+def make_plan(
+    cfg: Config, machine: Machine, device_type: str = "cuda", base_alone: bool = False, drafter_alone: bool = False
+) -> Plan:
     """Estimate a run. Where ``activation_checkpointing`` says auto, it is the least that fits, as ``Plan.chosen`` says.
 
     Args:
         device_type: decides what ``precision.compute=auto`` and the loss's default budget are.
         base_alone: plan the plain fine-tuning of the base, without the drafter and with whole logits, to compare.
+        drafter_alone: plan the steps after ``freeze.base_after``. The weights stay as they are kept for training.
 
     Raises:
         ConfigError: as :func:`read`.
@@ -252,7 +255,7 @@ def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda", base_alo
     choices, plans = rungs(cfg.activation_checkpointing), {}
 
     def fits(rung: int) -> bool:
-        plans[rung] = _plan(with_overrides(cfg, choices[rung]), machine, device_type, base_alone)
+        plans[rung] = _plan(with_overrides(cfg, choices[rung]), machine, device_type, base_alone, drafter_alone)
         return plans[rung].peak <= machine.usable
 
     rung = lowest(len(choices), fits)
@@ -261,7 +264,42 @@ def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda", base_alo
     return replace(plans[rung], chosen=choices[rung])
 
 
-def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> Plan:
+def joint_share(cfg: Config, machine: Machine, device_type: str = "cuda", joint: Plan | None = None) -> float:
+    """The share of a run's steps in which both models train, so that with the drafter alone in the others the run has
+    the FLOPs of training one after the other: the base for as many steps, and then the drafter on it for as many.
+
+    Args:
+        joint: the plan of the joint steps, if it is there already.
+    """
+    joint = joint or make_plan(cfg, machine, device_type)
+    cfg = with_overrides(cfg, joint.chosen)
+    base = make_plan(cfg, machine, device_type, base_alone=True).flops
+    drafter = make_plan(cfg, machine, device_type, drafter_alone=True).flops
+    saved = max(0, base + drafter - joint.flops) / drafter  # steps of the drafter alone for each joint step
+    return 1 / (1 + saved)
+
+
+def joint_steps(
+    cfg: Config, max_steps: int, machine: Machine, device_type: str = "cuda", plan: Plan | None = None
+) -> int:
+    """In how many steps of a run the base is trained: ``freeze.base_after`` in steps, and ``max_steps`` without it.
+
+    Args:
+        plan: of the joint steps, if it is there already.
+    """
+    after = base_after(cfg.freeze.base_after)
+    after = joint_share(cfg, machine, device_type, plan) if isinstance(after, str) else after
+    return steps_before_frozen(after, max_steps)
+
+
+def steps_before_frozen(after: float | None, max_steps: int) -> int:
+    """:func:`joint_steps` for ``freeze.base_after`` as a number of steps, a share of ``max_steps``, or None."""
+    if after is None or isinstance(after, int):
+        return min(max_steps, after or max_steps)
+    return max(1, round(after * max_steps))
+
+
+def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool, drafter_alone: bool) -> Plan:
     base_config, drafter_config, sources = read(cfg)
     as_planned = {
         "parallel.compile": False,
@@ -273,7 +311,9 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
     compute = compute_dtype(cfg.precision, device_type)
     model = meta_pair(cfg, base_config, drafter_config, compute, device_type)
     ranks, shard = mesh_sizes(cfg, machine)
-    step = simulate(model, cfg, shard, device_type, machine.flex_head_dim, base_alone)
+    whole = whole_parameters(model.base)
+    rounded = {id(p) for p in rounded_parameters(model.base)}  # sharded, unless they are whole
+    step = simulate(model, cfg, shard, device_type, machine.flex_head_dim, base_alone, drafter_alone)
     parameters = list((model.base if base_alone else model).parameters())
     trained = [p for p in parameters if p.requires_grad]
     dtype = DTYPES[cfg.precision.params]
@@ -287,8 +327,6 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
 
     states = sum(bytes_of_states(p, local_numel(p.shape, shard)) for p in trained)
     reduce_bytes = DTYPES[cfg.precision.reduce].itemsize
-    whole = whole_parameters(model.base)
-    rounded = {id(p) for p in rounded_parameters(model.base)}  # sharded, unless they are whole
     masters = [p for p in parameters if id(p) not in rounded]
     kept = [p for p in parameters if id(p) in rounded - {id(other) for other in whole}]
     offloaded = cfg.parallel.cpu_offload == "all"

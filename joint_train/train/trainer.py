@@ -29,10 +29,11 @@ from joint_train.pair.attention import check_backward
 from joint_train.pair.loss import run_budget_mb
 from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets, send
-from joint_train.plan.planner import Machine, make_plan
+from joint_train.plan.planner import Machine, joint_steps, make_plan
 from joint_train.train.advice import (
     generation_prompts,
     log_recomputation,
+    say_frozen,
     say_resumed,
     warn_of_grace,
     warn_of_padding,
@@ -43,7 +44,7 @@ from joint_train.train.agreement import agree_on_configuration, agree_on_data
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.length import run_steps
-from joint_train.train.optim import build_optimizer, lr_factor, update
+from joint_train.train.optim import build_optimizer, freeze_base, lr_factor, update
 from joint_train.train.pace import Since
 from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
 from joint_train.weights.composite import load_pair
@@ -105,16 +106,25 @@ class Trainer:
         self.loader = self.build_train_loader(position)
         agree_on_data(cfg, "train", self.loader, everyone)
         self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
+        self.joint_steps = joint_steps(cfg, self.max_steps, machine, self.device.type, self.plan)
+        cost = 1.0  # of a step with a frozen base, in joint ones
+        if self.joint_steps < self.max_steps:
+            self.plan_alone = make_plan(cfg, machine, self.device.type, drafter_alone=True)
+            cost = self.plan_alone.flops / self.plan.flops
         if found:
-            say_resumed(cfg, path, self.step, self.max_steps, saved.get("max_steps"))
-        self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None, self.max_steps)
+            before = saved.get("max_steps"), saved.get("joint_steps")
+            say_resumed(cfg, path, self.step, (self.max_steps, self.joint_steps), before)
+        self.tracker = Tracker(
+            cfg, self.rank, self.step, self.unfinished is not None, self.max_steps,
+            lambda step: min(step, self.joint_steps) + cost * max(0, step - self.joint_steps),
+        )  # fmt: skip
         if self.device.type == "cuda":
             self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
         warn_of_torchrun(cfg.checkpoint)
-        warn_of_warmup(cfg, self.max_steps)
+        warn_of_warmup(cfg, self.joint_steps)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -224,9 +234,20 @@ class Trainer:
         if self.preemption.should_stop():
             raise Interrupted
 
+    def freeze_base(self) -> None:
+        """Train the drafter alone from now on."""
+        freeze_base(self.model, self.optimizer)
+        self.plan = self.plan_alone
+        self.model.drafter_recompute = str(
+            self.plan.chosen.get("activation_checkpointing.drafter", self.model.drafter_recompute)
+        )
+        say_frozen(self.cfg, self.plan, self.step, self.max_steps)
+
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
         """One optimizer step over ``grad_accum`` micro-batches; its metrics, or none in a step that doesn't log."""
         cfg, started = self.cfg, time.perf_counter()
+        if self.step >= self.joint_steps and not self.model.freeze_base_for_drafter:
+            self.freeze_base()
         loaded = [next(batches) for _ in range(cfg.optim.grad_accum)]
         waited = time.perf_counter() - started
         micro_batches = [self.prepare(batch, self.loader.source_names) for batch in loaded]
@@ -243,7 +264,8 @@ class Trainer:
             out = self.model(**inputs, targets=targets, weights=weights)
             out.loss.backward()
             stats = out.stats if stats is None else stats + out.stats
-        factor, drafter_factor = (lr_factor(self.step, cfg.optim, self.max_steps, part) for part in ("base", "drafter"))
+        factor = 0.0 if self.model.freeze_base_for_drafter else lr_factor(self.step, cfg.optim, self.joint_steps)
+        drafter_factor = lr_factor(self.step, cfg.optim, self.max_steps, "drafter")
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
         norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter, drafter_factor)
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
@@ -361,6 +383,7 @@ class Trainer:
         state = {
             "step": self.step,
             "max_steps": self.max_steps,
+            "joint_steps": self.joint_steps,
             "before": before,
             "measured": measured,
             **self.bad_steps.read(),

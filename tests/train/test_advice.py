@@ -97,7 +97,7 @@ def test_a_resume_says_where_it_goes_on_and_what_a_change_does_to_the_learning_r
     old = composed("max_steps=100", "optim.warmup_steps=10")
     new = composed("max_steps=100", "optim.warmup_steps=10", *change)
     (tmp_path / "config.json").write_text(json.dumps(config_to_save(old)))
-    say_resumed(new, tmp_path, 72, new.max_steps, None)
+    say_resumed(new, tmp_path, 72, (new.max_steps, new.max_steps), (None, None))
     assert f"resumed from step 72 of {new.max_steps} ({tmp_path})" in caplog.text
     rates = re.findall(
         r"of the (\w+) at step 73 is ([\de.-]+)(?: \(\S+ %\))?; with .* would be ([\de.-]+)\n", caplog.text
@@ -113,11 +113,11 @@ def test_a_resume_says_where_it_goes_on_and_what_a_change_does_to_the_learning_r
 
 def test_a_resume_after_the_last_step_or_of_another_version_says_so_much(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    say_resumed(composed("max_steps=50"), tmp_path, 50, 50, None)
+    say_resumed(composed("max_steps=50"), tmp_path, 50, (50, 50), (None, None))
     assert "resumed from step 50 of 50" in caplog.text and "there is nothing left to train" in caplog.text
     caplog.clear()
     (tmp_path / "config.json").write_text('{"optim": {"lr": "fast"}}')
-    say_resumed(composed("max_steps=50"), tmp_path, 20, 50, None)
+    say_resumed(composed("max_steps=50"), tmp_path, 20, (50, 50), (None, None))
     assert caplog.messages == [f"resumed from step 20 of 50 ({tmp_path})"]
 
 
