@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from joint_train.checkpoint.layout import AVERAGE, Manifest, check_files, damage_error
 from joint_train.checkpoint.layout import MANIFEST as COMPLETE
-from joint_train.checkpoint.layout import Manifest, check_files, damage_error
 from joint_train.checkpoint.layout import verify as verify_sizes
 from joint_train.command import start
 from joint_train.config import Config, read
@@ -74,21 +74,27 @@ def export_run(
     cfg = run_config(checkpoint)
     unused = cfg.model.export.kv_shared_weights or kv_shared_weights
     parts: dict[str, tuple[PreTrainedModel, Path]] = {}
-    outs = [out / "base", out / "drafter"]
+    outs: list[Path] = []
     try:
-        for part, path, revision, tokens in (
-            ("base", base or cfg.model.base, cfg.model.revision, None),
-            ("drafter", drafter or cfg.model.drafter, cfg.model.drafter_revision, cfg.drafter.num_steps),
-        ):
+        of_base = base or cfg.model.base, cfg.model.revision, None
+        of_drafter = drafter or cfg.model.drafter, cfg.model.drafter_revision, cfg.drafter.num_steps
+        weights = {"base": "base/model", "drafter": "drafter/model"}
+        if (checkpoint / AVERAGE).is_dir():
+            weights |= {"drafter": AVERAGE} | (
+                {"drafter_last": "drafter/model"} if cfg.model.export.drafter_last else {}
+            )
+        for part in weights:
+            path, revision, tokens = of_base if part == "base" else of_drafter
             source = resolve(path, revision, cfg.model.cache_dir)
             overrides = cfg.model.text_config if part == "base" else None
             model = build_meta(read_config(source, text_config=overrides), torch.bfloat16)
+            outs.append(out / part)
             if part == "base" and cfg.lora.r:
                 fill_from_checkpoint(model, cfg, checkpoint, source)
                 outs.append(out / "adapter")
                 export_adapter(model, out / "adapter", in_place=False)
             export_checkpoint(
-                checkpoint / part / "model", model, source, out / part,
+                checkpoint / weights[part], model, source, out / part,
                 max_shard_size or cfg.model.export.max_shard_size, num_assistant_tokens=tokens,
                 kv_shared_weights=unused, in_place=False,
             )  # fmt: skip
@@ -102,7 +108,7 @@ def export_run(
         print(f"{out / part}: {len(stored_tensors(out / part))} tensors")
         if check:
             found = verify(out / part, source, unused)
-            found += compare_checkpoint(checkpoint / part / "model", model, source, out / part)
+            found += compare_checkpoint(checkpoint / weights[part], model, source, out / part)
             problems += print_problems(f"{out / part} differs from {source} and {checkpoint}", found)
             if not found:
                 print(f"{out / part}: names, shapes and dtypes as in {source}, values as in step {manifest.step}")

@@ -52,17 +52,24 @@ class Loading:
             lambda: {n: self._document(n) for n in (*layout.DOCUMENTS, compat.FROZEN_BASE) if n in files},
         )
         # One rank reads the description of all ranks' shards, 160 MB of it at 512 ranks, for everyone.
-        read = self._ranks.first(f"reading {path}", lambda: {p: Reader(path / p).read_metadata() for p in layout.PARTS})
+        tensors = state.pair_tensors(model)
+        average = tensors.get(layout.AVERAGE, {})
+        if average and f"{layout.AVERAGE}/.metadata" not in files:
+            del tensors[layout.AVERAGE]
+            self._warn(f"{path.name} has no average of the drafter (optim.drafter_ema): it starts with its weights")
+        parts = [*tensors, "optimizer"]
+        read = self._ranks.first(f"reading {path}", lambda: {p: Reader(path / p).read_metadata() for p in parts})
         readers = {part: Reader(path / part, metadata, checksums) for part, metadata in read.items()}
         changed = compat.changed_settings(documents["config.json"], config)
         for key, (before, now) in changed.items():
             self._warn(f"the configuration changed since {path.name}: {key} was {before} and is now {now}")
-        tensors = state.pair_tensors(model)
         self._check_fit(model, tensors, readers, documents, config, changed)
         self._say_rounded(tensors, readers)
         try:
             for part, of_part in tensors.items():
                 state.load_tensors(readers[part], of_part, self._ranks)
+            for name, tensor in average.items() if layout.AVERAGE not in tensors else ():
+                tensor.detach().copy_(tensors["drafter/model"][name].detach())
             if optimizer is not None:
                 saved = documents["state.json"]
                 frozen = saved.get("joint_steps", saved["step"]) < saved["step"]

@@ -96,6 +96,7 @@ class JointModel(nn.Module):
 
     supports_gradient_checkpointing = True
     frozen_base: dict[str, str] | None = None  # with adapters: what their checkpoints name their base by
+    drafter_average: dict[str, Tensor] | None = None  # of its weights over the steps, by name: optim.drafter_ema
 
     def __init__(
         self,

@@ -240,7 +240,12 @@ def mesh_sizes(cfg: Config, machine: Machine) -> tuple[int, int]:
 
 
 def make_plan(
-    cfg: Config, machine: Machine, device_type: str = "cuda", base_alone: bool = False, drafter_alone: bool = False
+    cfg: Config,
+    machine: Machine,
+    device_type: str = "cuda",
+    base_alone: bool = False,
+    drafter_alone: bool = False,
+    targets: float = 1.0,
 ) -> Plan:
     """Estimate a run. Where ``activation_checkpointing`` says auto, it is the least that fits, as ``Plan.chosen`` says.
 
@@ -248,6 +253,7 @@ def make_plan(
         device_type: decides what ``precision.compute=auto`` and the loss's default budget are.
         base_alone: plan the plain fine-tuning of the base, without the drafter and with whole logits, to compare.
         drafter_alone: plan the steps after ``freeze.base_after``. The weights stay as they are kept for training.
+        targets: share of the tokens that are supervised.
 
     Raises:
         ConfigError: as :func:`read`.
@@ -255,7 +261,9 @@ def make_plan(
     choices, plans = rungs(cfg.activation_checkpointing), {}
 
     def fits(rung: int) -> bool:
-        plans[rung] = _plan(with_overrides(cfg, choices[rung]), machine, device_type, base_alone, drafter_alone)
+        plans[rung] = _plan(
+            with_overrides(cfg, choices[rung]), machine, device_type, base_alone, drafter_alone, targets
+        )
         return plans[rung].peak <= machine.usable
 
     rung = lowest(len(choices), fits)
@@ -299,7 +307,9 @@ def steps_before_frozen(after: float | None, max_steps: int) -> int:
     return max(1, round(after * max_steps))
 
 
-def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool, drafter_alone: bool) -> Plan:
+def _plan(
+    cfg: Config, machine: Machine, device_type: str, base_alone: bool, drafter_alone: bool, targets: float
+) -> Plan:
     base_config, drafter_config, sources = read(cfg)
     as_planned = {
         "parallel.compile": False,
@@ -313,7 +323,7 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool, dra
     ranks, shard = mesh_sizes(cfg, machine)
     whole = whole_parameters(model.base)
     rounded = {id(p) for p in rounded_parameters(model.base)}  # sharded, unless they are whole
-    step = simulate(model, cfg, shard, device_type, machine.flex_head_dim, base_alone, drafter_alone)
+    step = simulate(model, cfg, shard, device_type, machine.flex_head_dim, base_alone, drafter_alone, targets)
     parameters = list((model.base if base_alone else model).parameters())
     trained = [p for p in parameters if p.requires_grad]
     dtype = DTYPES[cfg.precision.params]
@@ -326,6 +336,9 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool, dra
         return state_bytes(name, p.shape, numel, dtype)
 
     states = sum(bytes_of_states(p, local_numel(p.shape, shard)) for p in trained)
+    average = 0
+    if cfg.optim.drafter_ema:  # in float32
+        average = 4 * sum(local_numel(p.shape, shard) for p in model.drafter.parameters() if p.requires_grad)
     reduce_bytes = DTYPES[cfg.precision.reduce].itemsize
     masters = [p for p in parameters if id(p) not in rounded]
     kept = [p for p in parameters if id(p) in rounded - {id(other) for other in whole}]
@@ -336,6 +349,7 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool, dra
         "weights (this rank's shard)": 0 if offloaded else shards,
         "frozen towers": sum(p.nbytes for p in whole),
         "optimizer states": states if cfg.parallel.cpu_offload == "none" else 0,
+        **({"average of the drafter": average if not offloaded else 0} if average else {}),
         **{name: step.at_peak[name] for name in ("gradients", "gathered weights", "gradient reduction", "activations")},
     }
     kinds = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce")
@@ -367,8 +381,8 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool, dra
     itemsize = DTYPES[cfg.precision.params].itemsize
     saved = [p for tensors in pair_tensors(model).values() for p in tensors.values() if isinstance(p, nn.Parameter)]
     sizes = [(p, p.dtype.itemsize if id(p) in rounded else itemsize) for p in saved]
-    staged = states + sum(local_numel(p.shape, shard) * size for p, size in sizes)
-    there = {"none": 0, "optimizer": states, "all": shards + states + gradients}[cfg.parallel.cpu_offload]
+    staged = states + average + sum(local_numel(p.shape, shard) * size for p, size in sizes)
+    there = {"none": 0, "optimizer": states, "all": shards + states + gradients + average}[cfg.parallel.cpu_offload]
     host = {
         "parallel.cpu_offload": there,
         "inputs of what is recomputed": step.moved["to host", SAVED],
@@ -382,7 +396,9 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool, dra
         recomputed=step.recomputed * cfg.optim.grad_accum,
         tokens=tokens,
         ranks=ranks,
-        checkpoint=sum(size * p.numel() for p, size in sizes) + sum(bytes_of_states(p, p.numel()) for p in trained),
+        checkpoint=sum(size * p.numel() for p, size in sizes)
+        + sum(bytes_of_states(p, p.numel()) for p in trained)
+        + (sum(4 * p.numel() for p in model.drafter.parameters()) if average else 0),
         sources=sources,
         work=work,
         communication=communication,

@@ -170,6 +170,7 @@ def simulate(
     flex_head_dim: int | None = None,
     base_alone: bool = False,
     drafter_alone: bool = False,
+    target_share: float = 1.0,
 ) -> Step:
     """Run a micro-batch on the meta device.
 
@@ -180,6 +181,7 @@ def simulate(
         flex_head_dim: the largest that FlexAttention runs with on the device; None: any.
         base_alone: without the drafter, and with the base's whole logits: what plain fine-tuning does.
         drafter_alone: after ``freeze.base_after``; the base is frozen when this returns.
+        target_share: of the tokens of a row: its last ones are its targets.
     """
     text, meter, units, hooks = text_model(model.base), Meter(), [], []
     offloaded = cfg.parallel.cpu_offload == "all"
@@ -225,7 +227,9 @@ def simulate(
         cast(_PlannedCopies, model.host_copies).meter = meter
 
     ids = torch.ones(cfg.data.micro_batch_size, cfg.data.max_length, dtype=torch.long)
-    targets = joint_targets(ids, None, model.drafter_num_steps, model.pairing).to("meta")  # every token is one
+    labels = ids.clone()
+    labels[:, : round((1 - target_share) * ids.shape[1])] = -100
+    targets = joint_targets(labels, None, model.drafter_num_steps, model.pairing).to("meta")
     documents = torch.ones_like(ids, device="meta") if cfg.data.packing else None
     weights = torch.ones(1 + model.drafter_num_steps, device="meta")
     try:

@@ -47,6 +47,7 @@ from joint_train.train.length import run_steps
 from joint_train.train.optim import build_optimizer, freeze_base, lr_factor, update
 from joint_train.train.pace import Since
 from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
+from joint_train.weights.average import averaged, start_average, update_average
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import resolve
 from joint_train.weights.hub import Push
@@ -82,6 +83,8 @@ class Trainer:
         log_recomputation(self.plan, machine)
         self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
+        if cfg.optim.drafter_ema:
+            start_average(self.model)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
 
         self.val_loader: BatchLoader | None = None
@@ -268,6 +271,8 @@ class Trainer:
         drafter_factor = lr_factor(self.step, cfg.optim, self.max_steps, "drafter")
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
         norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter, drafter_factor)
+        if cfg.optim.drafter_ema:
+            update_average(self.model, cfg.optim.drafter_ema)
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
@@ -334,23 +339,27 @@ class Trainer:
             progress: called before each batch and each forward of a generation; by default it only says that this
                 isn't a hang.
         """
-        cfg, measured = self.cfg, dict[str, float]()
-        progress = progress or self.watchdog.beat
         if self.val_loader is None:
-            return measured
+            return {}
+        with averaged(self.model):
+            return self.evaluate_on(self.val_loader, generate, progress or self.watchdog.beat)
+
+    def evaluate_on(self, val_loader: BatchLoader, generate: bool, progress: Callable[[], None]) -> dict[str, float]:
+        """:meth:`evaluate` of the drafter as its weights are."""
+        cfg, measured = self.cfg, dict[str, float]()
         self.model.eval()
         try:
             with torch.random.fork_rng(devices=[]):  # making an iterator draws from it
                 stats: JointStats | None = None
-                for i, batch in enumerate(self.val_loader):
+                for i, batch in enumerate(val_loader):
                     if i == cfg.eval.batches:
                         break
                     progress()
-                    inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
+                    inputs, targets, _ = self.prepare(batch, val_loader.source_names)
                     found = self.model(**inputs, targets=targets).stats
                     stats = found if stats is None else stats + found
             assert stats is not None, "every rank has a batch of validation"
-            means = stats.reduced(dist.all_reduce).means(self.val_loader.source_names)
+            means = stats.reduced(dist.all_reduce).means(val_loader.source_names)
             measured |= {f"val/{name}": value for name, value in means.items()}
             if generate and self.prompts > 0:
                 prompts = validation_prompts(cfg.data, self.tokenizer, self.prompts)
@@ -402,6 +411,7 @@ class Trainer:
             tokenizer=self.tokenizer,
             max_shard_size=export.max_shard_size,
             kv_shared_weights=export.kv_shared_weights,
+            drafter_last=export.drafter_last,
         )
 
     def publish(self, folder: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,6 +35,7 @@ from joint_train.distributed.ranks import Ranks, run_on_all_ranks
 from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights.adapter import export_adapter, load_adapter
+from joint_train.weights.average import averaged
 from joint_train.weights.export import export_model, sync_files
 from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
 from joint_train.weights.loading import build_meta, check_weights, fingerprints, frozen_base, materialize
@@ -201,8 +203,11 @@ class Gemma4WithDrafter(JointModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_shard_size: str | int = "5GB",
         kv_shared_weights: bool = False,
+        drafter_last: bool = False,
     ) -> None:
         """Write ``base/`` and ``drafter/``, each for ``from_pretrained`` alone, in bfloat16, with the original's names.
+
+        Where there is an average of the drafter's weights, ``drafter/`` has that.
 
         With adapters on the base, ``base/`` has them merged into its weights, and ``adapter/`` has them alone, for
         peft's ``PeftModel.from_pretrained``.
@@ -212,6 +217,7 @@ class Gemma4WithDrafter(JointModel):
         Args:
             tokenizer: saved into both folders where the original folder has none.
             max_shard_size, kv_shared_weights: see :func:`joint_train.weights.export.export_model`.
+            drafter_last: beside an average, also write the last weights, as ``drafter_last/``.
 
         Raises:
             ValueError: if neither model was loaded from a folder: there are no files to go with the weights then.
@@ -226,18 +232,22 @@ class Gemma4WithDrafter(JointModel):
                 )
         folder = Path(save_directory)
         parts = ["base", "drafter", *(["adapter"] if adapted_modules(self.base) else [])]
+        parts += ["drafter_last"] if drafter_last and self.drafter_average is not None else []
         outs = [folder / part for part in parts]
         try:
             export_model(
                 self.base, sources[0], outs[0], max_shard_size, kv_shared_weights=kv_shared_weights, in_place=False
             )
-            export_model(
-                self.drafter, sources[1], outs[1], max_shard_size, num_assistant_tokens=self.drafter_num_steps,
-                in_place=False,
-            )  # fmt: skip
-            for out in outs[2:]:
-                export_adapter(self.base, out, in_place=False)
-            run_on_all_ranks(lambda: _add_tokenizer(tokenizer, outs[:2]))
+            for out in outs[1:]:
+                if out.name == "adapter":
+                    export_adapter(self.base, out, in_place=False)
+                    continue
+                with averaged(self) if out.name == "drafter" else nullcontext():
+                    export_model(
+                        self.drafter, sources[1], out, max_shard_size, num_assistant_tokens=self.drafter_num_steps,
+                        in_place=False,
+                    )  # fmt: skip
+            run_on_all_ranks(lambda: _add_tokenizer(tokenizer, [out for out in outs if out.name != "adapter"]))
             place(outs)
         except BaseException:
             discard(outs)

@@ -1,4 +1,4 @@
-"""``freeze.base_after``: the base stops in fact, on any mesh and with any optimizer; runs resume exactly on either side."""
+"""``freeze.base_after``: the base stops in fact, on any mesh, with any optimizer; a resume on either side is exact."""
 
 import json
 import math
@@ -139,7 +139,7 @@ def runs(rank: int, pair, folder) -> list[dict]:
     ends = []
     for name, more in (
         ("whole", []),
-        *((f"from_{step}", [f"resume={folder}/whole/checkpoints/step_0000000{step}"]) for step in (2, 3, 4)),
+        *((f"from_{at}", [f"resume={folder}/whole/checkpoints/step_0000000{at}"]) for at in (2, 3, 4)),
     ):
         with mock.patch("torch.distributed.destroy_process_group"):
             job = trainer.Trainer(load(settings(pair, folder / name, *more)), Preemption(60))
