@@ -168,15 +168,15 @@ def reference(root: Path) -> Iterator[tuple[str, str]]:
 DOMAINS = (functions, methods, reference)
 
 
-def write_data(folder: Path) -> None:
-    """``train.jsonl`` and ``val.jsonl`` of each domain, the same on every call."""
-    for domain in DOMAINS:
-        out = folder / domain.__name__
-        if not (out / "val.jsonl").exists():
-            out.mkdir(parents=True, exist_ok=True)
-            learned, held_out = chats(domain(Path(sysconfig.get_paths()["stdlib"])))
-            write_jsonl(out / "train.jsonl", learned)
-            write_jsonl(out / "val.jsonl", held_out)  # last: with it there are both
+def domain_data(folder: Path, release: int) -> Path:
+    """A folder with ``train.jsonl`` and ``val.jsonl`` of a release's domain, the same on every call."""
+    out = folder / DOMAINS[release].__name__
+    if not (out / "val.jsonl").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        learned, held_out = chats(DOMAINS[release](Path(sysconfig.get_paths()["stdlib"])))
+        write_jsonl(out / "train.jsonl", learned)
+        write_jsonl(out / "val.jsonl", held_out)  # last: with it there are both
+    return out
 
 
 def conversations(file: Path, most: int) -> list[list[dict[str, Any]]]:
@@ -256,7 +256,6 @@ class Start:
         self.start = train(self.folder / "start", self.pair, *overrides, timeout=options.timeout) / "export"
         self.folder /= f"order_{order}"
         self.data = options.work_dir / "data"
-        write_data(self.data)
         share, self.releases = SETTINGS[options.setting]
         self.steps = max(1, round(share * options.steps))
 
@@ -270,7 +269,7 @@ class Start:
         file = self.options.work_dir / f"costs_{self.options.ratio_of}.json"
         if not file.exists():
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.start / "base")
-            messages = conversations(self.data / DOMAINS[0].__name__ / "train.jsonl", 1000)
+            messages = conversations(domain_data(self.data, 0) / "train.jsonl", 1000)
             rows = rows_of(tokenizer, messages, self.config.data.max_length)
             share = sum(sum(targets) for _, targets in rows) / sum(len(tokens) for tokens, _ in rows)
             found = costs(self.options.ratio_of, self.pair, share)
@@ -280,7 +279,7 @@ class Start:
 
     def train(self, release: int, steps: int, models: tuple[Path, Path], name: str, *overrides: str) -> Path:
         """A run in a release's domain, from these models; the folder of its export."""
-        data = self.data / DOMAINS[release].__name__
+        data = domain_data(self.data, release)
         settings = [f"model.base={models[0]}", f"model.drafter={models[1]}", f"seed={self.seed}", f"max_steps={steps}"]
         settings += [f"data.train=[{{path: {data}/train.jsonl, name: domain}}]"]
         settings += [f"data.val=[{{path: {data}/val.jsonl, name: domain}}]"]
@@ -328,7 +327,7 @@ class Start:
         base, base_only = (load_base(folder) for folder in (base_folder, reference))
         drafter = transformers.Gemma4AssistantForCausalLM.from_pretrained(drafter_folder, dtype=torch.float32).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(base_folder)
-        messages = conversations(self.data / DOMAINS[release].__name__ / "val.jsonl", self.options.prompts)
+        messages = conversations(domain_data(self.data, release) / "val.jsonl", self.options.prompts)
         rows = rows_of(tokenizer, messages, self.config.data.max_length)
         pair = JointModel(base, drafter, drafter_num_steps=self.config.drafter.num_steps).eval()
         decoded = messages[: self.options.decoded]
