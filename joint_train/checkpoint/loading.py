@@ -71,8 +71,8 @@ class Loading:
             for name, tensor in average.items() if layout.AVERAGE not in tensors else ():
                 tensor.detach().copy_(tensors["drafter/model"][name].detach())
             if optimizer is not None:
-                saved = documents["state.json"]
-                frozen = saved.get("joint_steps", saved["step"]) < saved["step"]
+                step = self.manifest.step
+                frozen = documents["state.json"].get("joint_steps", step) < step
                 self._load_optimizer(model, optimizer, readers["optimizer"], frozen)
         except Unreadable:
             if checksums:  # changed bytes explain it better

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from joint_train.checkpoint.state import pair_tensors
 from joint_train.config import Config, select, with_overrides
-from joint_train.config.values import base_after, mesh_shape
+from joint_train.config.values import mesh_shape
 from joint_train.distributed.moments import moved_by_muon, state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
 from joint_train.distributed.placement import local_numel, padding
@@ -287,21 +287,12 @@ def joint_share(cfg: Config, machine: Machine, device_type: str = "cuda", joint:
     return 1 / (1 + saved)
 
 
-def joint_steps(
-    cfg: Config, max_steps: int, machine: Machine, device_type: str = "cuda", plan: Plan | None = None
-) -> int:
-    """In how many steps of a run the base is trained: ``freeze.base_after`` in steps, and ``max_steps`` without it.
+def steps_before_frozen(after: float | None, max_steps: int) -> int:
+    """In how many steps of a run the base is trained.
 
     Args:
-        plan: of the joint steps, if it is there already.
+        after: ``freeze.base_after`` as a number of steps (an integer), a share of ``max_steps``, or None.
     """
-    after = base_after(cfg.freeze.base_after)
-    after = joint_share(cfg, machine, device_type, plan) if isinstance(after, str) else after
-    return steps_before_frozen(after, max_steps)
-
-
-def steps_before_frozen(after: float | None, max_steps: int) -> int:
-    """:func:`joint_steps` for ``freeze.base_after`` as a number of steps, a share of ``max_steps``, or None."""
     if after is None or isinstance(after, int):
         return min(max_steps, after or max_steps)
     return max(1, round(after * max_steps))

@@ -100,6 +100,15 @@ def warn_of_warmup(cfg: Config, max_steps: int) -> None:
         )  # fmt: skip
 
 
+def warn_of_base_after(cfg: Config, max_steps: int) -> None:
+    """Warn that the base is trained to the end."""
+    after = cfg.freeze.base_after
+    if isinstance(after, int) and after >= max_steps:
+        log.warning(
+            "freeze.base_after=%d is not below the run's %d steps: the base is trained in all of them", after, max_steps
+        )
+
+
 def say_frozen(cfg: Config, plan: Plan, step: int, max_steps: int) -> None:
     """Log that the base is frozen from here on.
 

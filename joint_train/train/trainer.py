@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from joint_train.checkpoint import Checkpointer
 from joint_train.config import Config, with_overrides
+from joint_train.config.values import base_after
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
@@ -29,12 +30,13 @@ from joint_train.pair.attention import check_backward
 from joint_train.pair.loss import run_budget_mb
 from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets, send
-from joint_train.plan.planner import Machine, joint_steps, make_plan
+from joint_train.plan.planner import Machine, joint_share, make_plan, steps_before_frozen
 from joint_train.train.advice import (
     generation_prompts,
     log_recomputation,
     say_frozen,
     say_resumed,
+    warn_of_base_after,
     warn_of_grace,
     warn_of_padding,
     warn_of_torchrun,
@@ -109,7 +111,12 @@ class Trainer:
         self.loader = self.build_train_loader(position)
         agree_on_data(cfg, "train", self.loader, everyone)
         self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
-        self.joint_steps = joint_steps(cfg, self.max_steps, machine, self.device.type, self.plan)
+        after = base_after(cfg.freeze.base_after)
+        if isinstance(after, str):  # a resume keeps what the run began with: on other GPUs the plan may say otherwise
+            known = saved.get("joint_share") if found else None
+            after = known or joint_share(cfg, machine, self.device.type, self.plan)
+        self.joint_share = after if isinstance(after, float) else None
+        self.joint_steps = steps_before_frozen(after, self.max_steps)
         cost = 1.0  # of a step with a frozen base, in joint ones
         if self.joint_steps < self.max_steps:
             self.plan_alone = make_plan(cfg, machine, self.device.type, drafter_alone=True)
@@ -128,6 +135,7 @@ class Trainer:
         warn_of_padding(self.plan)
         warn_of_torchrun(cfg.checkpoint)
         warn_of_warmup(cfg, self.joint_steps)
+        warn_of_base_after(cfg, self.max_steps)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -393,6 +401,7 @@ class Trainer:
             "step": self.step,
             "max_steps": self.max_steps,
             "joint_steps": self.joint_steps,
+            "joint_share": self.joint_share,
             "before": before,
             "measured": measured,
             **self.bad_steps.read(),

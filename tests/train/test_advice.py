@@ -9,7 +9,14 @@ import torch
 
 from joint_train.config import config_to_save, load
 from joint_train.plan.planner import Machine, make_plan, meta_pair, read
-from joint_train.train.advice import generation_prompts, say_resumed, warn_of_grace, warn_of_padding, warn_of_warmup
+from joint_train.train.advice import (
+    generation_prompts,
+    say_resumed,
+    warn_of_base_after,
+    warn_of_grace,
+    warn_of_padding,
+    warn_of_warmup,
+)
 from joint_train.train.optim import lr_factor
 
 
@@ -126,3 +133,28 @@ def test_a_warm_up_that_the_run_does_not_outlast_is_named(caplog):
     assert not caplog.messages
     warn_of_warmup(composed("max_steps=40", "optim.warmup_steps=49"), 40)
     assert "optim.warmup_steps=49 isn't over before the run's 40 steps: the learning rate reaches 80 %" in caplog.text
+
+
+def test_a_base_that_is_never_frozen_is_named(caplog):
+    warn_of_base_after(composed("max_steps=51", "freeze.base_after=50"), 51)
+    warn_of_base_after(composed("max_steps=51", "freeze.base_after=0.9"), 51)
+    assert not caplog.messages
+    warn_of_base_after(composed("max_steps=50", "freeze.base_after=50"), 50)
+    assert "freeze.base_after=50 is not below the run's 50 steps: the base is trained in all" in caplog.text
+
+
+def test_a_resume_across_the_freeze_says_what_becomes_of_the_base(tmp_path, caplog):
+    old = composed("max_steps=100", "freeze.base_after=0.5", "optim.warmup_steps=10")
+    (tmp_path / "config.json").write_text(json.dumps(config_to_save(old)))
+    say_resumed(old, tmp_path, 60, (100, 50), (100, 50))
+    assert not caplog.messages
+    say_resumed(
+        composed("max_steps=100", "freeze.base_after=0.7", "optim.warmup_steps=10"), tmp_path, 60, (100, 70), (100, 50)
+    )
+    assert caplog.messages == [
+        "the base was frozen after step 50, and is trained again from step 61 to 70, with new optimizer state"
+    ]
+    caplog.clear()
+    longer = composed("max_steps=200", "freeze.base_after=0.5", "optim.warmup_steps=10")  # both schedules are stretched
+    say_resumed(longer, tmp_path, 40, (200, 100), (100, 50))
+    assert [re.search(r"of the (\w+) at step 41", line)[1] for line in caplog.messages] == ["base", "drafter"]

@@ -17,7 +17,7 @@ from joint_train.distributed.mesh import data_rank, init_mesh
 from joint_train.distributed.parallelize import parallelize, prepare, set_last_micro_batch
 from joint_train.distributed.preemption import Preemption
 from joint_train.errors import ConfigError
-from joint_train.plan.planner import Machine, joint_share, joint_steps, make_plan, steps_before_frozen
+from joint_train.plan.planner import Machine, joint_share, make_plan, steps_before_frozen
 from joint_train.train import trainer
 from joint_train.train.optim import build_optimizer, freeze_base, update
 from joint_train.weights.composite import Gemma4WithDrafter, load_pair
@@ -197,7 +197,7 @@ def test_the_share_that_auto_takes_costs_what_one_model_after_the_other_does():
     )
     share = joint_share(cfg, machine, joint=joint)
     assert share * joint.flops + (1 - share) * drafter.flops == pytest.approx(share * (base.flops + drafter.flops))
-    assert 0.5 < share < 0.75 and joint_steps(cfg, 1000, machine, plan=joint) == round(1000 * share)
+    assert 0.5 < share < 0.75
     # With a frozen base there are no gradients and states of it, and its weights are still float32 shards.
     one, other = joint.memory, drafter.memory
     assert other["weights (this rank's shard)"] == one["weights (this rank's shard)"]
