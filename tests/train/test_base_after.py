@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -17,6 +18,7 @@ from joint_train.distributed.mesh import data_rank, init_mesh
 from joint_train.distributed.parallelize import parallelize, prepare, set_last_micro_batch
 from joint_train.distributed.preemption import Preemption
 from joint_train.errors import ConfigError
+from joint_train.plan.__main__ import alone_sentence, length_sentence
 from joint_train.plan.planner import Machine, joint_share, make_plan, steps_before_frozen
 from joint_train.train import trainer
 from joint_train.train.optim import build_optimizer, freeze_base, update
@@ -219,3 +221,20 @@ def test_a_value_that_is_none_of_them_is_refused(wrong):
 def test_a_base_that_is_frozen_already_is_refused():
     with pytest.raises(ConfigError, match="freeze.base=true before its first step: set only one"):
         compose({"freeze.base_after": 10, "freeze.base": True})
+
+
+@pytest.mark.parametrize("more, said, hours", [
+    ({"max_steps": 900, "freeze.base_after": 0.5}, "after step 450 (freeze.base_after=0.5): 2.00 s a step, 25%", 1.25),
+    ({"max_steps": 900, "freeze.base_after": 300}, "after step 300 (freeze.base_after=300): 2.00 s a step", 1.0),
+    ({"epochs": 2.0, "freeze.base_after": 0.5}, "after 50% of the steps (freeze.base_after=0.5)", None),
+])  # fmt: skip
+def test_a_plan_says_when_the_base_is_frozen_and_how_long_both_stages_take(more, said, hours):
+    both, alone = (
+        SimpleNamespace(seconds=lambda machine, s=seconds: s, flops=flops, peak=3 * 2**30, ranks=8)
+        for seconds, flops in ((8.0, 400), (2.0, 100))
+    )
+    cfg, machine = compose(more), Machine()
+    after = cfg.freeze.base_after
+    assert alone_sentence(cfg, machine, both, alone, after).startswith(said)
+    length = length_sentence(cfg, machine, both, alone, after)
+    assert f" {hours:,.1f} h without" in length if hours else "h without" not in length
