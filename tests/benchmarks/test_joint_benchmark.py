@@ -179,18 +179,19 @@ def test_the_base_that_counts_as_trained_alone_is_it(made, monkeypatch):
     assert not all(torch.equal(before[name], trained[name]) for name in before)
 
 
-def test_each_release_of_an_arm_goes_on_from_the_one_before(made, monkeypatch):
+def test_each_release_of_an_arm_goes_on_from_the_one_before(tmp_path, monkeypatch):
     """Three shifts in a row, on runs that only write down what they start from."""
     trained = []
 
     def note(folder, pair, *overrides, timeout):
         given = dict(one.split("=", 1) for one in overrides)
-        trained.append((folder.name, Path(given["model.base"]), Path(given["model.drafter"])))
+        trained.append((folder.name, Path(given.get("model.base", "")), Path(given.get("model.drafter", ""))))
         return folder
 
     monkeypatch.setattr(joint, "train", note)
-    monkeypatch.setattr(joint, "starter_pair", lambda folder, seed: made / "start_0" / "pair")
-    options = argparse.Namespace(work_dir=made, start_steps=3, timeout=1, setting="continual", steps=10, set=[])
+    monkeypatch.setattr(joint, "starter_pair", lambda folder, seed: folder)
+    monkeypatch.setattr(joint, "domain_data", lambda folder, release: folder / str(release))
+    options = argparse.Namespace(work_dir=tmp_path, start_steps=3, timeout=1, setting="continual", steps=10, set=[])
     start = joint.Start(options, 0, 1)
     start.costs = joint.Costs(base=3.0, drafter=1.0, joint=3.2)
     own, trained[:] = start.start, []

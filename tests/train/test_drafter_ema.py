@@ -4,15 +4,18 @@ from unittest import mock
 
 import pytest
 import torch
+from checkpoint_run import build, config, train_step
 from ranks import run_ranks
 from safetensors.torch import load_file
 from test_parallel import full
 
 from joint_train import export
+from joint_train.checkpoint import Checkpointer
 from joint_train.config import load
 from joint_train.distributed.preemption import Preemption
 from joint_train.errors import ConfigError
 from joint_train.train import trainer
+from joint_train.weights.average import averaged, start_average, update_average
 
 STEPS, DECAY = 4, 0.6
 
@@ -123,3 +126,33 @@ def test_it_is_exported_with_the_last_weights_beside_it(made, capsys):
 def test_what_cannot_work_is_refused(wrong, said):
     with pytest.raises(ConfigError, match=said):
         load(settings("/nowhere", "out", *wrong))
+
+
+def test_a_checkpoint_with_one_loads_without_and_the_other_way_round(tmp_path, caplog):
+    def warnings() -> list[str]:
+        return [r.getMessage() for r in caplog.records if r.name.startswith("joint_train") and r.levelname == "WARNING"]
+
+    cfg = config()
+    model, optimizer = build(cfg)
+    start_average(model)
+    train_step(model, optimizer)
+    update_average(model, 0.5)
+    checkpointer = Checkpointer(tmp_path, cfg.checkpoint)
+    checkpointer.save(1, model, optimizer, {}, config=cfg)
+    without, other_optimizer = build(cfg, seed=1)
+    assert checkpointer.resume("auto", without, other_optimizer, config=cfg)[0].name == "step_00000001"
+    trained = {name: p.detach().clone() for name, p in model.drafter.named_parameters()}
+    assert all(torch.equal(p, trained[name]) for name, p in without.drafter.named_parameters())
+    assert not warnings()
+
+    checkpointer.save(2, without, other_optimizer, {}, config=cfg)
+    assert not (tmp_path / "checkpoints/step_00000002/drafter/ema").exists()
+    checkpointer.resume("auto", model, optimizer, config=cfg)
+    checkpointer.close()
+    (said,) = warnings()
+    assert said == "step_00000002 has no average of the drafter (optim.drafter_ema): it starts with its weights"
+    average = model.drafter_average
+    assert all(torch.equal(average[name], x) for name, x in trained.items() if name in average)
+    with averaged(model):  # a frozen weight isn't copied, and a trained one comes back bit for bit
+        pass
+    assert all(torch.equal(p, trained[name]) for name, p in model.drafter.named_parameters())
