@@ -149,8 +149,10 @@ class Loading:
     def _load_optimizer(
         self, model: JointModel, optimizer: torch.optim.Optimizer, reader: Reader, base_frozen: bool
     ) -> None:
-        """Args:
-        base_frozen: by ``freeze.base_after``; the run knows whether it still is.
+        """The optimizer's state of what is trained.
+
+        Args:
+            base_frozen: the base was, by ``freeze.base_after``; whether it still is, the run says.
         """
         path, stored = self.path, reader.tensors()
         loaded = state.new_optimizer_state(model, optimizer, stored)

@@ -328,7 +328,7 @@ def _plan(
 
     states = sum(bytes_of_states(p, local_numel(p.shape, shard)) for p in trained)
     average = 0
-    if cfg.optim.drafter_ema:  # in float32
+    if cfg.optim.drafter_ema and not base_alone:  # in float32
         average = 4 * sum(local_numel(p.shape, shard) for p in model.drafter.parameters() if p.requires_grad)
     reduce_bytes = DTYPES[cfg.precision.reduce].itemsize
     masters = [p for p in parameters if id(p) not in rounded]

@@ -111,11 +111,10 @@ class Trainer:
         self.loader = self.build_train_loader(position)
         agree_on_data(cfg, "train", self.loader, everyone)
         self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
-        after = base_after(cfg.freeze.base_after)
+        after, self.joint_share = base_after(cfg.freeze.base_after), None
         if isinstance(after, str):  # a resume keeps what the run began with: on other GPUs the plan may say otherwise
             known = saved.get("joint_share") if found else None
-            after = known or joint_share(cfg, machine, self.device.type, self.plan)
-        self.joint_share = after if isinstance(after, float) else None
+            after = self.joint_share = known or joint_share(cfg, machine, self.device.type, self.plan)
         self.joint_steps = steps_before_frozen(after, self.max_steps)
         cost = 1.0  # of a step with a frozen base, in joint ones
         if self.joint_steps < self.max_steps:

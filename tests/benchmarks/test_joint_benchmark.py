@@ -83,7 +83,7 @@ def test_expected_lengths_are_those_of_each_row():
                 lengths.append(1 + first + first * second)
         assert found["rows"][i] == len(lengths)
         assert found["lengths"][i] == pytest.approx(sum(lengths), rel=1e-4)
-    assert found["rows"] == [3, 0, 0] or sum(found["rows"]) > 0
+    assert found["rows"] == [3, 1, 0]
 
 
 def test_an_interval_says_what_start_pairs_differ_by():
