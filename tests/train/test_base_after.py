@@ -132,7 +132,7 @@ def settings(pair, output_dir, *more: str) -> list[str]:
         f"optim.drafter_lr={DRAFTER_LR}", "optim.drafter_schedule=wsd", "optim.drafter_min_lr_ratio=0",
         "optim.decay_share=0.4", "drafter.num_steps=2", "eval.every=0", "eval.batches=1", "eval.prompts=0",
         "tracking.wandb=disabled", "checkpoint.every=1", "checkpoint.keep_last=0", "model.export.at_end=false",
-        f"freeze.base_after={JOINT / STEPS}", f"max_steps={STEPS}", *more,
+        "freeze.base_after=auto", f"max_steps={STEPS}", *more,
     ]  # fmt: skip
 
 
@@ -143,7 +143,12 @@ def runs(rank: int, pair, folder) -> list[dict]:
         ("whole", []),
         *((f"from_{at}", [f"resume={folder}/whole/checkpoints/step_0000000{at}"]) for at in (2, 3, 4)),
     ):
-        with mock.patch("torch.distributed.destroy_process_group"):
+        # A resume takes the share that the run began with, whatever the plan says now.
+        share = JOINT / STEPS if name == "whole" else 1 / STEPS
+        with (
+            mock.patch("torch.distributed.destroy_process_group"),
+            mock.patch.object(trainer, "joint_share", return_value=share),
+        ):
             job = trainer.Trainer(load(settings(pair, folder / name, *more)), Preemption(60))
             job.train()
         tensors = {n: full(p.detach()).clone() for n, p in job.model.named_parameters()}
