@@ -9,17 +9,9 @@ from rich.table import Table
 from joint_train import config
 from joint_train.command import TOO_LARGE, start
 from joint_train.config.values import mesh_sentence, run_length
-from joint_train.plan.planner import (
-    GIB,
-    Machine,
-    Plan,
-    joint_share,
-    longest,
-    make_plan,
-    pinned,
-    savings,
-    steps_before_frozen,
-)
+from joint_train.plan.fits import longest, pinned, savings
+from joint_train.plan.planner import GIB, Machine, Plan, make_plan
+from joint_train.plan.stages import joint_share, steps_before_frozen
 from joint_train.plan.suggest import suggest
 
 

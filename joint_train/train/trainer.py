@@ -5,7 +5,6 @@ config → mesh → models → data → step → checkpoint, in this order, once
 
 import logging
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from transformers import AutoTokenizer
 
 from joint_train.checkpoint import Checkpointer
 from joint_train.config import Config, with_overrides
-from joint_train.config.values import base_after
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
@@ -30,7 +28,7 @@ from joint_train.pair.attention import check_backward
 from joint_train.pair.loss import run_budget_mb
 from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets, send
-from joint_train.plan.planner import Machine, joint_share, make_plan, steps_before_frozen
+from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.advice import (
     generation_prompts,
     log_recomputation,
@@ -46,8 +44,9 @@ from joint_train.train.agreement import agree_on_configuration, agree_on_data
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.length import run_steps
-from joint_train.train.optim import build_optimizer, freeze_base, lr_factor, update
-from joint_train.train.pace import Since
+from joint_train.train.optim import build_optimizer, update
+from joint_train.train.pace import Since, peak_memory, utilisation
+from joint_train.train.stages import Stages
 from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
 from joint_train.weights.average import averaged, start_average, update_average
 from joint_train.weights.composite import load_pair
@@ -55,8 +54,6 @@ from joint_train.weights.folders import resolve
 from joint_train.weights.hub import Push
 
 log = logging.getLogger(__name__)
-
-TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bfloat16, by the vendor's data sheets
 
 
 class Trainer:
@@ -111,29 +108,19 @@ class Trainer:
         self.loader = self.build_train_loader(position)
         agree_on_data(cfg, "train", self.loader, everyone)
         self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
-        after, self.joint_share = base_after(cfg.freeze.base_after), None
-        if isinstance(after, str):  # a resume keeps what the run began with: on other GPUs the plan may say otherwise
-            known = saved.get("joint_share") if found else None
-            after = self.joint_share = known or joint_share(cfg, machine, self.device.type, self.plan)
-        self.joint_steps = steps_before_frozen(after, self.max_steps)
-        cost = 1.0  # of a step with a frozen base, in joint ones
-        if self.joint_steps < self.max_steps:
-            self.plan_alone = make_plan(cfg, machine, self.device.type, drafter_alone=True)
-            cost = self.plan_alone.flops / self.plan.flops
+        self.stages = Stages(cfg, self.max_steps, self.plan, machine, self.device.type, found and found[1])
         if found:
             before = saved.get("max_steps"), saved.get("joint_steps")
-            say_resumed(cfg, path, self.step, (self.max_steps, self.joint_steps), before)
-        self.tracker = Tracker(
-            cfg, self.rank, self.step, self.unfinished is not None, self.max_steps,
-            lambda step: min(step, self.joint_steps) + cost * max(0, step - self.joint_steps),
-        )  # fmt: skip
+            say_resumed(cfg, path, self.step, (self.max_steps, self.stages.joint_steps), before)
+        unfinished = self.unfinished is not None
+        self.tracker = Tracker(cfg, self.rank, self.step, unfinished, self.max_steps, self.stages.work)
         if self.device.type == "cuda":
             self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
         warn_of_torchrun(cfg.checkpoint)
-        warn_of_warmup(cfg, self.joint_steps)
+        warn_of_warmup(cfg, self.stages.joint_steps)
         warn_of_base_after(cfg, self.max_steps)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
@@ -244,20 +231,12 @@ class Trainer:
         if self.preemption.should_stop():
             raise Interrupted
 
-    def freeze_base(self) -> None:
-        """Train the drafter alone from now on."""
-        freeze_base(self.model, self.optimizer)
-        self.plan = self.plan_alone
-        self.model.drafter_recompute = str(
-            self.plan.chosen.get("activation_checkpointing.drafter", self.model.drafter_recompute)
-        )
-        say_frozen(self.cfg, self.plan, self.step, self.max_steps)
-
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
         """One optimizer step over ``grad_accum`` micro-batches; its metrics, or none in a step that doesn't log."""
         cfg, started = self.cfg, time.perf_counter()
-        if self.step >= self.joint_steps and not self.model.freeze_base_for_drafter:
-            self.freeze_base()
+        if self.step >= self.stages.joint_steps and not self.model.freeze_base_for_drafter:
+            self.plan = self.stages.freeze(self.model, self.optimizer)
+            say_frozen(cfg, self.plan, self.step, self.max_steps)
         loaded = [next(batches) for _ in range(cfg.optim.grad_accum)]
         waited = time.perf_counter() - started
         micro_batches = [self.prepare(batch, self.loader.source_names) for batch in loaded]
@@ -274,8 +253,7 @@ class Trainer:
             out = self.model(**inputs, targets=targets, weights=weights)
             out.loss.backward()
             stats = out.stats if stats is None else stats + out.stats
-        factor = 0.0 if self.model.freeze_base_for_drafter else lr_factor(self.step, cfg.optim, self.joint_steps)
-        drafter_factor = lr_factor(self.step, cfg.optim, self.max_steps, "drafter")
+        factor, drafter_factor = self.stages.lr_factors(self.step, self.model.freeze_base_for_drafter)
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
         norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter, drafter_factor)
         if cfg.optim.drafter_ema:
@@ -398,9 +376,7 @@ class Trainer:
         before, measured = (metrics_to_json(of or {}) for of in (self.before, self.measured))
         state = {
             "step": self.step,
-            "max_steps": self.max_steps,
-            "joint_steps": self.joint_steps,
-            "joint_share": self.joint_share,
+            **self.stages.state(),
             "before": before,
             "measured": measured,
             **self.bad_steps.read(),
@@ -451,22 +427,6 @@ def run(cfg: Config) -> None:
         with preemption.ends_at_once():
             trainer = Trainer(cfg, preemption)
         trainer.train()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes so far: allocated on a GPU; of the whole process, with what Python and its libraries take, on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def utilisation(speed: float, recomputed: float, device: torch.device) -> dict[str, float]:
-    """A rank's FLOPs a second, and their share of what its GPU can do, where that is known: with and without those that
-    compute something again."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    most = next((peak for gpu, peak in TFLOPS.items() if gpu in name), None)
-    shares = {"hfu": speed / 1e12 / most, "mfu": (speed - recomputed) / 1e12 / most} if most else {}
-    return {"tflops_per_gpu": speed / 1e12, **shares}
 
 
 def is_due(step: int, every: int) -> bool:

@@ -19,8 +19,9 @@ from joint_train.distributed.parallelize import parallelize, prepare, set_last_m
 from joint_train.distributed.preemption import Preemption
 from joint_train.errors import ConfigError
 from joint_train.plan.__main__ import alone_sentence, length_sentence
-from joint_train.plan.planner import Machine, joint_share, make_plan, steps_before_frozen
-from joint_train.train import trainer
+from joint_train.plan.planner import Machine, make_plan
+from joint_train.plan.stages import joint_share, steps_before_frozen
+from joint_train.train import stages, trainer
 from joint_train.train.optim import build_optimizer, freeze_base, update
 from joint_train.weights.composite import Gemma4WithDrafter, load_pair
 
@@ -147,7 +148,7 @@ def runs(rank: int, pair, folder) -> list[dict]:
         share = JOINT / STEPS if name == "whole" else 1 / STEPS
         with (
             mock.patch("torch.distributed.destroy_process_group"),
-            mock.patch.object(trainer, "joint_share", return_value=share),
+            mock.patch.object(stages, "joint_share", return_value=share),
         ):
             job = trainer.Trainer(load(settings(pair, folder / name, *more)), Preemption(60))
             job.train()
