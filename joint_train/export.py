@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from joint_train.checkpoint.layout import AVERAGE, Manifest, check_files, damage_error
 from joint_train.checkpoint.layout import MANIFEST as COMPLETE
-from joint_train.checkpoint.layout import Manifest, check_files, damage_error
 from joint_train.checkpoint.layout import verify as verify_sizes
 from joint_train.command import start
 from joint_train.config import Config, read
@@ -104,7 +104,7 @@ def export_run(
     ends = [] if trained_with is None else end_token_ids(trained_with, options)
     unused = cfg.model.export.kv_shared_weights or kv_shared_weights
     parts: dict[str, tuple[PreTrainedModel, Path, Changes]] = {}
-    outs = [out / "base", out / "drafter"]
+    outs: list[Path] = []
     sources = (
         resolve(cfg.model.base, cfg.model.revision, cfg.model.cache_dir),
         resolve(cfg.model.drafter, cfg.model.drafter_revision, cfg.model.cache_dir),
@@ -112,22 +112,27 @@ def export_run(
     state = json.loads((checkpoint / "state.json").read_bytes()) if (checkpoint / "state.json").exists() else {}
     before, measured = ((state.get(name) or {}) for name in ("before", "measured"))
     cards = model_cards(cfg, sources, manifest.step, before, measured)
+    weights = {"base": "base/model", "drafter": "drafter/model"}
+    if (checkpoint / AVERAGE).is_dir():
+        weights |= {"drafter": AVERAGE} | ({"drafter_last": "drafter/model"} if cfg.model.export.drafter_last else {})
     try:
-        for part, source, tokens in (("base", sources[0], None), ("drafter", sources[1], cfg.drafter.num_steps)):
+        for part in weights:
+            source, tokens = (sources[0], None) if part == "base" else (sources[1], cfg.drafter.num_steps)
             overrides = cfg.model.text_config if part == "base" else None
             rows = grown_rows(cfg)
             model = build_meta(read_config(source, text_config=overrides, rows=rows), torch.bfloat16)
             changes = Changes(rows=rows)  # all other values are the checkpoint's
+            outs.append(out / part)
             if part == "base" and cfg.lora.r:
                 changes = changes_of_base(cfg, model, source, Ranks(cfg.parallel.timeout_seconds))
                 fill_from_checkpoint(model, cfg, checkpoint, source, changes)
                 outs.append(out / "adapter")
                 export_adapter(model, out / "adapter", in_place=False, card=cards["adapter"])
             export_checkpoint(
-                checkpoint / part / "model", model, source, out / part,
+                checkpoint / weights[part], model, source, out / part,
                 max_shard_size or cfg.model.export.max_shard_size, num_assistant_tokens=tokens,
                 kv_shared_weights=unused, in_place=False, changes=changes,
-                files=RunFiles(trained_with, ends, cards[part]),
+                files=RunFiles(trained_with, ends, cards[part.removesuffix("_last")]),
             )  # fmt: skip
             parts[part] = model, source, changes
         place(outs)
@@ -139,7 +144,7 @@ def export_run(
         print(f"{out / part}: {len(stored_tensors(out / part))} tensors")
         if check:
             found = verify(out / part, source, unused, changes=changes)
-            found += compare_checkpoint(checkpoint / part / "model", model, source, out / part, changes)
+            found += compare_checkpoint(checkpoint / weights[part], model, source, out / part, changes)
             problems += print_problems(f"{out / part} differs from {source} and {checkpoint}", found)
             if not found:
                 print(f"{out / part}: names, shapes and dtypes as in {source}, values as in step {manifest.step}")

@@ -7,6 +7,7 @@ from joint_train.config.schema import Config
 from joint_train.config.typed import select
 from joint_train.config.uploads import check_uploads
 from joint_train.config.values import (
+    base_after,
     mesh_shape,
     parse_adapters,
     parse_drafter_loss,
@@ -56,6 +57,7 @@ AT_LEAST = {
     "optim.min_lr_ratio": 0,
     "optim.drafter_min_lr_ratio": 0,
     "optim.decay_share": 0,
+    "optim.drafter_ema": 0,
     "optim.grad_accum": 1,
     "optim.warmup_steps": 0,
     "optim.max_grad_norm": 0,
@@ -110,6 +112,13 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
     for name in ("optim.min_lr_ratio", "optim.drafter_min_lr_ratio", "optim.decay_share", "drafter.base_grad_scale"):
         if (value := select(cfg, name)) is not None and value > 1:
             raise ConfigError(f"{name}={value}: must be at most 1.")
+    if not cfg.optim.drafter_ema < 1:
+        raise ConfigError(f"optim.drafter_ema={cfg.optim.drafter_ema}: a decay must be below 1, e.g. 0.98.")
+    if cfg.model.export.drafter_last and not cfg.optim.drafter_ema:
+        raise ConfigError(
+            "model.export.drafter_last=true writes the last weights beside their average, and there is none: set "
+            "optim.drafter_ema, e.g. to 0.98, or model.export.drafter_last=false."
+        )
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
         raise ConfigError(f"optim.betas={cfg.optim.betas}: give two numbers from 0 to below 1, e.g. [0.9, 0.95].")
     _check_second_moment(cfg)
@@ -128,6 +137,11 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
         )
     if cfg.epochs is not None and not 0 < cfg.epochs < math.inf:
         raise ConfigError(f"epochs={cfg.epochs}: must be above 0.")
+    if base_after(cfg.freeze.base_after) is not None and cfg.freeze.base:
+        raise ConfigError(
+            f"freeze.base_after={cfg.freeze.base_after} freezes the base during the run, and freeze.base=true before "
+            "its first step: set only one of them."
+        )
     unroll_limit(cfg.data.unroll)
     max_steps, _ = run_length(cfg)
     steps = parse_steps(cfg.profile.steps)

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from joint_train.config.schema import LossConfig, ParallelConfig
 from joint_train.errors import ConfigError
@@ -111,6 +111,22 @@ def grown_rows(cfg) -> int | None:
     """Rows that ``model.resize_vocabulary`` gives the vocabulary's tables, where it is a number; None otherwise."""
     rows = cfg.model.resize_vocabulary
     return None if isinstance(rows, bool) else rows
+
+
+def base_after(choice: object) -> int | float | str | None:
+    """``freeze.base_after``: steps (an integer), a share of the run (below 1), ``auto``, or None for never.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if choice is None or choice == "auto":
+        return cast("str | None", choice)
+    number = isinstance(choice, (int, float)) and not isinstance(choice, bool)
+    if number and (0 < cast(float, choice) < 1 or (isinstance(choice, int) and choice >= 1)):
+        return cast("int | float", choice)
+    raise ConfigError(
+        f"freeze.base_after={choice}: give a number of steps, a share of the run between 0 and 1 such as 0.55, or auto."
+    )
 
 
 def parse_steps(spec: str | None) -> range:

@@ -7,15 +7,13 @@ which unit's weights are gathered when, and what a gradient's reduction holds. F
 The weights of a released pair needn't be there: its sizes are in :mod:`joint_train.weights.released`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from joint_train.checkpoint.state import pair_tensors
-from joint_train.config import Config, select, with_overrides
+from joint_train.config import Config, with_overrides
 from joint_train.config.values import grown_rows, mesh_shape
 from joint_train.distributed.moments import moved_by_muon, state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
@@ -241,12 +239,21 @@ def mesh_sizes(cfg: Config, machine: Machine) -> tuple[int, int]:
     return ranks, mesh_shape(cfg.parallel, ranks, machine.gpus_per_node)[2]
 
 
-def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda", base_alone: bool = False) -> Plan:
+def make_plan(
+    cfg: Config,
+    machine: Machine,
+    device_type: str = "cuda",
+    base_alone: bool = False,
+    drafter_alone: bool = False,
+    targets: float = 1.0,
+) -> Plan:
     """Estimate a run. Where ``activation_checkpointing`` says auto, it is the least that fits, as ``Plan.chosen`` says.
 
     Args:
         device_type: decides what ``precision.compute=auto`` and the loss's default budget are.
         base_alone: plan the plain fine-tuning of the base, without the drafter and with whole logits, to compare.
+        drafter_alone: plan the steps after ``freeze.base_after``. The weights stay as they are kept for training.
+        targets: share of the tokens that are supervised.
 
     Raises:
         ConfigError: as :func:`read`.
@@ -254,7 +261,9 @@ def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda", base_alo
     choices, plans = rungs(cfg.activation_checkpointing), {}
 
     def fits(rung: int) -> bool:
-        plans[rung] = _plan(with_overrides(cfg, choices[rung]), machine, device_type, base_alone)
+        plans[rung] = _plan(
+            with_overrides(cfg, choices[rung]), machine, device_type, base_alone, drafter_alone, targets
+        )
         return plans[rung].peak <= machine.usable
 
     rung = lowest(len(choices), fits)
@@ -263,7 +272,9 @@ def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda", base_alo
     return replace(plans[rung], chosen=choices[rung])
 
 
-def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> Plan:
+def _plan(
+    cfg: Config, machine: Machine, device_type: str, base_alone: bool, drafter_alone: bool, targets: float
+) -> Plan:
     base_config, drafter_config, sources = read(cfg)
     as_planned = {
         "parallel.compile": False,
@@ -275,7 +286,9 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
     compute = compute_dtype(cfg.precision, device_type)
     model = meta_pair(cfg, base_config, drafter_config, compute, device_type)
     ranks, shard = mesh_sizes(cfg, machine)
-    step = simulate(model, cfg, shard, device_type, machine.flex_head_dim, base_alone)
+    whole = whole_parameters(model.base)
+    rounded = {id(p) for p in rounded_parameters(model.base)}  # sharded, unless they are whole
+    step = simulate(model, cfg, shard, device_type, machine.flex_head_dim, base_alone, drafter_alone, targets)
     parameters = list((model.base if base_alone else model).parameters())
     trained = [p for p in parameters if p.requires_grad]
     dtype = DTYPES[cfg.precision.params]
@@ -288,9 +301,10 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
         return state_bytes(name, p.shape, numel, dtype)
 
     states = sum(bytes_of_states(p, local_numel(p.shape, shard)) for p in trained)
+    average = 0
+    if cfg.optim.drafter_ema and not base_alone:  # in float32
+        average = 4 * sum(local_numel(p.shape, shard) for p in model.drafter.parameters() if p.requires_grad)
     reduce_bytes = DTYPES[cfg.precision.reduce].itemsize
-    whole = whole_parameters(model.base)
-    rounded = {id(p) for p in rounded_parameters(model.base)}  # sharded, unless they are whole
     masters = [p for p in parameters if id(p) not in rounded]
     kept = [p for p in parameters if id(p) in rounded - {id(other) for other in whole}]
     offloaded = cfg.parallel.cpu_offload == "all"
@@ -300,6 +314,7 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
         "weights (this rank's shard)": 0 if offloaded else shards,
         "frozen towers": sum(p.nbytes for p in whole),
         "optimizer states": states if cfg.parallel.cpu_offload == "none" else 0,
+        **({"average of the drafter": average if not offloaded else 0} if average else {}),
         **{name: step.at_peak[name] for name in ("gradients", "gathered weights", "gradient reduction", "activations")},
     }
     kinds = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce")
@@ -331,8 +346,8 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
     itemsize = DTYPES[cfg.precision.params].itemsize
     saved = [p for tensors in pair_tensors(model).values() for p in tensors.values() if isinstance(p, nn.Parameter)]
     sizes = [(p, p.dtype.itemsize if id(p) in rounded else itemsize) for p in saved]
-    staged = states + sum(local_numel(p.shape, shard) * size for p, size in sizes)
-    there = {"none": 0, "optimizer": states, "all": shards + states + gradients}[cfg.parallel.cpu_offload]
+    staged = states + average + sum(local_numel(p.shape, shard) * size for p, size in sizes)
+    there = {"none": 0, "optimizer": states, "all": shards + states + gradients + average}[cfg.parallel.cpu_offload]
     host = {
         "parallel.cpu_offload": there,
         "inputs of what is recomputed": step.moved["to host", SAVED],
@@ -346,7 +361,9 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
         recomputed=step.recomputed * cfg.optim.grad_accum,
         tokens=tokens,
         ranks=ranks,
-        checkpoint=sum(size * p.numel() for p, size in sizes) + sum(bytes_of_states(p, p.numel()) for p in trained),
+        checkpoint=sum(size * p.numel() for p, size in sizes)
+        + sum(bytes_of_states(p, p.numel()) for p in trained)
+        + (sum(4 * p.numel() for p in model.drafter.parameters()) if average else 0),
         sources=sources,
         work=work,
         communication=communication,
@@ -358,81 +375,3 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
         transfers_at_end=late,
         attention=kernels(model.base.config.get_text_config(), compute, "meta"),
     )
-
-
-def longest(cfg: Config, machine: Machine, plan: Plan, unit: int = 256, most: int = 2**20) -> int:
-    """The largest ``data.max_length`` that fits, in multiples of `unit` and up to `most`, to 3 %; 0 if none does.
-
-    What is recomputed by ``auto`` is then as much as can be.
-    """
-    cfg = pinned(cfg)
-    start, most = cfg.data.max_length // unit, most // unit
-    low, high = (start, None) if plan.peak <= machine.usable else (0, -(-cfg.data.max_length // unit))
-    if low >= most:
-        return cfg.data.max_length
-    peaks: dict[int, int] = {}
-
-    def fits(units: int) -> bool:
-        peaks[units] = make_plan(with_overrides(cfg, {"data.max_length": units * unit}), machine).peak
-        return peaks[units] <= machine.usable
-
-    guess = min(max(4 * low, 1), most) if high is None else high // 4
-    while high is None or high - low > max(1, low // 32):
-        guess = min(max(guess, low + 1), most if high is None else high - 1)
-        if fits(guess):
-            low = guess
-        else:
-            high = guess
-        if low == most:
-            break
-        apart = max(1, low // 32)
-        if len(peaks) < 2:
-            guess = 4 * low if high is None else (low + high) // 2
-        else:  # by the line through the two nearest, as the peak is nearly linear in the length; then beside it
-            (x, a), (y, b) = sorted(peaks.items(), key=lambda point: abs(point[1] - machine.usable))[:2]
-            guess = int(x + (machine.usable - a) * (y - x) / (b - a)) if a != b else 2 * max(x, y)
-            guess = guess - apart // 2 if high is not None and guess >= high else max(guess, low + apart)
-    return low * unit or (cfg.data.max_length if plan.peak <= machine.usable else 0)
-
-
-def pinned(cfg: Config) -> Config:
-    """The configuration with the most recomputation that ``auto`` can choose."""
-    return with_overrides(cfg, rungs(cfg.activation_checkpointing)[-1])
-
-
-def can_adapt(cfg: Config) -> bool:
-    """Whether adapters could still take the place of a trained base."""
-    return not cfg.lora.r and not cfg.freeze.base and cfg.freeze.towers and find_spec("peft") is not None
-
-
-def savings(cfg: Config, machine: Machine) -> dict[str, int]:
-    """Settings that take less memory, those that cost the least time first, and the peak with each alone."""
-    smaller_loss, cfg = min(256, memory_budget_mb(cfg.loss, "cuda")), pinned(cfg)
-    changes: list[Mapping[str, object]] = [
-        {"parallel.reshard_after_forward": True},
-        {"loss.memory_budget_mb": smaller_loss},
-        {"activation_checkpointing.drafter": "full"},
-        {"activation_checkpointing.drafter": "layers"},
-        {"activation_checkpointing.base": "selective"},
-        {"activation_checkpointing.base": "full"},
-        {"activation_checkpointing.base": "full", "activation_checkpointing.offload": True},
-        {"data.micro_batch_size": 1, "optim.grad_accum": cfg.optim.grad_accum * cfg.data.micro_batch_size},
-        {"parallel.dp_shard": 2 * mesh_sizes(cfg, machine)[1]},
-        {"data.max_length": max(256, cfg.data.max_length // 2)},
-        {"optim.name": "adamw_bf16"},
-        {"optim.name": "adamw_8bit"},
-        {"precision.params": "bfloat16"},
-        *([{"lora.r": 16}] if can_adapt(cfg) else []),
-        *([{"freeze.base": True}] if not cfg.lora.r else []),
-        {"parallel.cpu_offload": "optimizer"},
-        *([] if cfg.eval.prompts else [{"parallel.cpu_offload": "all"}]),
-    ]
-    peaks = {}
-    for change in changes:
-        if any(select(cfg, key) != value for key, value in change.items()):
-            name = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
-            peaks[name] = make_plan(with_overrides(cfg, change), machine).peak
-    return peaks
-
-
-# Command line

@@ -1,4 +1,7 @@
-"""The speed of a run, without waiting for the device in each step, and its share of what the device can do."""
+"""The speed of a run, without waiting for the device in each step, its share of what the device can do, and the memory
+that it takes."""
+
+import resource
 
 import torch
 from torch import Tensor
@@ -28,6 +31,13 @@ class Since:
         means = self.tokens.item() / self.steps, self.waited / self.steps, self.seconds / self.steps
         self.clear()
         return means
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes so far: allocated on a GPU; of the whole process, with what Python and its libraries take, on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def utilisation(speed: float, recomputed: float, device: torch.device) -> dict[str, float]:

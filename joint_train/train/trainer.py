@@ -5,7 +5,6 @@ config → mesh → models → data → step → checkpoint, in this order, once
 
 import logging
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +34,9 @@ from joint_train.plan.planner import Machine, make_plan
 from joint_train.train.advice import (
     generation_prompts,
     log_recomputation,
+    say_frozen,
     say_resumed,
+    warn_of_base_after,
     warn_of_grace,
     warn_of_padding,
     warn_of_torchrun,
@@ -45,9 +46,11 @@ from joint_train.train.agreement import agree_on_configuration, agree_on_data
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.length import run_steps
-from joint_train.train.optim import build_optimizer, lr_factor, update
-from joint_train.train.pace import Since, utilisation
+from joint_train.train.optim import build_optimizer, update
+from joint_train.train.pace import Since, peak_memory, utilisation
+from joint_train.train.stages import Stages
 from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
+from joint_train.weights.average import averaged, start_average, update_average
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import run_configs
 from joint_train.weights.hub import Push
@@ -87,6 +90,8 @@ class Trainer:
         check_fit(cfg, self.tokenizer, *run_configs(cfg))
         self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
+        if cfg.optim.drafter_ema:
+            start_average(self.model)
         self.end_token_ids = end_token_ids(self.tokenizer, cfg.data.chat_template_kwargs)
         end_generation_with(self.model.base, self.end_token_ids)
 
@@ -112,16 +117,20 @@ class Trainer:
         self.loader = self.build_train_loader(position)
         agree_on_data(cfg, "train", self.loader, everyone)
         self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
+        self.stages = Stages(cfg, self.max_steps, self.plan, machine, self.device.type, found and found[1])
         if found:
-            say_resumed(cfg, path, self.step, self.max_steps, saved.get("max_steps"))
-        self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None, self.max_steps)
+            before = saved.get("max_steps"), saved.get("joint_steps")
+            say_resumed(cfg, path, self.step, (self.max_steps, self.stages.joint_steps), before)
+        unfinished = self.unfinished is not None
+        self.tracker = Tracker(cfg, self.rank, self.step, unfinished, self.max_steps, self.stages.work)
         if self.device.type == "cuda":
             self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
         warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         warn_of_padding(self.plan)
         warn_of_torchrun(cfg.checkpoint)
-        warn_of_warmup(cfg, self.max_steps)
+        warn_of_warmup(cfg, self.stages.joint_steps)
+        warn_of_base_after(cfg, self.max_steps)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -234,6 +243,9 @@ class Trainer:
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
         """One optimizer step over ``grad_accum`` micro-batches; its metrics, or none in a step that doesn't log."""
         cfg, started = self.cfg, time.perf_counter()
+        if self.step >= self.stages.joint_steps and not self.model.freeze_base_for_drafter:
+            self.plan = self.stages.freeze(self.model, self.optimizer)
+            say_frozen(cfg, self.plan, self.step, self.max_steps)
         loaded = [next(batches) for _ in range(cfg.optim.grad_accum)]
         waited = time.perf_counter() - started
         micro_batches = [self.prepare(batch, self.loader.source_names) for batch in loaded]
@@ -250,9 +262,11 @@ class Trainer:
             out = self.model(**inputs, targets=targets, weights=weights)
             out.loss.backward()
             stats = out.stats if stats is None else stats + out.stats
-        factor, drafter_factor = (lr_factor(self.step, cfg.optim, self.max_steps, part) for part in ("base", "drafter"))
+        factor, drafter_factor = self.stages.lr_factors(self.step, self.model.freeze_base_for_drafter)
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
         norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter, drafter_factor)
+        if cfg.optim.drafter_ema:
+            update_average(self.model, cfg.optim.drafter_ema)
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
@@ -319,23 +333,27 @@ class Trainer:
             progress: called before each batch and each forward of a generation; by default it only says that this
                 isn't a hang.
         """
-        cfg, measured = self.cfg, dict[str, float]()
-        progress = progress or self.watchdog.beat
         if self.val_loader is None:
-            return measured
+            return {}
+        with averaged(self.model):
+            return self.evaluate_on(self.val_loader, generate, progress or self.watchdog.beat)
+
+    def evaluate_on(self, val_loader: BatchLoader, generate: bool, progress: Callable[[], None]) -> dict[str, float]:
+        """:meth:`evaluate` of the drafter as its weights are."""
+        cfg, measured = self.cfg, dict[str, float]()
         self.model.eval()
         try:
             with torch.random.fork_rng(devices=[]):  # making an iterator draws from it
                 stats: JointStats | None = None
-                for i, batch in enumerate(self.val_loader):
+                for i, batch in enumerate(val_loader):
                     if i == cfg.eval.batches:
                         break
                     progress()
-                    inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
+                    inputs, targets, _ = self.prepare(batch, val_loader.source_names)
                     found = self.model(**inputs, targets=targets).stats
                     stats = found if stats is None else stats + found
             assert stats is not None, "every rank has a batch of validation"
-            means = stats.reduced(dist.all_reduce).means(self.val_loader.source_names)
+            means = stats.reduced(dist.all_reduce).means(val_loader.source_names)
             measured |= {f"val/{name}": value for name, value in means.items()}
             if generate and self.prompts > 0:
                 prompts = validation_prompts(cfg.data, self.tokenizer, self.prompts)
@@ -367,7 +385,7 @@ class Trainer:
         before, measured = (metrics_to_json(of or {}) for of in (self.before, self.measured))
         state = {
             "step": self.step,
-            "max_steps": self.max_steps,
+            **self.stages.state(),
             "before": before,
             "measured": measured,
             **self.bad_steps.read(),
@@ -390,6 +408,7 @@ class Trainer:
             kv_shared_weights=export.kv_shared_weights,
             end_token_ids=self.end_token_ids,
             cards=cards,
+            drafter_last=export.drafter_last,
         )
 
     def publish(self, folder: Path) -> None:
@@ -421,13 +440,6 @@ def run(cfg: Config) -> None:
         with preemption.ends_at_once():
             trainer = Trainer(cfg, preemption)
         trainer.train()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes so far: allocated on a GPU; of the whole process, with what Python and its libraries take, on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def is_due(step: int, every: int) -> bool:

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,6 +36,7 @@ from joint_train.distributed.ranks import Ranks
 from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights.adapter import export_adapter, load_adapter
+from joint_train.weights.average import averaged
 from joint_train.weights.changes import UNCHANGED, Changes, file_digest
 from joint_train.weights.export import export_model
 from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
@@ -224,8 +226,11 @@ class Gemma4WithDrafter(JointModel):
         kv_shared_weights: bool = False,
         end_token_ids: Sequence[int] = (),
         cards: Mapping[str, str] | None = None,
+        drafter_last: bool = False,
     ) -> None:
         """Write ``base/`` and ``drafter/``, each for ``from_pretrained`` alone, in bfloat16, with the original's names.
+
+        Where there is an average of the drafter's weights, ``drafter/`` has that.
 
         With adapters on the base, ``base/`` has them merged into its weights, and ``adapter/`` has them alone, for
         peft's ``PeftModel.from_pretrained``.
@@ -238,6 +243,7 @@ class Gemma4WithDrafter(JointModel):
             end_token_ids: tokens that end an answer in training: generation ends with them, too.
             cards: the text of README.md of ``base``, ``drafter`` and ``adapter``; the original's stays without one.
             max_shard_size, kv_shared_weights: see :func:`joint_train.weights.export.export_model`.
+            drafter_last: beside an average, also write the last weights, as ``drafter_last/``.
 
         Raises:
             ValueError: if neither model was loaded from a folder: there are no files to go with the weights then.
@@ -252,19 +258,26 @@ class Gemma4WithDrafter(JointModel):
                 )
         folder = Path(save_directory)
         parts = ["base", "drafter", *(["adapter"] if adapted_modules(self.base) else [])]
+        parts += ["drafter_last"] if drafter_last and self.drafter_average is not None else []
         outs = [folder / part for part in parts]
-        files = {part: RunFiles(tokenizer, tuple(end_token_ids), (cards or {}).get(part)) for part in parts}
+        files = {
+            part: RunFiles(tokenizer, tuple(end_token_ids), (cards or {}).get(part.removesuffix("_last")))
+            for part in parts
+        }
         try:
             export_model(
                 self.base, sources[0], outs[0], max_shard_size, kv_shared_weights=kv_shared_weights, in_place=False,
                 files=files["base"], changes=self.changes[0],
             )  # fmt: skip
-            export_model(
-                self.drafter, sources[1], outs[1], max_shard_size, num_assistant_tokens=self.drafter_num_steps,
-                in_place=False, files=files["drafter"], changes=self.changes[1],
-            )  # fmt: skip
-            for out in outs[2:]:
-                export_adapter(self.base, out, in_place=False, card=files["adapter"].card)
+            for out in outs[1:]:
+                if out.name == "adapter":
+                    export_adapter(self.base, out, in_place=False, card=files["adapter"].card)
+                    continue
+                with averaged(self) if out.name == "drafter" else nullcontext():
+                    export_model(
+                        self.drafter, sources[1], out, max_shard_size, num_assistant_tokens=self.drafter_num_steps,
+                        in_place=False, files=files[out.name], changes=self.changes[1],
+                    )  # fmt: skip
             place(outs)
         except BaseException:
             discard(outs)
