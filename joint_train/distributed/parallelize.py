@@ -36,7 +36,7 @@ from joint_train.errors import ConfigError
 from joint_train.pair.fused import fuse
 from joint_train.pair.model import JointModel
 from joint_train.pair.recompute import HostCopies, checkpointed
-from joint_train.torch_private import allow_graphs, initialise_fsdp
+from joint_train.torch_private import graph_limit, initialise_fsdp
 
 if TYPE_CHECKING:
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
@@ -130,11 +130,11 @@ def prepare(model: JointModel, cfg: Config) -> None:
         layers = (*text.layers, *model.drafter.model.layers)
         # All layers run one function, and a layer's number and kind are constants in it: each may need a graph, with
         # and without a gradient. Past the limit a layer would run uncompiled, in the forward but not in its replay.
-        allow_graphs(4 * len(layers))
+        limit = graph_limit(4 * len(layers))
         for layer in layers:
             # Static shapes: after a second length dynamo would compile for any, and then the forward and the replay of
             # activation checkpointing save different tensors under FSDP2 (torch 2.13: CheckpointError in the backward).
-            layer.compile(dynamic=False)
+            layer.compile(dynamic=False, **limit)
 
 
 def recompute(model: JointModel, settings: ActivationCheckpointingConfig) -> None:

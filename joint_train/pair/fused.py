@@ -8,9 +8,9 @@ inductor fuses them with what is around.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -202,20 +202,19 @@ class _Rotate(torch.autograd.Function):
 def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Tensor:
     """transformers' function of this name; ``cos`` and ``sin`` have no gradient, and are of ``x``'s dtype."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    if torch.compiler.is_compiling() or _as_transformers or cos.dtype != x.dtype:
+    if torch.compiler.is_compiling() or cos.dtype != x.dtype:
         return _rotate(x, cos, sin)
     return _Rotate.apply(x, cos, sin)
 
 
 # In a model
 
-FORWARDS = {"RMSNorm": rms_norm, "TextMLP": mlp}
 _as_transformers = False
 
 
 @contextmanager
 def written_out() -> Iterator[None]:
-    """Inside of it :func:`fuse` does nothing and rotations are transformers' own: what another system runs."""
+    """Inside of it :func:`fuse` does nothing: what another system runs."""
     global _as_transformers
     before, _as_transformers = _as_transformers, True
     try:
@@ -224,14 +223,35 @@ def written_out() -> Iterator[None]:
         _as_transformers = before
 
 
+def _with_rotation(forward: Any) -> Callable | None:
+    """The forward of an attention class that calls this module's :func:`apply_rotary_pos_emb`; None if it calls none.
+
+    It is the same code, with names of its own: what else uses transformers' module keeps transformers' rotation.
+    """
+    if "apply_rotary_pos_emb" not in forward.__code__.co_names:
+        return None
+    names = forward.__globals__ | {"apply_rotary_pos_emb": apply_rotary_pos_emb}
+    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
+
+
+FORWARDS: dict[str, Callable[[Any], Callable | None]] = {
+    "RMSNorm": lambda forward: rms_norm,
+    "TextMLP": lambda forward: mlp,
+    "TextAttention": _with_rotation,
+}
+"""By the ending of a class's name: its fused forward, made of its own."""
+
+
 @functools.cache
 def _fused_class(cls: Any) -> type | None:
     """A class of transformers' Gemma 4 with a forward of this module; None for another class."""
     if not cls.__module__.startswith("transformers.models.gemma4"):
         return None
-    forward = next((forward for ending, forward in FORWARDS.items() if cls.__name__.endswith(ending)), None)
+    make = next((make for ending, make in FORWARDS.items() if cls.__name__.endswith(ending)), None)
     # One that somebody has replaced already stays as it is.
-    if forward is None or cls.forward.__module__ != cls.__module__:
+    if make is None or cls.forward.__module__ != cls.__module__ or (forward := make(cls.forward)) is None:
         return None
     return type(cls.__name__, (cls,), {"forward": forward, "written_out": cls.forward, "__module__": cls.__module__})
 
@@ -239,7 +259,7 @@ def _fused_class(cls: Any) -> type | None:
 def fuse(model: nn.Module) -> None:
     """Give norms, gated activations and rotations of a Gemma 4 text model or drafter their kernels, in place.
 
-    The rotation is a function of transformers' module, and so is replaced for every model of the process.
+    Other models in the process, and transformers' modules, stay as they are.
     """
     if _as_transformers:
         return
@@ -248,6 +268,3 @@ def fuse(model: nn.Module) -> None:
         kind: Any = type(module)
         if (fused := _fused_class(kind)) is not None and activation == "gelu_pytorch_tanh":
             module.__class__ = fused
-        home: Any = sys.modules[type(module).__module__]
-        if home.__name__.startswith("transformers.models.gemma4") and hasattr(home, "apply_rotary_pos_emb"):
-            home.apply_rotary_pos_emb = apply_rotary_pos_emb
