@@ -1,6 +1,7 @@
 """``python -m joint_train.plan [overrides]``: print a plan."""
 
 import argparse
+import gc
 import sys
 
 from rich.console import Console
@@ -165,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     overrides, suggesting, alone = (args.pop(name) for name in ("overrides", "suggest", "base_alone"))
 
     def run() -> int:
+        gc.freeze()  # a plan makes many objects, and collections needn't look at all that was imported
         cfg = config.load(["data.train=[{path: unused}]", *overrides])
         machine, number = Machine(**args), 0
         if not suggesting:
