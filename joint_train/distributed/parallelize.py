@@ -33,7 +33,7 @@ from joint_train.distributed.mesh import fsdp_mesh
 from joint_train.distributed.placement import placement
 from joint_train.distributed.rows import Lookup, RowShardedEmbedding, shard_rows
 from joint_train.errors import ConfigError
-from joint_train.pair.fused import fuse
+from joint_train.pair.fused import ATTENTION, fuse
 from joint_train.pair.model import JointModel
 from joint_train.pair.recompute import HostCopies, checkpointed
 from joint_train.torch_private import graph_limit, initialise_fsdp
@@ -122,6 +122,7 @@ def prepare(model: JointModel, cfg: Config) -> None:
         others = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
         for part in (text, model.drafter.model):
             apply_liger_kernel(part, kernels | others)
+            fuse(part, (ATTENTION,))
     else:
         for part in (text, model.drafter.model):
             fuse(part)

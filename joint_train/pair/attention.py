@@ -228,7 +228,10 @@ def flex_with_options(module: nn.Module, query: Tensor, *args, **kwargs) -> tupl
     return flex_attention_forward(module, query, *args, **kwargs)
 
 
+# A name that transformers doesn't know, for every model; the pair's own layers keep the outputs of the others, too, and
+# leave those of other models as they are.
 AttentionInterface.register(BY_LAYER_TYPE, by_layer_type)
-for name, function in (("sdpa", sdpa_attention_forward), ("flex_attention", flex_with_options)):
-    AttentionInterface.register(name, keep_output(function))  # the same outside of what is recomputed selectively
 AttentionMaskInterface.register(BY_LAYER_TYPE, sdpa_mask)
+OF_THE_PAIR = AttentionInterface()
+OF_THE_PAIR["sdpa"] = keep_output(sdpa_attention_forward)  # the same outside of what is recomputed selectively
+OF_THE_PAIR["flex_attention"] = keep_output(flex_with_options)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.library import Library
 
+from joint_train.pair.attention import OF_THE_PAIR
 from joint_train.torch_private import fused_rms_norm, fused_rms_norm_backward, has_triton
 
 LIBRARY = Library("joint_train", "DEF")
@@ -223,23 +224,24 @@ def written_out() -> Iterator[None]:
         _as_transformers = before
 
 
-def _with_rotation(forward: Any) -> Callable | None:
-    """The forward of an attention class that calls this module's :func:`apply_rotary_pos_emb`; None if it calls none.
+def _attention(forward: Any) -> Callable:
+    """The forward of an attention class with this module's :func:`apply_rotary_pos_emb` and the pair's own attention
+    functions (:data:`joint_train.pair.attention.OF_THE_PAIR`).
 
-    It is the same code, with names of its own: what else uses transformers' module keeps transformers' rotation.
+    It is the same code, with names of its own: what else uses transformers' module keeps what transformers has.
     """
-    if "apply_rotary_pos_emb" not in forward.__code__.co_names:
-        return None
-    names = forward.__globals__ | {"apply_rotary_pos_emb": apply_rotary_pos_emb}
-    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    own = {"apply_rotary_pos_emb": apply_rotary_pos_emb, "ALL_ATTENTION_FUNCTIONS": OF_THE_PAIR}
+    code, names = forward.__code__, forward.__globals__
+    made = FunctionType(code, names | own, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__
     return made
 
 
-FORWARDS: dict[str, Callable[[Any], Callable | None]] = {
+ATTENTION = "TextAttention"
+FORWARDS: dict[str, Callable[[Any], Callable]] = {
     "RMSNorm": lambda forward: rms_norm,
     "TextMLP": lambda forward: mlp,
-    "TextAttention": _with_rotation,
+    ATTENTION: _attention,
 }
 """By the ending of a class's name: its fused forward, made of its own."""
 
@@ -251,20 +253,26 @@ def _fused_class(cls: Any) -> type | None:
         return None
     make = next((make for ending, make in FORWARDS.items() if cls.__name__.endswith(ending)), None)
     # One that somebody has replaced already stays as it is.
-    if make is None or cls.forward.__module__ != cls.__module__ or (forward := make(cls.forward)) is None:
+    if make is None or cls.forward.__module__ != cls.__module__:
         return None
-    return type(cls.__name__, (cls,), {"forward": forward, "written_out": cls.forward, "__module__": cls.__module__})
+    own = {"forward": make(cls.forward), "written_out": cls.forward, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), own)
 
 
-def fuse(model: nn.Module) -> None:
+def fuse(model: nn.Module, endings: tuple[str, ...] = tuple(FORWARDS)) -> None:
     """Give norms, gated activations and rotations of a Gemma 4 text model or drafter their kernels, in place.
 
     Other models in the process, and transformers' modules, stay as they are.
+
+    Args:
+        endings: of :data:`FORWARDS`, which classes.
     """
     if _as_transformers:
         return
     for module in model.modules():
         activation = getattr(getattr(module, "config", None), "hidden_activation", "gelu_pytorch_tanh")
         kind: Any = type(module)
+        if not kind.__name__.endswith(endings):
+            continue
         if (fused := _fused_class(kind)) is not None and activation == "gelu_pytorch_tanh":
             module.__class__ = fused

@@ -43,7 +43,7 @@ class Work:
 
 @dataclass(frozen=True)
 class _Seen:
-    """An operation with arguments of these layouts: its cost, and the layouts of its results where that is all of them."""
+    """An operation with arguments of these layouts: its cost, and the layouts of its results, where that is all."""
 
     flops: int
     bytes: int
@@ -104,7 +104,9 @@ class Meter(TorchDispatchMode):
         key = (func, _describe(args), _describe(tuple(kwargs.items())) if kwargs else None)
         seen = self._seen.get(key)
         if seen is not None and seen.results is not None:
-            made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in seen.results]
+            made = [
+                torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in seen.results
+            ]
             return seen, tuple(made) if seen.several else made[0]
         if kind == "in place":
             out = kwargs["out"] if "out" in kwargs else args[0] if func._schema.returns else func(*args, **kwargs)

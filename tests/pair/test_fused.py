@@ -11,11 +11,15 @@ from configs import compose
 from pairs import build_pair
 from torch._decomp import decomposition_table
 from transformers import Gemma4TextConfig
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from joint_train import config
 from joint_train.distributed.parallelize import prepare
 from joint_train.pair import attention, fused
+from joint_train.pair.attention import BY_LAYER_TYPE
 from joint_train.plan.meter import Meter
 from joint_train.plan.step import simulate
 from joint_train.torch_private import TorchDispatchMode
@@ -150,7 +154,9 @@ def test_other_models_of_the_process_are_untouched():
     classes = [x for home in homes for x in vars(home).values() if isinstance(x, type)]
 
     def state():
-        return [dict(vars(x)) for x in (*homes, *classes)], torch._dynamo.config.get_config_copy()
+        attention = dict(ALL_ATTENTION_FUNCTIONS.items())
+        attention.pop(BY_LAYER_TYPE)  # a name of our own
+        return [dict(vars(x)) for x in (*homes, *classes)], torch._dynamo.config.get_config_copy(), attention
 
     def step(model):
         with Operators() as operators:
@@ -158,6 +164,8 @@ def test_other_models_of_the_process_are_untouched():
             out.sum().backward()
         return out, operators.found
 
+    theirs = sdpa_attention_forward, flex_attention_forward
+    assert tuple(ALL_ATTENTION_FUNCTIONS[name] for name in ("sdpa", "flex_attention")) == theirs
     ids = torch.arange(3, 15)[None]
     before, earlier = state(), build_pair()[0]
     expected, _ = step(build_pair()[0])

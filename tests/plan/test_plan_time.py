@@ -1,8 +1,8 @@
 """What the plan says of a step's time: part by part, against arithmetic by hand and against what others measured."""
 
-import time
 from collections import Counter
 from dataclasses import replace
+from time import process_time
 
 import pytest
 import torch
@@ -174,11 +174,11 @@ def test_a_compiled_loss_reads_logits_a_few_times():
 @pytest.mark.parametrize(("model", "steps"), [("gemma4_e2b", 5), ("gemma4_31b", 7)])
 def test_a_plan_simulates_few_steps_whatever_the_rows(model, steps, monkeypatch, capsys):
     """It took three minutes for E2B, whose rows reach 2**20 tokens."""
-    calls, simulate, before = [], planner.simulate, time.process_time()
+    calls, simulate, before = [], planner.simulate, process_time()
     monkeypatch.setattr(planner, "simulate", lambda *args, **kwargs: calls.append(1) or simulate(*args, **kwargs))
     assert command.main([f"model={model}"]) == 0
     assert len(calls) <= steps and "The longest rows that fit" in capsys.readouterr().out
-    assert time.process_time() - before < 30  # 5 s on a core that nobody shares; imports are 4 s of a command's 10
+    assert process_time() - before < 30  # 5 s on a core that nobody shares; imports are 4 s of a command's 10
 
 
 # What auto chooses
@@ -188,7 +188,9 @@ def test_a_plan_simulates_few_steps_whatever_the_rows(model, steps, monkeypatch,
 def test_the_first_rung_that_fits(fitting):
     for guess in range(len(LADDER)):
         tried = []
-        found = lowest(len(LADDER), lambda rung, tried=tried: tried.append(rung) or rung >= fitting, lambda: guess)
+        found = lowest(
+            len(LADDER), lambda rung, tried=tried: tried.append(rung) or rung >= fitting, lambda guess=guess: guess
+        )
         assert found == min(fitting, len(LADDER) - 1)
         assert len(tried) == len(set(tried)) <= 3 + abs(found - max(guess, 1))
 
