@@ -144,7 +144,7 @@ def test_full_layers_are_dense_where_flex_has_no_room():
 @pytest.mark.parametrize("shape", ["31b", "e2b"])
 def test_loss_chunks_that_are_alike_are_counted_once(tmp_path, monkeypatch, shape):
     make_pair(tmp_path, shape)
-    cfg = configure(tmp_path, **{"data.max_length": 2048 + 300, "loss.memory_budget_mb": 2})
+    cfg = configure(tmp_path, **{"data.max_length": 2048 + 300, "loss.memory_budget_mb": 1})
     rows, chunks = [], Pass._chunk
 
     def counted(self, part, terms):
