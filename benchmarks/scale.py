@@ -1,6 +1,6 @@
 """What FSDP2 does at released sizes on many ranks: memory of a rank, and every byte that is gathered and reduced.
 
-    python -m benchmarks.scale --models gemma4_31b gemma4_26b_a4b gemma4_e4b --ranks 8 64 512 [--results FILE]
+    python -m benchmarks.scale --models gemma4_31b gemma4_e4b --ranks 8 64 512 [--results FILE] [overrides]
 
 The project's own pair, loss, backward and optimizer step run through torch's own FSDP2 code, in this process, on fake
 tensors (they have a size and no contents) and a fake process group (rank 0 of as many ranks as wanted). What is played:
@@ -46,7 +46,6 @@ from joint_train.train import compact
 from joint_train.train.optim import build_optimizer, update
 from joint_train.weights.composite import meta_pair
 
-NAMES = {"gemma4_31b": "31B", "gemma4_26b_a4b": "26B-A4B", "gemma4_e4b": "E4B"}
 UNCOUNTED = mock.Mock(layer_type="full_attention")  # a meter
 AS_ON_A_GPU = ["precision.compute=bfloat16", "loss.memory_budget_mb=1024", "data.train=[{path: unused}]"]
 
@@ -270,9 +269,9 @@ COLUMNS = {
 
 
 def row(model: str, length: int, found: dict) -> dict[str, results.Value]:
-    """What :func:`measure` found, as a row of the table, in GiB."""
-    names = {"model": NAMES.get(model, model), "ranks": f"{found['ranks']} ({found['mesh']})", "length": str(length)}
-    return names | {name: round(found[name] / GIB, 2) for name, (_, form) in COLUMNS.items() if form}
+    """One measurement as a row of the table, GiB."""
+    sizes = {name: found[name] / GIB for name, (_, form) in COLUMNS.items() if form}
+    return {"model": model, "ranks": f"{found['ranks']} ({found['mesh']})", "length": str(length), **sizes}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -288,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         overrides = [f"model={args.models[0]}", f"data.max_length={args.lengths[0]}", *AS_ON_A_GPU, *args.overrides]
         print(json.dumps(measure(config.load(overrides), args.ranks[0])))
         return 0
-    rows = []
+    rows, measured = [], []
     for model in args.models:
         for ranks in args.ranks:
             for length in args.lengths:
@@ -297,9 +296,10 @@ def main(argv: list[str] | None = None) -> int:
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=1800)
                 if done.returncode:
                     return done.returncode
-                rows.append(row(model, length, json.loads(done.stdout.splitlines()[-1])))
+                measured.append({"model": model, "length": length, **json.loads(done.stdout.splitlines()[-1])})
+                rows.append(row(model, length, measured[-1]))
                 print(results.table({"columns": COLUMNS, "rows": rows[-1:]}).splitlines()[-1], flush=True)
-    results.finish(results.record("scale", COLUMNS, rows), args.results)
+    results.finish(results.record("scale", COLUMNS, rows, measured=measured), args.results)
     return 0
 
 
