@@ -1,6 +1,7 @@
 """``python -m joint_train.plan [overrides]``: print a plan."""
 
 import argparse
+import gc
 import sys
 
 from rich.console import Console
@@ -195,6 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         from joint_train.weights.folders import resolve
         from joint_train.weights.settle import with_adapter, with_vocabulary
 
+        gc.freeze()  # a plan makes many objects, and collections needn't look at all that was imported
         cfg = with_adapter(config.load(["data.train=[{path: unused}]", *overrides]))
         if cfg.model.resize_vocabulary is True:
             folder = cfg.data.tokenizer or resolve(cfg.model.base, cfg.model.revision, cfg.model.cache_dir)

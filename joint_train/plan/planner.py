@@ -21,7 +21,7 @@ from joint_train.distributed.placement import local_numel, padding
 from joint_train.pair.attention import kernels
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.loss import memory_budget_mb
-from joint_train.plan.ladder import lowest, rungs
+from joint_train.plan.ladder import likely, lowest, rungs
 from joint_train.plan.machine import Machine
 from joint_train.plan.meter import COPIES, Work
 from joint_train.plan.step import SAVED, local_bytes, simulate
@@ -266,7 +266,11 @@ def make_plan(
         )
         return plans[rung].peak <= machine.usable
 
-    rung = lowest(len(choices), fits)
+    def guess() -> int:
+        first = plans[0]
+        return likely(cfg.activation_checkpointing, (first.peak - machine.usable) / first.memory["activations"])
+
+    rung = lowest(len(choices), fits, guess)
     if rung not in plans:
         fits(rung)
     return replace(plans[rung], chosen=choices[rung])
@@ -287,6 +291,7 @@ def _plan(
     model = meta_pair(cfg, base_config, drafter_config, compute, device_type)
     ranks, shard = mesh_sizes(cfg, machine)
     whole = whole_parameters(model.base)
+    wholes = {id(p) for p in whole}
     rounded = {id(p) for p in rounded_parameters(model.base)}  # sharded, unless they are whole
     step = simulate(model, cfg, shard, device_type, machine.flex_head_dim, base_alone, drafter_alone, targets)
     parameters = list((model.base if base_alone else model).parameters())
@@ -306,7 +311,7 @@ def _plan(
         average = 4 * sum(local_numel(p.shape, shard) for p in model.drafter.parameters() if p.requires_grad)
     reduce_bytes = DTYPES[cfg.precision.reduce].itemsize
     masters = [p for p in parameters if id(p) not in rounded]
-    kept = [p for p in parameters if id(p) in rounded - {id(other) for other in whole}]
+    kept = [p for p in parameters if id(p) in rounded - wholes]
     offloaded = cfg.parallel.cpu_offload == "all"
     shards = local_bytes(masters, shard, cfg) + sum(local_numel(p.shape, shard) * p.dtype.itemsize for p in kept)
     gradients = local_bytes(trained, shard, cfg)
@@ -369,7 +374,7 @@ def _plan(
         communication=communication,
         mesh=(ranks // shard, shard),
         micro_batches=cfg.optim.grad_accum,
-        padding=padding([p.shape for p in parameters if id(p) not in {id(other) for other in whole}], shard),
+        padding=padding([p.shape for p in parameters if id(p) not in wholes], shard),
         host={what: size for what, size in host.items() if size},
         transfers=transfers,
         transfers_at_end=late,
