@@ -1,18 +1,14 @@
 """Chat templates, rendered: for training, for the prompts of `regenerate` and of `evaluate`, by the same call.
 
-Templates come with models, and so from strangers. They run in jinja's sandbox, as transformers has it, not longer than
-LIMIT_SECONDS, and with no more than LIMIT_BYTES of further memory.
+Templates come with models, and so from strangers. They run in jinja's sandbox, as transformers has it, and within the
+limits of :mod:`joint_train.data.limits`, each rendering on its own.
 """
 
 import copy
 import difflib
-import os
 import re
-import resource
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,21 +18,14 @@ import jinja2.meta
 import tokenizers
 from transformers.utils import chat_template_utils
 
+from joint_train.data import limits
 from joint_train.errors import DataError
 
-LIMIT_SECONDS = 10.0
-"""Processor time for one rendering; the usual is less than a millisecond."""
-LIMIT_BYTES = 2**30
-"""Memory that one rendering may take beyond what the process has; the usual is a few copies of the text."""
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 PLAIN = (dict, list, str, tuple, int, float, bool)
 
 Span = tuple[int, int]
-
-
-class _TooLong(Exception):
-    pass
 
 
 def options_of(example: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +93,7 @@ class Template:
         return other
 
     def _variables_of(self, source: str) -> frozenset[str]:
-        """Variables that a template reads. Compiling it computes its constants, so it is limited as a rendering is."""
+        """Variables that a template reads."""
         with self._explained():
             return _undeclared(source)
 
@@ -142,8 +131,11 @@ class Template:
             DataError: the template refuses them, or takes too long.
         """
         with self._explained():
-            return _compiled(self.source).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._variables
+            return limits.limited(
+                _compiled(self.source).render,
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                **self._variables,
             )
 
     def render_marked(self, messages: list[dict]) -> tuple[str, list[Span]]:
@@ -155,69 +147,41 @@ class Template:
         if not self.marked:
             return self.render(messages), []
         with self._explained():
-            return chat_template_utils._render_with_assistant_indices(
-                _compiled(self.source), messages=messages, add_generation_prompt=False, **self._variables
+            return limits.limited(
+                chat_template_utils._render_with_assistant_indices,
+                _compiled(self.source),
+                messages=messages,
+                add_generation_prompt=False,
+                **self._variables,
             )
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        # Signals are handled in the main thread, which is where each process renders; timers count this process's own
-        # time, however busy the machine is.
-        timed = threading.current_thread() is threading.main_thread()
-        if timed:
-            _handle_signals(os.getpid())
-            signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT_SECONDS)
         try:
-            with _limited_memory() if timed else nullcontext():
-                yield
+            yield
         except MemoryError:
+            _forget_compiled()
             raise DataError(
-                f"the chat template of {self.name!r} takes more than {LIMIT_BYTES // 2**20} MiB of memory for one "
+                f"the chat template of {self.name!r} takes more than {limits.BYTES // 2**20} MiB of memory for one "
                 "conversation"
             ) from None
-        except _TooLong:
+        except limits.TooLong:
+            _forget_compiled()
             raise DataError(
-                f"the chat template of {self.name!r} takes more than {LIMIT_SECONDS:.0f} s: it may never end"
+                f"the chat template of {self.name!r} takes more than {limits.SECONDS:.0f} s: it may never end"
             ) from None
         except Exception as error:  # a template may raise anything
             raise DataError(f"the chat template of {self.name!r} refuses it: {type(error).__name__}: {error}") from None
-        finally:
-            if timed:
-                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-@contextmanager
-def _limited_memory() -> Iterator[None]:
-    """Let this process's address space grow by LIMIT_BYTES at most, where the system tells how large it is."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            size = int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [limit for limit in (size + LIMIT_BYTES, soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _stop(*_: Any) -> None:
-    raise _TooLong
-
-
-@lru_cache(maxsize=1)
-def _handle_signals(process: int) -> None:
-    signal.signal(signal.SIGVTALRM, _stop)
+# Compiling a template computes its constants, so it is limited as a rendering is.
 
 
 @lru_cache(maxsize=64)
 def _undeclared(source: str) -> frozenset[str]:
     try:
-        environment = chat_template_utils._compile_jinja_template(source).environment
-        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+        environment = _compiled(source).environment
+        return limits.limited(lambda: frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source))))
     except jinja2.TemplateError:  # reported when it is rendered
         return frozenset()
 
@@ -225,7 +189,7 @@ def _undeclared(source: str) -> frozenset[str]:
 @lru_cache(maxsize=64)
 def _compiled(source: str) -> jinja2.Template:
     """A template whose sandbox remembers what it allows: it takes half of the time of a rendering to find that out."""
-    compiled = chat_template_utils._compile_jinja_template(source)
+    compiled = limits.limited(chat_template_utils._compile_jinja_template, source)
     allowed = compiled.environment.is_safe_attribute
 
     @lru_cache(maxsize=4096)
@@ -240,6 +204,12 @@ def _compiled(source: str) -> jinja2.Template:
 
     compiled.environment.is_safe_attribute = is_safe_attribute
     return compiled
+
+
+def _forget_compiled() -> None:
+    """Compile templates anew: one that was interrupted may have been anywhere, and in any state."""
+    _compiled.cache_clear()
+    chat_template_utils._compile_jinja_template.cache_clear()
 
 
 @lru_cache(maxsize=64)

@@ -308,7 +308,7 @@ HOSTILE = {
 def test_templates_from_strangers(tmp_path, monkeypatch, case, workers):
     """They end with a sentence, in this process and in a loader's."""
     template, message = HOSTILE[case]
-    monkeypatch.setattr("joint_train.data.render.LIMIT_SECONDS", 0.2)
+    monkeypatch.setattr("joint_train.data.limits.SECONDS", 0.2)
     cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", [chat("Q", "A")])], num_workers=workers)
     began = time.monotonic()
     with pytest.raises(DataError, match=f"a.jsonl:1: .*{message}") as raised:
