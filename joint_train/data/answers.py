@@ -80,7 +80,7 @@ class Conversation:
 
     def __init__(self, example: dict[str, Any], tokenizer):
         self.options = options_of(example)
-        self.template = Template(tokenizer, self.options)
+        self.template = Template.of(tokenizer, self.options)
         messages = example["messages"]
         self.thinks = thinking.thinks(self.template, messages)
         self.channel = thinking.channel_of(self.template) if self.thinks else None

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import jinja2
 import jinja2.meta
-import tokenizers
+from tokenizers import Encoding, Tokenizer
 from transformers.utils import chat_template_utils
 
 from joint_train.data import limits
@@ -33,18 +33,31 @@ def options_of(example: dict[str, Any]) -> dict[str, Any]:
     return {"tools": example.get("tools"), **example.get("chat_template_kwargs", {})}
 
 
-def encoding(tokenizer, text: str) -> tokenizers.Encoding:
+def encoding(tokenizer, text: str) -> Encoding:
     """The tokens of a rendered text and their places: what calling the tokenizer gives, in half the time.
 
     Args:
         tokenizer: a fast one.
     """
+    return _backend(tokenizer).encode(text, add_special_tokens=False)
+
+
+def token_ids(tokenizer, text: str) -> list[int]:
+    """The tokens of a rendered text, in two thirds of the time that :func:`encoding` takes.
+
+    Args:
+        tokenizer: a fast one.
+    """
+    return _backend(tokenizer).encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def _backend(tokenizer) -> Tokenizer:
     backend = tokenizer.backend_tokenizer
     if backend.padding is not None or backend.truncation is not None:  # as the last call left them
         backend.no_padding()
         backend.no_truncation()
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    return backend.encode(text, add_special_tokens=False)
+    return backend
 
 
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # variables that aren't options
@@ -84,6 +97,18 @@ class Template:
         self.special, self.control = _patterns(tokenizer)
         given = {"tools": None, "documents": None, **tokenizer.special_tokens_map, **options}
         self._variables: dict[str, Any] = chat_template_utils._plain_template_data(given)
+
+    @classmethod
+    def of(cls, tokenizer, options: dict[str, Any]) -> "Template":
+        """The template with some options; one without options is kept for the next row."""
+        if any(value is not None for value in options.values()):
+            return cls(tokenizer, options)
+        kept = _WITHOUT_OPTIONS.get(tokenizer)
+        written = getattr(tokenizer, "chat_template", None)
+        state = (len(tokenizer), options, dict(written) if isinstance(written, dict) else written)
+        if kept is None or kept[0] != state:
+            kept = _WITHOUT_OPTIONS[tokenizer] = (state, cls(tokenizer, options))
+        return kept[1]
 
     def with_options(self, **options) -> "Template":
         """The same template with other options."""
@@ -223,12 +248,18 @@ def _properties(source: str) -> tuple[bool, bool]:
     return bool(MARKS.search(source)), "add_generation_prompt" in source
 
 
+_WITHOUT_OPTIONS: WeakKeyDictionary[Any, tuple[tuple, Template]] = WeakKeyDictionary()
 _PATTERNS: WeakKeyDictionary[Any, tuple[int, re.Pattern, re.Pattern]] = WeakKeyDictionary()
 
 
 def control_pattern(tokenizer) -> re.Pattern:
     """Matches the tokens that a tokenizer has besides its vocabulary and that aren't text."""
     return _patterns(tokenizer)[1]
+
+
+def special_pattern(tokenizer) -> re.Pattern:
+    """Matches the tokens that a tokenizer has besides its vocabulary, those that are white space apart."""
+    return _patterns(tokenizer)[0]
 
 
 def _patterns(tokenizer) -> tuple[re.Pattern, re.Pattern]:

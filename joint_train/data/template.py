@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from joint_train.data import notices as kinds
-from joint_train.data import rendered
+from joint_train.data import places, rendered
 from joint_train.data.answers import Conversation, Text
 from joint_train.data.render import Span, control_pattern, encoding
 from joint_train.errors import DataError
@@ -85,7 +85,7 @@ def tokenise(text: Text, tokenizer) -> Document:
         last = of_answer is runs[-1] and not text.earlier
         for start, end in of_answer:
             flags[start:end] |= ASSISTANT | LAST if last else ASSISTANT
-    return Document(np.asarray(ids, dtype=np.int32), flags, text.messages, text.earlier)
+    return Document(ids, flags, text.messages, text.earlier)
 
 
 def _without_its_end(text: str, tokenizer) -> str:
@@ -106,8 +106,20 @@ def _tokenise_plain(text: str, tokenizer) -> Document:
     return Document(np.asarray(ids, dtype=np.int32), np.full(len(ids), ASSISTANT | LAST, dtype=np.uint8))
 
 
-def _tokens(text: Text, tokenizer) -> tuple[list[int], list[list[Span]]]:
+def _tokens(text: Text, tokenizer) -> tuple[np.ndarray, list[list[Span]]]:
     """The tokens of a text, and for each answer the places [first, last) of those that are trained on."""
+    if all(answer.spans and answer.spans[0][0] == answer.start for answer in text.answers):
+        found = places.tokens_of(tokenizer, text.text, [span for answer in text.answers for span in answer.spans])
+        if found is not None:
+            ids, of_spans = found
+            remaining = iter(of_spans)
+            return ids, [[next(remaining) for _ in answer.spans] for answer in text.answers]
+    tokens, runs = _tokens_by_places(text, tokenizer)
+    return np.asarray(tokens, dtype=np.int32), runs
+
+
+def _tokens_by_places(text: Text, tokenizer) -> tuple[list[int], list[list[Span]]]:
+    """The same, for any text and tokenizer."""
     encoded = encoding(tokenizer, text.text)
     if not any(_cuts_a_token(encoded, answer.start) for answer in text.answers):
         return encoded.ids, [_token_runs(encoded, answer.spans, 0) for answer in text.answers]
