@@ -24,6 +24,7 @@ BYTES = 2**30
 TICK_SECONDS = 0.05
 """How soon the exception is raised again, if it was swallowed."""
 
+PAGE = resource.getpagesize()
 Result = TypeVar("Result")
 
 
@@ -85,6 +86,6 @@ def _address_space() -> int | None:
     except OSError:
         return None
     try:
-        return int(os.read(file, 100).split()[0]) * resource.getpagesize()
+        return int(os.read(file, 100).split()[0]) * PAGE
     finally:
         os.close(file)

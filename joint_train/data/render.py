@@ -7,10 +7,9 @@ limits of :mod:`joint_train.data.limits`, each rendering on its own.
 import copy
 import difflib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import jinja2
@@ -23,6 +22,7 @@ from joint_train.errors import DataError
 
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
+Result = TypeVar("Result")
 PLAIN = (dict, list, str, tuple, int, float, bool)
 
 Span = tuple[int, int]
@@ -105,7 +105,8 @@ class Template:
             return cls(tokenizer, options)
         kept = _WITHOUT_OPTIONS.get(tokenizer)
         written = getattr(tokenizer, "chat_template", None)
-        state = (len(tokenizer), options, dict(written) if isinstance(written, dict) else written)
+        templates = dict(written) if isinstance(written, dict) else written
+        state = (templates, options, tokenizer.special_tokens_map, len(tokenizer))
         if kept is None or kept[0] != state:
             kept = _WITHOUT_OPTIONS[tokenizer] = (state, cls(tokenizer, options))
         return kept[1]
@@ -119,8 +120,7 @@ class Template:
 
     def _variables_of(self, source: str) -> frozenset[str]:
         """Variables that a template reads."""
-        with self._explained():
-            return _undeclared(source)
+        return self._explained(_undeclared, source)
 
     def _check_options(self, tokenizer) -> None:
         """Refuse options that the template would pass over."""
@@ -155,13 +155,7 @@ class Template:
         Raises:
             DataError: the template refuses them, or takes too long.
         """
-        with self._explained():
-            return limits.limited(
-                _compiled(self.source).render,
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
+        return self._explained(_render, self.source, messages, add_generation_prompt, self._variables)
 
     def render_marked(self, messages: list[dict]) -> tuple[str, list[Span]]:
         """The text of prepared messages, and the places [start, end) in it that are marked as the assistant's.
@@ -171,19 +165,11 @@ class Template:
         """
         if not self.marked:
             return self.render(messages), []
-        with self._explained():
-            return limits.limited(
-                chat_template_utils._render_with_assistant_indices,
-                _compiled(self.source),
-                messages=messages,
-                add_generation_prompt=False,
-                **self._variables,
-            )
+        return self._explained(_render_marked, self.source, messages, self._variables)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, work: Callable[..., Result], *args: Any) -> Result:
         try:
-            yield
+            return work(*args)
         except MemoryError:
             _forget_compiled()
             raise DataError(
@@ -197,6 +183,16 @@ class Template:
             ) from None
         except Exception as error:  # a template may raise anything
             raise DataError(f"the chat template of {self.name!r} refuses it: {type(error).__name__}: {error}") from None
+
+
+def _render(source: str, messages: list[dict], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
+    given = {**variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
+    return limits.limited(_compiled(source).render, given)
+
+
+def _render_marked(source: str, messages: list[dict], variables: dict[str, Any]) -> tuple[str, list[Span]]:
+    given = {**variables, "messages": messages, "add_generation_prompt": False}
+    return limits.limited(chat_template_utils._render_with_assistant_indices, _compiled(source), **given)
 
 
 # Compiling a template computes its constants, so it is limited as a rendering is.
