@@ -9,6 +9,8 @@ BIN    := $(VENV)/bin
 GPUS   := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 OUT    ?= outputs/starter
+# Test files that `make test` runs side by side.
+WORKERS ?= 2
 
 .PHONY: install train test test-slow test-slurm test-vllm test-gpu docs lint clean
 
@@ -31,7 +33,7 @@ train: install
 
 # The linters read the code as it is with the pinned torch.
 test: install $(if $(TORCH),,lint)
-	$(BIN)/python -m pytest --durations=20
+	$(BIN)/python -m pytest --durations=20 -n $(WORKERS) --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

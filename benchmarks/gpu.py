@@ -41,6 +41,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 
+from benchmarks import results
 from benchmarks.joint_step import reference_step
 from joint_train.config import Config, load, with_overrides
 from joint_train.distributed.mesh import init_distributed, init_mesh
@@ -395,6 +396,21 @@ def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+# Of gpu.json, which benchmarks.compare reads: a row for each step that ran to its end.
+COLUMNS = {
+    "pair": ("pair", ""),
+    "layers": ("layers", ""),
+    "length": ("S", ""),
+    "documents": ("documents", ""),
+    "step": ("", ""),
+    "ms": ("forward, backward ms", ".1f"),
+    "update": ("update ms", ".1f"),
+    "loss": ("loss ms", ".2f"),
+    "attention": ("attention ms", ".2f"),
+    "peak": ("peak", ".2f GiB"),
+    "planned": ("planned", ".2f GiB"),
+    "mfu": ("MFU", ".1%"),
+}
 STEP = ["pair", "layers", "S", "documents", "", "forward, backward ms", "update ms", "tokens/s", "MFU", "peak GiB"]
 STEP += ["planned GiB", "loss", "attention", "compute bound ms", "memory bound ms"]
 PART = ["pair", "S", "documents", "part", "ms", "compute bound ms", "memory bound ms"]
@@ -473,11 +489,25 @@ def measure(name: str, folder: Path, length: int, documents: int, mesh: DeviceMe
     return found
 
 
+def of_steps(found: list[dict]) -> list[dict[str, results.Value]]:
+    """A row for each step that ran to its end."""
+    steps: list[dict[str, results.Value]] = []
+    for one in found:
+        name = {name: str(one[name]) for name in ("pair", "layers", "length", "documents")}
+        for step in ("ours", "reference", "nemo"):
+            if "ms" in (numbers := one.get(step) or {}):
+                own = {"planned": one["planned"], "mfu": one["mfu"]} if step == "ours" else {}
+                measured = {name: numbers.get(name) for name in ("ms", "update", "loss", "attention", "peak")}
+                steps.append({**name, "step": step, **measured, **own})
+    return steps
+
+
 def write(options, text: str, found: list[dict]) -> None:
     """The tables and what they are made of, in place of those before."""
     if options.out:
         replace(options.out / "gpu.md", text + "\n")
-        replace(options.out / "gpu.json", json.dumps(found, indent=1) + "\n")
+        result = results.record("gpu", COLUMNS, of_steps(found), measured=found)
+        replace(options.out / "gpu.json", json.dumps(result, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """What FSDP2 does at released sizes on many ranks: memory of a rank, and every byte that is gathered and reduced.
 
-    python -m benchmarks.scale --models gemma4_31b gemma4_26b_a4b gemma4_e4b --ranks 8 64 512 [--out DIR] [overrides]
+    python -m benchmarks.scale --models gemma4_31b gemma4_e4b --ranks 8 64 512 [--results FILE] [overrides]
 
 The project's own pair, loss, backward and optimizer step run through torch's own FSDP2 code, in this process, on fake
 tensors (they have a size and no contents) and a fake process group (rank 0 of as many ranks as wanted). What is played:
@@ -18,7 +18,6 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -31,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from benchmarks import results
 from joint_train import config
 from joint_train.config import DIMENSIONS, Config, mesh_shape, with_overrides
 from joint_train.distributed import parallelize
@@ -255,18 +255,23 @@ def measure(cfg: Config, ranks: int) -> dict[str, float]:
     }
 
 
-def table(found: list[dict]) -> str:
-    """The results as Markdown, GiB."""
-    lines = ["| pair | ranks (replicas x shards) | S | peak | plan | all-gather (least) | reduce-scatter (least) |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-    for one in found:
-        gib = {name: size / GIB for name, size in one.items() if isinstance(size, (int, float))}
-        lines.append(
-            f"| {one['model']} | {one['ranks']} ({one['mesh']}) | {one['length']} | {gib['peak']:.2f} | "
-            f"{gib['planned']:.2f} | {gib['all-gather']:.1f} ({gib['least all-gather']:.1f}) | "
-            f"{gib['reduce-scatter']:.1f} ({gib['least reduce-scatter']:.1f}) |"
-        )
-    return "\n".join(lines)
+COLUMNS = {
+    "model": ("pair", ""),
+    "ranks": ("ranks (replicas x shards)", ""),
+    "length": ("S", ""),
+    "peak": ("peak, GiB", ".2f"),
+    "planned": ("plan", ".2f"),
+    "all-gather": ("all-gather", ".1f"),
+    "least all-gather": ("least", ".1f"),
+    "reduce-scatter": ("reduce-scatter", ".1f"),
+    "least reduce-scatter": ("least", ".1f"),
+}
+
+
+def row(model: str, length: int, found: dict) -> dict[str, results.Value]:
+    """One measurement as a row of the table, GiB."""
+    sizes = {name: found[name] / GIB for name, (_, form) in COLUMNS.items() if form}
+    return {"model": model, "ranks": f"{found['ranks']} ({found['mesh']})", "length": str(length), **sizes}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -274,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=["gemma4_31b", "gemma4_26b_a4b", "gemma4_e4b"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 512])
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048])
-    parser.add_argument("--out", type=Path, help="also write scale.json and scale.md there")
+    results.add_option(parser)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("overrides", nargs="*", help="of the configuration, after --")
     args = parser.parse_args(argv)
@@ -282,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         overrides = [f"model={args.models[0]}", f"data.max_length={args.lengths[0]}", *AS_ON_A_GPU, *args.overrides]
         print(json.dumps(measure(config.load(overrides), args.ranks[0])))
         return 0
-    found = []
+    rows, measured = [], []
     for model in args.models:
         for ranks in args.ranks:
             for length in args.lengths:
@@ -291,13 +296,10 @@ def main(argv: list[str] | None = None) -> int:
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=1800)
                 if done.returncode:
                     return done.returncode
-                found.append({"model": model, "length": length, **json.loads(done.stdout.splitlines()[-1])})
-                print(table(found[-1:]).splitlines()[-1], flush=True)
-    print("\n" + table(found))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "scale.json").write_text(json.dumps(found, indent=1) + "\n")
-        (args.out / "scale.md").write_text(table(found) + "\n")
+                measured.append({"model": model, "length": length, **json.loads(done.stdout.splitlines()[-1])})
+                rows.append(row(model, length, measured[-1]))
+                print(results.table({"columns": COLUMNS, "rows": rows[-1:]}).splitlines()[-1], flush=True)
+    results.finish(results.record("scale", COLUMNS, rows, measured=measured), args.results)
     return 0
 
 

@@ -1,8 +1,8 @@
 """What the pages take from the code and from measurements.
 
-A page's line ``{{ configuration }}`` or ``{{ metrics }}`` becomes tables, and ``{{ results NAME }}`` the table of
-``docs/results/NAME.json`` with the command that made it; names of columns behind NAME choose among them. mkdocs calls
-``on_page_markdown`` for each page.
+A page's line ``{{ configuration }}``, ``{{ elsewhere }}`` or ``{{ metrics }}`` becomes tables, and ``{{ results NAME }}``
+the table of ``docs/results/NAME.json`` with the command that made it; names of columns behind NAME choose among them.
+mkdocs calls ``on_page_markdown`` for each page.
 """
 
 import re
@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import results
 from joint_train.config import choices, groups, keys
+from joint_train.config.help import source_keys
+from joint_train.config.mistakes import ELSEWHERE
 from joint_train.metrics import METRICS
 
 
@@ -26,10 +28,19 @@ def configuration() -> str:
         lines += ["", f"## {group}", "", f"{meaning[0].upper()}{meaning[1:]}.", "", "| key | default | meaning |"]
         lines += ["| --- | --- | --- |"]
         lines += [f"| `{key}` | `{cell(default)}` | {cell(help)} |" for key, default, help in keys(group)]
+        if group == "data":
+            lines += ["", "### A source", "", "An entry of `data.train` or `data.val`.", ""]
+            lines += ["| key | default | meaning |", "| --- | --- | --- |"]
+            lines += [f"| `{key}` | `{cell(default)}` | {cell(help)} |" for key, default, help in source_keys()]
     lines += ["", "## Prepared settings", "", "Files of `conf/`, chosen by name on the command line.", ""]
     return "\n".join(
         lines + [f"- `{group}=` " + ", ".join(f"`{name}`" for name in names) for group, names in choices().items()]
     )
+
+
+def elsewhere() -> str:
+    lines = ["| elsewhere | here |", "| --- | --- |"]
+    return "\n".join(lines + [f"| `{theirs}` | `{ours}` |" for theirs, ours in ELSEWHERE.items() if theirs != ours])
 
 
 def metrics() -> str:
@@ -50,7 +61,7 @@ def measured(name: str, columns: list[str]) -> str:
 
 def on_page_markdown(markdown: str, **_) -> str:
     markdown = re.sub(r"^\{\{ results (\S+)(.*) \}\}$", lambda m: measured(m[1], m[2].split()), markdown, flags=re.M)
-    for name, made in {"configuration": configuration, "metrics": metrics}.items():
+    for name, made in {"configuration": configuration, "elsewhere": elsewhere, "metrics": metrics}.items():
         if f"{{{{ {name} }}}}" in markdown:
             markdown = markdown.replace(f"{{{{ {name} }}}}", made())
     return markdown

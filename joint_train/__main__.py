@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from joint_train import command
+from joint_train import cli, command
 
 command.set_allocator()  # before torch is imported, which reads it once
 
@@ -19,7 +19,14 @@ from hydra.errors import HydraException  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from joint_train.config import Config, composed_by_hydra, conf_dir, help_text  # noqa: E402
+from joint_train.config import (  # noqa: E402
+    Config,
+    checked_command_line,
+    composed_by_hydra,
+    conf_dir,
+    explained,
+    help_text,
+)
 from joint_train.errors import ConfigError, JointTrainError  # noqa: E402
 
 
@@ -87,29 +94,39 @@ def leave(code: int | str | None) -> NoReturn:
 
 
 def print_help() -> None:
-    """``--help``: the groups of keys. ``--help data optim``: the keys of these groups. ``--help all``: every key."""
+    """``--help``: the groups of keys. ``--help data optim.lr``: a group's keys, one key. ``--help all``: every key."""
     wanted = [word for word in sys.argv[1:] if not word.startswith("-")]
     if not wanted:
         print(__doc__.strip())
-        print("\nAn override is KEY=VALUE. `--help GROUP` lists a group's keys, `--help all` all of them;")
-        print("`--cfg job` prints what a command composes, and `--hydra-help` Hydra's own flags.\n\nGroups of keys:")
+        print("\nAn override is KEY=VALUE. `--help GROUP` lists a group's keys, `--help KEY` one, `--help data.train`")
+        print("a source's, `--help all` all of them. `--config FILE.yaml` takes settings from a file of your own,")
+        print("`--cfg job` prints what a command composes, `--hydra-help` Hydra's own flags.\n\nGroups of keys:")
     print(help_text(wanted).strip("\n"))
 
 
-def hydra_explained(end: SystemExit) -> bool:
-    """Whether Hydra ended the process for an error of the command line or the files, which it has printed."""
-    return end.code == 1 and isinstance(end.__context__, (HydraException, OmegaConfBaseException))
+def start() -> None:
+    """Hand the command line to Hydra, which raises its errors for us to put in our own words."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        sys.argv[1:] = checked_command_line(sys.argv[1:])
+        main()
+    except JointTrainError as error:
+        refuse(error, int(os.environ.get("RANK", 0)))
+    except (HydraException, OmegaConfBaseException) as error:
+        refuse(explained(error), int(os.environ.get("RANK", 0)))
 
 
 if __name__ == "__main__":
     if {"--help", "-h"} & set(sys.argv):
         sys.exit(command.start("joint_train", print_help))
+    if "--version" in sys.argv:
+        sys.exit(print(cli.versions()))
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank ends with its torchrun: it saves, see distributed/preemption.py
         command.end_with_parent(command.PARENT_ENDED)
     try:
-        main()
+        start()
         leave(command.DONE)
     except KeyboardInterrupt:  # before there is anything to save
         leave(command.INTERRUPTED)
     except SystemExit as end:
-        leave(command.EXPLAINED_ERROR if hydra_explained(end) else end.code)
+        leave(end.code)

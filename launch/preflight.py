@@ -6,8 +6,8 @@ Every rank reports to the launcher's key-value store, over TCP and apart from an
 the verdict, and every wait has an end. Checked are, in this order: every rank answers; its device is there and computes
 right; it may open enough files; versions are equal; clocks agree; the output folder is one shared folder, writable,
 with room for a checkpoint; all-reduce agrees, first within each node and then over all ranks; on GPUs no host gathers
-and reduces much slower than the others. The exit code is 0 or 1, and 2
-for a configuration that is refused.
+and reduces much slower than the others. The exit code is 0 or 1, and 2 for a
+configuration that is refused.
 """
 
 import hashlib
@@ -26,11 +26,15 @@ from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
+if __name__ == "__main__" and {"--help", "-h"} & set(sys.argv):  # torch takes seconds to import
+    sys.exit(print(__doc__))
 
-from joint_train import config
-from joint_train.command import start
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from joint_train import config  # noqa: E402
+from joint_train.command import start  # noqa: E402
+from joint_train.errors import ConfigError  # noqa: E402
 
 ANSWER_SECONDS = 120.0
 COLLECTIVE_SECONDS = 120.0
@@ -365,6 +369,8 @@ class Preflight:
 def main(overrides: list[str]) -> int:
     cfg = config.load(overrides)
     needed = checkpoint_bytes(cfg)
+    if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ConfigError(f"{', '.join(missing)} are not set: torchrun starts this, once on each node")
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=ANSWER_SECONDS)))
     start = time.monotonic()
     preflight = Preflight(store, Path(cfg.output_dir), needed)

@@ -119,14 +119,20 @@ def time_limit_seconds(text: str) -> int:
 
 
 def expand(overrides: list[str], multirun: bool) -> list[list[str]]:
-    """The overrides of each run: one, or with ``multirun`` the product of all comma-separated values."""
+    """The overrides of each run: one, or with ``multirun`` the product of all comma-separated values.
+
+    Raises:
+        ConfigError: for a word that is no override.
+    """
     if not multirun:
         return [overrides]
     # Hydra's own sweeper, without starting its application: the product, ranges and choices as everywhere else.
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    [runs] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), max_batch_size=None)
-    return runs
+    files = [word for word in overrides if word.startswith("--")]
+    swept = config.check_overrides([word for word in overrides if not word.startswith("--")])
+    [runs] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(swept), max_batch_size=None)
+    return [[*files, *run] for run in runs]
 
 
 def hydra_text(text: str) -> str:
@@ -144,8 +150,8 @@ def plan_runs(options: Options, overrides: list[str], multirun: bool) -> list[Ru
     """
     world_size = options.nodes * options.ranks
     try:
-        candidates = expand(overrides, multirun)
-    except HydraException as error:
+        candidates = expand(config.join_options(overrides), multirun)
+    except (config.ConfigError, HydraException) as error:
         raise SubmitError(str(error)) from error
     runs = []
     for number, run_overrides in enumerate(candidates):

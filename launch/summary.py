@@ -66,6 +66,8 @@ def format_number(value: float | None) -> str:
 
 def find_runs(folder: Path) -> list[Path]:
     """The folder itself if it is a run, else the runs in it, numbered ones in the order of their numbers."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
     if (folder / "metrics.jsonl").exists():
         return [folder]
     found = [

@@ -1,6 +1,9 @@
 """What several test files use."""
 
+import os
 import signal
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test files run side by side, on small tensors
 
 import pytest
 

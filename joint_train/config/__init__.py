@@ -4,8 +4,15 @@ Nothing here imports torch, so that ``--help`` and a misspelt key answer at once
 """
 
 from joint_train.config.checks import validate
-from joint_train.config.compose import composed_by_hydra, conf_dir, load, world_size_from_env
-from joint_train.config.help import choices, groups, help_text, keys
+from joint_train.config.compose import (
+    checked_command_line,
+    composed_by_hydra,
+    join_options,
+    load,
+    world_size_from_env,
+)
+from joint_train.config.help import choices, conf_dir, groups, help_text, keys
+from joint_train.config.mistakes import check_overrides, explained
 from joint_train.config.schema import (
     ActivationCheckpointingConfig,
     CheckpointConfig,
@@ -66,12 +73,16 @@ __all__ = [
     "PrecisionConfig",
     "SourceConfig",
     "TrackingConfig",
+    "check_overrides",
+    "checked_command_line",
     "choices",
     "composed_by_hydra",
     "conf_dir",
+    "explained",
     "group_of",
     "groups",
     "help_text",
+    "join_options",
     "keys",
     "load",
     "mesh_shape",

@@ -1,21 +1,28 @@
 """From the files of ``conf/`` and the command line to the typed, checked configuration."""
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from joint_train.config.checks import validate
+from joint_train.config.help import choices, conf_dir
+from joint_train.config.mistakes import check_file, check_overrides, explained
 from joint_train.config.schema import Config
 from joint_train.config.typed import to_dataclasses
+from joint_train.errors import ConfigError
 
-
-def conf_dir() -> Path:
-    """The folder of the configuration files, in a source tree and in an installed wheel."""
-    here = Path(__file__).resolve().parent.parent
-    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+FILES = "given_file"  # the group under which Hydra finds the files of --config
+# Hydra's own options that are followed by a value.
+WITH_VALUE = ("-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir", "-p", "--package", "-c", "--cfg")
 
 
 def load(
@@ -24,16 +31,25 @@ def load(
     """Compose ``conf/config.yaml`` with command-line overrides, and validate the result.
 
     Args:
-        overrides: as on the command line.
+        overrides: as on the command line, ``--config FILE`` and ``--config-dir DIR`` included.
         world_size, node: as for :func:`validate`.
         check: whether to validate; a command that needs neither a drafter nor sources leaves it out.
 
     Raises:
-        ConfigError: as :func:`to_dataclasses` and :func:`validate`; Hydra's own errors for an unknown key or a
-            wrong type.
+        ConfigError: for an unknown key or a wrong type; as :func:`to_dataclasses` and :func:`validate`.
     """
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = to_dataclasses(compose("config", list(overrides)))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-cd", "--config-dir", type=Path, action="append", default=[])
+    options, words = parser.parse_known_args(with_files(overrides))
+    words = check_overrides(words)
+    if options.config_dir:
+        words.append(f"hydra.searchpath=[{','.join(f'file://{folder.absolute()}' for folder in options.config_dir)}]")
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            composed = compose("config", words)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explained(error) from error
+    cfg = to_dataclasses(composed)
     if check:
         validate(cfg, world_size, node)
     return cfg
@@ -44,6 +60,62 @@ def composed_by_hydra(composed: DictConfig) -> Config:
     cfg = to_dataclasses(composed)
     validate(cfg, world_size_from_env())
     return cfg
+
+
+def join_options(words: Sequence[str]) -> list[str]:
+    """A command line with ``--config FILE`` and ``--config-dir DIR`` as one word each, ``--config=FILE``: a parser that
+    doesn't know them leaves the whole to :func:`load`."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in ("--config", "--config-dir"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def with_files(words: Sequence[str]) -> list[str]:
+    """A command line where each ``--config FILE`` is the override by which Hydra finds that file, before all others: a
+    file changes what is prepared, and single settings change the file.
+
+    Raises:
+        ConfigError: for a file that can't be read, and for its keys that don't exist.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, action="append", default=[])
+    options, words = parser.parse_known_args(list(words))
+    for number, file in enumerate(options.config):
+        _store(file, f"file{number}")
+    given = ",".join(f"file{number}" for number in range(len(options.config)))
+    return [*([f"+{FILES}=[{given}]"] if given else []), *words]
+
+
+def checked_command_line(words: Sequence[str]) -> list[str]:
+    """The command line of the main job for Hydra: overrides checked, Hydra's own options as they are."""
+    words, checked = with_files(words), list[str]()
+    for index, word in enumerate(words):
+        flag = word.startswith("-") or (index > 0 and words[index - 1] in WITH_VALUE)
+        checked += [word] if flag else check_overrides([word])
+    return checked
+
+
+def _store(file: Path, name: str) -> None:
+    try:
+        given = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {file}: this is no YAML: {error}") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"--config {file}: keys with values are expected, as in docs/configuration.md")
+    defaults: list[Any] = given.pop("defaults", [])
+    for group in choices():  # a prepared setting, e.g. model: gemma4_e4b
+        if isinstance(given.get(name_in_file := group.lstrip("+")), str):
+            defaults.append(
+                {group.replace("+", "/") if "+" in group else f"override /{group}": given.pop(name_in_file)}
+            )
+    node = check_file(file, given) | {"defaults": [*defaults, "_self_"]}
+    ConfigStore.instance().store(group=FILES, name=name, node=node, package="_global_")
 
 
 def world_size_from_env() -> int:

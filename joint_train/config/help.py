@@ -1,15 +1,23 @@
 """What ``--help`` and the documentation say of the configuration: read from the schema, so that it can't go stale."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import cast
 
 from omegaconf import MISSING
 
-from joint_train.config.compose import conf_dir
-from joint_train.config.schema import Config
+from joint_train.config.schema import Config, SourceConfig
 from joint_train.errors import ConfigError
 
+
+def conf_dir() -> Path:
+    """The folder of the configuration files, in a source tree and in an installed wheel."""
+    here = Path(__file__).resolve().parent.parent
+    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+
+
+SOURCES = ("data.train", "data.val")  # keys that hold lists of sources
 RUN = "run"  # what the keys that stand in no group are called here
 
 
@@ -31,11 +39,20 @@ def keys(group: str, schema: type = Config) -> Iterator[tuple[str, str, str]]:
         if schema is Config and field.name == group:
             yield from keys(group, cast(type, field.type))
         elif not _is_group(field) and (schema is not Config or group == RUN):
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            default = "(required)" if default == MISSING else "null" if default is None else str(default)
-            yield field.name if group == RUN else f"{group}.{field.name}", default, field.metadata["help"]
+            yield field.name if group == RUN else f"{group}.{field.name}", _default(field), field.metadata["help"]
         elif schema is not Config:
             yield from keys(f"{group}.{field.name}", cast(type, field.type))
+
+
+def source_keys() -> Iterator[tuple[str, str, str]]:
+    """The keys of a source of ``data.train`` and ``data.val``: name, default and meaning."""
+    for field in dataclasses.fields(SourceConfig):
+        yield field.name, _default(field), field.metadata["help"]
+
+
+def _default(field: dataclasses.Field) -> str:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return "(required)" if default == MISSING else "null" if default is None else str(default)
 
 
 def choices() -> dict[str, list[str]]:
@@ -55,10 +72,27 @@ def help_text(wanted: list[str]) -> str:
         lines += [f"  {name:<26} {meaning}" for name, meaning in groups().items()]
         lines += ["", "Prepared settings, in conf/:"]
         lines += [f"  {name:<26} {' | '.join(names)}" for name, names in choices().items()]
-    for group in groups() if wanted == ["all"] else wanted:
-        lines += ["", f"{group}: {groups().get(group)}"]
-        lines += [f"  {name:<38} {default:<12} {meaning}" for name, default, meaning in keys(group)]
+    for name in groups() if wanted == ["all"] else wanted:
+        lines += ["", *_lines(name)]
     return "\n".join(lines)
+
+
+def _lines(name: str) -> list[str]:
+    """What ``--help NAME`` prints of a group, a key, or a list of sources."""
+    if name in groups():
+        return [f"{name}: {groups()[name]}", *_listed(keys(name))]
+    found = [key for group in groups() for key in keys(group)]
+    lines = [f"{key} (default: {default}): {meaning}" for key, default, meaning in found if key == name]
+    if name in SOURCES:
+        lines += ["a file, a list of files, or a list of sources with these keys:", *_listed(source_keys())]
+    lines += _listed(key for key in found if key[0].startswith(f"{name}."))
+    if not lines:
+        raise ConfigError(f"There is no group or key {name}. Groups: {', '.join(groups())}, or all.")
+    return lines
+
+
+def _listed(found: Iterable[tuple[str, str, str]]) -> list[str]:
+    return [f"  {name:<38} {default:<12} {meaning}" for name, default, meaning in found]
 
 
 def _is_group(field: dataclasses.Field) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
@@ -12,7 +13,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from joint_train.config.schema import RENAMED, Config, schema
+from joint_train.config.mistakes import not_a_key
+from joint_train.config.schema import RENAMED, Config, SourceConfig, schema
 from joint_train.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,10 @@ def to_dataclasses(composed: DictConfig, may_miss: Collection[str] = ("model.bas
             OmegaConf.update(composed, name, "")
         cfg = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        unset = re.search(r"Environment variable '(.+?)' not found", said)
+        said = f"the environment variable {unset[1]}, which it reads, isn't set" if unset else said
+        raise ConfigError(f"{error.full_key}: {said}") from error
     assert isinstance(cfg, Config)
     cfg.interpolations = dict(_interpolations(text, dataclasses.asdict(cfg)))
     return cfg
@@ -58,8 +63,7 @@ def _check_keys(composed: DictConfig, of: type, prefix: str = "") -> None:
     fields = {field.name: field.type for field in dataclasses.fields(of)}
     for name in map(str, composed):
         if name not in fields and f"{prefix}{name}" not in RENAMED:
-            reason = ": adapters are the group lora" if name == "peft" else ""
-            raise ConfigError(f"{prefix}{name} is not a key{reason}. Known here: {', '.join(fields)}.")
+            raise ConfigError(not_a_key(f"{prefix}{name}", of if of is SourceConfig else Config))
         inner = fields.get(name)
         if dataclasses.is_dataclass(inner):
             _check_keys(composed[name], cast(type, inner), f"{prefix}{name}.")

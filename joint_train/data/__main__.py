@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from joint_train.command import start
-from joint_train.config import Config, ModelConfig, load
+from joint_train.config import Config, ModelConfig, join_options, load
 from joint_train.errors import ConfigError, DataError
 from joint_train.files import replace
 
@@ -61,8 +61,8 @@ def load_config(overrides: list[str]) -> Config:
 
 
 def main(arguments: list[str]) -> int:
-    options, more = parser().parse_known_args(arguments)
-    unknown = [argument for argument in more if argument.startswith("--")]
+    options, more = parser().parse_known_args(join_options(arguments))
+    unknown = [argument for argument in more if argument.startswith("--") and not argument.startswith("--config")]
     if unknown:
         parser().error(f"unknown option {unknown[0]}")
 
@@ -104,8 +104,8 @@ def with_files(options: argparse.Namespace, arguments: list[str], split: str) ->
     ]
     options.columns = [pair for pair in options.columns if pair not in after_columns]
     arguments = arguments + after_columns
-    files = [argument for argument in arguments if "=" not in argument or os.path.exists(argument)]
-    overrides = [argument for argument in arguments if argument not in files]
+    files = [word for word in arguments if not word.startswith("--") and ("=" not in word or os.path.exists(word))]
+    overrides = [word for word in arguments if word not in files]
     if files and not any(override.startswith("data.mixture=") for override in overrides):
         overrides += ["data.mixture=epoch", "data.shuffle=false"]  # in the order of the files
     cfg = load_config(overrides)

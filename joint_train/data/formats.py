@@ -37,6 +37,7 @@ class Adapted:
         listed: the images in a column of their own.
         notices: what is worth knowing, by the kinds of :mod:`joint_train.data.notices`.
         where: ``file:line`` of the row.
+        configured: options of the chat template that the configuration sets and the row doesn't.
     """
 
     example: dict[str, Any]
@@ -46,6 +47,7 @@ class Adapted:
     listed: Any = None
     notices: Counter[str] = field(default_factory=Counter)
     where: str = ""
+    configured: set[str] = field(default_factory=set)
 
 
 class Fields:

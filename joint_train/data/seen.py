@@ -22,7 +22,8 @@ class Seen:
         formats: how many records are in each.
         used: columns that went into examples.
         columns: all columns there are.
-        options: how many records give the chat template an option, by ``name=value``.
+        options: how many records give the chat template an option, by ``name=value``; text that the configuration gives
+            stays out, because it is written to the cache and may be a secret of the environment.
         notices: for each kind of :mod:`joint_train.data.notices` how often, and where first.
     """
 
@@ -38,7 +39,8 @@ class Seen:
         self.count_notices(adapted.notices, adapted.where)
         self.used |= adapted.used
         for name, value in adapted.example.get(OPTIONS, {}).items():
-            shown = f"{name}={json.dumps(value, ensure_ascii=False)}"
+            secret = isinstance(value, str) and name in adapted.configured  # it may be a variable of the environment
+            shown = f"{name}=(as configured)" if secret else f"{name}={json.dumps(value, ensure_ascii=False)}"
             if shown in self.options or len(self.options) < MOST_OPTIONS:
                 self.options[shown] += 1
         if len(self.columns) < MOST_COLUMNS:

@@ -40,7 +40,9 @@ def understand(record: Record, source: SourceConfig) -> Adapted:
             if found:
                 example["images"] = found
             if options := source.chat_template_kwargs:
-                example[formats.OPTIONS] = {**options, **example.get(formats.OPTIONS, {})}
+                own = example.get(formats.OPTIONS, {})
+                example[formats.OPTIONS] = {**options, **own}
+                adapted.configured = set(options) - set(own)
         return adapted
     except DataError as error:
         raise DataError(f"{record.file}:{record.line}: {error}") from None

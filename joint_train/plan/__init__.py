@@ -7,6 +7,20 @@ which unit's weights are gathered when, and what a gradient's reduction holds. F
 The weights of a released pair needn't be there: its sizes are in :mod:`joint_train.weights.released`.
 """
 
-from joint_train.plan.planner import Machine, Plan, make_plan
+from typing import TYPE_CHECKING
+
+from joint_train.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from joint_train.plan.planner import Machine, Plan, make_plan
 
 __all__ = ["Machine", "Plan", "make_plan"]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Machine": "joint_train.plan.planner",
+        "Plan": "joint_train.plan.planner",
+        "make_plan": "joint_train.plan.planner",
+    },
+)

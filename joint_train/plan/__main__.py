@@ -161,7 +161,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--base-alone", action="store_true", help="plan plain fine-tuning of the base, with whole logits, to compare"
     )
-    args = vars(parser.parse_intermixed_args(argv))
+    parsed, more = parser.parse_known_intermixed_args(config.join_options(sys.argv[1:] if argv is None else argv))
+    parsed.overrides += more
+    args = vars(parsed)
     overrides, suggesting, alone = (args.pop(name) for name in ("overrides", "suggest", "base_alone"))
 
     def run() -> int:

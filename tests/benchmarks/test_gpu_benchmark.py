@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import gpu
+from benchmarks import compare, gpu
 from benchmarks.joint_step import reference_step
 from joint_train.distributed.mesh import init_distributed, init_mesh
 
@@ -34,7 +34,12 @@ def test_the_table(tmp_path, capsys):
     assert [line.split(" | ")[3:5] for line in text.splitlines() if line.startswith("| E2B | 10 |")] == [
         ["1", "ours"], ["1", "reference"], ["4", "ours"]
     ]  # fmt: skip
-    for one in json.loads((tmp_path / "gpu.json").read_text()):
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert [(row["documents"], row["step"]) for row in result["rows"]] == [
+        ("1", "ours"), ("1", "reference"), ("4", "ours")
+    ]  # fmt: skip
+    assert all(old == new for _, _, old, new in compare.ratios(result, result))
+    for one in result["measured"]:
         assert one["ours"]["ms"] > one["ours"]["loss"] > 0 and one["ours"]["ms"] > one["ours"]["attention"] > 0
         assert 0 < one["mfu"] and one["planned"] > 0
         of_parts = [one["bounds"][part] for part in ("loss", "attention")]

@@ -120,8 +120,8 @@ def test_an_experiment_file_may_set_them_all(run_job, tmp_path):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("+optim.lrr=1", "optim.lrr is not a key. Known here: name, lr, drafter_lr"),
-        ("+peft.r=1", "peft is not a key: adapters are the group lora"),
+        ("+optim.lrr=1", "optim.lrr is not a key. Did you mean optim.lr?"),
+        ("+peft.r=1", "peft.r is not a key. Did you mean lora.r?"),
         ("+data.train.0.wieght=2", r"data.train\[0\].wieght is not a key"),
         ("data.train=[{weight: 2}]", r"data.train\[0\].path is not set"),
         ("optim.lr=???", "optim.lr is not set"),

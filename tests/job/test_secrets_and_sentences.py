@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,9 +30,14 @@ def job(folder, *overrides, **environment):
 
 
 def test_a_secret_of_the_environment_is_in_no_file_and_no_log(starter_dir, tmp_path):
+    tokenizer = tmp_path / "tokenizer"  # its chat template reads the option that holds the secret
+    shutil.copytree(starter_dir / "base", tokenizer, ignore=shutil.ignore_patterns("*.safetensors"))
+    template = (tokenizer / "chat_template.jinja").read_text()
+    (tokenizer / "chat_template.jinja").write_text("{%- if key %}{% endif -%}" + template)
     overrides = [
         f"pair={starter_dir}", "output_dir=run", "tracking.wandb=offline", "tracking.name=${oc.env:A_NAME}",
-        "data.cache_dir=cache", "data.chat_template_kwargs={key: '${oc.env:A_TOKEN}'}", "model.export.at_end=false",
+        f"data.tokenizer={tokenizer}", "data.cache_dir=cache",
+        "data.chat_template_kwargs={key: '${oc.env:A_TOKEN}'}", "model.export.at_end=false",
     ]  # fmt: skip
     done = job(tmp_path, *overrides, A_TOKEN=SECRET, A_NAME="by-its-name")
     assert done.returncode == 0, done.stderr[-2000:]

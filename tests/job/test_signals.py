@@ -110,7 +110,9 @@ def same_run(one, other) -> None:
     ours, theirs = records(one), records(other)
     assert ours.keys() == theirs.keys()
     for step in ours:
-        assert comparable(ours[step]) == comparable(theirs[step]), f"step {step}"
+        one_step, other_step = comparable(ours[step]), comparable(theirs[step])
+        differ = [name for name in one_step | other_step if one_step.get(name) != other_step.get(name)]
+        assert not differ, (step, {name: (one_step.get(name), other_step.get(name)) for name in differ})
     random = "checkpoints/step_00000004/random.pt"  # a repeated validation draws nothing
     for a, b in zip(torch.load(one / random), torch.load(other / random), strict=True):
         assert torch.equal(a["torch"], b["torch"])

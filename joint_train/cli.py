@@ -1,0 +1,58 @@
+"""The command ``joint-train``: each of its commands is a module, which ``python -m`` starts as well."""
+
+import importlib.metadata
+import runpy
+import sys
+
+# The module, the arguments that stand before the user's, and what the command does.
+COMMANDS = {
+    "train": (
+        "joint_train",
+        [],
+        "train a pair on one GPU or the CPU; on several: torchrun … -m joint_train",
+    ),
+    "plan": ("joint_train.plan", [], "say whether a run fits, how long a step takes and what the bottleneck is"),
+    "data": ("joint_train.data", [], "check data files, show what is trained"),
+    "regenerate": ("joint_train.data", ["regenerate"], "have the base answer the prompts of a data set"),
+    "evaluate": ("joint_train.evaluate", [], "speculative decoding against plain decoding, or a running server"),
+    "compare": ("joint_train.evaluate", ["compare"], "compare evaluations with each other"),
+    "export": ("joint_train.export", [], "write a checkpoint as two Hugging Face folders"),
+    "checkpoint": ("joint_train.checkpoint", [], "list, verify or thin out checkpoints"),
+    "drafter": ("joint_train.drafter", [], "make a drafter for a base that has none"),
+    "starter": ("joint_train.starter", [], "make the starter pair and its data"),
+    "submit": ("launch.submit", [], "submit a run to Slurm"),
+    "preflight": ("launch.preflight", [], "check hosts and network before a run"),
+    "summary": ("launch.summary", [], "say how the runs below a folder went"),
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names; its exit code is that of ``python -m`` with its module."""
+    name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if name in ("--help", "-h", "help"):
+        print("joint-train COMMAND [ARGUMENTS], and joint-train COMMAND --help\n")
+        print("\n".join(f"  {command:<12} {does}" for command, (_, _, does) in COMMANDS.items()))
+        print("\njoint-train --version prints this version and those of torch and transformers.")
+    elif name == "--version":
+        print(versions())
+    elif name not in COMMANDS:
+        sys.exit(_unknown(name))
+    else:
+        module, before, _ = COMMANDS[name]
+        sys.argv[1:] = [*before, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def versions() -> str:
+    """What ``--version`` prints."""
+    ours, *others = (f"{name} {importlib.metadata.version(name)}" for name in ("joint-train", "torch", "transformers"))
+    return f"{ours} ({', '.join(others)})"
+
+
+def _unknown(name: str) -> int:
+    import difflib
+
+    meant = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f" Did you mean {meant[0]}?" if meant else ""
+    print(f"joint-train: there is no command {name}.{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2

@@ -1,0 +1,278 @@
+"""What is wrong with the words of a command line, in one sentence each, before Hydra would say it in its own."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from joint_train.config.help import SOURCES, choices, groups, keys
+from joint_train.config.schema import RENAMED, Config, SourceConfig
+from joint_train.errors import ConfigError
+
+# What axolotl, TRL (transformers) and LLaMA-Factory call a key of ours.
+ELSEWHERE = {
+    "base_model": "model.base",
+    "model_name_or_path": "model.base",
+    "attn_implementation": "model.attn_implementation",
+    "flash_attention": "model.attn_implementation",
+    "flash_attn": "model.attn_implementation",
+    "adapter_name_or_path": "lora.r",
+    "datasets": "data.train",
+    "dataset": "data.train",
+    "train_file": "data.train",
+    "eval_dataset": "data.val",
+    "test_datasets": "data.val",
+    "dataset_prepared_path": "data.cache_dir",
+    "sequence_len": "data.max_length",
+    "max_length": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "sample_packing": "data.packing",
+    "packing": "data.packing",
+    "micro_batch_size": "data.micro_batch_size",
+    "batch_size": "data.micro_batch_size",
+    "per_device_train_batch_size": "data.micro_batch_size",
+    "dataloader_num_workers": "data.num_workers",
+    "gradient_accumulation_steps": "optim.grad_accum",
+    "learning_rate": "optim.lr",
+    "lr": "optim.lr",
+    "lr_scheduler": "optim.schedule",
+    "lr_scheduler_type": "optim.schedule",
+    "warmup_steps": "optim.warmup_steps",
+    "weight_decay": "optim.weight_decay",
+    "max_grad_norm": "optim.max_grad_norm",
+    "optimizer": "optim.name",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep_last",
+    "resume_from_checkpoint": "resume",
+    "eval_steps": "eval.every",
+    "logging_steps": "tracking.log_every",
+    "report_to": "tracking.wandb",
+    "wandb_project": "tracking.project",
+    "run_name": "tracking.name",
+    "gradient_checkpointing": "activation_checkpointing.base",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.target_modules",
+}
+SOURCE_ELSEWHERE = {
+    "file": "path",
+    "file_name": "path",
+    "data_files": "path",
+    "hf_hub_url": "path",
+    "type": "format",
+    "formatting": "format",
+    "ratio": "weight",
+    "probability": "weight",
+    "num_samples": "limit",
+    "max_samples": "limit",
+}
+EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+
+
+def check_overrides(words: Sequence[str]) -> list[str]:
+    """The overrides of a command line as Hydra takes them: a file alone becomes a source of ``data.train``.
+
+    Raises:
+        ConfigError: for a word that is no override, and for a key that doesn't exist.
+    """
+    checked = []
+    for word in words:
+        override = _parse(word)
+        name = override.key_or_group
+        if name.startswith("hydra") or override.package is not None:
+            checked.append(word)
+            continue
+        if override.is_delete() and "." in name:
+            raise ConfigError(f"{word}: a key can't be taken away; set it to another value, e.g. to its default")
+        if name in SOURCES and not override.is_sweep_override():
+            word = _with_sources(word, override)
+        elif f"+{name}" in choices() and not override.is_add():
+            raise ConfigError(f"{word}: a prepared setting that is added to the others begins with a +: +{word}")
+        elif name not in choices() and not (override.is_add() and "." not in name):  # a group of the user's own
+            _check_key(name)
+        checked.append(word)
+    return checked
+
+
+def check_file(file: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration file; a data file alone is a source, as on the command line.
+
+    Raises:
+        ConfigError: for a key that doesn't exist.
+    """
+
+    def check(node: dict, path: str) -> None:
+        for name, value in node.items():
+            key = f"{path}{name}"
+            try:
+                _check_key(key)
+            except ConfigError as error:
+                raise ConfigError(f"--config {file}: {error}") from None
+            if isinstance(value, dict):
+                check(value, f"{key}.")
+
+    given = {name: dict(value) if isinstance(value, dict) else value for name, value in given.items()}
+    check(given, "")
+    if isinstance(data := given.get("data"), dict):
+        for split in (name.partition(".")[2] for name in SOURCES):
+            if (sources := data.get(split)) is None:
+                continue
+            sources = sources if isinstance(sources, list) else [sources]
+            for index, source in enumerate(sources):
+                if isinstance(source, dict):
+                    check(source, f"data.{split}.{index}.")
+            data[split] = [{"path": source} if isinstance(source, str) else source for source in sources]
+    return given
+
+
+def explained(error: HydraException | OmegaConfBaseException) -> ConfigError:
+    """An error of Hydra's composition as one sentence."""
+    said, cause = str(error).splitlines(), error.__cause__
+    if isinstance(error, MissingConfigException) and (missing := re.search(r"Could not find '(.+?)/(.+)'", said[0])):
+        return ConfigError(_no_choice(missing[1], missing[2]))
+    if isinstance(error, ConfigCompositionException) and said[0].startswith("Ambiguous value for argument"):
+        argument = said[0].partition("'")[2].rstrip("'")
+        return ConfigError(
+            f"{argument}: one value is expected. A list is written KEY=[A,B], a text with a comma in quotes"
+        )
+    if isinstance(cause, OmegaConfBaseException):
+        given = said[0].removeprefix("Error merging override ").rstrip(".")
+        key = cause.full_key or ""
+        if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+            return ConfigError(not_a_key(key))
+        if (expected := _expected(key, cause.object_type)) is not None:
+            where = "" if given.startswith(f"{key}=") else f"{key}: "
+            return ConfigError(f"{given}: {where}{expected} is expected")
+        return ConfigError(f"{given}: {str(cause).splitlines()[0]}")
+    return ConfigError(said[0])
+
+
+def not_a_key(name: str, of: type = Config) -> str:
+    """The sentence about a key that doesn't exist, with what may have been meant and where the keys are listed."""
+    group, _, last = name.rpartition(".")
+    if of is not Config:  # a source
+        fields = [field.name for field in dataclasses.fields(of)]
+        meant = SOURCE_ELSEWHERE.get(last) or _closest(last, fields)
+        return f"{name} is not a key.{_hint(meant)} Known here: {', '.join(fields)}."
+    known = {key for one in groups() for key, _, _ in keys(one)}
+    meant = ELSEWHERE.get(last) if group in ("", *groups()) else None
+    meant = meant or _closest(name, known if group else known | set(groups())) or _same_name(last, known)
+    listed = group.partition(".")[0] if group.partition(".")[0] in groups() else "all"
+    return f"{name} is not a key.{_hint(meant)} `--help {listed}` lists them."
+
+
+def _hint(meant: str | None) -> str:
+    return f" Did you mean {meant}?" if meant else ""
+
+
+def _parse(word: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        pass
+    if word.endswith((".yaml", ".yml")) and "=" not in word:
+        raise ConfigError(f"{word} is not KEY=VALUE. A configuration file is given with --config: --config {word}")
+    if word.startswith("-"):
+        raise ConfigError(f"{word} is not an option of this command; a setting is written KEY=VALUE")
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise ConfigError(f"{word!r} is not KEY=VALUE, which every setting is, e.g. optim.lr=1e-5")
+    if re.search(r"\s[\w.+]+=", value):
+        raise ConfigError(f"{word!r} holds several settings in one word: quote each for itself, or none")
+    raise ConfigError(
+        f"{key}={value}: Hydra can't read this value. A text with special characters needs quotes inside those of the "
+        f"shell: '{key}=\"{value}\"'"
+    ) from None
+
+
+def _check_key(name: str) -> None:
+    """Raise a ConfigError for a dotted key that is not in the schema."""
+    of: Any = Config
+    path = ""
+    for part in name.split("."):
+        path = f"{path}.{part}" if path else part
+        if get_origin(of) is dict or path in RENAMED:
+            return
+        if get_origin(of) is list:
+            (of,) = get_args(of)
+            continue
+        fields = {field.name: field.type for field in dataclasses.fields(of)} if dataclasses.is_dataclass(of) else {}
+        if part not in fields:
+            path = re.sub(r"\.(\d+)", r"[\1]", path)
+            raise ConfigError(not_a_key(path, SourceConfig) if of is SourceConfig else not_a_key(name))
+        of = _without_none(fields[part])
+
+
+def _with_sources(word: str, override: Override) -> str:
+    """``data.train=FILE`` and ``data.train=[FILE,…]`` with each file as a source."""
+    value: Any = override.value()
+    given = value if isinstance(value, list) else [value]
+    fields = {field.name for field in dataclasses.fields(SourceConfig)}
+    for index, source in enumerate(given):
+        for name in source if isinstance(source, dict) else ():
+            if str(name) not in fields:
+                raise ConfigError(not_a_key(f"{override.key_or_group}[{index}].{name}", SourceConfig))
+    if value is None or not all(isinstance(source, str) for source in given):
+        return word
+    plus = "++" if override.is_force_add() else "+" * override.is_add()
+    quoted = ("'" + source.replace("\\", "\\\\").replace("'", "\\'") + "'" for source in given)
+    return f"{plus}{override.key_or_group}=[{', '.join(f'{{path: {source}}}' for source in quoted)}]"
+
+
+def _no_choice(group: str, name: str) -> str:
+    known = choices()
+    names = known.get(group) or known.get(f"+{group}") or []
+    if group == "model":
+        return (
+            f"model={name}: model= takes a prepared name ({', '.join(names)}). For folders or hub ids give "
+            "pair=DIR, or model.base=… and model.drafter=…"
+        )
+    hint = _hint(_closest(name, names))
+    return f"{group}={name}: there is no such prepared setting.{hint} Known here: {', '.join(names) or 'none'}"
+
+
+def _expected(key: str, of: Any) -> str | None:
+    """What kind of value a key takes, in words; ``None`` for a key that isn't found."""
+    path = re.sub(r"\[\d+\]", "", key)
+    node: Any = SourceConfig if of is SourceConfig and "." not in path else Config
+    for part in path.split("."):
+        if get_origin(node) is list:
+            (node,) = get_args(node)
+        if not dataclasses.is_dataclass(node):
+            return None
+        node = _without_none({field.name: field.type for field in dataclasses.fields(node)}.get(part))
+    if path in SOURCES:
+        whole = "[" not in key
+        return "a list of sources, e.g. [{path: train.jsonl}]," if whole else "a source, e.g. {path: train.jsonl},"
+    if dataclasses.is_dataclass(node):
+        return f"a group of keys ({path}.…, see `--help {path}`)"
+    return {list: "a list", dict: "a dictionary, e.g. {a: 1},"}.get(get_origin(node) or node) or EXPECTED.get(node)
+
+
+def _without_none(of: Any) -> Any:
+    if get_origin(of) is UnionType:
+        (of,) = (one for one in get_args(of) if one is not NoneType)
+    return of
+
+
+def _closest(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, sorted(known), 1, 0.75)), None)
+
+
+def _same_name(last: str, known: Iterable[str]) -> str | None:
+    """A key whose own name is this one or nearly this one, whatever its group."""
+    by_name = {key.rpartition(".")[2]: key for key in sorted(known, reverse=True)}
+    return by_name.get(_closest(last, by_name) or "")

@@ -1,0 +1,53 @@
+"""The command `joint-train`: every command is a module, and answers `--help` quickly."""
+
+import os
+import resource
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from joint_train import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words: str) -> tuple[subprocess.CompletedProcess, float]:
+    """The command as the installed script starts it, and the CPU seconds that it took."""
+    code = "import sys; sys.argv[0] = 'joint-train'; from joint_train.cli import main; main()"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_commands_are_modules_that_python_starts():
+    for module, _, _ in cli.COMMANDS.values():
+        assert find_spec(module if "." in module and not module.startswith("joint_train.") else module), module
+    done, seconds = run("--help")
+    assert done.returncode == 0 and all(f"  {name} " in done.stdout for name in cli.COMMANDS)
+    assert seconds < 0.5
+    assert run("--version")[0].stdout.startswith("joint-train ")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_takes_little_cpu(name):
+    done, seconds = run(name, "--help")
+    assert done.returncode == 0 and done.stdout.strip() and "Traceback" not in done.stderr, done.stderr
+    assert seconds < 1.5  # 0.5 on a quiet machine; with torch and transformers it is above 3
+    assert "torch" not in done.stderr
+
+
+def test_an_unknown_command_and_a_mistake_behind_a_known_one():
+    done, _ = run("evalute")
+    assert done.returncode == 2 and "there is no command evalute. Did you mean evaluate?" in done.stderr
+    done, _ = run("train", "optim.lrr=1")
+    assert done.returncode == 2 and done.stderr.startswith("joint_train: optim.lrr is not a key.")
