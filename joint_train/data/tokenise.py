@@ -30,6 +30,15 @@ DOCUMENT = np.dtype(
         ("earlier", bool),  # a later document of the same record has more of the conversation
     ]
 )
+
+
+def of_several(documents: np.ndarray) -> np.ndarray:
+    """Which documents (``[N]`` DOCUMENT) are of a record that has several, ``[N]`` bool."""
+    several = documents["earlier"].copy()
+    several[1:] |= documents["earlier"][:-1]
+    return several
+
+
 PICTURE = np.dtype(
     [
         ("document", np.int64),

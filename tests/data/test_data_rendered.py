@@ -1,5 +1,6 @@
 """Rows as tokens: what of each is trained on, and that nothing that a row says is lost on the way."""
 
+import io
 import json
 import time
 from collections import Counter
@@ -8,10 +9,11 @@ import pytest
 from data_helpers import TURNS, chat, make_config, make_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from test_data_masks import GEMMA4, LLAMA3, MISTRAL, QWEN3, TEMPLATES, runs_of, unmarked
 
 from joint_train.config import SourceConfig
-from joint_train.data import DataError, build_loader, notices
+from joint_train.data import DataError, build_loader, notices, report
 from joint_train.data.json_files import Record
 from joint_train.data.rows import Walk
 from joint_train.data.template import _tokens, _tokens_by_places, encode, texts
@@ -288,6 +290,11 @@ def test_a_long_conversation_can_be_limited_to_its_last_answers(tmp_path, unroll
     )
     assert said in caplog.text
     assert ("are left out, with their answers" in caplog.text) == (len(kept) < 4)
+    if unroll == "all":  # and so says `data check`
+        console = Console(width=400, file=io.StringIO())
+        report.show(console, report.check(cfg.data.train, cfg.data, GEMMA))
+        total = f"{sum(of_it)} tokens in all: {sum(of_it) / of_it[-1]:.1f} times"
+        assert f"a: 1 conversations are a document for each answer, {total}" in console.file.getvalue()
 
 
 FOR_EVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}"
