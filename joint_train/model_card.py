@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from joint_train.config import Config, SourceConfig, config_to_save
+from joint_train.config.values import parse_adapters
 from joint_train.data.readers import source_name
 from joint_train.evaluate.serving import serve_command
 from joint_train.files import code_version
@@ -92,6 +93,13 @@ def _origin(cfg: Config, step: int) -> list[str]:
         ("drafter", _public(cfg.model.drafter, cfg.model.drafter_revision)),
         ("optimizer steps", f"{step:,}"),
     ]
+    adapters = parse_adapters(cfg.model.adapter)
+    if adapters:
+        continued = ", of which the last was trained on" if cfg.model.continue_adapter else ""
+        named = ", ".join(
+            f"{_public(adapter.path, adapter.revision)} (weight {adapter.weight:g})" for adapter in adapters
+        )
+        rows.insert(1, ("adapters merged into the base", f"{named}{continued}"))
     if cfg.data.tokenizer:
         rows.append(("tokenizer", _public(cfg.data.tokenizer)))
     advice = "A drafter guesses what its own base says: serve the two of one export together."
