@@ -15,7 +15,7 @@ from joint_train.config import load, read
 from joint_train.distributed.lora import adapter_parameters
 from joint_train.distributed.preemption import Preemption
 from joint_train.evaluate.__main__ import main as evaluate
-from joint_train.export import export_run
+from joint_train.run_export import export_run
 from joint_train.train import trainer
 
 

@@ -29,7 +29,8 @@ FLOORS = [
     ["data"],
     ["evaluate"],
     ["model_card"],
-    ["export", "train"],
+    ["run_export", "train"],
+    ["export"],
     ["__main__", "retune"],
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}

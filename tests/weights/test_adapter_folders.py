@@ -19,7 +19,7 @@ from joint_train.config import to_yaml
 from joint_train.distributed.lora import adapter_parameters, copy_from_full, folder_tensors
 from joint_train.distributed.mesh import init_mesh
 from joint_train.errors import CheckpointError, ConfigError, WeightsError
-from joint_train.export import export_run
+from joint_train.run_export import export_run
 from joint_train.train.optim import build_optimizer
 from joint_train.weights.composite import load_pair
 from joint_train.weights.settle import with_adapter, with_vocabulary

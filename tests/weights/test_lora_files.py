@@ -24,8 +24,8 @@ from joint_train.config import to_yaml
 from joint_train.distributed.lora import adapter_parameters
 from joint_train.distributed.mesh import data_rank, init_mesh
 from joint_train.errors import CheckpointError, WeightsError
-from joint_train.export import export_run
 from joint_train.model_card import model_cards
+from joint_train.run_export import export_run
 from joint_train.train.optim import build_optimizer, update
 from joint_train.weights.composite import load_pair
 from joint_train.weights.export import export_model

@@ -19,9 +19,9 @@ from joint_train.config import to_yaml
 from joint_train.distributed.lora import folder_tensors
 from joint_train.distributed.mesh import init_mesh
 from joint_train.errors import ConfigError
-from joint_train.export import export_run
 from joint_train.pair.centroids import token_centroids
 from joint_train.plan.planner import read as planned
+from joint_train.run_export import export_run
 from joint_train.train.optim import build_optimizer
 from joint_train.weights.composite import load_pair
 from joint_train.weights.settle import with_vocabulary
