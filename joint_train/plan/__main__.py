@@ -10,7 +10,8 @@ from rich.table import Table
 from joint_train import config
 from joint_train.command import TOO_LARGE, start
 from joint_train.config.values import mesh_sentence, run_length
-from joint_train.plan.planner import GIB, Machine, Plan, longest, make_plan, pinned, savings
+from joint_train.plan.longest import longest
+from joint_train.plan.planner import GIB, Machine, Plan, make_plan, pinned, savings
 from joint_train.plan.suggest import suggest
 
 
