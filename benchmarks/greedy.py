@@ -123,3 +123,41 @@ def compared(
 def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """fp32 ``[B, S-1, V]``: row t predicts token t + 1. Padding is on the right, where causality hides it."""
     return model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+
+
+@torch.no_grad()
+def expected_lengths(
+    pair: JointModel, rows: Sequence[tuple[list[int], list[bool]]], batch: int = 25
+) -> dict[str, list[float]]:
+    """How many tokens a verification settles when drafts are sampled, teacher forced on each text.
+
+    A draft that is a sample of q is accepted with probability ``a = sum_v min(p, q)``, where p is the base's
+    distribution for the same token; so a verification settles ``1 + a_0 + a_0 a_1 + …`` tokens. Every row counts where
+    decoding can stop: the token that it starts from, and those that its K drafts guess, are targets.
+
+    Args:
+        rows: (tokens, which of them are targets).
+
+    Returns:
+        Sums over each text's rows: ``lengths``, and ``rows``, how many there are.
+    """
+    sums: dict[str, list[float]] = {"lengths": [], "rows": []}
+    for first in range(0, len(rows), batch):
+        part = rows[first : first + batch]
+        ids = pad_sequence([torch.tensor(tokens) for tokens, _ in part], batch_first=True)
+        targets = pad_sequence([torch.tensor(targets) for _, targets in part], batch_first=True)
+        out = pair(ids, return_logits=True)
+        assert out.logits is not None
+        p, rounds = out.logits.float().softmax(-1), len(out.drafter_logits)
+        size = ids.shape[1] - rounds - 1  # rows whose drafts all guess a token of the text
+        counted = torch.stack([targets[:, 1 + k : 1 + k + size] for k in range(rounds + 1)]).all(0)
+        length, accepted = torch.ones_like(counted, dtype=p.dtype), torch.ones_like(counted, dtype=p.dtype)
+        for k, logits in enumerate(
+            out.drafter_logits
+        ):  # of row t for token t + 2 + k, which the base's row t + 1 + k has
+            q = logits[:, :size].float().softmax(-1)
+            accepted = accepted * torch.minimum(p[:, 1 + k : 1 + k + size], q).sum(-1)
+            length = length + accepted
+        sums["lengths"] += (length * counted).sum(-1).tolist()
+        sums["rows"] += counted.sum(-1).double().tolist()
+    return sums

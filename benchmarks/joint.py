@@ -1,12 +1,22 @@
 """What joint training is worth, against training the base first and then its drafter, at equal cost.
 
-    python -m benchmarks.joint DIR                          # seeds 0 1 2, every arm of the table below
-    python -m benchmarks.joint DIR --arms stale sequential "joint 0.1" --seeds 0
+    python -m benchmarks.joint DIR --ratio-of gemma4_31b           # five start pairs, the recipes of the table below
+    python -m benchmarks.joint DIR --ratio-of toy --arms sequential "joint 0" --starts 0 1
+    python -m benchmarks.joint DIR --ratio-of gemma4_e4b --setting continual
 
-The domain shifts: the starter pair is trained on docstrings, and then fine-tuned on code, both of Python's standard
-library. A seed is another pair of random weights and another data order. Each exported pair is measured on held-out
-prompts of the code: its base's loss, its greedy text, and the tokens per base forward as engines serve it. Whatever is
-finished in DIR isn't run again, so an interrupted command goes on where it was.
+A start pair is a starter pair of other random weights that was trained on docstrings. Then its domain shifts, to code
+of Python's standard library. Settings: ``shift``; ``mild``, a quarter of the steps; ``continual``, three shifts one
+after the other (code, then lists of methods, then the language reference), with a release after each.
+
+A step of training costs what ``--ratio-of`` says: the FLOPs of that pair's steps as joint_train.plan counts them, with
+as many supervised targets as the data has. What training jointly saves, the recipes spend on steps of the drafter
+alone (freeze.base_after), so that they cost what "sequential" does.
+
+Each exported pair is measured on held-out prompts: its base's loss; the expected length, 1 + the expected number of
+accepted drafts when drafts are sampled, teacher forced on the held-out answers; and the tokens per base forward of
+its greedy texts, as engines serve it. Intervals are 95 % bootstrap intervals, hierarchical: over start pairs, over the
+data orders of each, and over prompts. Whatever is finished in DIR isn't run again, so an interrupted command goes on
+where it was.
 
 DIR gets joint.json and joint.svg.
 """
@@ -18,22 +28,22 @@ import re
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from benchmarks import results
-from benchmarks.greedy import compared, greedy_texts, variety, verifications
-from benchmarks.runs import run_module, starter_pair, train
+from benchmarks.greedy import compared, expected_lengths, greedy_texts, variety, verifications
+from benchmarks.runs import starter_pair, train
 from joint_train.command import start
-from joint_train.config import load
+from joint_train.config import Config, load
 from joint_train.errors import ConfigError
-from joint_train.evaluate.measure import interval
 from joint_train.evaluate.page import figure
 from joint_train.evaluate.prompts import chat_prompt
 from joint_train.files import replace
@@ -43,68 +53,77 @@ from joint_train.starter import chats, documented, modules, write_jsonl
 
 COLUMNS = {
     "arm": ("arm", ""),
-    "base_steps": ("steps of the base", ".0f"),
-    "drafter_steps": ("of the drafter", ".0f"),
-    "flops_of_sequential": ("FLOPs", ".2f"),
+    "release": ("release", ""),
+    "cost": ("cost", ".2f"),
     "base_loss": ("base loss", ".4f"),
     "base_loss_change": ("against base-only", "+.2%"),
-    "tokens_per_forward": ("tokens per base forward", ".2f"),
-    "gain_over_sequential": ("against sequential", "+.1%"),
+    "expected_length": ("expected length, sampled", ".3f"),
+    "gain": ("against sequential", "+.1%"),
+    "tokens_per_forward": ("tokens per base forward, greedy", ".2f"),
+    "gain_decoded": ("against sequential", "+.1%"),
     "kl_from_base_only": ("KL from base-only", ".3f"),
-    "entropy": ("entropy", ".3f"),
     "distinct_2": ("distinct 2-grams", ".3f"),
     "repeated_4": ("repeated 4-grams", ".3f"),
 }
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One run of the main job, from the pair that the stage before it left.
+class Arm:
+    """How the pair is trained in a domain.
 
     Attributes:
+        kind: ``stale``: the base only; ``sequential``: the base, then the drafter on it; ``joint``: both.
         overrides: of the configuration.
-        steps: a multiple of ``--steps``; ``rest``: as many as reach the FLOPs of the sequential arm.
-        keeps_drafter: false: only the base counts. The next stage starts from the drafter that there was before, and
-            the stage is counted without the drafter's FLOPs.
-        own_text: trained on the base's own greedy answers to the training prompts.
+        alone: after the joint steps, train the drafter alone in as many steps as make the cost that of sequential.
     """
 
-    overrides: tuple[str, ...]
-    steps: float | str = 1.0
-    keeps_drafter: bool = True
-    own_text: bool = False
+    kind: str
+    overrides: tuple[str, ...] = ()
+    alone: bool = True
 
 
-def joint(scale: float, *more: str, steps: float | str = 1.0, keeps_drafter: bool = True) -> Stage:
-    """Both models train, each clipped by its own norm."""
-    return Stage((f"drafter.base_grad_scale={scale}", "optim.clip=separate", *more), steps, keeps_drafter)
+def joint(scale: float, *more: str, alone: bool = True) -> Arm:
+    return Arm("joint", (f"drafter.base_grad_scale={scale}", *more), alone)
 
 
-# With base_grad_scale=0 and a clip of its own, the base is bit for bit what it would be without a drafter.
-BASE_ONLY = joint(0, keeps_drafter=False)
-DRAFTER_ONLY = ("freeze.base=true", "optim.clip=separate")
-REFERENCE = "sequential"  # the arm whose cost and tokens per forward the others are compared with
-
-ARMS: dict[str, tuple[Stage, ...]] = {
-    "stale": (BASE_ONLY,),
-    "sequential": (BASE_ONLY, Stage(DRAFTER_ONLY)),
-    "sequential, own text": (BASE_ONLY, Stage(DRAFTER_ONLY, own_text=True)),
-    "joint 0": (joint(0),),
-    "joint 0.1": (joint(0.1),),
-    "joint 0.3": (joint(0.3),),
-    "joint 1": (joint(1),),
-    "joint 1, joint clip": (Stage(("drafter.base_grad_scale=1", "optim.clip=joint")),),
-    "joint 0, then drafter": (joint(0), Stage(DRAFTER_ONLY, "rest")),
-    "joint 0.1, then drafter": (joint(0.1), Stage(DRAFTER_ONLY, "rest")),
-    "joint 0.1 teacher 0.03": (joint(0.1, "loss.teacher_grad=0.03"),),
-    "joint 0.1 teacher 0.1": (joint(0.1, "loss.teacher_grad=0.1"),),
-    "joint 0.1 teacher 0.3": (joint(0.1, "loss.teacher_grad=0.3"),),
-    "joint 0.1 teacher 1": (joint(0.1, "loss.teacher_grad=1"),),
+# The drafter's rate stays at its peak until the last fifth of its steps, and then goes to 0. Where it is trained on the
+# frozen base alone, it has the same schedule: among those tried none was better for it.
+SCHEDULE = ("optim.drafter_schedule=wsd", "optim.drafter_min_lr_ratio=0")
+REFERENCE = "sequential"  # the arm whose cost and lengths the others are compared with
+# With base_grad_scale=0 and a clip of its own, the base is bit for bit what it would be without a drafter: this arm's
+# base is that of stale and sequential as well.
+BASE_ONLY = joint(0)
+ARMS: dict[str, Arm] = {
+    "stale": Arm("stale"),
+    "sequential": Arm("sequential"),
+    "joint 0": BASE_ONLY,
+    "joint 0.1": joint(0.1),
+    "joint 0.1 teacher 0.02": joint(0.1, "loss.teacher_grad=0.02"),
+    "joint 0.1 teacher 0.02, average": joint(0.1, "loss.teacher_grad=0.02", "optim.drafter_ema=0.98"),
+    "joint 0.1 teacher 0.1": joint(0.1, "loss.teacher_grad=0.1"),
+    "joint 0.1 teacher 0.3": joint(0.1, "loss.teacher_grad=0.3"),
+    "joint 0.3": joint(0.3),
+    "joint 1": joint(1),
+    "joint 0, later rounds count less": joint(0, "loss.round_weights={decay: 0.8}"),
+    "joint 0, no steps alone": joint(0, alone=False),
+    "joint 0, no steps alone, one schedule": joint(0, "optim.drafter_schedule=null", alone=False),
 }
+FIRST = ("stale", "sequential", "joint 0", "joint 0.1", "joint 0.1 teacher 0.02")  # of the table, by default
 START = ("drafter.base_grad_scale=1", "optim.clip=joint")  # of the training on docstrings
-COMMON = ("optim.lr=4e-3", "optim.drafter_lr=8e-3", "eval.batches=1")  # of every stage on code; an arm's come after
-CODE_CHARS = 300  # of a function: most then fit in a row
-FAMILIES = ("stale", "sequential", "joint", "teacher", "then")  # of arms: the plot's colours; the last that fits
+COMMON = ("optim.lr=4e-3", "optim.drafter_lr=8e-3", "eval.batches=1", "optim.clip=separate", *SCHEDULE)
+SETTINGS = {"shift": (1.0, 1), "mild": (0.25, 1), "continual": (1.0, 3)}  # steps in units of --steps, releases
+CHARS = 300  # of an answer with its question, about: most then fit in a row
+FAMILIES = (
+    "stale",
+    "sequential",
+    "joint",
+    "teacher",
+    "no steps alone",
+)  # of arms: the plot's colours; the last that fits
+RESAMPLES = 2000
+
+
+# Data: three domains of Python's standard library
 
 
 def functions(root: Path) -> Iterator[tuple[str, str]]:
@@ -116,149 +135,212 @@ def functions(root: Path) -> Iterator[tuple[str, str]]:
                 split = node.body[0].lineno - 1
                 head, body = lines[node.lineno - 1 : split], lines[split : node.end_lineno]
                 head, body = (textwrap.dedent("\n".join(part)) for part in (head, body))
-                if head and len(head) + len(body) <= CODE_CHARS:
+                if head and len(head) + len(body) <= CHARS:
                     yield f"Go on with `{name}`:\n{head}", body
 
 
-class Seed:
-    """All runs of a seed, in a folder of its own."""
+def methods(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield (question, list) of the methods of classes under ``root``, as many as fit."""
+    for module, _, tree in modules(root):
+        for name, node in documented(tree, module):
+            if isinstance(node, ast.ClassDef):
+                heads = [
+                    f"- {part.name}({ast.unparse(part.args)})"
+                    for part in node.body
+                    if isinstance(part, ast.FunctionDef)
+                ]
+                answer = "\n".join(heads)[:CHARS].rpartition("\n")[0] or (heads[0] if heads else "")
+                if len(heads) > 1 and len(answer) <= CHARS:
+                    yield f"Which methods has `{name}`?", answer
 
-    def __init__(self, options: argparse.Namespace, seed: int) -> None:
-        self.options, self.seed, self.folder = options, seed, options.work_dir / f"seed_{seed}"
+
+def reference(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield (beginning, rest) of the paragraphs of the language reference that ``help()`` shows."""
+    from pydoc_data.topics import topics
+
+    for topic, text in topics.items():
+        for paragraph in text.split("\n\n"):
+            words = paragraph.split()
+            if len(words) >= 16 and len(paragraph) <= 2 * CHARS:
+                yield f"Explain `{topic}`, going on from: {' '.join(words[:8])}", " ".join(words[8:])
+
+
+DOMAINS = (functions, methods, reference)
+
+
+def domain_data(folder: Path, release: int) -> Path:
+    """A folder with ``train.jsonl`` and ``val.jsonl`` of a release's domain, the same on every call."""
+    out = folder / DOMAINS[release].__name__
+    if not (out / "val.jsonl").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        learned, held_out = chats(DOMAINS[release](Path(sysconfig.get_paths()["stdlib"])))
+        write_jsonl(out / "train.jsonl", learned)
+        write_jsonl(out / "val.jsonl", held_out)  # last: with it there are both
+    return out
+
+
+def conversations(file: Path, most: int) -> list[list[dict[str, Any]]]:
+    return [json.loads(line)["messages"] for line in file.read_text().splitlines()[:most]]
+
+
+def rows_of(tokenizer, messages: list[list[dict[str, Any]]], max_length: int) -> list[tuple[list[int], list[bool]]]:
+    """(tokens, which of them are targets), as a row of training is cut."""
+    rows = []
+    for conversation in messages:
+        encoded = tokenizer.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
+        targets = [bool(x) for x in encoded["assistant_masks"]]
+        rows.append((encoded["input_ids"][:max_length], targets[:max_length]))
+    return rows
+
+
+# Costs
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs of a step: of the base alone, of the drafter on a frozen base, and of both together."""
+
+    base: float
+    drafter: float
+    joint: float
+
+    def of(self, both: float, base: float, drafter: float) -> float:
+        """Of so many steps, in units of a step of the base and one of the drafter."""
+        return (both * self.joint + base * self.base + drafter * self.drafter) / (self.base + self.drafter)
+
+    def steps_alone(self, steps: int) -> int:
+        """Steps of the drafter alone that make so many joint ones as expensive as training one after the other."""
+        return max(0, round(steps * (self.base + self.drafter - self.joint) / self.drafter))
+
+
+def costs(ratio_of: str, pair: Path, targets: float) -> Costs:
+    """The costs of a released pair's steps, or with ``toy`` of the starter pair's.
+
+    Args:
+        targets: share of the tokens that are supervised.
+    """
+    if ratio_of == "toy":
+        overrides, machine, device = ["+experiment=starter", f"pair={pair}"], Machine(gpus=1), "cpu"
+    else:  # recomputed in full, as it has to be on few GPUs
+        recomputed = ["activation_checkpointing.base=full", "activation_checkpointing.drafter=none"]
+        overrides, machine, device = (
+            [f"model={ratio_of}", "data.train=[{path: unused}]", *recomputed],
+            Machine(),
+            "cuda",
+        )
+
+    def flops(*more: str) -> float:
+        return make_plan(load([*overrides, *more]), machine, device, targets=targets).flops
+
+    # Joint FLOPs are linear in K from K = 2 on, and of the base alone K is 0.
+    two, three = (flops("drafter.base_grad_scale=0", f"drafter.num_steps={k}") for k in (2, 3))
+    return Costs(3 * two - 2 * three, flops("freeze.base=true"), flops())
+
+
+# Runs
+
+
+class Start:
+    """All runs from one start pair with one order of the data.
+
+    Args:
+        start, order: numbers: another pair of random weights, and other data orders of the runs on it.
+    """
+
+    def __init__(self, options: argparse.Namespace, start: int, order: int) -> None:
+        self.options, self.seed = options, start + 100 * order
+        self.folder = options.work_dir / f"start_{start}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.pair = starter_pair(self.folder / "pair", seed)
-        overrides = [f"seed={seed}", f"max_steps={options.start_steps}", *START]
+        self.pair = starter_pair(self.folder / "pair", start)
+        overrides = [f"seed={start}", f"max_steps={options.start_steps}", *START]
         self.start = train(self.folder / "start", self.pair, *overrides, timeout=options.timeout) / "export"
-        self.code = options.work_dir / "code"
-        if not (self.code / "val.jsonl").exists():
-            self.code.mkdir(exist_ok=True)
-            learned, held_out = chats(functions(Path(sysconfig.get_paths()["stdlib"])))
-            write_jsonl(self.code / "train.jsonl", learned)
-            write_jsonl(self.code / "val.jsonl", held_out)  # last: with it there are both
+        self.folder /= f"order_{order}"
+        self.data = options.work_dir / "data"
+        share, self.releases = SETTINGS[options.setting]
+        self.steps = max(1, round(share * options.steps))
 
-    @property
-    def reference(self) -> Path:
-        """The base that was fine-tuned without a drafter."""
-        return self.run((BASE_ONLY,))[0]
+    @cached_property
+    def config(self) -> Config:
+        return load(["+experiment=starter", f"pair={self.pair}"])
 
-    def settings(self, stage: Stage, steps: int, base: Path, drafter: Path) -> list[str]:
-        """The overrides of a stage's run."""
-        learned = self.code / "train.jsonl"
-        if stage.own_text:
-            learned = self.own_text(base)
-        data = [f"data.train=[{{path: {learned}, name: code}}]"]
-        data += [f"data.val=[{{path: {self.code / 'val.jsonl'}, name: code}}]"]
-        models = [f"model.base={base}", f"model.drafter={drafter}", f"seed={self.seed}", f"max_steps={steps}"]
-        return [*models, *data, *COMMON, *self.options.set, *stage.overrides]
+    @cached_property
+    def costs(self) -> Costs:
+        """The same for all, so counted once."""
+        file = self.options.work_dir / f"costs_{self.options.ratio_of}.json"
+        if not file.exists():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.start / "base")
+            messages = conversations(domain_data(self.data, 0) / "train.jsonl", 1000)
+            rows = rows_of(tokenizer, messages, self.config.data.max_length)
+            share = sum(sum(targets) for _, targets in rows) / sum(len(tokens) for tokens, _ in rows)
+            found = costs(self.options.ratio_of, self.pair, share)
+            replace(file, json.dumps(asdict(found) | {"targets": share}) + "\n")
+        read = json.loads(file.read_text())
+        return Costs(read["base"], read["drafter"], read["joint"])
 
-    def run(self, stages: Sequence[Stage]) -> tuple[Path, Path, dict[str, Any]]:
-        """Base, drafter, and the cost of the arm with these stages; its runs are made where they aren't there."""
-        base, drafter = self.start / "base", self.start / "drafter"
-        cost: dict[str, Any] = {"flops": 0.0, "base_steps": 0, "drafter_steps": 0, "own_texts": 0}
-        done: list[str] = []
-        for stage in stages:
-            per_step = self.flops_per_step(stage)
-            steps = self.steps(stage, cost["flops"], per_step)
-            settings = self.settings(stage, steps, base, drafter)
-            own = ["own"] if stage.own_text else []
-            done.append(" ".join([*stage.overrides, *own, str(steps)]))
-            folder = self.folder / "runs" / re.sub(r"[^\w.]+", "_", "+".join(done))
-            if stage.own_text:
-                cost["own_texts"], flops = self.own_text_cost(base)
-                cost["flops"] += flops
-            export = train(folder, self.pair, *settings, timeout=self.options.timeout) / "export"
-            cost["flops"] += steps * per_step
-            if "freeze.base=true" not in stage.overrides:
-                base = export / "base"
-                cost["base_steps"] += steps
-            if stage.keeps_drafter:
-                drafter = export / "drafter"
-                cost["drafter_steps"] += steps
-        return base, drafter, cost
+    def train(self, release: int, steps: int, models: tuple[Path, Path], name: str, *overrides: str) -> Path:
+        """A run in a release's domain, from these models; the folder of its export."""
+        data = domain_data(self.data, release)
+        settings = [f"model.base={models[0]}", f"model.drafter={models[1]}", f"seed={self.seed}", f"max_steps={steps}"]
+        settings += [f"data.train=[{{path: {data}/train.jsonl, name: domain}}]"]
+        settings += [f"data.val=[{{path: {data}/val.jsonl, name: domain}}]"]
+        folder = self.folder / "runs" / re.sub(r"[^\w.]+", "_", f"{name}_{release}_{steps}")
+        timeout = self.options.timeout
+        return train(folder, self.pair, *settings, *COMMON, *self.options.set, *overrides, timeout=timeout) / "export"
 
-    def steps(self, stage: Stage, spent: float, per_step: float) -> int:
-        """Optimizer steps of a stage."""
-        if stage.steps == "rest":
-            budget = self.options.steps * sum(map(self.flops_per_step, ARMS[REFERENCE]))
-            return max(1, round((budget - spent) / per_step))
-        return max(1, round(stage.steps * self.options.steps))
+    def run(self, arm: Arm) -> list[tuple[Path, Path, float]]:
+        """After each release: base, drafter, and what all of it has cost; runs are made where they aren't there."""
+        base, drafter, cost, found = self.start / "base", self.start / "drafter", 0.0, []
+        for release in range(self.releases):
+            if arm.kind == "joint":
+                alone = self.costs.steps_alone(self.steps) if arm.alone else 0
+                after = [f"freeze.base_after={self.steps}"] if alone else []
+                name = " ".join(arm.overrides)
+                out = self.train(release, self.steps + alone, (base, drafter), name, *arm.overrides, *after)
+                base, drafter = out / "base", out / "drafter"
+                cost += self.costs.of(self.steps, 0, alone) / self.steps
+            else:
+                base = self.run(BASE_ONLY)[release][0]
+                cost += self.costs.of(0, 1, arm.kind == "sequential")
+                if arm.kind == "sequential":
+                    name, overrides = " ".join(["alone", *arm.overrides]), ("freeze.base=true", *arm.overrides)
+                    drafter = self.train(release, self.steps, (base, drafter), name, *overrides) / "drafter"
+            found.append((base, drafter, cost / (release + 1)))
+        return found
 
-    def flops_per_step(self, stage: Stage) -> float:
-        """FLOPs of a step as :mod:`joint_train.plan` counts them, every token a target."""
-        arguments = tuple(self.options.set) + stage.overrides
-        if stage.keeps_drafter:
-            return planned_flops(self.pair, arguments)
-        return without_drafter(self.pair, arguments)
-
-    def own_text(self, base: Path) -> Path:
-        """The training prompts, answered by the base."""
-        output = self.folder / "own_text.jsonl"
-        if not output.exists():
-            source = f"data.train=[{{path: {self.code / 'train.jsonl'}, limit: {self.options.own_prompts}}}]"
-            arguments = [str(output), "--max-new-tokens", str(self.options.max_new_tokens), "--batch-size", "100"]
-            overrides = [f"model.base={base}", source, f"seed={self.seed}"]
-            run_module("joint_train.data", "regenerate", *arguments, *overrides, timeout=self.options.timeout)
-        return output
-
-    def own_text_cost(self, base: Path) -> tuple[int, float]:
-        """How many answers there are, and the FLOPs of the base's forward over their tokens and those of their prompts.
-
-        Answers without an end are neither: the command leaves them out, and so says less than all was spent.
-        """
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-        records = [json.loads(line)["messages"] for line in self.own_text(base).read_text().splitlines()]
-        tokens = sum(len(tokenizer.apply_chat_template(m, return_dict=True)["input_ids"]) for m in records)
-        cfg = load(["+experiment=starter", f"pair={self.pair}"])
-        forward = without_drafter(self.pair, (*self.options.set, *DRAFTER_ONLY))
-        return len(records), tokens * forward / (cfg.data.max_length * cfg.data.micro_batch_size)
-
-    def measure(self, arm: str) -> dict[str, Any]:
-        """What the arm cost and reached on this seed."""
+    def measure(self, arm: str) -> list[dict[str, Any]]:
+        """What the arm cost and reached with each release."""
         file = self.folder / "arms" / (re.sub(r"[^\w.]+", "_", arm) + ".json")
         if not file.exists():
-            print(f"seed {self.seed}: {arm}", file=sys.stderr, flush=True)
-            base, drafter, cost = self.run(ARMS[arm])
+            print(f"{self.folder}: {arm}", file=sys.stderr, flush=True)
+            references = [base for base, _, _ in self.run(BASE_ONLY)]
+            found = [
+                {"cost": cost} | self.measured(release, base, drafter, references[release])
+                for release, (base, drafter, cost) in enumerate(self.run(ARMS[arm]))
+            ]
             file.parent.mkdir(exist_ok=True)
-            replace(file, json.dumps(cost | self.measured(base, drafter)) + "\n")
+            replace(file, json.dumps(found) + "\n")
         return json.loads(file.read_text())
 
     @torch.no_grad()
-    def measured(self, base_folder: Path, drafter_folder: Path) -> dict[str, Any]:
-        """A pair on the held-out code: sums of each prompt, and how varied its base's greedy texts are."""
-        base, reference = (load_base(folder) for folder in (base_folder, self.reference))
+    def measured(self, release: int, base_folder: Path, drafter_folder: Path, reference: Path) -> dict[str, Any]:
+        """A pair on held-out prompts of a release's domain: sums of each prompt, and how varied its texts are."""
+        base, base_only = (load_base(folder) for folder in (base_folder, reference))
         drafter = transformers.Gemma4AssistantForCausalLM.from_pretrained(drafter_folder, dtype=torch.float32).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(base_folder)
-        records = (self.code / "val.jsonl").read_text().splitlines()[: self.options.prompts]
-        conversations = [json.loads(line)["messages"] for line in records]
-        cfg = load(["+experiment=starter", f"pair={self.pair}"])
-        rows, max_length = [], cfg.data.max_length
-        for messages in conversations:
-            encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            targets = [bool(x) for x in encoded["assistant_masks"]]
-            rows.append((encoded["input_ids"][:max_length], targets[:max_length]))  # as a row of training is cut
-        prompts = [chat_prompt(messages, tokenizer, "code").ids for messages in conversations]
+        messages = conversations(domain_data(self.data, release) / "val.jsonl", self.options.prompts)
+        rows = rows_of(tokenizer, messages, self.config.data.max_length)
+        pair = JointModel(base, drafter, drafter_num_steps=self.config.drafter.num_steps).eval()
+        decoded = messages[: self.options.decoded]
+        prompts = [chat_prompt(conversation, tokenizer, "held out").ids for conversation in decoded]
         texts = greedy_texts(base, prompts, self.options.max_new_tokens)
-        rounds = JointModel(base, drafter, drafter_num_steps=cfg.drafter.num_steps).eval()
-        settled = verifications(rounds, prompts, texts)
+        settled = verifications(pair, prompts, texts)
         return {
-            **compared(base, reference, rows),
+            **compared(base, base_only, rows),
+            **expected_lengths(pair, rows),
             "settled": [sum(s) for s in settled],
             "verifications": [len(s) for s in settled],
             **variety(texts),
         }
-
-
-@cache
-def planned_flops(pair: Path, overrides: tuple[str, ...]) -> float:
-    """FLOPs of a step with these overrides."""
-    common = ["+experiment=starter", f"pair={pair}", "output_dir=unused"]
-    return make_plan(load([*common, *COMMON, *overrides]), Machine(gpus=1), "cpu").flops
-
-
-def without_drafter(pair: Path, overrides: tuple[str, ...]) -> float:
-    """FLOPs of a step of the base alone: they are linear in K from K = 2 on, and here K is 0."""
-    two, three = (planned_flops(pair, (*overrides, f"drafter.num_steps={k}")) for k in (2, 3))
-    return 3 * two - 2 * three
 
 
 def load_base(folder: Path) -> transformers.PreTrainedModel:
@@ -266,49 +348,83 @@ def load_base(folder: Path) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def summary(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each arm over all seeds.
+# Summary
 
-    Intervals are 95 % bootstrap intervals over prompts and seeds, paired in comparisons.
+
+def hierarchical(values: Sequence[Sequence[Sequence[Sequence[float]]]], statistic: Callable[..., float]) -> dict:
+    """A statistic of sums, and its 95 % interval over start pairs, the orders of each, and prompts.
+
+    Start pairs are drawn with replacement, for each of them its orders, and the prompts once for all of them: every
+    pair answers the same prompts.
+
+    Args:
+        values: ``[start][order][quantity][prompt]``.
+        statistic: of one sum for each quantity, over all that was drawn.
+
+    Returns:
+        ``value``, ``low`` and ``high``; these are None where there is one start pair, which has no spread.
     """
+    data = np.array(values, dtype=np.float64)  # [S, O, C, P]
+    starts, orders, _, prompts = data.shape
+    value = float(statistic(*data.sum((0, 1, 3))))
+    if starts < 2:
+        return {"value": value, "low": None, "high": None}
+    rng, found = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        times = np.bincount(rng.integers(prompts, size=prompts), minlength=prompts)
+        of_pairs = data @ times  # [S, O, C]
+        drawn = rng.integers(starts, size=starts)
+        sums = of_pairs[drawn[:, None], rng.integers(orders, size=(starts, orders))].sum((0, 1))
+        found.append(statistic(*sums))
+    low, high = np.quantile(found, (0.025, 0.975))
+    return {"value": value, "low": float(low), "high": float(high)}
 
-    def column(arm: str, name: str) -> list[float]:
-        return [value for seed in found[arm] for value in seed[name]]
 
-    def mean(arm: str, name: str) -> float:
-        return sum(seed[name] for seed in found[arm]) / len(found[arm])
+Measured = list[list[list[dict[str, Any]]]]  # [start][order][release]
 
-    cost = mean(REFERENCE, "flops") if REFERENCE in found else None
+
+def summary(found: dict[str, Measured]) -> list[dict[str, Any]]:
+    """A row for each arm and release."""
     rows = []
-    for arm, seeds in found.items():
-        loss, targets, kl, entropy = (column(arm, name) for name in ("loss", "targets", "kl", "entropy"))
-        settled, verified = column(arm, "settled"), column(arm, "verifications")
-        row: dict[str, Any] = {
-            "arm": arm,
-            "seeds": len(seeds),
-            "base_steps": mean(arm, "base_steps"),
-            "drafter_steps": mean(arm, "drafter_steps"),
-            "flops": mean(arm, "flops"),
-            "flops_of_sequential": cost and mean(arm, "flops") / cost,
-            "base_loss": sum(loss) / sum(targets),
-            "base_loss_seeds": [sum(seed["loss"]) / sum(seed["targets"]) for seed in seeds],
-            "tokens_per_forward": interval([settled, verified], lambda s, v: s / v, seed=0),
-            "tokens_per_forward_seeds": [sum(seed["settled"]) / sum(seed["verifications"]) for seed in seeds],
-            "kl_from_base_only": sum(kl) / sum(targets),
-            "entropy": sum(entropy) / sum(targets),
-            **{name: mean(arm, name) for name in ("distinct_2", "distinct_3", "repeated_4", "own_texts")},
-        }
-        if "stale" in found:  # its base is the one that was trained without a drafter
-            row["base_loss_change"] = interval([loss, column("stale", "loss")], lambda a, b: a / b - 1, seed=0)
-        if REFERENCE in found:
-            columns = [settled, verified, column(REFERENCE, "settled"), column(REFERENCE, "verifications")]
-            row["gain_over_sequential"] = interval(columns, lambda s, v, t, w: (s / v) / (t / w) - 1, seed=0)
-        rows.append(row)
+    for arm, measured in found.items():
+        releases = len(measured[0][0])
+        for release in range(releases):
+
+            def columns(*names: str, of: tuple[str, ...] = (arm,), release: int = release) -> list:
+                starts = zip(*(found[one] for one in of), strict=True)
+                return [
+                    [[one[release][name] for one in orders for name in names] for orders in zip(*start, strict=True)]
+                    for start in starts
+                ]
+
+            every = [order[release] for start in measured for order in start]
+            lengths, decoded = ("lengths", "rows"), ("settled", "verifications")
+            row: dict[str, Any] = {
+                "arm": arm,
+                "release": str(release + 1) if releases > 1 else None,
+                "starts": len(measured),
+                "orders": len(measured[0]),
+                "base_loss": hierarchical(columns("loss", "targets"), lambda loss, n: loss / n)["value"],
+                "expected_length": hierarchical(columns(*lengths), lambda length, n: length / n),
+                "tokens_per_forward": hierarchical(columns(*decoded), lambda s, v: s / v),
+                "kl_from_base_only": hierarchical(columns("kl", "targets"), lambda kl, n: kl / n)["value"],
+                **{n: sum(one[n] for one in every) / len(every) for n in ("cost", "distinct_2", "repeated_4")},
+            }
+            if REFERENCE in found:  # whose base is the one that was trained without a drafter
+                both = (arm, REFERENCE)
+                row["base_loss_change"] = hierarchical(columns("loss", of=both), lambda a, b: a / b - 1)
+                for name, sums in (("gain", lengths), ("gain_decoded", decoded)):
+                    paired = columns(*sums, of=both)
+                    row[name] = hierarchical(paired, lambda a, m, b, n: (a / m) / (b / n) - 1)
+                    row[f"{name}_of_each_start"] = [
+                        hierarchical([start], lambda a, m, b, n: (a / m) / (b / n) - 1)["value"] for start in paired
+                    ]
+            rows.append(row)
     return rows
 
 
 def plot(rows: list[dict[str, Any]]) -> str:
-    """SVG: tokens per base forward over the base's loss, an arm a point."""
+    """SVG: expected length over the base's loss, an arm a point."""
 
     def draw(axes) -> None:
         drawn = set()
@@ -316,14 +432,15 @@ def plot(rows: list[dict[str, Any]]) -> str:
             arm = row["arm"]
             family = [name for name in FAMILIES if name in arm][-1]
             colour = f"C{FAMILIES.index(family)}"
-            x, y = row["base_loss"], row["tokens_per_forward"]
+            x, y = row["base_loss"], row["expected_length"]
             error = None if y["low"] is None else [[y["value"] - y["low"]], [y["high"] - y["value"]]]
-            label = None if family in drawn else {"then": "joint, then drafter"}.get(family, family)
+            label = None if family in drawn else family
             axes.errorbar(x, y["value"], yerr=error, fmt="o", markersize=4, color=colour, linewidth=1, label=label)
             drawn.add(family)
-            axes.annotate(arm, (x, y["value"]), xytext=(4, 3), textcoords="offset points", fontsize=5)
+            name = f"{arm}, release {row['release']}" if row["release"] else arm
+            axes.annotate(name, (x, y["value"]), xytext=(4, 3), textcoords="offset points", fontsize=5)
 
-    return figure(draw, "base loss on held-out code, nats a token", "tokens per base forward")
+    return figure(draw, "base loss on held-out text, nats a token", "expected length, sampled")
 
 
 def check_settings(options: argparse.Namespace) -> None:
@@ -332,7 +449,7 @@ def check_settings(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: the folder's differ from the options.
     """
-    names = ("steps", "start_steps", "prompts", "max_new_tokens", "own_prompts", "set")
+    names = ("ratio_of", "setting", "steps", "start_steps", "prompts", "decoded", "max_new_tokens", "set")
     settings = {name: getattr(options, name) for name in names}
     file = options.work_dir / "settings.json"
     if file.exists() and json.loads(file.read_text()) != settings:
@@ -346,28 +463,36 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.joint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("work_dir", type=lambda path: Path(path).absolute(), metavar="DIR")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="; ".join(ARMS))
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a stage on code")
-    parser.add_argument("--start-steps", type=int, default=1000, help="optimizer steps on docstrings")
+    parser.add_argument(
+        "--ratio-of", default="gemma4_31b", metavar="PAIR",
+        help="whose steps say what costs the same: gemma4_31b, gemma4_e4b, another of conf/model, or toy",
+    )  # fmt: skip
+    parser.add_argument("--setting", choices=SETTINGS, default="shift")
+    parser.add_argument("--starts", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="start pairs")
+    parser.add_argument("--orders", type=int, nargs="+", default=[0], help="data orders of each")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(FIRST), metavar="ARM", help="; ".join(ARMS))
+    parser.add_argument("--steps", type=int, default=300, help="steps of the base in a domain")
+    parser.add_argument("--start-steps", type=int, default=1000, help="steps on docstrings")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts; there are 200")
+    parser.add_argument("--decoded", type=int, default=200, help="those of them that are answered greedily as well")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--own-prompts", type=int, default=3000, help="training prompts that the base answers")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one run")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run on code")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run in a domain")
     options = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
 
     def run() -> None:
         check_settings(options)
-        found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
-        for number_of_seed in options.seeds:
-            seed = Seed(options, number_of_seed)
+        found: dict[str, Measured] = {arm: [] for arm in options.arms}
+        for number in options.starts:
+            starts = [Start(options, number, order) for order in options.orders]
             for arm in options.arms:
-                found[arm].append(seed.measure(arm))
+                found[arm].append([one.measure(arm) for one in starts])
         rows = summary(found)
         replace(options.work_dir / "joint.svg", plot(rows))
-        results.finish(results.record("joint", COLUMNS, rows), options.work_dir / "joint.json")
+        details = {"ratio_of": options.ratio_of, "setting": options.setting, "costs": asdict(starts[0].costs)}
+        columns = {name: of for name, of in COLUMNS.items() if any(row.get(name) is not None for row in rows)}
+        results.finish(results.record("joint", columns, rows, **details), options.work_dir / "joint.json")
 
     return start("benchmarks.joint", run)
 

@@ -33,7 +33,7 @@ METRICS = {
     "grad_norm_base_from_drafter": "of the base, from the drafter's loss alone (`tracking.diagnose_every`)",
     "base_drift": "|W - W_start| / |W_start| over all of the base's weights (`tracking.diagnose_every`)",
     "base_drift_kl": "KL of the base at the start from the base now, on a fixed batch (`tracking.diagnose_every`)",
-    "lr": "learning rate of the base",
+    "lr": "learning rate of the base; 0 while it is frozen",
     "drafter_lr": "learning rate of the drafter",
     "tokens_per_second": "tokens (without padding) of all ranks over the seconds of the step",
     "tokens_per_second_per_gpu": "that over the number of ranks",

@@ -288,10 +288,10 @@ class Checkpointer:
         """Write everything, agree that it is on disk, then let it appear. In the background where that is set."""
         started = time.monotonic()
         final = self.folder / layout.folder_name(job.step)
-        temporary = ranks.first(f"making {final}", lambda: self._make_temporary(final))
+        temporary = ranks.first(f"making {final}", lambda: self._make_temporary(final, job))
         try:
             written: dict[str, list] = {}
-            for part in layout.PARTS:
+            for part in job.tensors:
                 files = self._collective(
                     f"writing {final / part}",
                     state.save_tensors,
@@ -326,9 +326,9 @@ class Checkpointer:
                 )  # fmt: skip
 
     @staticmethod
-    def _make_temporary(final: Path) -> Path:
+    def _make_temporary(final: Path, job: _Job) -> Path:
         temporary = layout.temporary_path(final)
-        for part in layout.PARTS:
+        for part in job.tensors:
             (temporary / part).mkdir(parents=True)
         return temporary
 
@@ -338,7 +338,7 @@ class Checkpointer:
         files = {}
         if ranks.rank == 0:
             files = {name: layout.write_file(temporary / name, data) for name, data in job.documents.items()}
-        for folder in {temporary, *(p for part in layout.PARTS for p in ((temporary / part).parent, temporary / part))}:
+        for folder in {temporary, *(p for part in job.tensors for p in ((temporary / part).parent, temporary / part))}:
             layout.fsync_folder(folder)
         return files
 

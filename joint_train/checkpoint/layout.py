@@ -3,6 +3,7 @@
     checkpoints/step_00000100/
       base/config.json     base/model/       Hugging Face configuration and distributed checkpoint of the base
       drafter/config.json  drafter/model/    the same of the drafter
+                           drafter/ema/      with optim.drafter_ema: the average of its weights
       optimizer/                             distributed checkpoint of the optimizer's state, by parameter name
       state.json                             step, schedule, data position: what the trainer asked to keep
       random.pt                              random states of Python, NumPy and torch, one entry a rank
@@ -33,6 +34,7 @@ from joint_train.errors import CheckpointError
 LAYOUT = 1
 MANIFEST = "COMPLETE"
 PARTS = ("base/model", "drafter/model", "optimizer")
+AVERAGE = "drafter/ema"
 DOCUMENTS = ("config.json", "state.json", "base/config.json", "drafter/config.json")
 REQUIRED = (*DOCUMENTS, "random.pt", *(f"{part}/.metadata" for part in PARTS))
 

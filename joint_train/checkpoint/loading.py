@@ -52,19 +52,28 @@ class Loading:
             lambda: {n: self._document(n) for n in (*layout.DOCUMENTS, compat.FROZEN_BASE) if n in files},
         )
         # One rank reads the description of all ranks' shards, 160 MB of it at 512 ranks, for everyone.
-        read = self._ranks.first(f"reading {path}", lambda: {p: Reader(path / p).read_metadata() for p in layout.PARTS})
+        tensors = state.pair_tensors(model)
+        average = tensors.get(layout.AVERAGE, {})
+        if average and f"{layout.AVERAGE}/.metadata" not in files:
+            del tensors[layout.AVERAGE]
+            self._warn(f"{path.name} has no average of the drafter (optim.drafter_ema): it starts with its weights")
+        parts = [*tensors, "optimizer"]
+        read = self._ranks.first(f"reading {path}", lambda: {p: Reader(path / p).read_metadata() for p in parts})
         readers = {part: Reader(path / part, metadata, checksums) for part, metadata in read.items()}
         changed = compat.changed_settings(documents["config.json"], config)
         for key, (before, now) in changed.items():
             self._warn(f"the configuration changed since {path.name}: {key} was {before} and is now {now}")
-        tensors = state.pair_tensors(model)
         self._check_fit(model, tensors, readers, documents, config, changed)
         self._say_rounded(tensors, readers)
         try:
             for part, of_part in tensors.items():
                 state.load_tensors(readers[part], of_part, self._ranks)
+            for name, tensor in average.items() if layout.AVERAGE not in tensors else ():
+                tensor.detach().copy_(tensors["drafter/model"][name].detach())
             if optimizer is not None:
-                self._load_optimizer(model, optimizer, readers["optimizer"])
+                step = self.manifest.step
+                frozen = documents["state.json"].get("joint_steps", step) < step
+                self._load_optimizer(model, optimizer, readers["optimizer"], frozen)
         except Unreadable:
             if checksums:  # changed bytes explain it better
                 verify_contents(path, self.manifest, tensor_files, self._ranks)
@@ -137,7 +146,14 @@ class Loading:
                     f"weights of the {part.partition('/')[0]} were {both}, so they are rounded: {shorten_list(names)}"
                 )
 
-    def _load_optimizer(self, model: JointModel, optimizer: torch.optim.Optimizer, reader: Reader) -> None:
+    def _load_optimizer(
+        self, model: JointModel, optimizer: torch.optim.Optimizer, reader: Reader, base_frozen: bool
+    ) -> None:
+        """The optimizer's state of what is trained.
+
+        Args:
+            base_frozen: the base was, by ``freeze.base_after``; whether it still is, the run says.
+        """
         path, stored = self.path, reader.tensors()
         loaded = state.new_optimizer_state(model, optimizer, stored)
         names = state.parameter_names(model)
@@ -146,7 +162,8 @@ class Loading:
         state.load_tensors(reader, state.optimizer_tensors(model, optimizer), self._ranks)
         trained = {names[p] for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         had = {key.rpartition("/")[0] for key in stored}
-        if fresh := sorted(trained - had):
+        fresh = sorted(name for name in trained - had if not (base_frozen and name.startswith("base.")))
+        if fresh:
             self._warn(
                 f"{path.name} has no optimizer state for {shorten_list(fresh)}: they start with new optimizer state"
             )

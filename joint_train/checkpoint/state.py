@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from joint_train.checkpoint.layout import hex_checksum
+from joint_train.checkpoint.layout import AVERAGE, hex_checksum
 from joint_train.checkpoint.reader import Reader, Unreadable
 from joint_train.distributed.lora import ADAPTER
 from joint_train.distributed.ranks import Ranks
@@ -48,8 +48,10 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def pair_tensors(model: JointModel) -> dict[str, dict[str, Tensor]]:
-    """Tensors of the two halves, by the folder that each is stored in."""
-    return {"base/model": named_tensors(model.base), "drafter/model": named_tensors(model.drafter)}
+    """Tensors of the two halves, and of the drafter's average if there is one, by the folder that each is stored in."""
+    tensors = {"base/model": named_tensors(model.base), "drafter/model": named_tensors(model.drafter)}
+    average = getattr(model, "drafter_average", None)
+    return tensors if average is None else tensors | {AVERAGE: average}
 
 
 def parameter_names(model: JointModel) -> dict[Tensor, str]:

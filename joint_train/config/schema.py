@@ -26,6 +26,7 @@ class ExportConfig:
     max_shard_size: str = key("5GB", "largest safetensors file of an export")
     push_to_hub: str | None = key(None, "also push the export at the end to the repositories ID-base and ID-drafter")
     private: bool = key(True, "create the repositories of push_to_hub as private ones")
+    drafter_last: bool = key(False, "with optim.drafter_ema: also write the drafter's last weights, to drafter_last/")
     kv_shared_weights: bool = key(False, "write unused k/v of KV-shared layers where the base's folder has none")
 
 
@@ -33,6 +34,13 @@ class ExportConfig:
 class ModelConfig:
     base: str = key(MISSING, "folder or hub id of the Gemma 4 base")
     drafter: str = key(MISSING, "folder or hub id of its drafter")
+    adapter: Any = key(
+        None, "PEFT LoRA folder or hub id on top of the base, or a list of them, each also as {path: DIR, weight: 0.5}"
+    )
+    continue_adapter: bool = key(False, "train the (last) adapter on instead of merging it; lora.r is then its own")
+    resize_vocabulary: Any = key(
+        False, "true: grow the tables of both models to what the tokenizer needs | a number of rows | false"
+    )
     dtype: str = key("bfloat16", "dtype of loaded and exported weights; only bfloat16, as drafters have no other")
     revision: str | None = key(None, "hub revision of the base")
     drafter_revision: str | None = key(None, "hub revision of the drafter")
@@ -67,6 +75,11 @@ class DrafterConfig:
 @dataclass
 class FreezeConfig:
     base: bool = key(False, "train the drafter alone")
+    base_after: Any = key(
+        None,
+        "train the drafter alone after so many steps | after this share of the run, below 1 | auto: in the steps that "
+        "training jointly has saved until then, by the plan's FLOPs, against training one model after the other",
+    )
     towers: bool = key(True, "freeze the vision tower and its projection; the audio tower always is frozen")
     embeddings: bool = key(False, "freeze the base's embedding tables (and the head tied to them)")
 
@@ -135,10 +148,18 @@ class OptimConfig:
     betas: list[float] = key([0.9, 0.95], "AdamW's betas; with moments in bfloat16 the second is at most 0.99")
     eps: float = key(1e-8, "AdamW's epsilon")
     warmup_steps: int = key(50, "linear warm-up")
-    schedule: str = key("cosine", "cosine | linear | constant | wsd (constant, then linear), after the warm-up")
+    schedule: str = key(
+        "cosine",
+        "cosine | linear | constant | wsd (constant, then linear), after the warm-up and until freeze.base_after",
+    )
     min_lr_ratio: float = key(0.1, "final learning rate as a fraction of the peak")
     drafter_schedule: str | None = key(None, "the drafter's schedule; null: as schedule")
     drafter_min_lr_ratio: float | None = key(None, "the drafter's min_lr_ratio; null: as min_lr_ratio")
+    drafter_ema: float = key(
+        0.0,
+        "decay of an average of the drafter's weights over the steps, such as 0.98, which is validated and exported in "
+        "place of the last ones; 0: none",
+    )
     decay_share: float = key(0.2, "with wsd: share of the run, at its end, in which the learning rate decays")
     clip: str = key("separate", "separate: clip each model by its own norm | joint: clip the norm over both together")
     max_grad_norm: float = key(

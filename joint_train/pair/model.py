@@ -96,6 +96,7 @@ class JointModel(nn.Module):
 
     supports_gradient_checkpointing = True
     frozen_base: dict[str, str] | None = None  # with adapters: what their checkpoints name their base by
+    drafter_average: dict[str, Tensor] | None = None  # of its weights over the steps, by name: optim.drafter_ema
 
     def __init__(
         self,
@@ -168,6 +169,13 @@ class JointModel(nn.Module):
                 f"drafter's {tuple(target.shape)}. Set drafter.share_embedding_with_base=false."
             )
         target.copy_(source)
+
+    def freeze_base(self) -> None:
+        """Train the drafter alone from now on, as with ``freeze_base_for_drafter``; under FSDP2 between two steps."""
+        self.freeze_base_for_drafter = True
+        for parameter in self.base.parameters():
+            parameter.grad = None
+        self.base.requires_grad_(False)
 
     def parts(self) -> tuple[tuple[str, PreTrainedModel], tuple[str, PreTrainedModel]]:
         """Both models with their names."""

@@ -10,13 +10,18 @@ from rich.table import Table
 from joint_train import config
 from joint_train.command import TOO_LARGE, start
 from joint_train.config.values import mesh_sentence, run_length
-from joint_train.plan.longest import longest
-from joint_train.plan.planner import GIB, Machine, Plan, make_plan, pinned, savings
+from joint_train.plan.fits import longest, pinned, savings
+from joint_train.plan.planner import GIB, Machine, Plan, make_plan
+from joint_train.plan.stages import joint_share, steps_before_frozen
 from joint_train.plan.suggest import suggest
 
 
-def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -> None:
-    """Print a plan."""
+def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console, alone: Plan | None = None) -> None:
+    """Print a plan.
+
+    Args:
+        alone: of the steps after ``freeze.base_after``.
+    """
     parts = Table(title="Parameters", title_justify="left")
     for column in ("part", "all", "trained", "frozen"):
         parts.add_column(column, justify="left" if column == "part" else "right")
@@ -56,6 +61,7 @@ def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -
     times.add_row("launches, by the host meanwhile", "", "", f"({host:.3f})", "", f"{plan.launches:,}", style="dim")
     times.add_row("step", "", "", f"{seconds:.3f}", "", "", style="bold")
 
+    share = joint_share(cfg, machine, joint=plan) if cfg.freeze.base_after == "auto" else cfg.freeze.base_after
     settings = plan.chosen or {
         f"activation_checkpointing.{part}": getattr(cfg.activation_checkpointing, part) for part in ("base", "drafter")
     }
@@ -88,7 +94,8 @@ def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -
         "time of a step": f"{seconds:.2f} s; the largest part: {plan.bound(machine)}",
         "tokens a second": f"{plan.tokens / seconds:,.0f} ({plan.tokens / seconds / plan.ranks:,.0f} a GPU), "
         f"MFU {plan.mfu(machine):.0%}",
-        "length of the run": length_sentence(cfg, plan, seconds),
+        **({"once the base is frozen": alone_sentence(cfg, machine, plan, alone, share)} if alone else {}),
+        "length of the run": length_sentence(cfg, machine, plan, alone, share),
         "checkpoint": f"{plan.checkpoint / GIB:.1f} GiB, {plan.checkpoint / machine.disk_gb_per_second / 1e9:.0f} s at "
         f"{machine.disk_gb_per_second:g} GB/s",
     }.items():
@@ -119,17 +126,32 @@ def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console) -
     )
 
 
-def length_sentence(cfg: config.Config, plan: Plan, seconds: float) -> str:
-    """What is known of a run's length before its data are tokenised.
+def alone_sentence(cfg: config.Config, machine: Machine, plan: Plan, alone: Plan, after: float) -> str:
+    """When the base is frozen, and what a step takes from there on.
 
     Args:
-        seconds: of a step.
+        after: ``freeze.base_after`` as a number.
     """
+    steps, _ = run_length(cfg)
+    if steps is None and not isinstance(after, int):
+        when = f"after {after:.0%} of the steps"
+    else:
+        when = f"after step {after if steps is None else steps_before_frozen(after, steps):,}"
+    return (
+        f"{when} (freeze.base_after={cfg.freeze.base_after}): {alone.seconds(machine):.2f} s a step, "
+        f"{alone.flops / plan.flops:.0%} of the FLOPs, a peak of {alone.peak / GIB:.2f} GiB"
+    )
+
+
+def length_sentence(cfg: config.Config, machine: Machine, plan: Plan, alone: Plan | None, after: float | None) -> str:
+    """What is known of a run's length before its data are tokenised."""
     steps, epochs = run_length(cfg)
     rows = plan.ranks * cfg.data.micro_batch_size * cfg.optim.grad_accum
     if steps is None:
         return f"epochs={epochs:g}, {rows:,} rows a step; the steps are counted when the data are tokenised"
-    hours = f"{steps * seconds / 3600:,.1f} h without validation and saves"
+    joint = steps_before_frozen(after, steps)
+    seconds = joint * plan.seconds(machine) + (steps - joint) * (alone.seconds(machine) if alone else 0.0)
+    hours = f"{seconds / 3600:,.1f} h without validation and saves"
     return f"max_steps={steps:,} x {rows:,} rows = {steps * rows:,} rows, {hours}; the log's first lines say the epochs"
 
 
@@ -169,12 +191,21 @@ def main(argv: list[str] | None = None) -> int:
     overrides, suggesting, alone = (args.pop(name) for name in ("overrides", "suggest", "base_alone"))
 
     def run() -> int:
+        from transformers import AutoTokenizer
+
+        from joint_train.weights.folders import resolve
+        from joint_train.weights.settle import with_adapter, with_vocabulary
+
         gc.freeze()  # a plan makes many objects, and collections needn't look at all that was imported
-        cfg = config.load(["data.train=[{path: unused}]", *overrides])
+        cfg = with_adapter(config.load(["data.train=[{path: unused}]", *overrides]))
+        if cfg.model.resize_vocabulary is True:
+            folder = cfg.data.tokenizer or resolve(cfg.model.base, cfg.model.revision, cfg.model.cache_dir)
+            cfg = with_vocabulary(cfg, AutoTokenizer.from_pretrained(folder))
         machine, number = Machine(**args), 0
         if not suggesting:
             plan = make_plan(cfg, machine, base_alone=alone)
-            report(cfg, machine, plan, Console())
+            after = make_plan(cfg, machine, drafter_alone=True) if cfg.freeze.base_after and not alone else None
+            report(cfg, machine, plan, Console(), after)
             return 0 if plan.peak <= machine.usable else TOO_LARGE
         least = make_plan(pinned(cfg), machine)
         print(f"As it is: {least.peak / GIB:.2f} GiB of {machine.usable / GIB:.2f} at least.", flush=True)

@@ -7,16 +7,14 @@ which unit's weights are gathered when, and what a gradient's reduction holds. F
 The weights of a released pair needn't be there: its sizes are in :mod:`joint_train.weights.released`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from joint_train.checkpoint.state import pair_tensors
-from joint_train.config import Config, select, with_overrides
-from joint_train.config.values import mesh_shape
+from joint_train.config import Config, with_overrides
+from joint_train.config.values import grown_rows, mesh_shape
 from joint_train.distributed.moments import moved_by_muon, state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
 from joint_train.distributed.placement import local_numel, padding
@@ -29,7 +27,7 @@ from joint_train.plan.meter import COPIES, Work
 from joint_train.plan.step import SAVED, local_bytes, simulate
 from joint_train.weights import released
 from joint_train.weights.composite import Gemma4WithDrafter, meta_pair
-from joint_train.weights.folders import read_config
+from joint_train.weights.folders import read_config, vocabulary_settings
 
 GIB = 2**30
 PARTS = (
@@ -203,14 +201,16 @@ def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, st
         ConfigError: if there are neither, or the pair doesn't fit together.
     """
     m, configs, sources = cfg.model, list[PreTrainedConfig](), list[str]()
-    for path, revision, overrides in (
-        (m.base, m.revision, m.text_config),
-        (m.drafter, m.drafter_revision, None),
+    rows = grown_rows(cfg)
+    for path, revision, overrides, kind in (
+        (m.base, m.revision, m.text_config, "gemma4"),
+        (m.drafter, m.drafter_revision, None, "gemma4_assistant"),
     ):
-        found = released.released_config(path, overrides)
+        grown = vocabulary_settings(kind, rows) if rows else {}
+        found = released.released_config(path, {**(overrides or {}), **grown})
         if found is None:
             found, source = (
-                read_config(path, revision=revision, cache_dir=m.cache_dir, text_config=overrides),
+                read_config(path, revision=revision, cache_dir=m.cache_dir, text_config=overrides, rows=rows),
                 f"{path}/config.json",
             )
         else:
@@ -239,12 +239,21 @@ def mesh_sizes(cfg: Config, machine: Machine) -> tuple[int, int]:
     return ranks, mesh_shape(cfg.parallel, ranks, machine.gpus_per_node)[2]
 
 
-def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda", base_alone: bool = False) -> Plan:
+def make_plan(
+    cfg: Config,
+    machine: Machine,
+    device_type: str = "cuda",
+    base_alone: bool = False,
+    drafter_alone: bool = False,
+    targets: float = 1.0,
+) -> Plan:
     """Estimate a run. Where ``activation_checkpointing`` says auto, it is the least that fits, as ``Plan.chosen`` says.
 
     Args:
         device_type: decides what ``precision.compute=auto`` and the loss's default budget are.
         base_alone: plan the plain fine-tuning of the base, without the drafter and with whole logits, to compare.
+        drafter_alone: plan the steps after ``freeze.base_after``. The weights stay as they are kept for training.
+        targets: share of the tokens that are supervised.
 
     Raises:
         ConfigError: as :func:`read`.
@@ -252,7 +261,9 @@ def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda", base_alo
     choices, plans = rungs(cfg.activation_checkpointing), {}
 
     def fits(rung: int) -> bool:
-        plans[rung] = _plan(with_overrides(cfg, choices[rung]), machine, device_type, base_alone)
+        plans[rung] = _plan(
+            with_overrides(cfg, choices[rung]), machine, device_type, base_alone, drafter_alone, targets
+        )
         return plans[rung].peak <= machine.usable
 
     def guess() -> int:
@@ -265,7 +276,9 @@ def make_plan(cfg: Config, machine: Machine, device_type: str = "cuda", base_alo
     return replace(plans[rung], chosen=choices[rung])
 
 
-def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> Plan:
+def _plan(
+    cfg: Config, machine: Machine, device_type: str, base_alone: bool, drafter_alone: bool, targets: float
+) -> Plan:
     base_config, drafter_config, sources = read(cfg)
     as_planned = {
         "parallel.compile": False,
@@ -277,7 +290,10 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
     compute = compute_dtype(cfg.precision, device_type)
     model = meta_pair(cfg, base_config, drafter_config, compute, device_type)
     ranks, shard = mesh_sizes(cfg, machine)
-    step = simulate(model, cfg, shard, device_type, machine.flex_head_dim, base_alone)
+    whole = whole_parameters(model.base)
+    wholes = {id(p) for p in whole}
+    rounded = {id(p) for p in rounded_parameters(model.base)}  # sharded, unless they are whole
+    step = simulate(model, cfg, shard, device_type, machine.flex_head_dim, base_alone, drafter_alone, targets)
     parameters = list((model.base if base_alone else model).parameters())
     trained = [p for p in parameters if p.requires_grad]
     dtype = DTYPES[cfg.precision.params]
@@ -290,10 +306,10 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
         return state_bytes(name, p.shape, numel, dtype)
 
     states = sum(bytes_of_states(p, local_numel(p.shape, shard)) for p in trained)
+    average = 0
+    if cfg.optim.drafter_ema and not base_alone:  # in float32
+        average = 4 * sum(local_numel(p.shape, shard) for p in model.drafter.parameters() if p.requires_grad)
     reduce_bytes = DTYPES[cfg.precision.reduce].itemsize
-    whole = whole_parameters(model.base)
-    wholes = {id(p) for p in whole}
-    rounded = {id(p) for p in rounded_parameters(model.base)}  # sharded, unless they are whole
     masters = [p for p in parameters if id(p) not in rounded]
     kept = [p for p in parameters if id(p) in rounded - wholes]
     offloaded = cfg.parallel.cpu_offload == "all"
@@ -303,6 +319,7 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
         "weights (this rank's shard)": 0 if offloaded else shards,
         "frozen towers": sum(p.nbytes for p in whole),
         "optimizer states": states if cfg.parallel.cpu_offload == "none" else 0,
+        **({"average of the drafter": average if not offloaded else 0} if average else {}),
         **{name: step.at_peak[name] for name in ("gradients", "gathered weights", "gradient reduction", "activations")},
     }
     kinds = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce")
@@ -334,8 +351,8 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
     itemsize = DTYPES[cfg.precision.params].itemsize
     saved = [p for tensors in pair_tensors(model).values() for p in tensors.values() if isinstance(p, nn.Parameter)]
     sizes = [(p, p.dtype.itemsize if id(p) in rounded else itemsize) for p in saved]
-    staged = states + sum(local_numel(p.shape, shard) * size for p, size in sizes)
-    there = {"none": 0, "optimizer": states, "all": shards + states + gradients}[cfg.parallel.cpu_offload]
+    staged = states + average + sum(local_numel(p.shape, shard) * size for p, size in sizes)
+    there = {"none": 0, "optimizer": states, "all": shards + states + gradients + average}[cfg.parallel.cpu_offload]
     host = {
         "parallel.cpu_offload": there,
         "inputs of what is recomputed": step.moved["to host", SAVED],
@@ -349,7 +366,9 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
         recomputed=step.recomputed * cfg.optim.grad_accum,
         tokens=tokens,
         ranks=ranks,
-        checkpoint=sum(size * p.numel() for p, size in sizes) + sum(bytes_of_states(p, p.numel()) for p in trained),
+        checkpoint=sum(size * p.numel() for p, size in sizes)
+        + sum(bytes_of_states(p, p.numel()) for p in trained)
+        + (sum(4 * p.numel() for p in model.drafter.parameters()) if average else 0),
         sources=sources,
         work=work,
         communication=communication,
@@ -361,43 +380,3 @@ def _plan(cfg: Config, machine: Machine, device_type: str, base_alone: bool) -> 
         transfers_at_end=late,
         attention=kernels(model.base.config.get_text_config(), compute, "meta"),
     )
-
-
-def pinned(cfg: Config) -> Config:
-    """The configuration with the most recomputation that ``auto`` can choose."""
-    return with_overrides(cfg, rungs(cfg.activation_checkpointing)[-1])
-
-
-def can_adapt(cfg: Config) -> bool:
-    """Whether adapters could still take the place of a trained base."""
-    return not cfg.lora.r and not cfg.freeze.base and cfg.freeze.towers and find_spec("peft") is not None
-
-
-def savings(cfg: Config, machine: Machine) -> dict[str, int]:
-    """Settings that take less memory, those that cost the least time first, and the peak with each alone."""
-    smaller_loss, cfg = min(256, memory_budget_mb(cfg.loss, "cuda")), pinned(cfg)
-    changes: list[Mapping[str, object]] = [
-        {"parallel.reshard_after_forward": True},
-        {"loss.memory_budget_mb": smaller_loss},
-        {"activation_checkpointing.drafter": "full"},
-        {"activation_checkpointing.drafter": "layers"},
-        {"activation_checkpointing.base": "selective"},
-        {"activation_checkpointing.base": "full"},
-        {"activation_checkpointing.base": "full", "activation_checkpointing.offload": True},
-        {"data.micro_batch_size": 1, "optim.grad_accum": cfg.optim.grad_accum * cfg.data.micro_batch_size},
-        {"parallel.dp_shard": 2 * mesh_sizes(cfg, machine)[1]},
-        {"data.max_length": max(256, cfg.data.max_length // 2)},
-        {"optim.name": "adamw_bf16"},
-        {"optim.name": "adamw_8bit"},
-        {"precision.params": "bfloat16"},
-        *([{"lora.r": 16}] if can_adapt(cfg) else []),
-        *([{"freeze.base": True}] if not cfg.lora.r else []),
-        {"parallel.cpu_offload": "optimizer"},
-        *([] if cfg.eval.prompts else [{"parallel.cpu_offload": "all"}]),
-    ]
-    peaks = {}
-    for change in changes:
-        if any(select(cfg, key) != value for key, value in change.items()):
-            name = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
-            peaks[name] = make_plan(with_overrides(cfg, change), machine).peak
-    return peaks

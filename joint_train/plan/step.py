@@ -169,6 +169,8 @@ def simulate(
     device_type: str = "cpu",
     flex_head_dim: int | None = None,
     base_alone: bool = False,
+    drafter_alone: bool = False,
+    target_share: float = 1.0,
 ) -> Step:
     """Run a micro-batch on the meta device.
 
@@ -178,11 +180,16 @@ def simulate(
         device_type: "cuda" plays the products of cuBLAS; "cpu" runs what the CPU runs.
         flex_head_dim: the largest that FlexAttention runs with on the device; None: any.
         base_alone: without the drafter, and with the base's whole logits: what plain fine-tuning does.
+        drafter_alone: after ``freeze.base_after``; the base is frozen when this returns.
+        target_share: of the tokens of a row: its last ones are its targets.
     """
     text, meter, units, hooks = text_model(model.base), Meter(), [], []
     offloaded = cfg.parallel.cpu_offload == "all"
     sizes = {id(p): DTYPES[cfg.precision.params].itemsize for p in model.parameters()}
     sizes |= {id(p): p.dtype.itemsize for p in rounded_parameters(model.base)}
+    whole = whole_parameters(model.base)
+    if drafter_alone:
+        model.freeze_base()
 
     def unit(name: str, parameters: list[nn.Parameter], stays: bool, late: bool = False) -> _Unit:
         copied = sum(local_numel(p.shape, shard) * sizes[id(p)] for p in parameters) if offloaded else None
@@ -206,7 +213,7 @@ def simulate(
         late.append(unit(PER_LAYER, list(table.parameters()), False, late=True))
         late[0].wrap(table)
     taken = {id(p) for layer in (*text.layers, *([table] if table is not None else [])) for p in layer.parameters()}
-    taken |= {id(p) for p in whole_parameters(model.base)}
+    taken |= {id(p) for p in whole}
     root = unit("base root", [p for p in model.base.parameters() if id(p) not in taken], True, late=True)
     late.insert(0, root)
     drafter = unit("drafter", list(model.drafter.parameters()), True)
@@ -220,7 +227,9 @@ def simulate(
         cast(_PlannedCopies, model.host_copies).meter = meter
 
     ids = torch.ones(cfg.data.micro_batch_size, cfg.data.max_length, dtype=torch.long)
-    targets = joint_targets(ids, None, model.drafter_num_steps, model.pairing).to("meta")  # every token is one
+    labels = ids.clone()
+    labels[:, : round((1 - target_share) * ids.shape[1])] = -100
+    targets = joint_targets(labels, None, model.drafter_num_steps, model.pairing).to("meta")
     documents = torch.ones_like(ids, device="meta") if cfg.data.packing else None
     weights = torch.ones(1 + model.drafter_num_steps, device="meta")
     try:

@@ -10,7 +10,8 @@ from itertools import product
 
 from joint_train.config import Config, select, with_overrides
 from joint_train.pair.loss import memory_budget_mb
-from joint_train.plan.planner import Machine, Plan, can_adapt, make_plan, pinned
+from joint_train.plan.fits import can_adapt, pinned
+from joint_train.plan.planner import Machine, Plan, make_plan
 
 
 @dataclass(frozen=True)

@@ -100,13 +100,38 @@ def warn_of_warmup(cfg: Config, max_steps: int) -> None:
         )  # fmt: skip
 
 
-def say_resumed(cfg: Config, checkpoint: Path, step: int, max_steps: int, steps_before: int | None) -> None:
+def warn_of_base_after(cfg: Config, max_steps: int) -> None:
+    """Warn that the base is trained to the end."""
+    after = cfg.freeze.base_after
+    if isinstance(after, int) and after >= max_steps:
+        log.warning(
+            "freeze.base_after=%d is not below the run's %d steps: the base is trained in all of them", after, max_steps
+        )
+
+
+def say_frozen(cfg: Config, plan: Plan, step: int, max_steps: int) -> None:
+    """Log that the base is frozen from here on.
+
+    Args:
+        plan: of the steps that follow.
+    """
+    log.info(
+        "after step %d the base is frozen (freeze.base_after=%s): the other %d steps train the drafter alone, with a "
+        "planned peak of %.2f GiB",
+        step, cfg.freeze.base_after, max_steps - step, plan.peak / 2**30,
+    )  # fmt: skip
+
+
+def say_resumed(
+    cfg: Config, checkpoint: Path, step: int, steps: tuple[int, int], before: tuple[int | None, int | None]
+) -> None:
     """Log where a run resumes, and what a changed configuration does to the learning rates of its next step.
 
     Args:
-        max_steps: the run's last step.
-        steps_before: what it was when the checkpoint was written; None where that isn't known.
+        steps: the run's last step, and that after which the base is frozen.
+        before: the same when the checkpoint was written; None where that isn't known.
     """
+    max_steps, joint_steps = steps
     log.info("resumed from step %d of %d (%s)", step, max_steps, checkpoint)
     if step >= max_steps:
         log.warning(
@@ -114,15 +139,26 @@ def say_resumed(cfg: Config, checkpoint: Path, step: int, max_steps: int, steps_
         )
         return
     try:
-        before = read(checkpoint / "config.json")
+        old = read(checkpoint / "config.json")
     except (OSError, ConfigError):  # of another version: it can't be known
         return
-    steps_before = steps_before or run_length(before)[0]
-    if steps_before is None:
+    max_before = before[0] or run_length(old)[0]
+    if max_before is None:
         return
-    for part, key in (("base", "lr"), ("drafter", "drafter_lr")):
-        was = getattr(before.optim, key) * lr_factor(step, before.optim, steps_before, part)
-        now = getattr(cfg.optim, key) * lr_factor(step, cfg.optim, max_steps, part)
+    joint_before = before[1] or max_before
+    if joint_before < step < joint_steps:
+        log.warning(
+            "the base was frozen after step %d, and is trained again from step %d to %d, with new optimizer state",
+            joint_before, step + 1, joint_steps,
+        )  # fmt: skip
+    for part, key, length_before, length in (
+        ("base", "lr", joint_before, joint_steps),
+        ("drafter", "drafter_lr", max_before, max_steps),
+    ):
+        if part == "base" and not step < min(joint_before, joint_steps):
+            continue  # frozen now, or then
+        was = getattr(old.optim, key) * lr_factor(step, old.optim, length_before, part)
+        now = getattr(cfg.optim, key) * lr_factor(step, cfg.optim, length, part)
         if abs(now - was) > 1e-6 * max(now, was):
             change = f" ({100 * (now / was - 1):+.0f} %)" if was > 0 else ""
             log.warning(

@@ -12,7 +12,7 @@ from torch.optim import AdamW
 
 from joint_train.config import OptimConfig
 from joint_train.distributed.moments import moved_by_muon, weights_without_decay
-from joint_train.distributed.parallelize import towers
+from joint_train.distributed.parallelize import reshard, towers
 from joint_train.distributed.placement import local_tensor
 from joint_train.pair.model import JointModel
 from joint_train.torch_private import norms as norm_of_each
@@ -52,6 +52,19 @@ def build_optimizer(model: JointModel, cfg: OptimConfig, on_host: bool = False) 
     return AdamW(groups, betas=(beta1, beta2), eps=cfg.eps, fused=True)
 
 
+def freeze_base(model: JointModel, optimizer: torch.optim.Optimizer) -> None:
+    """Train the drafter alone from now on: what the optimizer keeps of the base is dropped. Between two steps.
+
+    A base whose gradients merely are 0 would be moved on by its momentum and its decay.
+    """
+    reshard(model)
+    model.freeze_base()
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["of"] == "base" else ():
+            optimizer.state.pop(parameter, None)
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["of"] != "base"]
+
+
 def without_gradient_in_some_steps(model: JointModel) -> set[int]:
     """``id`` of each weight whose gradient is 0, or missing, in steps of some data: the towers' without an image, the
     drafter's ``post_projection`` where all answers are too short for a second round.
@@ -67,6 +80,7 @@ def lr_factor(step: int, cfg: OptimConfig, max_steps: int, part: str = "base") -
     that of the last step, ``max_steps - 1``.
 
     Args:
+        max_steps: in which the part is trained: of the base up to ``freeze.base_after``.
         part: ``base`` or ``drafter``, which may have a schedule of its own: one that decays with the base's anneals on
             a base that still moves.
     """

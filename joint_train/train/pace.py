@@ -1,7 +1,12 @@
-"""The speed of a run, without waiting for the device in each step."""
+"""The speed of a run, without waiting for the device in each step, its share of what the device can do, and the memory
+that it takes."""
+
+import resource
 
 import torch
 from torch import Tensor
+
+TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bfloat16, by the vendor's data sheets
 
 
 class Since:
@@ -26,3 +31,19 @@ class Since:
         means = self.tokens.item() / self.steps, self.waited / self.steps, self.seconds / self.steps
         self.clear()
         return means
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes so far: allocated on a GPU; of the whole process, with what Python and its libraries take, on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def utilisation(speed: float, recomputed: float, device: torch.device) -> dict[str, float]:
+    """A rank's FLOPs a second, and their share of what its GPU can do, where that is known: with and without those that
+    compute something again."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    most = next((peak for gpu, peak in TFLOPS.items() if gpu in name), None)
+    shares = {"hfu": speed / 1e12 / most, "mfu": (speed - recomputed) / 1e12 / most} if most else {}
+    return {"tflops_per_gpu": speed / 1e12, **shares}

@@ -44,6 +44,7 @@ class Tracker:
             are moved out of the way.
         unfinished: the record of ``step`` itself is still to come, so one that is there already is moved as well.
         max_steps: the run's last step; by default that of the configuration.
+        work: how much a run has done after a step, where its steps take different times.
 
     Raises:
         OSError: if ``output_dir`` can't be written.
@@ -51,7 +52,13 @@ class Tracker:
     """
 
     def __init__(
-        self, cfg: Config, rank: int, step: int = 0, unfinished: bool = False, max_steps: int | None = None
+        self,
+        cfg: Config,
+        rank: int,
+        step: int = 0,
+        unfinished: bool = False,
+        max_steps: int | None = None,
+        work: Callable[[int], float] = float,
     ) -> None:
         self.sinks: list[Any] = []
         if rank != 0:
@@ -60,7 +67,8 @@ class Tracker:
         with naming(output_dir, "output_dir"):
             output_dir.mkdir(parents=True, exist_ok=True)
         replace(output_dir / "config.yaml", to_yaml(cfg))
-        self.sinks = [JsonLines(output_dir / "metrics.jsonl", step, unfinished), ConsoleLines(cfg, step, max_steps)]
+        console = ConsoleLines(cfg, step, max_steps, work=work)
+        self.sinks = [JsonLines(output_dir / "metrics.jsonl", step, unfinished), console]
         if cfg.tracking.tensorboard:
             self.sinks.append(Guarded("TensorBoard", TensorBoard(output_dir / "tensorboard", step)))
         if cfg.tracking.wandb != "disabled":
@@ -270,7 +278,15 @@ class TensorBoard:
 class ConsoleLines:
     """Progress for people: a bar and the newest numbers on a terminal, a line now and then in a log; 80 columns."""
 
-    def __init__(self, cfg: Config, step: int, max_steps: int | None = None, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        step: int,
+        max_steps: int | None = None,
+        console: Console | None = None,
+        work: Callable[[int], float] = float,
+    ) -> None:
+        self.work = work
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.total, self.output_dir = max_steps or run_length(cfg)[0] or 0, Path(cfg.output_dir)
         self.exports = cfg.model.export.at_end
@@ -315,8 +331,8 @@ class ConsoleLines:
             text += f"  {short_number(speed)} tok/s"
         self.first = self.first or (step, time.monotonic())
         if step > self.first[0]:
-            each = (time.monotonic() - self.first[1]) / (step - self.first[0])
-            text += f"  {duration(each * (self.total - step))} left"
+            start, now, end = map(self.work, (self.first[0], step, self.total))
+            text += f"  {duration((time.monotonic() - self.first[1]) / (now - start) * (end - now))} left"
         if bad := int(metrics.get("bad_steps", 0)):
             text += f"  bad {bad}"
         return text

@@ -5,7 +5,6 @@ config → mesh → models → data → step → checkpoint, in this order, once
 
 import logging
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,45 +13,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from joint_train.checkpoint import Checkpointer
 from joint_train.config import Config, with_overrides
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
+from joint_train.data.fit import check_fit
+from joint_train.data.tokenizer import end_token_ids, load_tokenizer
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
 from joint_train.distributed.preemption import Preemption
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
+from joint_train.model_card import model_cards
 from joint_train.pair.attention import check_backward
 from joint_train.pair.loss import run_budget_mb
 from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets, send
 from joint_train.plan.planner import Machine, make_plan
-from joint_train.train.advice import (
-    generation_prompts,
-    log_recomputation,
-    say_resumed,
-    warn_of_grace,
-    warn_of_padding,
-    warn_of_torchrun,
-    warn_of_warmup,
-)
+from joint_train.train import advice
 from joint_train.train.agreement import agree_on_configuration, agree_on_data
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
-from joint_train.train.length import run_steps
-from joint_train.train.optim import build_optimizer, lr_factor, update
-from joint_train.train.pace import Since
+from joint_train.train.length import is_due, run_steps
+from joint_train.train.optim import build_optimizer, update
+from joint_train.train.pace import Since, peak_memory, utilisation
+from joint_train.train.stages import Stages
 from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
+from joint_train.weights.average import averaged, start_average, update_average
 from joint_train.weights.composite import load_pair
-from joint_train.weights.folders import resolve
+from joint_train.weights.folders import run_configs
 from joint_train.weights.hub import Push
+from joint_train.weights.run_files import end_generation_with
+from joint_train.weights.settle import with_adapter, with_vocabulary
 
 log = logging.getLogger(__name__)
-
-TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bfloat16, by the vendor's data sheets
 
 
 class Trainer:
@@ -63,7 +58,7 @@ class Trainer:
     """
 
     def __init__(self, cfg: Config, preemption: Preemption) -> None:
-        self.cfg, self.preemption = cfg, preemption
+        self.preemption = preemption
         self.output_dir = Path(cfg.output_dir).absolute()
         if torch.cuda.is_available():
             flight_recorder(self.output_dir)
@@ -74,14 +69,21 @@ class Trainer:
         torch.manual_seed(cfg.seed + self.rank)
 
         check_backward(cfg.model.attn_implementation, self.device.type)
+        cfg = with_adapter(cfg)
+        self.tokenizer = load_tokenizer(cfg)
+        self.cfg = cfg = with_vocabulary(cfg, self.tokenizer)
         everyone = Ranks(cfg.parallel.timeout_seconds)
         agree_on_configuration(cfg, everyone)
         machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
         self.plan = make_plan(cfg, machine, self.device.type)
-        log_recomputation(self.plan, machine)
+        advice.log_recomputation(self.plan, machine)
+        check_fit(cfg, self.tokenizer, *run_configs(cfg))
         self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
-        self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
+        if cfg.optim.drafter_ema:
+            start_average(self.model)
+        self.end_token_ids = end_token_ids(self.tokenizer, cfg.data.chat_template_kwargs)
+        end_generation_with(self.model.base, self.end_token_ids)
 
         self.val_loader: BatchLoader | None = None
         self.drift: BaseDrift | None = None
@@ -105,16 +107,20 @@ class Trainer:
         self.loader = self.build_train_loader(position)
         agree_on_data(cfg, "train", self.loader, everyone)
         self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
+        self.stages = Stages(cfg, self.max_steps, self.plan, machine, self.device.type, found and found[1])
         if found:
-            say_resumed(cfg, path, self.step, self.max_steps, saved.get("max_steps"))
-        self.tracker = Tracker(cfg, self.rank, self.step, self.unfinished is not None, self.max_steps)
+            before = saved.get("max_steps"), saved.get("joint_steps")
+            advice.say_resumed(cfg, path, self.step, (self.max_steps, self.stages.joint_steps), before)
+        unfinished = self.unfinished is not None
+        self.tracker = Tracker(cfg, self.rank, self.step, unfinished, self.max_steps, self.stages.work)
         if self.device.type == "cuda":
             self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
-        self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
-        warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
-        warn_of_padding(self.plan)
-        warn_of_torchrun(cfg.checkpoint)
-        warn_of_warmup(cfg, self.max_steps)
+        self.prompts = advice.generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
+        advice.warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
+        advice.warn_of_padding(self.plan)
+        advice.warn_of_torchrun(cfg.checkpoint)
+        advice.warn_of_warmup(cfg, self.stages.joint_steps)
+        advice.warn_of_base_after(cfg, self.max_steps)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -227,6 +233,9 @@ class Trainer:
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
         """One optimizer step over ``grad_accum`` micro-batches; its metrics, or none in a step that doesn't log."""
         cfg, started = self.cfg, time.perf_counter()
+        if self.step >= self.stages.joint_steps and not self.model.freeze_base_for_drafter:
+            self.plan = self.stages.freeze(self.model, self.optimizer)
+            advice.say_frozen(cfg, self.plan, self.step, self.max_steps)
         loaded = [next(batches) for _ in range(cfg.optim.grad_accum)]
         waited = time.perf_counter() - started
         micro_batches = [self.prepare(batch, self.loader.source_names) for batch in loaded]
@@ -243,9 +252,11 @@ class Trainer:
             out = self.model(**inputs, targets=targets, weights=weights)
             out.loss.backward()
             stats = out.stats if stats is None else stats + out.stats
-        factor, drafter_factor = (lr_factor(self.step, cfg.optim, self.max_steps, part) for part in ("base", "drafter"))
+        factor, drafter_factor = self.stages.lr_factors(self.step, self.model.freeze_base_for_drafter)
         of_drafter = cfg.optim.drafter_max_grad_norm if cfg.optim.clip == "separate" else None
         norms = update(self.optimizer, self.model, cfg.optim.max_grad_norm, factor, of_drafter, drafter_factor)
+        if cfg.optim.drafter_ema:
+            update_average(self.model, cfg.optim.drafter_ema)
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
@@ -312,23 +323,27 @@ class Trainer:
             progress: called before each batch and each forward of a generation; by default it only says that this
                 isn't a hang.
         """
-        cfg, measured = self.cfg, dict[str, float]()
-        progress = progress or self.watchdog.beat
         if self.val_loader is None:
-            return measured
+            return {}
+        with averaged(self.model):
+            return self.evaluate_on(self.val_loader, generate, progress or self.watchdog.beat)
+
+    def evaluate_on(self, val_loader: BatchLoader, generate: bool, progress: Callable[[], None]) -> dict[str, float]:
+        """:meth:`evaluate` of the drafter as its weights are."""
+        cfg, measured = self.cfg, dict[str, float]()
         self.model.eval()
         try:
             with torch.random.fork_rng(devices=[]):  # making an iterator draws from it
                 stats: JointStats | None = None
-                for i, batch in enumerate(self.val_loader):
+                for i, batch in enumerate(val_loader):
                     if i == cfg.eval.batches:
                         break
                     progress()
-                    inputs, targets, _ = self.prepare(batch, self.val_loader.source_names)
+                    inputs, targets, _ = self.prepare(batch, val_loader.source_names)
                     found = self.model(**inputs, targets=targets).stats
                     stats = found if stats is None else stats + found
             assert stats is not None, "every rank has a batch of validation"
-            means = stats.reduced(dist.all_reduce).means(self.val_loader.source_names)
+            means = stats.reduced(dist.all_reduce).means(val_loader.source_names)
             measured |= {f"val/{name}": value for name, value in means.items()}
             if generate and self.prompts > 0:
                 prompts = validation_prompts(cfg.data, self.tokenizer, self.prompts)
@@ -360,7 +375,7 @@ class Trainer:
         before, measured = (metrics_to_json(of or {}) for of in (self.before, self.measured))
         state = {
             "step": self.step,
-            "max_steps": self.max_steps,
+            **self.stages.state(),
             "before": before,
             "measured": measured,
             **self.bad_steps.read(),
@@ -373,12 +388,17 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Both models as Hugging Face folders."""
-        export = self.cfg.model.export
+        export, sources = self.cfg.model.export, self.model.sources
+        assert sources is not None, "the pair was loaded from folders"
+        cards = model_cards(self.cfg, sources, self.step, self.before or {}, self.measured or {})
         self.model.save_pretrained(
             folder,
             tokenizer=self.tokenizer,
             max_shard_size=export.max_shard_size,
             kv_shared_weights=export.kv_shared_weights,
+            end_token_ids=self.end_token_ids,
+            cards=cards,
+            drafter_last=export.drafter_last,
         )
 
     def publish(self, folder: Path) -> None:
@@ -410,24 +430,3 @@ def run(cfg: Config) -> None:
         with preemption.ends_at_once():
             trainer = Trainer(cfg, preemption)
         trainer.train()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes so far: allocated on a GPU; of the whole process, with what Python and its libraries take, on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def utilisation(speed: float, recomputed: float, device: torch.device) -> dict[str, float]:
-    """A rank's FLOPs a second, and their share of what its GPU can do, where that is known: with and without those that
-    compute something again."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    most = next((peak for gpu, peak in TFLOPS.items() if gpu in name), None)
-    shares = {"hfu": speed / 1e12 / most, "mfu": (speed - recomputed) / 1e12 / most} if most else {}
-    return {"tflops_per_gpu": speed / 1e12, **shares}
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens at this one."""
-    return every > 0 and step % every == 0

@@ -26,7 +26,7 @@ from joint_train.files import naming
 
 MANIFEST = "joint_train_export.json"
 MARK = "EXPORT_INCOMPLETE"
-PARTS = ("base", "drafter", "adapter")
+PARTS = ("base", "drafter", "drafter_last", "adapter")
 WEIGHTS = re.compile(r"\.safetensors$|\.safetensors\.index\.json$")
 
 

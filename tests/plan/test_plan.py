@@ -18,8 +18,8 @@ from joint_train.config import with_overrides
 from joint_train.errors import ConfigError
 from joint_train.plan import __main__ as command
 from joint_train.plan.__main__ import main
-from joint_train.plan.longest import longest
-from joint_train.plan.planner import GIB, Machine, count_parameters, make_plan, savings
+from joint_train.plan.fits import longest, savings
+from joint_train.plan.planner import GIB, Machine, count_parameters, make_plan
 from joint_train.plan.step import simulate
 from joint_train.weights.composite import load_pair, meta_pair
 from joint_train.weights.folders import read_configs

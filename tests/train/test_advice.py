@@ -9,7 +9,14 @@ import torch
 
 from joint_train.config import config_to_save, load
 from joint_train.plan.planner import Machine, make_plan, meta_pair, read
-from joint_train.train.advice import generation_prompts, say_resumed, warn_of_grace, warn_of_padding, warn_of_warmup
+from joint_train.train.advice import (
+    generation_prompts,
+    say_resumed,
+    warn_of_base_after,
+    warn_of_grace,
+    warn_of_padding,
+    warn_of_warmup,
+)
 from joint_train.train.optim import lr_factor
 
 
@@ -97,7 +104,7 @@ def test_a_resume_says_where_it_goes_on_and_what_a_change_does_to_the_learning_r
     old = composed("max_steps=100", "optim.warmup_steps=10")
     new = composed("max_steps=100", "optim.warmup_steps=10", *change)
     (tmp_path / "config.json").write_text(json.dumps(config_to_save(old)))
-    say_resumed(new, tmp_path, 72, new.max_steps, None)
+    say_resumed(new, tmp_path, 72, (new.max_steps, new.max_steps), (None, None))
     assert f"resumed from step 72 of {new.max_steps} ({tmp_path})" in caplog.text
     rates = re.findall(
         r"of the (\w+) at step 73 is ([\de.-]+)(?: \(\S+ %\))?; with .* would be ([\de.-]+)\n", caplog.text
@@ -113,11 +120,11 @@ def test_a_resume_says_where_it_goes_on_and_what_a_change_does_to_the_learning_r
 
 def test_a_resume_after_the_last_step_or_of_another_version_says_so_much(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    say_resumed(composed("max_steps=50"), tmp_path, 50, 50, None)
+    say_resumed(composed("max_steps=50"), tmp_path, 50, (50, 50), (None, None))
     assert "resumed from step 50 of 50" in caplog.text and "there is nothing left to train" in caplog.text
     caplog.clear()
     (tmp_path / "config.json").write_text('{"optim": {"lr": "fast"}}')
-    say_resumed(composed("max_steps=50"), tmp_path, 20, 50, None)
+    say_resumed(composed("max_steps=50"), tmp_path, 20, (50, 50), (None, None))
     assert caplog.messages == [f"resumed from step 20 of 50 ({tmp_path})"]
 
 
@@ -126,3 +133,28 @@ def test_a_warm_up_that_the_run_does_not_outlast_is_named(caplog):
     assert not caplog.messages
     warn_of_warmup(composed("max_steps=40", "optim.warmup_steps=49"), 40)
     assert "optim.warmup_steps=49 isn't over before the run's 40 steps: the learning rate reaches 80 %" in caplog.text
+
+
+def test_a_base_that_is_never_frozen_is_named(caplog):
+    warn_of_base_after(composed("max_steps=51", "freeze.base_after=50"), 51)
+    warn_of_base_after(composed("max_steps=51", "freeze.base_after=0.9"), 51)
+    assert not caplog.messages
+    warn_of_base_after(composed("max_steps=50", "freeze.base_after=50"), 50)
+    assert "freeze.base_after=50 is not below the run's 50 steps: the base is trained in all" in caplog.text
+
+
+def test_a_resume_across_the_freeze_says_what_becomes_of_the_base(tmp_path, caplog):
+    old = composed("max_steps=100", "freeze.base_after=0.5", "optim.warmup_steps=10")
+    (tmp_path / "config.json").write_text(json.dumps(config_to_save(old)))
+    say_resumed(old, tmp_path, 60, (100, 50), (100, 50))
+    assert not caplog.messages
+    say_resumed(
+        composed("max_steps=100", "freeze.base_after=0.7", "optim.warmup_steps=10"), tmp_path, 60, (100, 70), (100, 50)
+    )
+    assert caplog.messages == [
+        "the base was frozen after step 50, and is trained again from step 61 to 70, with new optimizer state"
+    ]
+    caplog.clear()
+    longer = composed("max_steps=200", "freeze.base_after=0.5", "optim.warmup_steps=10")  # both schedules are stretched
+    say_resumed(longer, tmp_path, 40, (200, 100), (100, 50))
+    assert [re.search(r"of the (\w+) at step 41", line)[1] for line in caplog.messages] == ["base", "drafter"]

@@ -16,7 +16,7 @@ from joint_train.distributed.preemption import Preemption
 from joint_train.metrics import METRICS
 from joint_train.train import trainer
 from joint_train.train.diagnostics import POSITIONS
-from joint_train.train.pace import Since
+from joint_train.train.pace import Since, utilisation
 
 K, STEPS, ROUND_WEIGHTS, LOSS_WEIGHT, MIX = 2, 2, [1.0, 0.5], 0.7, {"ce": 0.25, "kl": 0.75}
 LR, DRAFTER_LR = 3e-3, 6e-3
@@ -280,10 +280,10 @@ def test_what_the_drafters_loss_does_to_the_base_and_how_far_it_has_moved(run, s
 
 def test_utilisation_is_a_share_of_the_gpus_dense_bfloat16_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    found = trainer.utilisation(494.5e12, 98.9e12, torch.device("cuda"))
+    found = utilisation(494.5e12, 98.9e12, torch.device("cuda"))
     assert found == pytest.approx({"tflops_per_gpu": 494.5, "hfu": 0.5, "mfu": 0.4})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Something new")
-    assert trainer.utilisation(1e12, 0.0, torch.device("cuda")) == {"tflops_per_gpu": 1.0}
+    assert utilisation(1e12, 0.0, torch.device("cuda")) == {"tflops_per_gpu": 1.0}
 
 
 def test_the_documented_metrics_are_those_that_are_logged(run):
