@@ -8,7 +8,7 @@ of a number are the same everywhere. Printed for each size:
 
 - the CPU time of tokenising with masks and checks, from a line of JSON to what is cached, as a ratio to that of
   ``json.loads`` and transformers' ``apply_chat_template(tokenize=True)`` on the same lines (a sample of ``--sample``,
-  the two in turns);
+  the two in turns every SLICE rows, so that other work on the machine slows both);
 - seconds to tokenise all rows into the cache, with so many processes;
 - of a new process that finds the cache: seconds from the configuration to the first batch, by how much its memory grows
   at most (pages of the cache that are mapped included), and microseconds that the loader takes for a packed row.
@@ -36,7 +36,7 @@ from joint_train.data import build_loader
 from joint_train.data.json_files import Record
 from joint_train.data.tokenise import tokenise
 
-REPEATS = 3
+SLICE = 500
 COLUMNS = {
     "size": ("rows", ""),
     "tokenising": ("CPU of tokenising, x `apply_chat_template`", ".2f"),
@@ -71,25 +71,26 @@ def configuration(work_dir: Path, file: Path, tokenizer: str, options: argparse.
 
 
 def cpu_ratio(file: Path, cfg: Config, tokenizer, sample: int) -> list[float]:
-    """CPU time of tokenising as a ratio to transformers', of each repetition."""
+    """CPU time of tokenising as a ratio to transformers', of each slice of the sample."""
     with open(file, "rb") as stream:
         lines = list(itertools.islice(stream, sample))
     records = [Record(str(file), number, line) for number, line in enumerate(lines, 1)]
 
-    def ours() -> None:
-        for _ in tokenise(records, cfg.data.train[0], cfg.data, tokenizer, num_workers=0):
+    def ours(first: int) -> None:
+        for _ in tokenise(records[first : first + SLICE], cfg.data.train[0], cfg.data, tokenizer, num_workers=0):
             pass
 
-    def theirs() -> None:
-        for line in lines:
+    def theirs(first: int) -> None:
+        for line in lines[first : first + SLICE]:
             tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=True)
 
-    def seconds(work) -> float:
+    def seconds(work, first: int) -> float:
         start = time.process_time()
-        work()
+        work(first)
         return time.process_time() - start
 
-    return [seconds(ours) / seconds(theirs) for _ in range(REPEATS)]
+    seconds(ours, 0)  # compiles the template
+    return [seconds(ours, first) / seconds(theirs, first) for first in range(0, len(lines), SLICE)]
 
 
 def memory(what: str) -> int:

@@ -54,7 +54,7 @@ from joint_train.plan import step as plan_step
 from joint_train.plan.meter import Meter
 from joint_train.plan.planner import GIB, Machine, Plan, make_plan, read
 from joint_train.train.optim import build_optimizer, update
-from joint_train.train.trainer import TFLOPS, utilisation
+from joint_train.train.pace import TFLOPS, utilisation
 from joint_train.weights.composite import Gemma4WithDrafter, meta_pair
 from joint_train.weights.loading import _fill_computed_buffers, build_meta
 from joint_train.weights.released import released_config

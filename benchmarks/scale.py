@@ -126,9 +126,9 @@ class Traffic:
         return named
 
 
-def plain_matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """cuBLAS's product of half-precision inputs in fp32: nothing but the result."""
-    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32) if out is None else out
+def plain_matmul(a: Tensor, b: Tensor, out: Tensor | None = None, narrow: bool = False) -> Tensor:
+    """cuBLAS's product of half-precision inputs in fp32, or in their dtype: nothing but the result."""
+    return a.new_empty(a.shape[0], b.shape[1], dtype=a.dtype if narrow else torch.float32) if out is None else out
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """What the pages take from the code and from measurements.
 
-A page's line ``{{ configuration }}``, ``{{ elsewhere }}`` or ``{{ metrics }}`` becomes tables, and ``{{ results NAME }}``
-the table of ``docs/results/NAME.json`` with the command that made it; names of columns behind NAME choose among them.
-mkdocs calls ``on_page_markdown`` for each page.
+A page's line ``{{ configuration }}``, ``{{ elsewhere }}`` or ``{{ metrics }}`` becomes tables, and
+``{{ results NAME }}`` the table of ``docs/results/NAME.json`` with the command that made it; names of columns behind
+NAME choose among them. mkdocs calls ``on_page_markdown`` for each page.
 """
 
 import re

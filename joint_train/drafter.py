@@ -7,15 +7,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from joint_train.command import start
 from joint_train.errors import ConfigError
-from joint_train.weights.folders import BASES, DRAFTERS, read_config, resolve
-from joint_train.weights.new_drafter import FULL, SLIDING, drafter_config, new_drafter
-from joint_train.weights.released import released_config
 
-NAMES = {"sliding": SLIDING, "full": FULL}
+NAMES = {"sliding": "sliding_attention", "full": "full_attention"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +40,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def make(args: argparse.Namespace) -> None:
     """What ``new`` does: OUT is whole or isn't there."""
+    # torch and transformers take seconds to import
+    from transformers import AutoTokenizer
+
+    from joint_train.weights.folders import BASES, DRAFTERS, read_config, resolve
+    from joint_train.weights.new_drafter import drafter_config, new_drafter
+    from joint_train.weights.released import released_config
+
     out = args.out.absolute()
     if out.exists():
         raise ConfigError(f"{out} exists: name a new folder")

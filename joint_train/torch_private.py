@@ -6,6 +6,7 @@ that moves one stops only what needs it, in a sentence that names it.
 
 import functools
 import importlib
+import inspect
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -36,7 +37,9 @@ PRIVATE = {
     "torch.ops.aten._fused_rms_norm": "the norms of a GPU have no kernel",
     "torch.ops.aten._fused_rms_norm_backward": "the norms of a GPU have no kernel for their backward",
     "torch._dynamo.maybe_mark_dynamic": "loss.compile=true makes kernels anew for each number of rows",
-    "torch._dynamo.config.recompile_limit": "parallel.compile=true and FlexAttention stop at too few graphs",
+    "torch._dynamo.config.recompile_limit": (
+        "parallel.compile=true and FlexAttention stop at too few graphs (before torch 2.13)"
+    ),
     "torch.utils._triton.has_triton": "model.attn_implementation=auto can't choose FlexAttention",
     "torch._C._current_graph_task_id": "joint_train.plan can't tell what activation checkpointing repeats",
     "torch._C._current_autograd_node": "joint_train.plan can't tell which part of a step a backward belongs to",
@@ -125,11 +128,20 @@ def mark_rows_dynamic(tensor: Tensor) -> None:
     find("torch._dynamo.maybe_mark_dynamic")(tensor, 0)
 
 
-def allow_graphs(count: int) -> None:
-    """Let ``torch.compile`` make at least this many graphs of a function in this process."""
+def graph_limit(count: int, isolated: bool = False) -> dict[str, Any]:
+    """Arguments of ``torch.compile`` that let it make this many graphs of a function.
+
+    A torch whose ``torch.compile`` has no such argument (2.11) gets the limit for the whole process instead.
+
+    Args:
+        isolated: neither count graphs that others have compiled of the same function, nor let ours count with theirs.
+    """
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": count, "isolate_recompiles": isolated}
     find("torch._dynamo.config.recompile_limit")
     config: Any = importlib.import_module("torch._dynamo.config")
     config.recompile_limit = max(config.recompile_limit, count)
+    return {}
 
 
 def has_triton() -> bool:

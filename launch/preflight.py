@@ -135,10 +135,11 @@ def check_files(ranks: int) -> str | None:
 def checkpoint_bytes(cfg: config.Config) -> int | None:
     """Bytes of one checkpoint at most: weights and AdamW's two moments of every parameter, in ``precision.params``.
 
-    None when the pair is a hub id rather than a folder, so that its size isn't known here.
+    None when the pair is a hub id rather than a folder, or its base is the one that an adapter names, so that its size
+    isn't known here.
     """
     folders = [Path(cfg.model.base), Path(cfg.model.drafter)]
-    if not all(folder.is_dir() for folder in folders):
+    if not cfg.model.base or not all(folder.is_dir() for folder in folders):
         return None
     stored = sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
     return stored // 2 * 3 * (4 if cfg.precision.params == "float32" else 2)  # model.dtype is bfloat16: 2 bytes each
@@ -381,7 +382,8 @@ def main(overrides: list[str]) -> int:
         room = "room for a checkpoint not checked" if needed is None else f"room for {needed / 1e9:.1f} GB"
         room += f", {preflight.speeds}" if preflight.speeds else ""
         seconds = time.monotonic() - start
-        print(f"preflight: {'failed' if problems else f'{world_size} ranks are well, {room}'} ({seconds:.1f} s)")
+        ranks = f"{world_size} rank{'s' * (world_size != 1)}"
+        print(f"preflight {f'failed on {ranks}' if problems else f'passed on {ranks}: {room}'} ({seconds:.1f} s)")
     return 1 if problems else 0
 
 

@@ -70,8 +70,8 @@ class Mirror:
         except CheckpointError as error:
             if not layout.find_newest(checkpoints):
                 raise CheckpointError(
-                    f"checkpoint.mirror: {error}. Without it this can't be known to be a new run: try again, or set "
-                    "checkpoint.mirror=null"
+                    f"checkpoint.mirror: {error}. So it can't be told whether the mirror already has "
+                    "checkpoints of this run: try again, or set checkpoint.mirror=null"
                 ) from None
             return [f"checkpoint.mirror: {error}. Newer checkpoints there, if any, are not looked for"]
         return []

@@ -9,6 +9,7 @@ from joint_train.config.uploads import check_uploads
 from joint_train.config.values import (
     base_after,
     mesh_shape,
+    parse_adapters,
     parse_drafter_loss,
     parse_steps,
     round_weights,
@@ -123,9 +124,13 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
     _check_second_moment(cfg)
     if not cfg.loss.temperature > 0:
         raise ConfigError(f"loss.temperature={cfg.loss.temperature}: must be above 0.")
+    adapters = parse_adapters(cfg.model.adapter)
     for name in ("model.base", "model.drafter"):
-        if not select(cfg, name):
-            raise ConfigError(f"{name} is not set: a folder or a hub id, e.g. {name}=/models/gemma-4-pair")
+        if not select(cfg, name) and not (name == "model.base" and adapters):  # an adapter names its base
+            raise ConfigError(
+                f"{name} is not set: a folder or a hub id. E.g. model=gemma4_e4b, or "
+                "model.base=/models/gemma-4-E4B-it model.drafter=/models/gemma-4-E4B-it-assistant"
+            )
     if not cfg.data.train:
         raise ConfigError(
             "data.train is empty: name a source, e.g. 'data.train=[{path: train.jsonl}]' or data=starter."
@@ -159,6 +164,11 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
             "optim.name=adamw_8bit needs the torchao package: pip install 'joint-train[low-precision]'. "
             "optim.name=adamw_bf16 needs none."
         )
+    if cfg.model.continue_adapter and not adapters:
+        raise ConfigError("model.continue_adapter=true trains an adapter on, and model.adapter names none: set it.")
+    rows = cfg.model.resize_vocabulary
+    if not isinstance(rows, bool) and not (isinstance(rows, int) and rows > 0):
+        raise ConfigError(f"model.resize_vocabulary={rows}: must be true, false or a number of rows.")
     _check_lora(cfg)
     check_uploads(cfg)
     try:
@@ -186,19 +196,22 @@ def _check_second_moment(cfg: Config) -> None:
 def _check_lora(cfg: Config) -> None:
     """Adapters need their package, and a base that isn't trained in another way."""
     lora = cfg.lora
-    if lora.r == 0:
+    if lora.r == 0 and not cfg.model.continue_adapter:
         return
+    key, off = f"lora.r={lora.r}", "lora.r=0"
+    if cfg.model.continue_adapter:
+        key, off = "model.continue_adapter=true", "model.continue_adapter=false"
     if find_spec("peft") is None:
-        raise ConfigError(f"lora.r={lora.r} needs the peft package: pip install 'joint-train[lora]'")
+        raise ConfigError(f"{key} needs the peft package: pip install 'joint-train[lora]'")
     if cfg.freeze.base:
         raise ConfigError(
-            f"lora.r={lora.r} trains adapters on the base, and freeze.base=true trains nothing of it: set "
-            "freeze.base=false (its weights are frozen under adapters anyway), or lora.r=0."
+            f"{key} trains adapters on the base, and freeze.base=true trains nothing of it: set "
+            f"freeze.base=false (its weights are frozen under adapters anyway), or {off}."
         )
     if not cfg.freeze.towers:
         raise ConfigError(
-            f"lora.r={lora.r} freezes the base, its towers included, and freeze.towers=false would train them: set "
-            "freeze.towers=true, or lora.r=0."
+            f"{key} freezes the base, its towers included, and freeze.towers=false would train them: set "
+            f"freeze.towers=true, or {off}."
         )
     if not lora.alpha > 0:
         raise ConfigError(f"lora.alpha={lora.alpha}: must be above 0.")

@@ -34,6 +34,13 @@ class ExportConfig:
 class ModelConfig:
     base: str = key(MISSING, "folder or hub id of the Gemma 4 base")
     drafter: str = key(MISSING, "folder or hub id of its drafter")
+    adapter: Any = key(
+        None, "PEFT LoRA folder or hub id on top of the base, or a list of them, each also as {path: DIR, weight: 0.5}"
+    )
+    continue_adapter: bool = key(False, "train the (last) adapter on instead of merging it; lora.r is then its own")
+    resize_vocabulary: Any = key(
+        False, "true: grow the tables of both models to what the tokenizer needs | a number of rows | false"
+    )
     dtype: str = key("bfloat16", "dtype of loaded and exported weights; only bfloat16, as drafters have no other")
     revision: str | None = key(None, "hub revision of the base")
     drafter_revision: str | None = key(None, "hub revision of the drafter")

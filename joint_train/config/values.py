@@ -4,7 +4,8 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 from joint_train.config.schema import LossConfig, ParallelConfig
 from joint_train.errors import ConfigError
@@ -73,6 +74,43 @@ def _number(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"{key} is {value!r}, must be a number of 0 or more")
     return float(value)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One adapter of ``model.adapter``."""
+
+    path: str  # folder or hub id
+    weight: float = 1.0  # factor on what it adds to the base
+    revision: str | None = None  # of the hub
+
+
+def parse_adapters(choice: Any) -> list[AdapterSpec]:
+    """``model.adapter`` as a list: of nothing, a folder, or folders with their weights.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    several = isinstance(choice, Sequence) and not isinstance(choice, str)
+    items = [] if choice is None else choice if several else [choice]
+    specs = []
+    for item in items:
+        given = {"path": item} if isinstance(item, str) else item
+        if not isinstance(given, Mapping) or not isinstance(given.get("path"), str) or not given["path"]:
+            raise ConfigError(f"model.adapter: {item!r} is no adapter: give a folder, or {{path: DIR, weight: 0.5}}.")
+        if unknown := sorted(map(str, given.keys() - {"path", "weight", "revision"})):
+            raise ConfigError(f"model.adapter: {given['path']} has {', '.join(unknown)}: give path, weight, revision.")
+        weight = given.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ConfigError(f"model.adapter: the weight of {given['path']} is {weight!r}, must be a number.")
+        specs.append(AdapterSpec(given["path"], float(weight), given.get("revision")))
+    return specs
+
+
+def grown_rows(cfg) -> int | None:
+    """Rows that ``model.resize_vocabulary`` gives the vocabulary's tables, where it is a number; None otherwise."""
+    rows = cfg.model.resize_vocabulary
+    return None if isinstance(rows, bool) else rows
 
 
 def base_after(choice: object) -> int | float | str | None:
@@ -202,15 +240,12 @@ def mesh_shape(
         elif shard == -1 and world_size % replicate == 0:
             shard = world_size // replicate
         if shard == -1 or replicate * shard != world_size:
-            product = f"{replicate} x {'?' if shard == -1 else shard}"
-            fit = (
-                f"{replicate} x {shard} = {replicate * shard}"
-                if shard != -1
-                else f"{world_size} / {replicate} isn't whole"
-            )
+            ranks = f"{world_size} rank{'s' * (world_size != 1)}"
+            given = f"dp_replicate x dp_shard = {replicate} x {shard} = {replicate * shard} doesn't fit {ranks}"
+            if shard == -1:
+                given = f"dp_replicate = {replicate} doesn't divide {ranks}"
             raise ConfigError(
-                f"parallel: dp_replicate x dp_shard = {product} doesn't fit {world_size} ranks ({fit}). Set "
-                f"parallel.dp_shard=-1 and a parallel.dp_replicate that divides {world_size}."
+                f"parallel: {given}. Set parallel.dp_shard=-1 and a parallel.dp_replicate that divides {world_size}."
             )
     return 1, replicate, shard, 1, 1
 

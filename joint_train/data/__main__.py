@@ -57,7 +57,12 @@ def parser() -> argparse.ArgumentParser:
 
 def load_config(overrides: list[str]) -> Config:
     """The configuration; unlike the main job's it needs no drafter."""
-    return load(overrides, check=False)
+    cfg = load(overrides, check=False)
+    if cfg.model.adapter is not None:
+        from joint_train.weights.settle import with_adapter
+
+        cfg = with_adapter(cfg)
+    return cfg
 
 
 def main(arguments: list[str]) -> int:
@@ -79,15 +84,6 @@ def main(arguments: list[str]) -> int:
         return None
 
     return start("joint_train.data", run, int(os.environ.get("RANK", 0)))
-
-
-def load_tokenizer(cfg: Config):
-    """The tokenizer of the data, as the main job loads it."""
-    from transformers import AutoTokenizer
-
-    from joint_train.weights.folders import resolve
-
-    return AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(*_base(cfg.model)))
 
 
 def _base(model: ModelConfig) -> tuple[str, str | None, str | None]:
@@ -132,6 +128,9 @@ def run_check(options: argparse.Namespace, arguments: list[str]) -> int:
     for spec in specs:
         check_source(spec.path, spec.format, spec.columns)
     has_tokenizer = cfg.data.tokenizer is not None or bool(cfg.model.base)
+    if has_tokenizer:
+        from joint_train.data.tokenizer import load_tokenizer
+
     tokenizer = load_tokenizer(cfg) if has_tokenizer else None
     if tokenizer is None:
         print("no tokenizer (data.tokenizer, model.base): only whether the rows are understood", file=sys.stderr)
@@ -152,6 +151,7 @@ def run_show(cfg: Config, options: argparse.Namespace) -> None:
     from joint_train.data.loader import build_loader
     from joint_train.data.pieces import Pieces
     from joint_train.data.show import show
+    from joint_train.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(cfg)
     cfg.data.num_workers = max(cfg.data.num_workers, 1)
@@ -166,22 +166,32 @@ def run_show(cfg: Config, options: argparse.Namespace) -> None:
 def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     """``regenerate``, on each rank."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from joint_train.data.readers import sources_of
     from joint_train.data.regenerate import prompts, regenerate
+    from joint_train.data.render import Template
+    from joint_train.data.tokenizer import end_token_ids, load_tokenizer
     from joint_train.distributed.parallelize import compute_dtype
     from joint_train.weights.folders import resolve
+    from joint_train.weights.loading import load_to_generate
+    from joint_train.weights.run_files import end_generation_with
+    from joint_train.weights.settle import load_merged
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )
     tokenizer = load_tokenizer(cfg)
+    Template(tokenizer, {})  # refuses a tokenizer without one before the base is loaded
     examples = list(prompts(sources_of(cfg.data, options.split), cfg.data))
     dtype = compute_dtype(cfg.precision, device.type)
-    model = AutoModelForCausalLM.from_pretrained(resolve(*_base(cfg.model)), dtype=dtype).eval()
-    model.to(device)
+    if cfg.model.adapter is None:
+        model = load_to_generate(resolve(*_base(cfg.model)), dtype, device)
+    else:
+        model = load_merged(cfg, dtype, device)
+    if (added := end_generation_with(model, end_token_ids(tokenizer, cfg.data.chat_template_kwargs))) and rank == 0:
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(added)))
+        print(f"answers also end with {names}, as in training; the base's generation configuration doesn't have it")
     counts = regenerate(
         examples,
         model,

@@ -59,13 +59,15 @@ class Text:
 
     Attributes:
         text: the rendered conversation, or the beginning of one.
+        messages: how many of the conversation are in it; 0: it is a text without a template.
         answers: in the order of the text.
-        messages: how many of the conversation are in it.
+        earlier: a later text of the same conversation has more of it.
     """
 
     text: str
     messages: int
     answers: list[Answer] = field(default_factory=list)
+    earlier: bool = False
 
 
 class Conversation:
@@ -78,7 +80,7 @@ class Conversation:
 
     def __init__(self, example: dict[str, Any], tokenizer):
         self.options = options_of(example)
-        self.template = Template(tokenizer, self.options)
+        self.template = Template.of(tokenizer, self.options)
         messages = example["messages"]
         self.thinks = thinking.thinks(self.template, messages)
         self.channel = thinking.channel_of(self.template) if self.thinks else None
@@ -109,6 +111,8 @@ class Conversation:
                 texts[-1].text, texts[-1].messages = text, index + 1
                 texts[-1].answers.append(answer)
             else:
+                if texts:
+                    texts[-1].earlier = True
                 texts.append(Text(text, index + 1, [answer]))
         if not texts:
             return [Text(self.whole, len(self.messages))]

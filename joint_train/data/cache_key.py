@@ -12,6 +12,7 @@ import transformers
 from joint_train.config import DataConfig, SourceConfig
 from joint_train.data import readers
 from joint_train.data.digests import digest
+from joint_train.weights.run_files import tokenizer_parts
 
 VERSION = 7
 META = "meta.json"
@@ -78,17 +79,13 @@ def content_key(source: SourceConfig, data: DataConfig, tokenizer) -> str:
 
 def tokenizer_fingerprint(tokenizer) -> str:
     """A hash of the vocabulary, the rules and the chat template of a tokenizer."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else dict(tokenizer.get_vocab())
-    for volatile in ("truncation", "padding"):  # set by the last call, not part of what it does with a text
-        state.pop(volatile, None)
-    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     # An image's number of tokens depends on its processor's configuration.
     processor = [
         file.read_text()
         for name in ("preprocessor_config.json", "processor_config.json")
         if (file := Path(tokenizer.name_or_path) / name).is_file()
     ]
-    text = json.dumps([state, special, tokenizer.chat_template, processor], sort_keys=True)
+    text = json.dumps([*tokenizer_parts(tokenizer).values(), processor], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

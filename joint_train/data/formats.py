@@ -64,6 +64,8 @@ class Fields:
 
     def column(self, name: str) -> str:
         """The row's column for a field."""
+        if not self.columns and not self._in_capitals:
+            return name
         column = self.columns.get(name, name)
         return column if column in self.row else self._in_capitals.get(column, column)
 

@@ -9,6 +9,7 @@ import numpy as np
 from joint_train.config.values import unroll_limit
 from joint_train.data.cache import Tokenised
 from joint_train.data.template import ASSISTANT, LAST
+from joint_train.data.tokenise import of_several
 from joint_train.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -157,8 +158,7 @@ def _unrolled(source: Tokenised, data) -> np.ndarray:
     keep = np.ones(len(documents), dtype=bool) if limit is None else after < limit
     if earlier.any():
         lengths = documents["length"].astype(np.int64)
-        several = earlier.copy()
-        several[1:] |= earlier[:-1]
+        several = of_several(documents)
         whole, kept = int(lengths[several & ~earlier].sum()), int(lengths[several & keep].sum())
         lost = np.count_nonzero(several & ~keep)
         logger.log(

@@ -19,6 +19,7 @@ import torch
 from rich.progress import Progress
 
 from joint_train.data import readers, sources
+from joint_train.data.fit import check_ids
 from joint_train.data.render import options_of
 from joint_train.data.thinking import prompt_ids
 from joint_train.errors import DataError
@@ -168,6 +169,7 @@ def answer_batch(examples: list[dict], model, tokenizer, max_new_tokens: int, te
     rows = []
     for example in examples:
         rows.append(prompt_ids(tokenizer, example["messages"], **options_of(example)))
+    check_ids(rows, tokenizer, model.config)
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)

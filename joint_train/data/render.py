@@ -1,42 +1,31 @@
 """Chat templates, rendered: for training, for the prompts of `regenerate` and of `evaluate`, by the same call.
 
-Templates come with models, and so from strangers. They run in jinja's sandbox, as transformers has it, not longer than
-LIMIT_SECONDS, and with no more than LIMIT_BYTES of further memory.
+Templates come with models, and so from strangers. They run in jinja's sandbox, as transformers has it, and within the
+limits of :mod:`joint_train.data.limits`, each rendering on its own.
 """
 
 import copy
 import difflib
-import os
 import re
-import resource
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import jinja2
 import jinja2.meta
-import tokenizers
+from tokenizers import Encoding, Tokenizer
 from transformers.utils import chat_template_utils
 
+from joint_train.data import limits
 from joint_train.errors import DataError
 
-LIMIT_SECONDS = 10.0
-"""Processor time for one rendering; the usual is less than a millisecond."""
-LIMIT_BYTES = 2**30
-"""Memory that one rendering may take beyond what the process has; the usual is a few copies of the text."""
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
+Result = TypeVar("Result")
 PLAIN = (dict, list, str, tuple, int, float, bool)
 
 Span = tuple[int, int]
-
-
-class _TooLong(Exception):
-    pass
 
 
 def options_of(example: dict[str, Any]) -> dict[str, Any]:
@@ -44,18 +33,31 @@ def options_of(example: dict[str, Any]) -> dict[str, Any]:
     return {"tools": example.get("tools"), **example.get("chat_template_kwargs", {})}
 
 
-def encoding(tokenizer, text: str) -> tokenizers.Encoding:
+def encoding(tokenizer, text: str) -> Encoding:
     """The tokens of a rendered text and their places: what calling the tokenizer gives, in half the time.
 
     Args:
         tokenizer: a fast one.
     """
+    return _backend(tokenizer).encode(text, add_special_tokens=False)
+
+
+def token_ids(tokenizer, text: str) -> list[int]:
+    """The tokens of a rendered text, in two thirds of the time that :func:`encoding` takes.
+
+    Args:
+        tokenizer: a fast one.
+    """
+    return _backend(tokenizer).encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def _backend(tokenizer) -> Tokenizer:
     backend = tokenizer.backend_tokenizer
     if backend.padding is not None or backend.truncation is not None:  # as the last call left them
         backend.no_padding()
         backend.no_truncation()
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    return backend.encode(text, add_special_tokens=False)
+    return backend
 
 
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # variables that aren't options
@@ -96,6 +98,19 @@ class Template:
         given = {"tools": None, "documents": None, **tokenizer.special_tokens_map, **options}
         self._variables: dict[str, Any] = chat_template_utils._plain_template_data(given)
 
+    @classmethod
+    def of(cls, tokenizer, options: dict[str, Any]) -> "Template":
+        """The template with some options; one without options is kept for the next row."""
+        if any(value is not None for value in options.values()):
+            return cls(tokenizer, options)
+        kept = _WITHOUT_OPTIONS.get(tokenizer)
+        written = getattr(tokenizer, "chat_template", None)
+        templates = dict(written) if isinstance(written, dict) else written
+        state = (templates, options, tokenizer.special_tokens_map, len(tokenizer))
+        if kept is None or kept[0] != state:
+            kept = _WITHOUT_OPTIONS[tokenizer] = (state, cls(tokenizer, options))
+        return kept[1]
+
     def with_options(self, **options) -> "Template":
         """The same template with other options."""
         other = copy.copy(self)
@@ -104,9 +119,8 @@ class Template:
         return other
 
     def _variables_of(self, source: str) -> frozenset[str]:
-        """Variables that a template reads. Compiling it computes its constants, so it is limited as a rendering is."""
-        with self._explained():
-            return _undeclared(source)
+        """Variables that a template reads."""
+        return self._explained(_undeclared, source)
 
     def _check_options(self, tokenizer) -> None:
         """Refuse options that the template would pass over."""
@@ -141,10 +155,7 @@ class Template:
         Raises:
             DataError: the template refuses them, or takes too long.
         """
-        with self._explained():
-            return _compiled(self.source).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._variables
-            )
+        return self._explained(_render, self.source, messages, add_generation_prompt, self._variables)
 
     def render_marked(self, messages: list[dict]) -> tuple[str, list[Span]]:
         """The text of prepared messages, and the places [start, end) in it that are marked as the assistant's.
@@ -154,70 +165,44 @@ class Template:
         """
         if not self.marked:
             return self.render(messages), []
-        with self._explained():
-            return chat_template_utils._render_with_assistant_indices(
-                _compiled(self.source), messages=messages, add_generation_prompt=False, **self._variables
-            )
+        return self._explained(_render_marked, self.source, messages, self._variables)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        # Signals are handled in the main thread, which is where each process renders; timers count this process's own
-        # time, however busy the machine is.
-        timed = threading.current_thread() is threading.main_thread()
-        if timed:
-            _handle_signals(os.getpid())
-            signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT_SECONDS)
+    def _explained(self, work: Callable[..., Result], *args: Any) -> Result:
         try:
-            with _limited_memory() if timed else nullcontext():
-                yield
+            return work(*args)
         except MemoryError:
+            _forget_compiled()
             raise DataError(
-                f"the chat template of {self.name!r} takes more than {LIMIT_BYTES // 2**20} MiB of memory for one "
+                f"the chat template of {self.name!r} takes more than {limits.BYTES // 2**20} MiB of memory for one "
                 "conversation"
             ) from None
-        except _TooLong:
+        except limits.TooLong:
+            _forget_compiled()
             raise DataError(
-                f"the chat template of {self.name!r} takes more than {LIMIT_SECONDS:.0f} s: it may never end"
+                f"the chat template of {self.name!r} takes more than {limits.SECONDS:.0f} s: it may never end"
             ) from None
         except Exception as error:  # a template may raise anything
             raise DataError(f"the chat template of {self.name!r} refuses it: {type(error).__name__}: {error}") from None
-        finally:
-            if timed:
-                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-@contextmanager
-def _limited_memory() -> Iterator[None]:
-    """Let this process's address space grow by LIMIT_BYTES at most, where the system tells how large it is."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            size = int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [limit for limit in (size + LIMIT_BYTES, soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+def _render(source: str, messages: list[dict], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
+    given = {**variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
+    return limits.limited(_compiled(source).render, given)
 
 
-def _stop(*_: Any) -> None:
-    raise _TooLong
+def _render_marked(source: str, messages: list[dict], variables: dict[str, Any]) -> tuple[str, list[Span]]:
+    given = {**variables, "messages": messages, "add_generation_prompt": False}
+    return limits.limited(chat_template_utils._render_with_assistant_indices, _compiled(source), **given)
 
 
-@lru_cache(maxsize=1)
-def _handle_signals(process: int) -> None:
-    signal.signal(signal.SIGVTALRM, _stop)
+# Compiling a template computes its constants, so it is limited as a rendering is.
 
 
 @lru_cache(maxsize=64)
 def _undeclared(source: str) -> frozenset[str]:
     try:
-        environment = chat_template_utils._compile_jinja_template(source).environment
-        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+        environment = _compiled(source).environment
+        return limits.limited(lambda: frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source))))
     except jinja2.TemplateError:  # reported when it is rendered
         return frozenset()
 
@@ -225,7 +210,7 @@ def _undeclared(source: str) -> frozenset[str]:
 @lru_cache(maxsize=64)
 def _compiled(source: str) -> jinja2.Template:
     """A template whose sandbox remembers what it allows: it takes half of the time of a rendering to find that out."""
-    compiled = chat_template_utils._compile_jinja_template(source)
+    compiled = limits.limited(chat_template_utils._compile_jinja_template, source)
     allowed = compiled.environment.is_safe_attribute
 
     @lru_cache(maxsize=4096)
@@ -242,6 +227,12 @@ def _compiled(source: str) -> jinja2.Template:
     return compiled
 
 
+def _forget_compiled() -> None:
+    """Compile templates anew: one that was interrupted may have been anywhere, and in any state."""
+    _compiled.cache_clear()
+    chat_template_utils._compile_jinja_template.cache_clear()
+
+
 @lru_cache(maxsize=64)
 def _properties(source: str) -> tuple[bool, bool]:
     try:
@@ -253,12 +244,18 @@ def _properties(source: str) -> tuple[bool, bool]:
     return bool(MARKS.search(source)), "add_generation_prompt" in source
 
 
+_WITHOUT_OPTIONS: WeakKeyDictionary[Any, tuple[tuple, Template]] = WeakKeyDictionary()
 _PATTERNS: WeakKeyDictionary[Any, tuple[int, re.Pattern, re.Pattern]] = WeakKeyDictionary()
 
 
 def control_pattern(tokenizer) -> re.Pattern:
     """Matches the tokens that a tokenizer has besides its vocabulary and that aren't text."""
     return _patterns(tokenizer)[1]
+
+
+def special_pattern(tokenizer) -> re.Pattern:
+    """Matches the tokens that a tokenizer has besides its vocabulary, those that are white space apart."""
+    return _patterns(tokenizer)[0]
 
 
 def _patterns(tokenizer) -> tuple[re.Pattern, re.Pattern]:

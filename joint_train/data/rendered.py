@@ -21,6 +21,8 @@ FOREIGN = re.compile(
     r"<｜[^｜\n]{1,40}｜>|^(?:Assistant|ASSISTANT):|^### (?:Instruction|Response|Human|Assistant|User|Input):",
     re.MULTILINE,
 )
+# Without one of these a text has nothing of that: looking for them takes a twentieth of the time.
+HINTS = ("<", "INST]", "Assistant:", "ASSISTANT:", "### ")
 PLAIN = ("system", "user", "assistant")
 
 
@@ -58,8 +60,10 @@ def check(conversation: Conversation, texts: list[Text]) -> None:
 
 def control_tokens(text: str, of_tokenizer: re.Pattern) -> set[str]:
     """The control tokens of chat formats in a text: those of the tokenizer, and those of other models."""
-    found = {match.group().strip() for match in FOREIGN.finditer(text)}
-    return found | set(of_tokenizer.findall(text)) if "<" in text or "[" in text else found
+    found = set(of_tokenizer.findall(text)) if "<" in text or "[" in text else set()
+    if any(hint in text for hint in HINTS):
+        found.update(match.group().strip() for match in FOREIGN.finditer(text))
+    return found
 
 
 def _left_out(conversation: Conversation, index: int, what: str, piece: str) -> DataError:

@@ -18,7 +18,7 @@ from joint_train.data.pieces import NO_TARGET
 from joint_train.data.readers import read_records, source_name
 from joint_train.data.seen import Seen
 from joint_train.data.template import ASSISTANT
-from joint_train.data.tokenise import DOCUMENT, Chunk, tokenise
+from joint_train.data.tokenise import DOCUMENT, Chunk, of_several, tokenise
 from joint_train.errors import DataError
 
 QUANTILES = (0, 50, 90, 99, 100)
@@ -112,8 +112,12 @@ class Report:
         if self.documents is not None:
             lengths = self.documents["length"]
             tokens, targets = int(lengths.sum()), int(self.documents["targets"].sum())
+            unrolled, last = of_several(self.documents), ~self.documents["earlier"]
             found |= {
                 "documents": len(lengths),
+                "conversations_of_several_documents": int((unrolled & last).sum()),
+                "tokens_of_them": int(lengths[unrolled].sum()),
+                "tokens_of_their_last_documents": int(lengths[unrolled & last].sum()),
                 "tokens": tokens,
                 "supervised_tokens": targets,
                 "supervised_share": targets / tokens if tokens else 0.0,
@@ -231,6 +235,15 @@ def show(console: Console, reports: list[Report]) -> None:
                     f"{report.name}: of {report.answers:,} answers {report.answers_lost:,} are lost and "
                     f"{report.answers_cut:,} lose their end, because documents are cut at data.max_length="
                     f"{report.max_length:,}"
+                )
+            )
+        found = report.as_json()
+        if count := found.get("conversations_of_several_documents"):
+            tokens, once = found["tokens_of_them"], found["tokens_of_their_last_documents"]
+            console.print(
+                Text(
+                    f"{report.name}: {count:,} conversations are a document for each answer, {tokens:,} tokens in all: "
+                    f"{tokens / once:.1f} times what each of them is once; data.unroll='last N' limits it"
                 )
             )
         for _, sentence in seen.sentences():

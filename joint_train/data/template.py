@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from joint_train.data import notices as kinds
-from joint_train.data import rendered
+from joint_train.data import places, rendered
 from joint_train.data.answers import Conversation, Text
 from joint_train.data.render import Span, control_pattern, encoding
 from joint_train.errors import DataError
@@ -37,7 +37,12 @@ class Document(NamedTuple):
 
 
 def encode(example: dict[str, Any], tokenizer, notices: Counter[str] | None = None) -> list[Document]:
-    """The documents of an example (see :mod:`joint_train.data.answers` for when they are several).
+    """The documents of an example: its :func:`texts`, tokenised."""
+    return [tokenise(text, tokenizer) for text in texts(example, tokenizer, notices)]
+
+
+def texts(example: dict[str, Any], tokenizer, notices: Counter[str] | None = None) -> list[Text]:
+    """The texts of an example (see :mod:`joint_train.data.answers` for when they are several).
 
     There is none if the example says that it isn't trained on (``"train": False``).
 
@@ -54,41 +59,67 @@ def encode(example: dict[str, Any], tokenizer, notices: Counter[str] | None = No
         return []
     notices = Counter() if notices is None else notices
     if "text" in example:
-        return [_encode_text(example["text"], tokenizer, notices)]
+        text = example["text"]
+        inside = _without_its_end(text, tokenizer).removeprefix(tokenizer.bos_token or "")
+        inside = inside.removesuffix(tokenizer.eos_token or "")
+        notices[kinds.TEMPLATED] += bool(rendered.control_tokens(inside, control_pattern(tokenizer)))
+        return [Text(text, 0)]
     conversation = Conversation(example, tokenizer)
-    texts = conversation.texts()
-    rendered.check(conversation, texts)
+    found = conversation.texts()
+    rendered.check(conversation, found)
     notices.update(conversation.notices)
-    documents = []
-    for text in texts:
-        ids, runs = _tokens(text, tokenizer)
-        flags = np.zeros(len(ids), dtype=np.uint8)
-        for of_answer in runs:
-            last = text is texts[-1] and of_answer is runs[-1]
-            for start, end in of_answer:
-                flags[start:end] |= ASSISTANT | LAST if last else ASSISTANT
-        documents.append(Document(np.asarray(ids, dtype=np.int32), flags, text.messages, text is not texts[-1]))
-    return documents
+    return found
 
 
-def _encode_text(text: str, tokenizer, notices: Counter[str]) -> Document:
+def tokenise(text: Text, tokenizer) -> Document:
+    """A text as tokens, with what of them is trained on.
+
+    Raises:
+        DataError: a plain text that is empty.
+    """
+    if not text.messages:
+        return _tokenise_plain(text.text, tokenizer)
+    ids, runs = _tokens(text, tokenizer)
+    flags = np.zeros(len(ids), dtype=np.uint8)
+    for of_answer in runs:
+        last = of_answer is runs[-1] and not text.earlier
+        for start, end in of_answer:
+            flags[start:end] |= ASSISTANT | LAST if last else ASSISTANT
+    return Document(ids, flags, text.messages, text.earlier)
+
+
+def _without_its_end(text: str, tokenizer) -> str:
+    """A plain text without the white space after the token that ends it, if it has that token."""
+    stripped = text.rstrip()
+    return stripped if tokenizer.eos_token and stripped.endswith(tokenizer.eos_token) else text
+
+
+def _tokenise_plain(text: str, tokenizer) -> Document:
     """A text between the tokens that begin and end one, of which it may have its own already."""
-    if (end := tokenizer.eos_token) and (stripped := text.rstrip()).endswith(end):
-        text = stripped
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(_without_its_end(text, tokenizer), add_special_tokens=False)["input_ids"])
     if not ids:
         raise DataError("an empty text")
     if tokenizer.bos_token_id not in (None, ids[0]):
         ids.insert(0, tokenizer.bos_token_id)
     if tokenizer.eos_token_id not in (None, ids[-1]):
         ids.append(tokenizer.eos_token_id)
-    inside = text.removeprefix(tokenizer.bos_token or "").removesuffix(end or "")
-    notices[kinds.TEMPLATED] += bool(rendered.control_tokens(inside, control_pattern(tokenizer)))
     return Document(np.asarray(ids, dtype=np.int32), np.full(len(ids), ASSISTANT | LAST, dtype=np.uint8))
 
 
-def _tokens(text: Text, tokenizer) -> tuple[list[int], list[list[Span]]]:
+def _tokens(text: Text, tokenizer) -> tuple[np.ndarray, list[list[Span]]]:
     """The tokens of a text, and for each answer the places [first, last) of those that are trained on."""
+    if all(answer.spans and answer.spans[0][0] == answer.start for answer in text.answers):
+        found = places.tokens_of(tokenizer, text.text, [span for answer in text.answers for span in answer.spans])
+        if found is not None:
+            ids, of_spans = found
+            remaining = iter(of_spans)
+            return ids, [[next(remaining) for _ in answer.spans] for answer in text.answers]
+    tokens, runs = _tokens_by_places(text, tokenizer)
+    return np.asarray(tokens, dtype=np.int32), runs
+
+
+def _tokens_by_places(text: Text, tokenizer) -> tuple[list[int], list[list[Span]]]:
+    """The same, for any text and tokenizer."""
     encoded = encoding(tokenizer, text.text)
     if not any(_cuts_a_token(encoded, answer.start) for answer in text.answers):
         return encoded.ids, [_token_runs(encoded, answer.spans, 0) for answer in text.answers]

@@ -33,10 +33,10 @@ from joint_train.distributed.mesh import fsdp_mesh
 from joint_train.distributed.placement import placement
 from joint_train.distributed.rows import Lookup, RowShardedEmbedding, shard_rows
 from joint_train.errors import ConfigError
-from joint_train.pair.fused import fuse
+from joint_train.pair.fused import ATTENTION, fuse
 from joint_train.pair.model import JointModel
 from joint_train.pair.recompute import HostCopies, checkpointed
-from joint_train.torch_private import allow_graphs, initialise_fsdp
+from joint_train.torch_private import graph_limit, initialise_fsdp
 
 if TYPE_CHECKING:
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
@@ -122,6 +122,7 @@ def prepare(model: JointModel, cfg: Config) -> None:
         others = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
         for part in (text, model.drafter.model):
             apply_liger_kernel(part, kernels | others)
+            fuse(part, (ATTENTION,))
     else:
         for part in (text, model.drafter.model):
             fuse(part)
@@ -130,11 +131,11 @@ def prepare(model: JointModel, cfg: Config) -> None:
         layers = (*text.layers, *model.drafter.model.layers)
         # All layers run one function, and a layer's number and kind are constants in it: each may need a graph, with
         # and without a gradient. Past the limit a layer would run uncompiled, in the forward but not in its replay.
-        allow_graphs(4 * len(layers))
+        limit = graph_limit(4 * len(layers))
         for layer in layers:
             # Static shapes: after a second length dynamo would compile for any, and then the forward and the replay of
             # activation checkpointing save different tensors under FSDP2 (torch 2.13: CheckpointError in the backward).
-            layer.compile(dynamic=False)
+            layer.compile(dynamic=False, **limit)
 
 
 def recompute(model: JointModel, settings: ActivationCheckpointingConfig) -> None:

@@ -118,15 +118,16 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate a pair; 1 if speculative decoding gave another text by more than rounding."""
     import torch
     import transformers
-    from transformers import AutoTokenizer
 
+    from joint_train.data.fit import check_ids
+    from joint_train.data.tokenizer import read_tokenizer
     from joint_train.evaluate.measure import measure, sampling
-    from joint_train.evaluate.prompts import load_prompts
+    from joint_train.evaluate.prompts import load_prompts, warn_of_template
     from joint_train.evaluate.report import page, text
     from joint_train.files import code_version, replace
     from joint_train.pair.compatibility import check_pair
     from joint_train.weights.folders import resolve
-    from joint_train.weights.loading import check_weights
+    from joint_train.weights.loading import load_to_generate
 
     args.num_steps, args.serving = args.num_steps or step_list("1-8"), args.serving or "transformers"
     engine = args.serving == "engine"
@@ -136,19 +137,16 @@ def run(args: argparse.Namespace) -> int:
     automatic = torch.bfloat16 if device.startswith("cuda") else torch.float32
     dtype = automatic if args.dtype in (None, "auto") else getattr(torch, args.dtype)
     folders = [resolve(args.base), resolve(args.drafter)]
-    for folder in folders:
-        check_weights(folder)
     configs = [transformers.AutoConfig.from_pretrained(folder) for folder in folders]
     for folder, config, drafts in zip(folders, configs, (False, True), strict=True):
         if hasattr(config, "backbone_hidden_size") != drafts:
             raise ConfigError(f"{folder} is a {config.model_type}: give the base first, then its drafter.")
     check_pair(*configs)
-    base, drafter = (
-        getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=dtype).to(device).eval()
-        for folder, config in zip(folders, configs, strict=True)
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    tokenizer = read_tokenizer(folders[0])
     prompts = load_prompts(args.prompts, tokenizer, args.limit, args.chat_template_kwargs)
+    check_ids([prompt.ids for prompt in prompts], tokenizer, configs[0])
+    base, drafter = (load_to_generate(folder, dtype, device) for folder in folders)
+    warn_of_template(tokenizer, base.generation_config, args.chat_template_kwargs)
 
     results = {
         "base": args.base,
@@ -166,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
             "seed": args.seed,
         },
-        "prompts": {"name": args.prompts, "count": len(prompts)},
+        "prompts": {"name": args.prompts, "count": len(prompts), "turns": bool(tokenizer.chat_template)},
         **measure(
             base, drafter, tokenizer, prompts, args.num_steps, args.max_new_tokens,
             ignore_eos=args.ignore_eos, engine=engine, thresholds=thresholds, seed=args.seed, progress=progress,

@@ -1,6 +1,7 @@
 """Prompts to measure on: a run's validation data, the general set of this package, or anybody's chat JSONL."""
 
 import json
+import logging
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,15 +10,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from joint_train.config import DataConfig, SourceConfig
 from joint_train.data.readers import read_records, source_name, sources_of
 from joint_train.data.render import options_of
 from joint_train.data.sources import parse
 from joint_train.data.thinking import prompt_ids
+from joint_train.data.tokenizer import end_token_ids
 from joint_train.errors import ConfigError
 from joint_train.starter import examples
+from joint_train.weights.run_files import list_of_ids
+
+log = logging.getLogger(__name__)
 
 GENERAL, STARTER = "general", "starter"
 TEXT_PROMPT_TOKENS = 64  # of an example that is plain text: its beginning is the prompt
@@ -68,6 +73,35 @@ def load_prompts(
     return prompts
 
 
+def warn_of_template(
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationConfig | None = None,
+    template_options: dict | None = None,
+) -> None:
+    """Warn where prompts have no turns, and where answers don't end as the chat template ends them.
+
+    Args:
+        generation: of the base.
+    """
+    if not tokenizer.chat_template:
+        log.warning(
+            "the tokenizer %s has no chat template: the prompts are plain text, without turns, which a model that "
+            "was taught turns doesn't know. Give a base whose folder has the chat_template.jinja of its training",
+            tokenizer.name_or_path,
+        )
+        return
+    if generation is None:
+        return
+    known = list_of_ids(generation.eos_token_id)
+    if missing := [token for token in end_token_ids(tokenizer, template_options) if token not in known]:
+        log.warning(
+            "the base's generation configuration doesn't end with %s, with which its chat template ends an answer: "
+            "engines go on after it, and so does this measurement. Add %s to eos_token_id in generation_config.json",
+            " or ".join(map(str, tokenizer.convert_ids_to_tokens(missing))),
+            " and ".join(map(str, missing)),
+        )
+
+
 def source_prompts(
     source: SourceConfig, tokenizer: PreTrainedTokenizerBase, max_line_bytes: int = 1 << 24
 ) -> Iterator[Prompt]:
@@ -94,7 +128,7 @@ def chat_prompt(messages: list[dict], tokenizer: PreTrainedTokenizerBase, catego
     text = text_of(messages[-1]["content"])
     if tokenizer.chat_template:
         ids = prompt_ids(tokenizer, messages, **options)
-    else:  # a base model that was never taught turns
+    else:  # a base model that was never taught turns; said by warn_of_template
         ids = tokenizer(text)["input_ids"]
     return Prompt(ids, text, category)
 

@@ -52,6 +52,8 @@ def text(results: dict[str, Any]) -> str:
                 f"K = {s['num_steps']}, prompt {d['prompt']}: differs at token {d['position']}, "
                 f"{d['plain']!r} and {d['speculative']!r}{margin}"
             )
+    if not results["prompts"].get("turns", True):
+        lines.append("The base has no chat template: the prompts were plain text, without turns.")
     for s in results["sampling"] or []:
         verdict = "the base's distribution" if s["bases_distribution"] else "NOT the base's distribution"
         deviation = ", ".join(f"{name} {z:+.1f}" for name, z in s["deviation"].items())

@@ -13,22 +13,19 @@ verifications, which also counts accepted drafts that lie behind an end token or
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
+from joint_train.data.tokenizer import read_tokenizer
 from joint_train.errors import ConfigError
 from joint_train.evaluate.engines import ENGINES, Engine, Phase, Request
 from joint_train.evaluate.intervals import interval
 from joint_train.evaluate.page import Section, Table, html
-from joint_train.evaluate.prompts import Prompt, load_prompts
+from joint_train.evaluate.prompts import Prompt, load_prompts, warn_of_template
 from joint_train.evaluate.report import (
     acceptance_section,
     category_section,
@@ -36,8 +33,8 @@ from joint_train.evaluate.report import (
     format_interval,
     setting_section,
 )
+from joint_train.evaluate.serving import serve_command
 
-DRAFTS = 4  # to serve with, where neither the command nor the drafter's folder says how many
 WARM_UP_TOKENS = 8
 SAMPLING = (
     "For requests with a temperature, see whether more drafts are accepted if the drafter samples them: --temperature "
@@ -45,47 +42,6 @@ SAMPLING = (
     "gain nothing."
 )
 REQUESTS_IN_FLIGHT = 4  # a concurrency is measured on at least so many times as many requests
-
-
-def serve_command(
-    engine: str, base: Path, drafter: Path, num_steps: int | None, dtype: str | None, temperature: float = 0.0
-) -> str:
-    """The shell command that serves a pair.
-
-    Args:
-        base, drafter: the folders, whose configurations are read.
-        num_steps: K; by default the drafter's ``num_assistant_tokens``.
-        dtype: of weights and compute; by default that of the base's folder.
-        temperature: that of the requests. Above 0, vLLM is told to sample its drafts.
-    """
-    if num_steps is None:
-        generation = drafter / "generation_config.json"
-        saved = json.loads(generation.read_text()).get("num_assistant_tokens") if generation.exists() else None
-        num_steps = saved or DRAFTS
-    config = json.loads((base / "config.json").read_text())
-    towers = [name for name in ("vision_config", "audio_config") if config.get(name)]
-    overrides = None
-    if "vision_config" in config and config["vision_config"] is None:
-        # Both engines build a vision tower for Gemma4ForConditionalGeneration, whatever its configuration.
-        overrides = json.dumps({"architectures": ["Gemma4ForCausalLM"]})
-    if engine == "vllm":
-        spec = {"method": "mtp", "model": str(drafter), "num_speculative_tokens": num_steps}
-        if temperature > 0:
-            spec["draft_sample_method"] = "probabilistic"
-        command = ["vllm", "serve", str(base), "--speculative-config", json.dumps(spec)]
-        if overrides:
-            command += ["--hf-overrides", overrides]
-        if towers and not (base / "processor_config.json").exists():  # nothing that could prepare a picture
-            command += ["--limit-mm-per-prompt", json.dumps({"image": 0, "audio": 0, "video": 0})]
-    else:
-        command = ["sglang", "serve", "--model-path", str(base), "--speculative-algorithm", "NEXTN"]
-        command += ["--speculative-draft-model-path", str(drafter), "--speculative-num-steps", str(num_steps)]
-        command += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(num_steps + 1)]
-        if overrides:
-            command += ["--json-model-override-args", overrides]
-    if dtype:
-        command += ["--dtype", dtype]
-    return shlex.join(command)
 
 
 def measure_served(
@@ -245,13 +201,14 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
     engine = ENGINES[args.engine](args.url, args.timeout)
     source = args.base or engine.folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folders[0] if args.base else source)
-    except (OSError, ValueError) as e:
+        tokenizer = read_tokenizer(folders[0] if args.base else source)
+    except ConfigError as e:
         raise ConfigError(
             f"no tokenizer at {source}, where {args.url} has its model from: give BASE and DRAFTER, with the base's "
             f"tokenizer in its folder. ({e})"
         ) from e
     prompts = load_prompts(args.prompts, tokenizer, args.limit, args.chat_template_kwargs)
+    warn_of_template(tokenizer)
     request = Request(args.max_new_tokens, args.temperature, args.ignore_eos, args.seed)
     results = {
         "base": str(source),
@@ -267,7 +224,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
             "ignore_eos": args.ignore_eos,
             "seed": args.seed,
         },
-        "prompts": {"name": args.prompts, "count": len(prompts)},
+        "prompts": {"name": args.prompts, "count": len(prompts), "turns": bool(tokenizer.chat_template)},
         **measure_served(engine, prompts, request, args.concurrency, progress),
         "sampling": None,
     }

@@ -20,13 +20,13 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from joint_train.errors import ConfigError
 from joint_train.pair.blocks import block_mask
 from joint_train.pair.recompute import keep_output, run_or_replay
-from joint_train.torch_private import allow_graphs, has_triton
+from joint_train.torch_private import graph_limit, has_triton
 
 log = logging.getLogger(__name__)
 
 BY_LAYER_TYPE = "by_layer_type"
 FLEX = (BY_LAYER_TYPE, "flex_attention")
-GRAPHS = 128  # of FlexAttention in a process: by head_dim, heads, mask, with a gradient or without, one length or any
+GRAPHS = 128  # of FlexAttention: by head_dim, heads, mask, with a gradient or without, one length or any
 
 
 @functools.cache
@@ -179,8 +179,7 @@ def _kernel_runs(size: int, dtype: torch.dtype) -> bool:
 @functools.cache
 def compiled(backend: str = "inductor"):
     """FlexAttention's fused kernels. Past the limit of graphs it raises: what isn't compiled holds all the scores."""
-    allow_graphs(GRAPHS)
-    return torch.compile(flex_attention, fullgraph=True, backend=backend)
+    return torch.compile(flex_attention, fullgraph=True, backend=backend, **graph_limit(GRAPHS, isolated=True))
 
 
 def flex(
@@ -229,7 +228,10 @@ def flex_with_options(module: nn.Module, query: Tensor, *args, **kwargs) -> tupl
     return flex_attention_forward(module, query, *args, **kwargs)
 
 
+# A name that transformers doesn't know, for every model; the pair's own layers keep the outputs of the others, too, and
+# leave those of other models as they are.
 AttentionInterface.register(BY_LAYER_TYPE, by_layer_type)
-for name, function in (("sdpa", sdpa_attention_forward), ("flex_attention", flex_with_options)):
-    AttentionInterface.register(name, keep_output(function))  # the same outside of what is recomputed selectively
 AttentionMaskInterface.register(BY_LAYER_TYPE, sdpa_mask)
+OF_THE_PAIR = AttentionInterface()
+OF_THE_PAIR["sdpa"] = keep_output(sdpa_attention_forward)  # the same outside of what is recomputed selectively
+OF_THE_PAIR["flex_attention"] = keep_output(flex_with_options)

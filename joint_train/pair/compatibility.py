@@ -34,6 +34,11 @@ def check_pair(base: PreTrainedConfig, drafter: PreTrainedConfig) -> None:
         for name in ("rope_type", "rope_theta", "partial_rotary_factor"):
             ropes = (config.rope_parameters[kind].get(name) for config in (draft, text))
             expect(f"{name} of {kind}", *ropes)
+    if wrong and all(what.startswith("vocab_size ") for what in wrong):
+        raise ConfigError(
+            f"model.drafter doesn't belong to model.base: {wrong[0]}. If only the vocabulary was resized, set "
+            "model.resize_vocabulary=true, which gives both the larger one."
+        )
     if wrong:
         raise ConfigError(
             "model.drafter doesn't belong to model.base:\n  "

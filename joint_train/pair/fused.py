@@ -8,9 +8,9 @@ inductor fuses them with what is around.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.library import Library
 
+from joint_train.pair.attention import OF_THE_PAIR
 from joint_train.torch_private import fused_rms_norm, fused_rms_norm_backward, has_triton
 
 LIBRARY = Library("joint_train", "DEF")
@@ -202,20 +203,19 @@ class _Rotate(torch.autograd.Function):
 def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Tensor:
     """transformers' function of this name; ``cos`` and ``sin`` have no gradient, and are of ``x``'s dtype."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    if torch.compiler.is_compiling() or _as_transformers or cos.dtype != x.dtype:
+    if torch.compiler.is_compiling() or cos.dtype != x.dtype:
         return _rotate(x, cos, sin)
     return _Rotate.apply(x, cos, sin)
 
 
 # In a model
 
-FORWARDS = {"RMSNorm": rms_norm, "TextMLP": mlp}
 _as_transformers = False
 
 
 @contextmanager
 def written_out() -> Iterator[None]:
-    """Inside of it :func:`fuse` does nothing and rotations are transformers' own: what another system runs."""
+    """Inside of it :func:`fuse` does nothing: what another system runs."""
     global _as_transformers
     before, _as_transformers = _as_transformers, True
     try:
@@ -224,30 +224,55 @@ def written_out() -> Iterator[None]:
         _as_transformers = before
 
 
+def _attention(forward: Any) -> Callable:
+    """The forward of an attention class with this module's :func:`apply_rotary_pos_emb` and the pair's own attention
+    functions (:data:`joint_train.pair.attention.OF_THE_PAIR`).
+
+    It is the same code, with names of its own: what else uses transformers' module keeps what transformers has.
+    """
+    own = {"apply_rotary_pos_emb": apply_rotary_pos_emb, "ALL_ATTENTION_FUNCTIONS": OF_THE_PAIR}
+    code, names = forward.__code__, forward.__globals__
+    made = FunctionType(code, names | own, forward.__name__, forward.__defaults__, forward.__closure__)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
+
+
+ATTENTION = "TextAttention"
+FORWARDS: dict[str, Callable[[Any], Callable]] = {
+    "RMSNorm": lambda forward: rms_norm,
+    "TextMLP": lambda forward: mlp,
+    ATTENTION: _attention,
+}
+"""By the ending of a class's name: its fused forward, made of its own."""
+
+
 @functools.cache
 def _fused_class(cls: Any) -> type | None:
     """A class of transformers' Gemma 4 with a forward of this module; None for another class."""
     if not cls.__module__.startswith("transformers.models.gemma4"):
         return None
-    forward = next((forward for ending, forward in FORWARDS.items() if cls.__name__.endswith(ending)), None)
+    make = next((make for ending, make in FORWARDS.items() if cls.__name__.endswith(ending)), None)
     # One that somebody has replaced already stays as it is.
-    if forward is None or cls.forward.__module__ != cls.__module__:
+    if make is None or cls.forward.__module__ != cls.__module__:
         return None
-    return type(cls.__name__, (cls,), {"forward": forward, "written_out": cls.forward, "__module__": cls.__module__})
+    own = {"forward": make(cls.forward), "written_out": cls.forward, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), own)
 
 
-def fuse(model: nn.Module) -> None:
+def fuse(model: nn.Module, endings: tuple[str, ...] = tuple(FORWARDS)) -> None:
     """Give norms, gated activations and rotations of a Gemma 4 text model or drafter their kernels, in place.
 
-    The rotation is a function of transformers' module, and so is replaced for every model of the process.
+    Other models in the process, and transformers' modules, stay as they are.
+
+    Args:
+        endings: of :data:`FORWARDS`, which classes.
     """
     if _as_transformers:
         return
     for module in model.modules():
         activation = getattr(getattr(module, "config", None), "hidden_activation", "gelu_pytorch_tanh")
         kind: Any = type(module)
+        if not kind.__name__.endswith(endings):
+            continue
         if (fused := _fused_class(kind)) is not None and activation == "gelu_pytorch_tanh":
             module.__class__ = fused
-        home: Any = sys.modules[type(module).__module__]
-        if home.__name__.startswith("transformers.models.gemma4") and hasattr(home, "apply_rotary_pos_emb"):
-            home.apply_rotary_pos_emb = apply_rotary_pos_emb

@@ -15,14 +15,13 @@ class States:
         # Contiguous whatever h's strides are: `add` writes through a flattened view.
         self.grads = [h.new_zeros(h.shape) if trained and h.requires_grad else None for h in hidden]
 
-    def gather(self, index: int, rows: Tensor, valid: Tensor) -> Tensor:
-        """Rows `[n, H]` of state `index`. One that isn't valid reads as 0: nothing in it can reach a sum."""
-        return self.hidden[index][rows].masked_fill_(~valid[:, None], 0)
-
-    def add(self, index: int, rows: Tensor, grad: Tensor) -> None:
-        """Add `grad` `[n, H]` to that of state `index`. Each valid row comes once: its own dtype is enough."""
+    def add(self, index: int, rows: Tensor, grad: Tensor | None) -> None:
+        """Add `grad` `[n, H]`, if there is one, to that of state `index`. Each valid row comes once: its own dtype is
+        enough."""
+        if grad is None:
+            return
         total = self.grads[index]
-        assert total is not None, "asked for only where needs_backward says so"
+        assert total is not None, "a head returns a gradient only where one is wanted"
         total.flatten(0, -2).index_add_(0, rows, grad.to(total.dtype))
 
 
@@ -43,14 +42,25 @@ class Head:
         """Logits `[n, V]` of `hidden` `[n, H]`, before a softcap."""
         return _matmul(hidden, self.weight.t(), out)
 
-    def backward(self, grad: Tensor, hidden: Tensor, index: int, rows: Tensor) -> None:
-        """Take `grad` `[n, V]` of the product to the weight and to `rows` of state `index`, the `hidden`."""
+    def backward(self, grad: Tensor, hidden: Tensor, index: int, others: Tensor | None = None) -> Tensor | None:
+        """Take `grad` `[n, V]` of the product to the weight, and return that of `hidden` `[n, H]`, of state `index`.
+
+        Args:
+            others: what other heads' products gave for `hidden`, to which this one's is added in place.
+
+        Returns:
+            None where `hidden` needs no gradient.
+        """
         grad = grad.to(self.weight.dtype)
         if self.total is not None:
             _add_matmul(self.total, grad.t(), hidden, beta=int(self.written))
             self.written = True
-        if self.states.grads[index] is not None:
-            self.states.add(index, rows, _matmul(grad, self.weight))
+        if self.states.grads[index] is None:
+            return None
+        if others is None:
+            return _matmul(grad, self.weight, narrow=True)
+        _add_matmul(others, grad, self.weight, beta=1)
+        return others
 
     def gradient(self) -> Tensor | None:
         """The weight's gradient, in the weight's dtype."""
@@ -69,18 +79,20 @@ def before_softcap(grad: Tensor, logits: Tensor, cap: float | None, scratch: Ten
     return grad if cap is None else grad.addcmul_(grad, torch.div(logits, cap, out=scratch).square_(), value=-1)
 
 
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b, in fp32 for half-precision inputs."""
+def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, narrow: bool = False) -> Tensor:
+    """a @ b, in fp32 for half-precision inputs; `narrow`: rounded to their dtype, on a GPU in the product itself."""
     if a.dtype.itemsize >= 4:
         return torch.mm(a, b, out=out)
-    if a.is_cuda:  # tensor cores accumulate in fp32: keep what they have
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a.float(), b.float(), out=out)
+    if not a.is_cuda:
+        return torch.mm(a.float(), b.float(), out=out)
+    # Tensor cores accumulate in fp32: keep what they have, or round it once.
+    return torch.mm(a, b) if narrow else torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def _add_matmul(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
-    """total = beta·total + a @ b, total being fp32 for half-precision inputs; beta 0 reads nothing of total."""
-    if a.dtype.itemsize >= 4:
+    """total = beta·total + a @ b, total being fp32 for half-precision inputs, or on a GPU what `narrow` made; beta 0
+    reads nothing of total."""
+    if a.dtype == total.dtype:
         total.addmm_(a, b, beta=beta)
     elif a.is_cuda:
         torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)

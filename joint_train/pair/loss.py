@@ -13,7 +13,6 @@ as many products with the heads again.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -21,12 +20,11 @@ from torch.autograd.function import once_differentiable
 
 from joint_train.config import LossConfig, parse_drafter_loss, teacher_grad
 from joint_train.pair.centroids import Centroids
-from joint_train.pair.distribution import Distribution, add_label_gradient, pick
 from joint_train.pair.divergence import temporaries
 from joint_train.pair.heads import Head, States
 from joint_train.pair.stats import DraftStats, JointStats, RoutingStats, SourceStats
 from joint_train.pair.targets import JointTargets
-from joint_train.pair.terms import LOSSES, MEASURES, Buffered, Compiled, Mix, Part
+from joint_train.pair.terms import LOSSES, MEASURES, ROUTING, Buffered, Compiled, Mix
 from joint_train.pair.tied import TiedGradient
 from joint_train.pair.walk import decoding_rows
 from joint_train.torch_private import has_triton
@@ -163,12 +161,12 @@ class Pass:
         data_weight, argmax_weight = mix.pop("ce", 0.0), mix.pop("ce_argmax", 0.0)
         # The argmax has no derivative: only a distance between the distributions can train the teacher.
         of_teacher = teacher_grad(loss_cfg) if base.needs_backward(0) and mix else 0.0
-        self.mix = Mix(mix, data_weight, argmax_weight, float(loss_cfg.temperature), of_teacher)
-        self.centroid_weight, self.compile = float(loss_cfg.centroid_weight), compiles(loss_cfg, self.device.type)
+        settings = float(loss_cfg.temperature), of_teacher, float(loss_cfg.centroid_weight)
+        self.mix, self.compile = Mix(mix, data_weight, argmax_weight, *settings), compiles(loss_cfg, self.device.type)
 
-        self.buffers = 5 + (of_teacher > 0)
-        temporary = temporaries(mix)
-        temporary += 4 if mix and self.mix.temperature != 1 else 0
+        # [n, V] tensors: compiled, two products and a gradient; kernels make the rest where they read it.
+        self.buffers = (2 if self.compile else 5) + (of_teacher > 0)
+        temporary = 1 if self.compile else temporaries(mix) + (4 if mix and self.mix.temperature != 1 else 0)
         row_bytes = (self.buffers + temporary) * base.weight.shape[0] * self.dtype.itemsize
         budget = memory_budget_mb(loss_cfg, self.device.type) if budget_mb is None else budget_mb
         most = int(budget * 2**20) // row_bytes
@@ -176,36 +174,52 @@ class Pass:
 
     def run(self) -> tuple[Tensor, JointStats]:
         rounds, total, vocabulary = self.num_steps, len(self.targets.rows), self.base.weight.shape[0]
-
-        def zeros(*shape, dtype=self.dtype):
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
-        # Of the base (the losses alone) and of each round: the losses, and the measures of each head of the drafter.
-        heads = 2 if self.routing else 1  # what is served and, where that isn't all the tokens, all of them
-        self.sums = zeros(1 + rounds, len(LOSSES) + heads * len(MEASURES))
-        self.routed = RoutingStats(zeros(rounds), zeros(rounds)) if self.routing else None
-        self.sources = None
-        if self.groups is not None:
-            self.sources = SourceStats(*(zeros(self.num_groups) for _ in fields(SourceStats)))
-        # By row of the drafter; the last row takes the rounds that aren't valid.
-        by_row = (self.targets.batch_rows + 1, rounds)
-        self.seen = zeros(*by_row, dtype=torch.bool)
-        self.agreed = [zeros(*by_row, dtype=torch.bool) for _ in range(heads)]
+        # Of the base and of each round, for all targets: what a chunk needs are then slices. A tensor each, so that
+        # kernels find them aligned.
+        self.valid = [valid.contiguous() for valid in self.targets.valid.unbind(1)]
+        self.scales = [valid * weight for valid, weight in zip(self.valid, self.weights.unbind(), strict=True)]
+        drafts = [(self.targets.rows - self.targets.offset - k).clamp(min=0) for k in range(rounds)]
+        self.rows = [self.targets.rows, *drafts]
+        self.values: list[list[Tensor]] = [[] for _ in self.rows]  # of each chunk, as `Part.values`
 
         caps = self.base.softcap, self.drafter.softcap
         shape = (2 if self.compile else self.buffers, min(self.chunk, total), vocabulary)
         settings = self.mix, self.centroids, caps, torch.empty(shape, dtype=self.dtype, device=self.device)
         dtypes = self.base.weight.dtype, self.drafter.weight.dtype
-        terms = Compiled(*settings, dtypes) if self.compile else Buffered(*settings)
-        self.walk_chunks(terms)
+        self.walk_chunks(Compiled(*settings, dtypes) if self.compile else Buffered(*settings))
+        return self._totals()
 
-        losses, *measures = self.sums.split([len(LOSSES), *[len(MEASURES)] * heads], dim=1)
+    def _totals(self) -> tuple[Tensor, JointStats]:
+        """The loss, and the sums of what the chunks gave."""
+        heads = 2 if self.routing else 1  # what is served and, where that isn't all the tokens, all of them
+        numbers = [len(LOSSES), *[len(MEASURES)] * heads, *([len(ROUTING)] if self.routing else [])]
+        valid, total = self.targets.valid.t()[1:], len(self.targets.rows)  # [K, P]
+
+        def empty(*shape):
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+        base = torch.cat([empty(numbers[0], 0), *self.values[0]], 1) * self.valid[0]  # [LOSSES, P]
+        rounds = [torch.cat([empty(sum(numbers), 0), *found], 1)[None] for found in self.values[1:]]
+        values = torch.cat([empty(0, sum(numbers), total), *rounds]) * valid[:, None]
+
+        of_rounds, *measures = values.sum(-1).split(numbers, dim=1)
+        losses = torch.cat([base.sum(-1)[None], of_rounds])
         of_losses = dict(zip(LOSSES, losses.unbind(1), strict=True))
         loss = (self.weights * of_losses["loss"]).sum()
-        if self.routed is not None:
-            loss = loss + self.centroid_weight * (self.weights[1:] * self.routed.ce).sum()
-        full = self.seen[:-1].all(-1)
-        drafts = [self._drafts(*found, full) for found in zip(measures, self.agreed, strict=True)]
+        routed = RoutingStats(*measures.pop().unbind(1)) if self.routing else None
+        if routed is not None:
+            loss = loss + self.mix.centroid_weight * (self.weights[1:] * routed.ce).sum()
+
+        # By row of the drafter; the last row takes the rounds that aren't valid.
+        into = torch.where(valid, torch.stack(self.rows)[1:], self.targets.batch_rows).t()
+
+        def by_row(found: Tensor) -> Tensor:
+            made = torch.zeros(self.targets.batch_rows + 1, self.num_steps, dtype=torch.bool, device=self.device)
+            return made.scatter_(0, into, found.t())[:-1]
+
+        full = by_row(valid).all(-1)
+        agreed = [by_row(values[:, len(LOSSES) + i * len(MEASURES)] > 0) for i in range(heads)]
+        drafts = [self._drafts(*found, full) for found in zip(measures, agreed, strict=True)]
         stats = JointStats(
             **of_losses,
             count=self.targets.counts,
@@ -213,23 +227,31 @@ class Pass:
             full_rows=full.sum(),
             drafts=drafts[0],
             dense=drafts[1] if len(drafts) > 1 else None,
-            routing=self.routed,
-            sources=self.sources,
+            routing=routed,
+            sources=self._sources(base[1], values[:, 1].sum(0), valid.sum(0)),
         )
         return loss, stats
+
+    def _sources(self, base_ce: Tensor, drafter_ce: Tensor, drafter_count: Tensor) -> SourceStats | None:
+        """The sums of each source, from those of each target, ``[P]``."""
+        if self.groups is None:
+            return None
+        of_targets = base_ce, drafter_ce, self.valid[0], drafter_count
+        zeros = torch.zeros(self.num_groups, dtype=self.dtype, device=self.device)
+        return SourceStats(*(zeros.index_add(0, self.groups, found.to(self.dtype)) for found in of_targets))
 
     def _drafts(self, measures: Tensor, agreed: Tensor, full: Tensor) -> DraftStats:
         """Of one head of the drafter.
 
         Args:
-            measures: ``[1+K, MEASURES]``.
-            agreed: ``[rows + 1, K]``, where the round's argmax is the base's.
+            measures: ``[K, MEASURES]``.
+            agreed: ``[rows, K]``, where the round's argmax is the base's.
             full: ``[rows]``, which have all K rounds.
         """
-        accepted = agreed[:-1].long().cumprod(-1).sum(-1)
+        accepted = agreed.long().cumprod(-1).sum(-1)
         walked = full & decoding_rows(self.targets.rows, accepted)
         return DraftStats(
-            **dict(zip(MEASURES, measures[1:].unbind(1), strict=True)),
+            **dict(zip(MEASURES, measures.unbind(1), strict=True)),
             accepted=(accepted * full).sum(),
             walk_accepted=(accepted * walked).sum(),
             walk_rows=walked.sum(),
@@ -245,59 +267,38 @@ class Pass:
             self._chunk(part, terms)
 
     def _chunk(self, part: slice, terms: Buffered | Compiled) -> None:
-        rows, labels, valid = self.targets.rows[part], self.targets.labels[part], self.targets.valid[part]
-        groups = None if self.groups is None else self.groups[part]
-        mask = valid.to(self.dtype)
-        scales = mask * self.weights
-        base_buffer, buffer = terms.product_buffers(len(rows))
+        labels, rows, valid = self.targets.labels[part], self.rows[0][part], self.valid[0][part]
+        base_buffer, buffer = terms.product_buffers(len(labels))
 
-        hidden = self.base.states.gather(0, rows, valid[:, 0])
+        hidden = terms.gather(self.base.states.hidden[0], rows, valid)
         trained = self.base.needs_backward(0)
         product = self.base.product(hidden, base_buffer)
-        base = terms.base(product, labels, mask[:, 0], scales[:, 0] if trained else None)
-        self._add(0, mask[:, 0], base, groups)
+        base = terms.base(product, labels, self.scales[0][part] if trained else None)
+        self.values[0].append(base.values)
         teaches = self.mix.teacher_grad > 0
         if trained and not teaches:
-            self.base.backward(terms.base_gradient(base.grad), hidden, 0, rows)
+            self._base_backward(terms, base.grad, hidden, rows)
+            base = base._replace(grad=None)  # its memory is the rounds'
 
         for k in range(self.num_steps):
-            states, ok = (rows - self.targets.offset - k).clamp(min=0), valid[:, 1 + k]
-            state = self.drafter.states.gather(k, states, ok)
+            states, valid, scale = (of[1 + k][part] for of in (self.rows, self.valid, self.scales))
+            state = terms.gather(self.drafter.states.hidden[k], states, valid)
             scores = self.routing.product(state) if self.routing else None
             product = self.drafter.product(state, buffer)
             # The teacher's gradient is scaled like the student's, also where no student is trained.
-            scale = scales[:, 1 + k] if teaches or self.drafter.needs_backward(k) else None
-            found = terms.round(product, labels, mask[:, 1 + k], scale, scores, base.grad if teaches else None)
-            self._add(1 + k, mask[:, 1 + k], found, groups)
-            into = torch.where(ok, states, self.targets.batch_rows)
-            self.seen[:, k].index_fill_(0, into, True)  # by index, True would be copied to the device: a wait
-            for agreed, agree in zip(self.agreed, found.agree, strict=True):
-                agreed[into, k] = agree
-            if self.drafter.needs_backward(k):
-                self.drafter.backward(found.grad, state, k, states)
-            if scores is not None:
-                centroid = self.centroids.token_centroid[labels]
-                self._route(k, states, state, Distribution.of(scores), centroid, mask[:, 1 + k], scales[:, 1 + k])
+            wanted = scale if teaches or self.drafter.needs_backward(k) else None
+            routes = self.routing and self.mix.centroid_weight and self.routing.needs_backward(k)
+            of_routing = scale if routes else None
+            found = terms.round(product, labels, wanted, scores, base.grad if teaches else None, of_routing)
+            self.values[1 + k].append(found.values)
+            grad = self.drafter.backward(found.grad, state, k) if self.drafter.needs_backward(k) else None
+            if found.routing_grad is not None:
+                grad = self.routing.backward(found.routing_grad, state, k, grad)
+            self.drafter.states.add(k, states, grad)
+            del found, grad
 
         if teaches:
-            self.base.backward(terms.base_gradient(base.grad), hidden, 0, rows)
+            self._base_backward(terms, base.grad, hidden, rows)
 
-    def _route(self, k, states: Tensor, state: Tensor, q: Distribution, centroid: Tensor, mask, scale: Tensor) -> None:
-        """The routing loss of round k: cross-entropy of q, over the centroids, with the token's `centroid`."""
-        ce, rank = q.cross_entropy(centroid), (q.logits > pick(q.logits, centroid)[:, None]).sum(-1)
-        hit = rank < self.centroids.top_k
-        assert self.routed is not None, "made with the routing's head"
-        for total, value in ((self.routed.ce, ce), (self.routed.hit, hit)):
-            total[k] += (value * mask).sum()
-        if self.centroid_weight and self.routing.needs_backward(k):
-            grad = torch.zeros_like(q.probs)
-            add_label_gradient(grad, q, centroid, self.centroid_weight * scale)
-            self.routing.backward(grad, state, k, states)
-
-    def _add(self, index: int, mask: Tensor, part: Part, groups: Tensor | None) -> None:
-        """Add what the base (0) or a round (1 + k) gives, of the rows in `mask`."""
-        self.sums[index, : len(part.sums)] += part.sums
-        if (of := self.sources) is not None and groups is not None:
-            ce, count = (of.drafter_ce, of.drafter_count) if index else (of.base_ce, of.base_count)
-            ce.index_add_(0, groups, part.ce * mask)
-            count.index_add_(0, groups, mask)
+    def _base_backward(self, terms: Buffered | Compiled, grad: Tensor | None, hidden: Tensor, rows: Tensor) -> None:
+        self.base.states.add(0, rows, self.base.backward(terms.base_gradient(grad), hidden, 0))

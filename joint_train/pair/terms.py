@@ -29,27 +29,27 @@ class Mix:
     argmax_weight: float
     temperature: float
     teacher_grad: float
+    centroid_weight: float = 0.0
 
 
 class Part(NamedTuple):
-    """What the rows of a chunk contribute to the base's sums, or to a round's.
+    """What a chunk's rows give for the base, or for a round.
 
     Attributes:
-        sums: of each number over the rows in the mask, ``[numbers]``: ``loss``, ``ce`` and ``top1``, and of a round the
-            :data:`MEASURES` of the head that serves and, with centroids, those of all tokens.
-        ce: ``[n]``, cross-entropy with the data's token.
-        agree: ``[n]`` by head (as the measures), whether the argmax is the base's.
+        values: numbers of each row, ``[numbers, n]``: :data:`LOSSES`, and of a round the :data:`MEASURES` of the head
+            that serves and, with centroids, those of all tokens and :data:`ROUTING`.
         grad: ``[n, V]``, of the loss by the head's product; None where none is wanted.
+        routing_grad: ``[n, C]``, of the routing's loss by the centroids' logits; None where none is wanted.
     """
 
-    sums: Tensor
-    ce: Tensor
-    agree: list[Tensor]
+    values: Tensor
     grad: Tensor | None
+    routing_grad: Tensor | None = None
 
 
 LOSSES = ("loss", "ce", "top1")
 MEASURES = ("agree", "acceptance_argmax", "acceptance_sampled")
+ROUTING = ("ce", "hit")  # cross-entropy with the centroid of the data's token, and whether it is among the top k
 
 
 def round_terms(
@@ -63,8 +63,9 @@ def round_terms(
     centroids: Centroids | None,
     base_grad: Tensor | None,
     grad: Tensor | None,
-) -> tuple[list[Tensor], Tensor | None]:
-    """A round of the drafter: its numbers of each row, as :class:`Part` has them, and its gradient by q's logits.
+    routing_scale: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A round of the drafter, as :class:`Part` has it, with the gradient by q's logits.
 
     Args:
         p, teacher: the base's distributions, at temperature 1 and at that of the losses.
@@ -74,6 +75,7 @@ def round_terms(
         scores, centroids: with ordered embeddings, the logits ``[n, C]`` of the centroids.
         base_grad: ``[n, V]``, to which the gradient by the teacher's logits is added; None: it has none.
         grad: ``[n, V]``, overwritten; None: new tensors are made.
+        routing_scale: ``[n]``, of each row's gradient of the routing; None: no gradient is wanted of it.
     """
     ce, alpha = q.cross_entropy(labels), overlap(p, q, grad)
     loss, distance = mix.data_weight * ce + mix.argmax_weight * q.cross_entropy(p.argmax), None
@@ -85,7 +87,7 @@ def round_terms(
         if base_grad is not None:
             assert scale is not None, "the teacher's gradient is scaled like the student's"
             base_grad.add_(distance.teacher_gradient(mix.teacher_grad * scale / mix.temperature, grad))
-    values = [loss, ce, q.argmax == labels]
+    values, routing_grad = [loss, ce, q.argmax == labels], None
     if centroids is None:
         values += _measures(p, q, alpha)
     else:
@@ -93,8 +95,10 @@ def round_terms(
         served = routed(q, scores, centroids, grad)
         # `overlap` may write into a tensor that it reads: it works token by token.
         values += [*_measures(p, served, overlap(p, served, grad)), *_measures(p, q, alpha)]
+        found, routing_grad = _routing(scores, centroids, labels, mix.centroid_weight, routing_scale)
+        values += found
     if scale is None:
-        return values, None
+        return _rows(values), None, routing_grad
     if distance is not None:
         grad = distance.student_gradient(scale / mix.temperature, grad)
     else:
@@ -102,6 +106,20 @@ def round_terms(
     for weight, tokens in ((mix.data_weight, labels), (mix.argmax_weight, p.argmax)):
         if weight:
             add_label_gradient(grad, q, tokens, weight * scale)
+    return _rows(values), grad, routing_grad
+
+
+def _routing(
+    scores: Tensor, centroids: Centroids, labels: Tensor, weight: float, scale: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """:data:`ROUTING`, and the gradient of `weight` times the cross-entropy by the scores ``[n, C]``."""
+    q, tokens = Distribution.of(scores), centroids.token_centroid[labels]
+    rank = (scores > pick(scores, tokens)[:, None]).sum(-1)
+    values = [q.cross_entropy(tokens), rank < centroids.top_k]
+    if scale is None:
+        return values, None
+    grad = torch.zeros_like(scores)
+    add_label_gradient(grad, q, tokens, weight * scale)
     return values, grad
 
 
@@ -110,8 +128,8 @@ def _measures(p: Distribution, q: Distribution, alpha: Tensor) -> list[Tensor]:
     return [q.argmax == p.argmax, pick(p.probs, q.argmax), alpha]
 
 
-def _sums(values: list[Tensor], mask: Tensor) -> Tensor:
-    return (torch.stack([value.to(mask.dtype) for value in values]) * mask).sum(-1)
+def _rows(values: list[Tensor]) -> Tensor:
+    return torch.stack([value.to(values[0].dtype) for value in values])
 
 
 class Buffered:
@@ -133,7 +151,11 @@ class Buffered:
         self.base_grad = self.buffers[5, :rows] if len(self.buffers) > 5 else self.grad
         return self.base_logits, self.logits
 
-    def base(self, product: Tensor, labels: Tensor, mask: Tensor, scale: Tensor | None) -> Part:
+    def gather(self, hidden: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
+        """Rows ``[n, H]`` of hidden states. One that isn't valid reads as 0: nothing in it can reach a sum."""
+        return hidden[rows].masked_fill_(~valid[:, None], 0)
+
+    def base(self, product: Tensor, labels: Tensor, scale: Tensor | None) -> Part:
         """The base's cross-entropy. With a gradient of the teacher, it is that before the softcap's derivative, to
         which the rounds add and :meth:`base_gradient` does the rest."""
         self.p = p = Distribution.of(softcapped(product, self.caps[0]), self.base_probs)
@@ -142,7 +164,7 @@ class Buffered:
         if scale is not None:
             grad = self.base_grad
             add_label_gradient(grad.zero_(), p, labels, scale)
-        return Part(_sums([ce, ce, p.argmax == labels], mask), ce, [], grad)
+        return Part(_rows([ce, ce, p.argmax == labels]), grad)
 
     def base_gradient(self, grad: Tensor | None) -> Tensor:
         assert grad is not None, "base() makes one where a scale is given"
@@ -152,17 +174,17 @@ class Buffered:
         self,
         product: Tensor,
         labels: Tensor,
-        mask: Tensor,
         scale: Tensor | None,
         scores: Tensor | None,
         base_grad: Tensor | None,
+        routing_scale: Tensor | None = None,
     ) -> Part:
         q = Distribution.of(softcapped(product, self.caps[1]), self.probs)
-        terms = self.p, self.teacher, q, labels, scale, scores, self.centroids, base_grad, self.grad
-        values, grad = round_terms(self.mix, *terms)
+        terms = self.p, self.teacher, q, labels, scale, scores, self.centroids, base_grad, self.grad, routing_scale
+        values, grad, routing_grad = round_terms(self.mix, *terms)
         if grad is not None:
             grad = before_softcap(grad, q.logits, self.caps[1], self.probs)
-        return Part(_sums(values, mask), values[1], values[3 :: len(MEASURES)], grad)
+        return Part(values, grad, routing_grad)
 
 
 class Compiled:
@@ -181,11 +203,15 @@ class Compiled:
         self.product, other = self.buffers[:, :rows]
         return self.product, other
 
-    def base(self, product: Tensor, labels: Tensor, mask: Tensor, scale: Tensor | None) -> Part:
-        _any_number_of_rows(product, labels, mask, scale)
+    def gather(self, hidden: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
+        _any_number_of_rows(hidden, rows, valid)
+        return compiled(_gather)(hidden, rows, valid)
+
+    def base(self, product: Tensor, labels: Tensor, scale: Tensor | None) -> Part:
+        _any_number_of_rows(product, labels, scale)
         dtype = None if self.mix.teacher_grad else self.dtypes[0]
-        sums, ce, grad, *self.p = compiled(_base)(product, labels, mask, scale, self.caps[0], dtype)
-        return Part(sums, ce, [], grad)
+        values, grad, *self.p = compiled(_base)(product, labels, scale, self.caps[0], dtype)
+        return Part(values, grad)
 
     def base_gradient(self, grad: Tensor | None) -> Tensor:
         assert grad is not None, "base() makes one where a scale is given"
@@ -197,14 +223,15 @@ class Compiled:
         self,
         product: Tensor,
         labels: Tensor,
-        mask: Tensor,
         scale: Tensor | None,
         scores: Tensor | None,
         base_grad: Tensor | None,
+        routing_scale: Tensor | None = None,
     ) -> Part:
-        p, q = (self.product, *self.p), (product, labels, mask, scale, scores)
-        _any_number_of_rows(*p, *q, base_grad)
-        return Part(*compiled(_round)(self.mix, *p, *q, self.centroids, base_grad, self.caps, self.dtypes[1]))
+        p, q = (self.product, *self.p), (product, labels, scale, scores)
+        _any_number_of_rows(*p, *q, base_grad, routing_scale)
+        settings = self.centroids, base_grad, routing_scale, self.caps, self.dtypes[1]
+        return Part(*compiled(_round)(self.mix, *p, *q, *settings))
 
 
 @functools.cache
@@ -224,10 +251,13 @@ def _capped(product: Tensor, cap: float | None) -> Tensor:
     return softcapped(product.clone(), cap)
 
 
+def _gather(hidden: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid[:, None], hidden[rows], 0)
+
+
 def _base(
     product: Tensor,
     labels: Tensor,
-    mask: Tensor,
     scale: Tensor | None,
     cap: float | None,
     dtype: torch.dtype | None,  # of the gradient; None: the rounds add to it first
@@ -239,7 +269,7 @@ def _base(
         add_label_gradient(grad, p, labels, scale)
         if dtype is not None:
             grad = before_softcap(grad, p.logits, cap).to(dtype)
-    return _sums([ce, ce, p.argmax == labels], mask), ce, grad, p.argmax, p.logsumexp
+    return _rows([ce, ce, p.argmax == labels]), grad, p.argmax, p.logsumexp
 
 
 def _base_gradient(grad: Tensor, product: Tensor, cap: float | None, dtype: torch.dtype) -> Tensor:
@@ -253,11 +283,11 @@ def _round(
     logsumexp: Tensor,
     product: Tensor,
     labels: Tensor,
-    mask: Tensor,
     scale: Tensor | None,
     scores: Tensor | None,
     centroids: Centroids | None,
     base_grad: Tensor | None,
+    routing_scale: Tensor | None,
     caps: tuple,
     dtype: torch.dtype,
 ):
@@ -265,7 +295,8 @@ def _round(
     p = Distribution(logits, (logits - logsumexp[:, None]).exp(), argmax, logsumexp)
     teacher = p.at(mix.temperature) if mix.distances else p
     q = Distribution.of(_capped(product, caps[1]))
-    values, grad = round_terms(mix, p, teacher, q, labels, scale, scores, centroids, base_grad, None)
+    terms = p, teacher, q, labels, scale, scores, centroids, base_grad, None, routing_scale
+    values, grad, routing_grad = round_terms(mix, *terms)
     if grad is not None:
         grad = before_softcap(grad, q.logits, caps[1]).to(dtype)
-    return _sums(values, mask), values[1], values[3 :: len(MEASURES)], grad
+    return values, grad, None if routing_grad is None else routing_grad.to(dtype)

@@ -43,12 +43,13 @@ class Work:
 
 @dataclass(frozen=True)
 class _Seen:
-    """An operation with arguments of these layouts: its cost, and the layout of its result where that is all of it."""
+    """An operation with arguments of these layouts: its cost, and the layouts of its results, where that is all."""
 
     flops: int
     bytes: int
     launches: int
-    result: tuple | None
+    results: list[tuple] | None
+    several: bool = False
 
 
 class Meter(TorchDispatchMode):
@@ -102,19 +103,24 @@ class Meter(TorchDispatchMode):
         """The operation's result. Layers repeat: one that was seen before gets an empty tensor like that of then."""
         key = (func, _describe(args), _describe(tuple(kwargs.items())) if kwargs else None)
         seen = self._seen.get(key)
-        if seen is not None and seen.result is not None:
-            shape, stride, dtype = seen.result
-            return seen, torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        if seen is not None and seen.results is not None:
+            made = [
+                torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in seen.results
+            ]
+            return seen, tuple(made) if seen.several else made[0]
         if kind == "in place":
             out = kwargs["out"] if "out" in kwargs else args[0] if func._schema.returns else func(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
         if seen is None:
-            fresh = kind != "in place" and isinstance(out, Tensor) and out.is_meta and not any(out is x for x in args)
-            result = (out.shape, out.stride(), out.dtype) if fresh else None
+            several = isinstance(out, tuple)
+            outs = out if several else (out,)
+            given = {id(x) for x in (*args, *kwargs.values())}
+            fresh = all(isinstance(x, Tensor) and x.is_meta and id(x) not in given for x in outs)
+            results = [(x.shape, x.stride(), x.dtype) for x in outs] if kind != "in place" and fresh else None
             count = flop_registry.get(func._overloadpacket)
             flops = count(*args, **kwargs, out_val=out) if count else 0
-            seen = self._seen[key] = _Seen(flops, *_moved(func, args, kwargs, out), result)
+            seen = self._seen[key] = _Seen(flops, *_moved(func, args, kwargs, out), results, several)
         return seen, out
 
     def charge(self, name: str, seen: _Seen) -> None:

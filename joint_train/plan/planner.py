@@ -14,20 +14,20 @@ from transformers import PreTrainedConfig
 
 from joint_train.checkpoint.state import pair_tensors
 from joint_train.config import Config, with_overrides
-from joint_train.config.values import mesh_shape
+from joint_train.config.values import grown_rows, mesh_shape
 from joint_train.distributed.moments import moved_by_muon, state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
 from joint_train.distributed.placement import local_numel, padding
 from joint_train.pair.attention import kernels
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.loss import memory_budget_mb
-from joint_train.plan.ladder import lowest, rungs
+from joint_train.plan.ladder import likely, lowest, rungs
 from joint_train.plan.machine import Machine
 from joint_train.plan.meter import COPIES, Work
 from joint_train.plan.step import SAVED, local_bytes, simulate
 from joint_train.weights import released
 from joint_train.weights.composite import Gemma4WithDrafter, meta_pair
-from joint_train.weights.folders import read_config
+from joint_train.weights.folders import read_config, vocabulary_settings
 
 GIB = 2**30
 PARTS = (
@@ -201,14 +201,16 @@ def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, st
         ConfigError: if there are neither, or the pair doesn't fit together.
     """
     m, configs, sources = cfg.model, list[PreTrainedConfig](), list[str]()
-    for path, revision, overrides in (
-        (m.base, m.revision, m.text_config),
-        (m.drafter, m.drafter_revision, None),
+    rows = grown_rows(cfg)
+    for path, revision, overrides, kind in (
+        (m.base, m.revision, m.text_config, "gemma4"),
+        (m.drafter, m.drafter_revision, None, "gemma4_assistant"),
     ):
-        found = released.released_config(path, overrides)
+        grown = vocabulary_settings(kind, rows) if rows else {}
+        found = released.released_config(path, {**(overrides or {}), **grown})
         if found is None:
             found, source = (
-                read_config(path, revision=revision, cache_dir=m.cache_dir, text_config=overrides),
+                read_config(path, revision=revision, cache_dir=m.cache_dir, text_config=overrides, rows=rows),
                 f"{path}/config.json",
             )
         else:
@@ -264,7 +266,11 @@ def make_plan(
         )
         return plans[rung].peak <= machine.usable
 
-    rung = lowest(len(choices), fits)
+    def guess() -> int:
+        first = plans[0]
+        return likely(cfg.activation_checkpointing, (first.peak - machine.usable) / first.memory["activations"])
+
+    rung = lowest(len(choices), fits, guess)
     if rung not in plans:
         fits(rung)
     return replace(plans[rung], chosen=choices[rung])
@@ -285,6 +291,7 @@ def _plan(
     model = meta_pair(cfg, base_config, drafter_config, compute, device_type)
     ranks, shard = mesh_sizes(cfg, machine)
     whole = whole_parameters(model.base)
+    wholes = {id(p) for p in whole}
     rounded = {id(p) for p in rounded_parameters(model.base)}  # sharded, unless they are whole
     step = simulate(model, cfg, shard, device_type, machine.flex_head_dim, base_alone, drafter_alone, targets)
     parameters = list((model.base if base_alone else model).parameters())
@@ -304,7 +311,7 @@ def _plan(
         average = 4 * sum(local_numel(p.shape, shard) for p in model.drafter.parameters() if p.requires_grad)
     reduce_bytes = DTYPES[cfg.precision.reduce].itemsize
     masters = [p for p in parameters if id(p) not in rounded]
-    kept = [p for p in parameters if id(p) in rounded - {id(other) for other in whole}]
+    kept = [p for p in parameters if id(p) in rounded - wholes]
     offloaded = cfg.parallel.cpu_offload == "all"
     shards = local_bytes(masters, shard, cfg) + sum(local_numel(p.shape, shard) * p.dtype.itemsize for p in kept)
     gradients = local_bytes(trained, shard, cfg)
@@ -367,7 +374,7 @@ def _plan(
         communication=communication,
         mesh=(ranks // shard, shard),
         micro_batches=cfg.optim.grad_accum,
-        padding=padding([p.shape for p in parameters if id(p) not in {id(other) for other in whole}], shard),
+        padding=padding([p.shape for p in parameters if id(p) not in wholes], shard),
         host={what: size for what, size in host.items() if size},
         transfers=transfers,
         transfers_at_end=late,

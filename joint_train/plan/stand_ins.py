@@ -17,6 +17,9 @@ from joint_train.pair.centroids import Centroids
 from joint_train.plan.meter import LOSS, PRODUCTS, Meter, Work, size_of
 from joint_train.torch_private import in_backward
 
+# Of the loss's compiled functions, as made for sm_90.
+KERNELS = {"_base": 2, "_base_gradient": 1, "_round": 2}
+ROUTING_KERNELS = 3  # that ordered embeddings add to a round
 PASSES = 3  # over the logits, of the loss's compiled kernels (counted in those that are made for sm_90)
 
 
@@ -63,8 +66,9 @@ def stand_ins(meter: Meter, device_type: str = "cpu", flex_head_dim: int | None 
         flex_head_dim: the largest that FlexAttention runs with on the device; None: any.
     """
 
-    def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-        result = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32) if out is None else out
+    def product(a: Tensor, b: Tensor, out: Tensor | None = None, narrow: bool = False) -> Tensor:
+        dtype = a.dtype if narrow else torch.float32
+        result = a.new_empty(a.shape[0], b.shape[1], dtype=dtype) if out is None else out
         meter.count(2 * a.shape[0] * a.shape[1] * b.shape[1], part=LOSS)
         meter.move(LOSS, size_of(a) + size_of(b) + size_of(result))
         return result
@@ -106,11 +110,16 @@ def stand_ins(meter: Meter, device_type: str = "cpu", flex_head_dim: int | None 
         def run(*args):
             with meter.paused():
                 results = function(*args)
+            if isinstance(results, Tensor) and function.__name__ == "_gather":
+                meter.move(LOSS, 2 * size_of(results))
+                meter.see(results)
+                return results
             logits = [x for x in args if isinstance(x, Tensor) and x.dim() == 2 and x.dtype == torch.float32]
             ordered = function.__name__ == "_round" and any(isinstance(x, Centroids) for x in args)
             read = sum(map(size_of, logits)) * PASSES
-            written = [x for x in results if isinstance(x, Tensor)]
-            meter.move(LOSS, read + ordered * size_of(logits[-1]) + sum(map(size_of, written)), launches=10)
+            written = [x for x in (results if isinstance(results, tuple) else (results,)) if isinstance(x, Tensor)]
+            traffic = read + (size_of(logits[1]) if ordered else 0) + sum(map(size_of, written))
+            meter.move(LOSS, traffic, launches=KERNELS[function.__name__] + ROUTING_KERNELS * ordered)
             for tensor in written:
                 meter.see(tensor)
             return results
@@ -147,6 +156,8 @@ def _chunks(meter: Meter):
         alike = [part for part in parts[1:] if part.stop - part.start == self.chunk]
         for part in parts:
             if part in alike[1:]:
+                for found in self.values:
+                    found.append(found[-1])
                 continue
             before, flops = _copy(meter.work[LOSS]), meter.flops
             self._chunk(part, terms)

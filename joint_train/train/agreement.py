@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from joint_train.errors import ConfigError
 # Where a node has its files is its own affair: their contents are compared.
 PLACES = {"pair", "model.base", "model.drafter", "model.cache_dir", "data.tokenizer", "data.cache_dir"}
 
+ADAPTER = re.compile(r"model\.adapter(\[\d+\])?(\.path)?")
+
 
 def agree_on_configuration(cfg: Config, ranks: Ranks) -> None:
     """Compare every key but those that only say where a node has its files. Collective.
@@ -24,7 +27,7 @@ def agree_on_configuration(cfg: Config, ranks: Ranks) -> None:
         ConfigError: on every rank, naming the keys, not their values: those may be secrets.
     """
     values = dict(_flat(dataclasses.asdict(cfg)))
-    values = {key: value for key, value in values.items() if key not in PLACES}
+    values = {key: value for key, value in values.items() if key not in PLACES and not ADAPTER.fullmatch(key)}
     values = {key: value for key, value in values.items() if not (key.startswith("data.") and key.endswith("].path"))}
     agree(ranks, "configuration", {key: _digest(json.dumps(value, default=str)) for key, value in values.items()})
 

@@ -53,3 +53,8 @@ def _warn_of_passes(sequence, max_steps: int, rows: int) -> None:
                 "Set epochs instead of max_steps, or give the source a smaller weight",
                 max_steps, passes, name,
             )  # fmt: skip
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens at this one."""
+    return every > 0 and step % every == 0

@@ -1,4 +1,5 @@
-"""The speed of a run, without waiting for the device in each step, and the memory that it takes."""
+"""The speed of a run, without waiting for the device in each step, its share of what the device can do, and the memory
+that it takes."""
 
 import resource
 

@@ -13,45 +13,39 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from joint_train.checkpoint import Checkpointer
 from joint_train.config import Config, with_overrides
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
+from joint_train.data.fit import check_fit
+from joint_train.data.tokenizer import end_token_ids, load_tokenizer
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
 from joint_train.distributed.preemption import Preemption
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
+from joint_train.model_card import model_cards
 from joint_train.pair.attention import check_backward
 from joint_train.pair.loss import run_budget_mb
 from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets, send
 from joint_train.plan.planner import Machine, make_plan
-from joint_train.train.advice import (
-    generation_prompts,
-    log_recomputation,
-    say_frozen,
-    say_resumed,
-    warn_of_base_after,
-    warn_of_grace,
-    warn_of_padding,
-    warn_of_torchrun,
-    warn_of_warmup,
-)
+from joint_train.train import advice
 from joint_train.train.agreement import agree_on_configuration, agree_on_data
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
-from joint_train.train.length import run_steps
+from joint_train.train.length import is_due, run_steps
 from joint_train.train.optim import build_optimizer, update
 from joint_train.train.pace import Since, peak_memory, utilisation
 from joint_train.train.stages import Stages
 from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
 from joint_train.weights.average import averaged, start_average, update_average
 from joint_train.weights.composite import load_pair
-from joint_train.weights.folders import resolve
+from joint_train.weights.folders import run_configs
 from joint_train.weights.hub import Push
+from joint_train.weights.run_files import end_generation_with
+from joint_train.weights.settle import with_adapter, with_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +58,7 @@ class Trainer:
     """
 
     def __init__(self, cfg: Config, preemption: Preemption) -> None:
-        self.cfg, self.preemption = cfg, preemption
+        self.preemption = preemption
         self.output_dir = Path(cfg.output_dir).absolute()
         if torch.cuda.is_available():
             flight_recorder(self.output_dir)
@@ -75,16 +69,21 @@ class Trainer:
         torch.manual_seed(cfg.seed + self.rank)
 
         check_backward(cfg.model.attn_implementation, self.device.type)
+        cfg = with_adapter(cfg)
+        self.tokenizer = load_tokenizer(cfg)
+        self.cfg = cfg = with_vocabulary(cfg, self.tokenizer)
         everyone = Ranks(cfg.parallel.timeout_seconds)
         agree_on_configuration(cfg, everyone)
         machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
         self.plan = make_plan(cfg, machine, self.device.type)
-        log_recomputation(self.plan, machine)
+        advice.log_recomputation(self.plan, machine)
+        check_fit(cfg, self.tokenizer, *run_configs(cfg))
         self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
         if cfg.optim.drafter_ema:
             start_average(self.model)
-        self.tokenizer = AutoTokenizer.from_pretrained(cfg.data.tokenizer or resolve(cfg.model.base))
+        self.end_token_ids = end_token_ids(self.tokenizer, cfg.data.chat_template_kwargs)
+        end_generation_with(self.model.base, self.end_token_ids)
 
         self.val_loader: BatchLoader | None = None
         self.drift: BaseDrift | None = None
@@ -111,17 +110,17 @@ class Trainer:
         self.stages = Stages(cfg, self.max_steps, self.plan, machine, self.device.type, found and found[1])
         if found:
             before = saved.get("max_steps"), saved.get("joint_steps")
-            say_resumed(cfg, path, self.step, (self.max_steps, self.stages.joint_steps), before)
+            advice.say_resumed(cfg, path, self.step, (self.max_steps, self.stages.joint_steps), before)
         unfinished = self.unfinished is not None
         self.tracker = Tracker(cfg, self.rank, self.step, unfinished, self.max_steps, self.stages.work)
         if self.device.type == "cuda":
             self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
-        self.prompts = generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
-        warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
-        warn_of_padding(self.plan)
-        warn_of_torchrun(cfg.checkpoint)
-        warn_of_warmup(cfg, self.stages.joint_steps)
-        warn_of_base_after(cfg, self.max_steps)
+        self.prompts = advice.generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
+        advice.warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
+        advice.warn_of_padding(self.plan)
+        advice.warn_of_torchrun(cfg.checkpoint)
+        advice.warn_of_warmup(cfg, self.stages.joint_steps)
+        advice.warn_of_base_after(cfg, self.max_steps)
         log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
@@ -236,7 +235,7 @@ class Trainer:
         cfg, started = self.cfg, time.perf_counter()
         if self.step >= self.stages.joint_steps and not self.model.freeze_base_for_drafter:
             self.plan = self.stages.freeze(self.model, self.optimizer)
-            say_frozen(cfg, self.plan, self.step, self.max_steps)
+            advice.say_frozen(cfg, self.plan, self.step, self.max_steps)
         loaded = [next(batches) for _ in range(cfg.optim.grad_accum)]
         waited = time.perf_counter() - started
         micro_batches = [self.prepare(batch, self.loader.source_names) for batch in loaded]
@@ -389,12 +388,16 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Both models as Hugging Face folders."""
-        export = self.cfg.model.export
+        export, sources = self.cfg.model.export, self.model.sources
+        assert sources is not None, "the pair was loaded from folders"
+        cards = model_cards(self.cfg, sources, self.step, self.before or {}, self.measured or {})
         self.model.save_pretrained(
             folder,
             tokenizer=self.tokenizer,
             max_shard_size=export.max_shard_size,
             kv_shared_weights=export.kv_shared_weights,
+            end_token_ids=self.end_token_ids,
+            cards=cards,
             drafter_last=export.drafter_last,
         )
 
@@ -427,8 +430,3 @@ def run(cfg: Config) -> None:
         with preemption.ends_at_once():
             trainer = Trainer(cfg, preemption)
         trainer.train()
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens at this one."""
-    return every > 0 and step % every == 0

@@ -20,6 +20,7 @@ from joint_train.distributed.lora import (
     adapted_modules,
     adapter_parameters,
     copy_from_full,
+    folder_tensors,
     gather_full,
     inject_adapters,
     peft_config_of,
@@ -28,14 +29,15 @@ from joint_train.distributed.parallelize import DTYPES, text_model
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import WeightsError
 from joint_train.files import naming
+from joint_train.weights.changes import UNCHANGED, Changes
 from joint_train.weights.export import sync_files
 from joint_train.weights.loading import frozen_base
+from joint_train.weights.peft_folder import FILE, Names
 from joint_train.weights.placing import discard, place, staged
+from joint_train.weights.run_files import CARD
 
 if TYPE_CHECKING:
     import peft
-
-FILE = "adapter_model.safetensors"
 
 
 def key_of(name: str) -> str:
@@ -43,13 +45,14 @@ def key_of(name: str) -> str:
     return f"base_model.model.{name.replace('.default.', '.')}"
 
 
-def export_adapter(base: nn.Module, out: str | os.PathLike, in_place: bool = True) -> None:
+def export_adapter(base: nn.Module, out: str | os.PathLike, in_place: bool = True, card: str | None = None) -> None:
     """Write the adapters of a base, in the dtype that they are trained in. Collective.
 
     The folder is written beside `out` and renamed when it is complete. Rank 0 holds all adapters for that.
 
     Args:
         in_place: False leaves the complete folder staged, for :func:`joint_train.weights.placing.place`.
+        card: the text of README.md.
 
     Raises:
         OSError: if the disk is full, …; on every rank alike.
@@ -72,6 +75,8 @@ def export_adapter(base: nn.Module, out: str | os.PathLike, in_place: bool = Tru
             config.save_pretrained(str(partial))
         finally:
             config.inference_mode = False
+        if card is not None:
+            (partial / CARD).write_text(card, encoding="utf-8")
         sync_files(partial)
 
     def on_first() -> None:
@@ -90,12 +95,13 @@ def export_adapter(base: nn.Module, out: str | os.PathLike, in_place: bool = Tru
 
 @torch.no_grad()
 def load_adapter(base: nn.Module, folder: str | os.PathLike) -> None:
-    """Read into a base's adapters what :func:`export_adapter` wrote. Every rank reads the file.
+    """Read into a base's adapters what :func:`export_adapter` or peft wrote. Every rank reads the file.
 
     Raises:
         WeightsError: if the folder has other adapters than the base.
     """
-    found, wanted = load_file(Path(folder) / FILE), adapter_parameters(base)
+    wanted, names = adapter_parameters(base), Names(cast(PreTrainedModel, base), folder_tensors(base))
+    found = {names.adapter_key(key): tensor for key, tensor in load_file(Path(folder) / FILE).items()}
     shapes = {key_of(name): parameter.shape for name, parameter in wanted.items()}
     if {key: tensor.shape for key, tensor in found.items()} != shapes:
         wrong = sorted(found.keys() ^ shapes.keys()) or sorted(k for k in found if found[k].shape != shapes[k])
@@ -104,12 +110,15 @@ def load_adapter(base: nn.Module, folder: str | os.PathLike) -> None:
         copy_from_full(parameter, found[key_of(name)])
 
 
-def fill_from_checkpoint(base: PreTrainedModel, cfg: Config, checkpoint: Path, source: Path) -> None:
+def fill_from_checkpoint(
+    base: PreTrainedModel, cfg: Config, checkpoint: Path, source: Path, changes: Changes = UNCHANGED
+) -> None:
     """Give a base on the meta device the adapters of a run's checkpoint, filled, on the CPU.
 
     Args:
         cfg: the run's configuration.
         source: the folder that the base's other weights are to come from.
+        changes: of that folder's weights.
 
     Raises:
         CheckpointError: if they are others than those that the adapters were trained on.
@@ -119,4 +128,4 @@ def fill_from_checkpoint(base: PreTrainedModel, cfg: Config, checkpoint: Path, s
     for module in adapted_modules(base).values():
         for part in (module.lora_A, module.lora_B):
             part.to(dtype=DTYPES[cfg.precision.params]).to_empty(device="cpu")
-    load_model(checkpoint, base, "base", frozen=frozen_base(source))
+    load_model(checkpoint, base, "base", frozen=frozen_base(source, changes))

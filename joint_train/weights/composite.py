@@ -6,12 +6,12 @@ import dataclasses
 import functools
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -27,20 +27,39 @@ from joint_train.config import (
     PrecisionConfig,
     group_of,
 )
+from joint_train.config.values import grown_rows
 from joint_train.distributed.agreement import agree
 from joint_train.distributed.lora import adapted_modules, initialise_adapters, inject_adapters, peft_config_of
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
-from joint_train.distributed.ranks import Ranks, run_on_all_ranks
+from joint_train.distributed.ranks import Ranks
 from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights.adapter import export_adapter, load_adapter
 from joint_train.weights.average import averaged
-from joint_train.weights.export import export_model, sync_files
+from joint_train.weights.changes import UNCHANGED, Changes, file_digest
+from joint_train.weights.export import export_model
 from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
-from joint_train.weights.loading import build_meta, check_weights, fingerprints, frozen_base, materialize
+from joint_train.weights.loading import (
+    build_meta,
+    check_token_ordering,
+    check_weights,
+    fingerprints,
+    frozen_base,
+    materialize,
+    stored_tensors,
+)
+from joint_train.weights.peft_folder import FILE as ADAPTER_FILE
 from joint_train.weights.placing import check as check_folder
-from joint_train.weights.placing import discard, place, staged
+from joint_train.weights.placing import discard, place
+from joint_train.weights.run_files import RunFiles
+from joint_train.weights.settle import (
+    changes_of_base,
+    changes_of_drafter,
+    continued_adapter,
+    merged_adapters,
+    read_adapters,
+)
 
 if TYPE_CHECKING:
     import peft
@@ -55,9 +74,11 @@ class Gemma4WithDrafter(JointModel):
 
     Attributes:
         sources: the folders of base and drafter that the pair was loaded from, if it was.
+        changes: what was changed in their weights at the load.
     """
 
     sources: tuple[Path, Path] | None = None
+    changes: tuple[Changes, Changes] = (UNCHANGED, UNCHANGED)
 
     @classmethod
     def from_pretrained(
@@ -203,6 +224,8 @@ class Gemma4WithDrafter(JointModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_shard_size: str | int = "5GB",
         kv_shared_weights: bool = False,
+        end_token_ids: Sequence[int] = (),
+        cards: Mapping[str, str] | None = None,
         drafter_last: bool = False,
     ) -> None:
         """Write ``base/`` and ``drafter/``, each for ``from_pretrained`` alone, in bfloat16, with the original's names.
@@ -215,7 +238,10 @@ class Gemma4WithDrafter(JointModel):
         Under a process group all ranks call it; no rank gathers a model. ``checkpointer`` isn't needed and ignored.
 
         Args:
-            tokenizer: saved into both folders where the original folder has none.
+            tokenizer: that training used: it, its chat template and its image processor are written to both folders
+                where the original ones differ.
+            end_token_ids: tokens that end an answer in training: generation ends with them, too.
+            cards: the text of README.md of ``base``, ``drafter`` and ``adapter``; the original's stays without one.
             max_shard_size, kv_shared_weights: see :func:`joint_train.weights.export.export_model`.
             drafter_last: beside an average, also write the last weights, as ``drafter_last/``.
 
@@ -234,20 +260,24 @@ class Gemma4WithDrafter(JointModel):
         parts = ["base", "drafter", *(["adapter"] if adapted_modules(self.base) else [])]
         parts += ["drafter_last"] if drafter_last and self.drafter_average is not None else []
         outs = [folder / part for part in parts]
+        files = {
+            part: RunFiles(tokenizer, tuple(end_token_ids), (cards or {}).get(part.removesuffix("_last")))
+            for part in parts
+        }
         try:
             export_model(
-                self.base, sources[0], outs[0], max_shard_size, kv_shared_weights=kv_shared_weights, in_place=False
-            )
+                self.base, sources[0], outs[0], max_shard_size, kv_shared_weights=kv_shared_weights, in_place=False,
+                files=files["base"], changes=self.changes[0],
+            )  # fmt: skip
             for out in outs[1:]:
                 if out.name == "adapter":
-                    export_adapter(self.base, out, in_place=False)
+                    export_adapter(self.base, out, in_place=False, card=files["adapter"].card)
                     continue
                 with averaged(self) if out.name == "drafter" else nullcontext():
                     export_model(
                         self.drafter, sources[1], out, max_shard_size, num_assistant_tokens=self.drafter_num_steps,
-                        in_place=False,
+                        in_place=False, files=files[out.name], changes=self.changes[1],
                     )  # fmt: skip
-            run_on_all_ranks(lambda: _add_tokenizer(tokenizer, [out for out in outs if out.name != "adapter"]))
             place(outs)
         except BaseException:
             discard(outs)
@@ -285,16 +315,6 @@ class Gemma4WithDrafter(JointModel):
             )
 
 
-def _add_tokenizer(tokenizer: PreTrainedTokenizerBase | None, outs: list[Path]) -> None:
-    """Save a tokenizer, on rank 0, into the staged folders that have none."""
-    if tokenizer is None or (dist.is_initialized() and dist.get_rank()):
-        return
-    for out in outs:
-        if not (staged(out) / "tokenizer_config.json").exists():
-            tokenizer.save_pretrained(staged(out))
-            sync_files(staged(out))
-
-
 def load_pair(
     cfg: Config,
     mesh: DeviceMesh | None,
@@ -315,7 +335,7 @@ def load_pair(
     m = cfg.model
     base_dir = resolve(m.base, m.revision, m.cache_dir, hub)
     drafter_dir = resolve(m.drafter, m.drafter_revision, m.cache_dir, hub)
-    configs = read_configs(base_dir, drafter_dir, text_config=m.text_config)
+    configs = read_configs(base_dir, drafter_dir, text_config=m.text_config, rows=grown_rows(cfg))
     device = torch.device(device)
     model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params], device.type, peft_config)
     text = model.base.config.get_text_config()
@@ -332,13 +352,30 @@ def load_pair(
             mine = {f"{part}/{name}": fingerprint for name, fingerprint in files.items()}
             agree(ranks, "weights", mine, {f"{part}/{name}": str(folder / name) for name in files})
         check_weights(folder, ranks)
+        check_token_ordering(stored_tensors(folder), folder)
+    everyone = Ranks(cfg.parallel.timeout_seconds)
+    if ranks is not None and (adapters := read_adapters(cfg)):
+        digests = {f"adapter {number}": file_digest(a.folder / ADAPTER_FILE) for number, a in enumerate(adapters)}
+        agree(ranks, "weights", digests, {f"adapter {number}": str(a.folder) for number, a in enumerate(adapters)})
+    model.changes = (
+        changes_of_base(cfg, model.base, base_dir, everyone),
+        changes_of_drafter(cfg, model.drafter, drafter_dir, everyone),
+    )
     shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
-    materialize(model.base, base_dir, device, shard_device)
-    materialize(model.drafter, drafter_dir, device, shard_device)
+    materialize(model.base, base_dir, device, shard_device, model.changes[0])
+    materialize(model.drafter, drafter_dir, device, shard_device, model.changes[1])
     if adapted_modules(model.base):
         initialise_adapters(model.base, cfg.seed)
-        ranks = Ranks(cfg.parallel.timeout_seconds)
-        model.frozen_base = ranks.first(f"reading {base_dir}", lambda: frozen_base(base_dir))
+        if continued := continued_adapter(cfg):
+            load_adapter(model.base, continued.folder)
+        if merged := merged_adapters(cfg):
+            log.warning(
+                "the export's adapter/ will belong to the base with %s merged into it, not to %s alone: serve it as "
+                "the merged base/, or on that merged base",
+                " and ".join(str(adapter.folder) for adapter in merged), m.base,
+            )  # fmt: skip
+        base_changes = model.changes[0]
+        model.frozen_base = everyone.first(f"reading {base_dir}", lambda: frozen_base(base_dir, base_changes))
     if mesh is not None:
         share_streams(model)
     if cfg.drafter.share_embedding_with_base:

@@ -31,19 +31,40 @@ from joint_train.distributed.lora import Merged, adapted_modules, merged_weight
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import WeightsError
 from joint_train.files import naming
+from joint_train.weights.changes import UNCHANGED, Changes
 from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.kv_shared import absent_copies
 from joint_train.weights.loading import FLOATS, Stored, match, stored_tensors
 from joint_train.weights.placing import MANIFEST, discard, place, staged
-from joint_train.weights.shards import DTYPES, mapped, parse_size, plan_shards, slots_of, write_headers
+from joint_train.weights.run_files import (
+    NOTHING,
+    PROCESSOR_FILES,
+    TOKENIZER_FILE,
+    RunFiles,
+    of_tokenizer,
+    write_run_files,
+)
+from joint_train.weights.shards import (
+    DTYPES,
+    SAFETENSORS_NAMES,
+    mapped,
+    parse_size,
+    plan_shards,
+    slots_of,
+    write_headers,
+)
 from joint_train.weights.writing import Slot, Written, check_written, write_tensors
 
 log = logging.getLogger(__name__)
 
-# What belongs to a model beside its weights. A model's folder may hold anything: optimizer states, logs, keys.
-MODEL_FILES = re.compile(r"\.(json|jinja|model|txt|md|tiktoken)$|^(LICENSE|NOTICE|README)\b", re.IGNORECASE)
+# What belongs to a model beside its weights, by name: a trainer's folder also holds logs, results, optimizer states,
+# adapters and their configuration, which would make transformers look for a base.
+MODEL_FILES = re.compile(
+    rf"^((generation_)?config\.json|{TOKENIZER_FILE.pattern}|{'|'.join(map(re.escape, PROCESSOR_FILES))})$|"
+    r"^(LICENSE|NOTICE|README|USE_POLICY|COPYING)(\.(md|txt))?$",
+    re.IGNORECASE,
+)
 WEIGHT_FILES = re.compile(r"\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx)$|\.index\.json$")
-OTHER_FILES = re.compile(rf"^(trainer_state|{Path(MANIFEST).stem})\.json$")
 TEMPLATES = re.compile(r"\.jinja$")  # of a model's folders, only chat templates
 
 
@@ -60,6 +81,8 @@ def export_model(
     num_assistant_tokens: int | None = None,
     kv_shared_weights: bool = False,
     in_place: bool = True,
+    files: RunFiles = NOTHING,
+    changes: Changes = UNCHANGED,
 ) -> None:
     """Write a model as a Hugging Face folder; under a process group, all ranks must call it, and share `out`'s disk.
 
@@ -75,13 +98,15 @@ def export_model(
         kv_shared_weights: also write the keys' and values' weights of KV-shared layers where `source` has none, which
             nothing uses: copies of those that these layers reuse, see :mod:`joint_train.weights.kv_shared`.
         in_place: False leaves the complete folder staged, for :func:`joint_train.weights.placing.place`.
+        files: what the run adds to the source's files.
+        changes: what was changed in the weights of `source` when the model was loaded.
 
     Raises:
         WeightsError: if the model's tensors are not those of `source`.
         OSError: if the disk is full, …; on every rank alike.
     """
     source = resolve(source)
-    stored, names = _contents(model, source, kv_shared_weights)
+    stored, names = _contents(model, source, kv_shared_weights, changes)
     tensors = Merged(model, names)
 
     def fill(slots: dict[str, Slot]) -> None:
@@ -89,7 +114,7 @@ def export_model(
         run_on_all_ranks(lambda: written.extend(write_tensors(tensors, slots)))
         check_written(written)
 
-    _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill, in_place)
+    _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill, in_place, files)
 
 
 def export_checkpoint(
@@ -102,6 +127,8 @@ def export_checkpoint(
     num_assistant_tokens: int | None = None,
     kv_shared_weights: bool = False,
     in_place: bool = True,
+    files: RunFiles = NOTHING,
+    changes: Changes = UNCHANGED,
 ) -> None:
     """Write a distributed checkpoint of one model as a Hugging Face folder, in one process.
 
@@ -109,16 +136,16 @@ def export_checkpoint(
         checkpoint: folder of the distributed checkpoint, e.g. ``step_00000100/base/model``.
         model: the model on the meta device, for the names of its tensors and their ties. If it has adapters, they are
             on the CPU and filled, and the other weights are those of `source`.
-        source, out, max_shard_size, dtype, num_assistant_tokens, kv_shared_weights, in_place: as for
-            :func:`export_model`.
+        source, out, max_shard_size, dtype, num_assistant_tokens, kv_shared_weights, in_place, files, changes: as
+            for :func:`export_model`.
 
     Raises:
         WeightsError: if the checkpoint lacks a tensor of `source`, or has it in another shape.
     """
     source = Path(source)
-    stored, names = _contents(model, source, kv_shared_weights)
+    stored, names = _contents(model, source, kv_shared_weights, changes)
     saved = None if adapted_modules(model) else _saved_names(checkpoint, model, names)
-    value = _values(checkpoint, model, source, stored, names)
+    value = _values(checkpoint, model, source, stored, names, changes)
 
     def fill(slots: dict[str, Slot]) -> None:
         if saved is None:
@@ -133,24 +160,28 @@ def export_checkpoint(
             if files[key] is not wanted[name]:  # a tied tensor that the source holds under both names
                 files[key].copy_(wanted[name])
 
-    _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill, in_place)
+    _export(model, source, stored, names, Path(out), max_shard_size, dtype, num_assistant_tokens, fill, in_place, files)
 
 
 def compare_checkpoint(
-    checkpoint: str | os.PathLike, model: PreTrainedModel, source: str | os.PathLike, out: str | os.PathLike
+    checkpoint: str | os.PathLike,
+    model: PreTrainedModel,
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    changes: Changes = UNCHANGED,
 ) -> list[str]:
     """The tensors of an export that don't have the checkpoint's values, each read again.
 
     Args:
-        checkpoint, model, source: as for :func:`export_checkpoint`.
+        checkpoint, model, source, changes: as for :func:`export_checkpoint`.
         out: the exported folder.
     """
-    stored, names = _contents(model, Path(source), False)
-    value, ours = _values(checkpoint, model, Path(source), stored, names), stored_tensors(out)
+    stored, names = _contents(model, Path(source), False, changes)
+    value, ours = _values(checkpoint, model, Path(source), stored, names, changes), stored_tensors(out)
     problems = []
     for key in sorted(names.keys() & ours.keys()):
         with safe_open(ours[key].file, framework="pt") as weights:
-            found = weights.get_tensor(key)
+            found = weights.get_tensor(ours[key].key)
         wanted = value(key, found.dtype)
         if found.shape != wanted.shape or not torch.equal(_bytes(found), _bytes(wanted)):
             problems.append(f"values of {key}")
@@ -168,6 +199,7 @@ def _values(
     source: Path,
     stored: dict[str, Stored],
     names: dict[str, str],
+    changes: Changes,
 ) -> Callable[[str, torch.dtype], Tensor]:
     """A tensor of the checkpoint by the source's key, rounded to a dtype; with adapters, theirs added to the source's
     weight in float32."""
@@ -176,7 +208,8 @@ def _values(
 
         def merge(key: str, dtype: torch.dtype) -> Tensor:
             with safe_open(stored[key].file, framework="pt") as weights:
-                weight = weights.get_tensor(copied.get(key, key))
+                source_key = copied.get(key, key)
+                weight = changes.view(weights, source_key, names[key], stored[source_key].key).whole()
             return (merged_weight(modules[names[key]], weight) if names[key] in modules else weight).to(dtype)
 
         return merge
@@ -203,9 +236,20 @@ def _saved_names(checkpoint: str | os.PathLike, model: PreTrainedModel, names: d
     return {key: name for key, name in found.items() if name is not None}
 
 
-def verify(out: str | os.PathLike, source: str | os.PathLike, kv_shared_weights: bool = False) -> list[str]:
-    """What differs between an export and the folder it comes from, in names, shapes, dtypes and other files."""
-    ours, theirs = stored_tensors(out), stored_tensors(source)
+def verify(
+    out: str | os.PathLike,
+    source: str | os.PathLike,
+    kv_shared_weights: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    changes: Changes = UNCHANGED,
+) -> list[str]:
+    """What differs between an export and the folder it comes from, in names, shapes, dtypes and other files.
+
+    Args:
+        dtype: of floating-point tensors in the export, whatever the source has.
+        changes: what the run changed in the weights of `source` when it loaded them.
+    """
+    ours, theirs = stored_tensors(out), stored_tensors(source, changes)
     if kv_shared_weights:
         theirs |= {key: theirs[copied] for key, copied in absent_copies(read_config(source), theirs).items()}
     problems = [f"missing: {key}" for key in sorted(theirs.keys() - ours.keys())]
@@ -213,17 +257,20 @@ def verify(out: str | os.PathLike, source: str | os.PathLike, kv_shared_weights:
     for key in sorted(ours.keys() & theirs.keys()):
         for what in ("shape", "dtype"):
             a, b = getattr(ours[key], what), getattr(theirs[key], what)
+            if what == "dtype" and b in FLOATS:
+                b = SAFETENSORS_NAMES[dtype]
             if a != b:
-                problems.append(f"{what} of {key}: {a}, in the source {b}")
-    problems += [f"file missing: {file}" for file in _other_files(source)[0] if not (Path(out) / file).exists()]
+                problems.append(f"{what} of {key}: {a}, should be {b}")
+    kept = [file for file in _other_files(source)[0] if not of_tokenizer(file)]  # the run's may be another one
+    problems += [f"file missing: {file}" for file in kept if not (Path(out) / file).exists()]
     return problems
 
 
 def _contents(
-    model: PreTrainedModel, source: Path, kv_shared_weights: bool
+    model: PreTrainedModel, source: Path, kv_shared_weights: bool, changes: Changes
 ) -> tuple[dict[str, Stored], dict[str, str]]:
     """What the export holds, as the source's entries by key, and the model's name of those that the model has."""
-    stored = stored_tensors(source)
+    stored = stored_tensors(source, changes)
     names = match(model, stored, source)
     copies = absent_copies(model.config, stored)
     if kv_shared_weights:
@@ -250,6 +297,7 @@ def _export(
     num_assistant_tokens: int | None,
     fill: Callable[[dict[str, Slot]], None],
     in_place: bool,
+    files: RunFiles,
 ) -> None:
     """Lay the files out, let `fill` write the model's tensors into them, add the rest, and put the folder in place."""
     partial = staged(out)
@@ -267,9 +315,10 @@ def _export(
     def finish() -> None:
         for key in stored.keys() - names.keys():  # unused, but in the source, and so in the export
             with safe_open(stored[key].file, framework="pt") as weights:
-                mapped(slots[key]).copy_(weights.get_tensor(key))
+                mapped(slots[key]).copy_(weights.get_tensor(stored[key].key))
         _copy_other_files(source, partial)
         _write_configs(model, source, partial, dtype, num_assistant_tokens)
+        write_run_files(files, model.config, source, partial)
         sync_files(partial)
 
     def on_first(action: Callable[[], None]) -> None:
@@ -308,7 +357,7 @@ def _other_files(source: str | os.PathLike) -> tuple[list[str], list[str]]:
             if path.name.startswith(".") or file.name.startswith(".") or WEIGHT_FILES.search(file.name):
                 continue
             at_home = any(home in Path(os.path.realpath(file)).parents for home in homes)
-            if known.search(file.name) and not OTHER_FILES.search(file.name) and at_home and file.is_file():
+            if known.search(file.name) and at_home and file.is_file():
                 belonging.append(str(file.relative_to(source)))
             elif file.name != MANIFEST:
                 left_out.append(str(file.relative_to(source)))

@@ -1,7 +1,9 @@
 """Where a model's folder is, and what its ``config.json`` says: no weight is read here."""
 
 import copy
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from joint_train.config import Config
+from joint_train.config.values import grown_rows
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import ConfigError
 from joint_train.pair.compatibility import check_pair
@@ -38,7 +42,11 @@ TEXT_INPUTS = {"global_head_dim", "num_global_key_value_heads", "rope_theta"}
 # Further options of a download; they are in no run's configuration, which is written to files.
 HUB_OPTIONS = {"token", "local_files_only", "force_download"}
 # What a training run needs of a hub repository: weights in other formats can be as large again.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
+HUB_IGNORED = ["*/*.safetensors", "*/*.json"]  # a trainer's checkpoints, each as large as the model
+
+
+WEIGHTS = re.compile(r"\.safetensors(\.index\.json)?$")
 
 
 def resolve(
@@ -66,7 +74,12 @@ def resolve(
         raise ConfigError(
             f"there is no folder {name}. Give an existing folder, or a hub id such as google/gemma-4-E2B-it."
         )
-    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": HUB_FILES}
+    options: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "allow_patterns": HUB_FILES,
+        "ignore_patterns": HUB_IGNORED,
+    }
     first = not dist.is_initialized() or dist.get_node_local_rank(fallback_rank=0) == 0
     try:
         run_on_all_ranks(lambda: snapshot_download(name, **options, **(hub or {})) if first else None)
@@ -80,17 +93,55 @@ def resolve(
     return folder
 
 
+def model_type(folder: Path) -> str | None:
+    """The ``model_type`` of a folder's config.json, if it has one that can be read."""
+    try:
+        return json.loads((folder / "config.json").read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def inner_folders(path: str | os.PathLike) -> str:
+    """A sentence that names the folders of models inside a folder, as trainers leave them there; or nothing."""
+    found = []
+    for depth in ("*", "*/*", "*/*/*"):  # Trainer's checkpoint-500, NeMo's epoch_0_step_99/model/consolidated
+        for config in sorted(Path(path).glob(f"{depth}/config.json")) if Path(path).is_dir() else ():
+            if any(WEIGHTS.search(file.name) for file in config.parent.iterdir()):
+                found.append(str(config.parent))
+    return f" There are models in it: {', '.join(found[-5:])}." if found else ""
+
+
+def other_weights(folder: Path) -> str:
+    """A sentence on the weights in other formats that a folder without safetensors has, and what to do with them."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    advice = {
+        r"pytorch_model.*\.bin$": "its pytorch_model.bin runs code when it is read. Save the model again from "
+        "transformers, which writes safetensors: from_pretrained(…).save_pretrained(…)",
+        r"pytorch_model_fsdp": "it has FSDP's shards: `accelerate merge-weights {inner} OUT` puts them together",
+        r"global_step\d+$": "it has DeepSpeed's shards: its zero_to_fp32.py puts them together, with "
+        "--safe_serialization",
+        r"\.distcp$": "it has torch.distributed.checkpoint's shards: export the model with the program that wrote them",
+        r"\.gguf$": "it has GGUF files, which are made from a model: give the folder that they were made from",
+    }
+    for pattern, what in advice.items():
+        if inner := next((name for name in names if re.search(pattern, name)), None):
+            return f" Instead {what.format(inner=folder / inner)}.{inner_folders(folder)}"
+    return inner_folders(folder)
+
+
 def read_config(
     path: str | os.PathLike,
     *,
     revision: str | None = None,
     cache_dir: str | None = None,
     text_config: dict[str, Any] | None = None,
+    rows: int | None = None,
 ) -> PreTrainedConfig:
     """Configuration of one model from its folder or hub id.
 
     Args:
         text_config: values that replace those of the folder's text configuration.
+        rows: of the vocabulary's tables, where they are to be others than the folder's.
 
     Raises:
         ConfigError: if there is none, its weights are quantised, or `text_config` has a key that Gemma 4's text
@@ -101,7 +152,10 @@ def read_config(
     except OSError as e:
         raise ConfigError(f"no model configuration at {path}: {e}") from e
     if not raw:
-        raise ConfigError(f"{path} has no config.json: give a folder that save_pretrained wrote, or a hub id.")
+        refuse_adapter(Path(path))
+        raise ConfigError(
+            f"{path} has no config.json: give a folder that save_pretrained wrote, or a hub id.{inner_folders(path)}"
+        )
     kind = raw.get("model_type")
     if kind not in BASES and kind not in DRAFTERS:
         raise ConfigError(
@@ -112,6 +166,8 @@ def read_config(
             f"{path} holds quantised weights (quantization_config in its config.json), which can't be trained: give "
             "the bfloat16 folder that it was made from, and quantise the export after training."
         )
+    if rows is not None:
+        text_config = {**(text_config or {}), **vocabulary_settings(kind, rows)}
     config_class = CONFIG_MAPPING[kind]
     config = config_class.from_dict(copy.deepcopy(raw))
     if text_config:
@@ -127,6 +183,30 @@ def read_config(
     return config
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Say what to set where a model's folder holds adapters alone.
+
+    Raises:
+        ConfigError: if it does.
+    """
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return
+    try:
+        base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"] or "BASE"
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "BASE"
+    raise ConfigError(
+        f"{folder} holds adapters (PEFT) on {base}, and no model: set model.base={base} model.adapter={folder}. If "
+        "that base has moved, model.base is where it is now."
+    )
+
+
+def vocabulary_settings(kind: str, rows: int) -> dict[str, int]:
+    """The text settings of a model of this type whose vocabulary's tables have so many rows."""
+    tables = ("vocab_size", "vocab_size_per_layer_input") if kind in BASES else ("vocab_size",)
+    return dict.fromkeys(tables, rows)
+
+
 def read_configs(
     base: str | os.PathLike,
     drafter: str | os.PathLike,
@@ -135,15 +215,19 @@ def read_configs(
     drafter_revision: str | None = None,
     cache_dir: str | None = None,
     text_config: dict[str, Any] | None = None,
+    rows: int | None = None,
 ) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """Configurations of a pair, checked to fit together; reads no weight.
+
+    Args:
+        rows: as for :func:`read_config`, of both.
 
     Raises:
         ConfigError: for a model of another family, a drafter that was made for another base, and a drafter whose
             logits serving would cap.
     """
-    base_config = read_config(base, revision=revision, cache_dir=cache_dir, text_config=text_config)
-    drafter_config = read_config(drafter, revision=drafter_revision, cache_dir=cache_dir)
+    base_config = read_config(base, revision=revision, cache_dir=cache_dir, text_config=text_config, rows=rows)
+    drafter_config = read_config(drafter, revision=drafter_revision, cache_dir=cache_dir, rows=rows)
     for key, config, path, known in (
         ("model.base", base_config, base, BASES),
         ("model.drafter", drafter_config, drafter, DRAFTERS),
@@ -158,3 +242,10 @@ def read_configs(
             "of its config.json, as in the released drafters."
         )
     return base_config, drafter_config
+
+
+def run_configs(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    """:func:`read_configs` of a run's pair, downloaded if need be. Collective under a process group."""
+    m = cfg.model
+    folders = resolve(m.base, m.revision, m.cache_dir), resolve(m.drafter, m.drafter_revision, m.cache_dir)
+    return read_configs(*folders, text_config=m.text_config, rows=grown_rows(cfg))

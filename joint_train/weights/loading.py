@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.generic import ContextManagers
@@ -35,10 +35,17 @@ from joint_train.distributed.replicas import Replicas
 from joint_train.errors import WeightsError
 from joint_train.torch_private import local_shape_and_offset
 from joint_train.weights import placing
-from joint_train.weights.folders import BASES, DRAFTERS, read_config, resolve
+from joint_train.weights.changes import UNCHANGED, Changes, View
+from joint_train.weights.folders import BASES, DRAFTERS, model_type, other_weights, read_config, resolve
 
 READ_BYTES = 64 * 2**20
 SAMPLE_BYTES = 4096
+COMPOSITES, TEXTS = ("gemma4", "gemma4_unified"), ("gemma4_text", "gemma4_unified_text")
+WRAPPERS = re.compile(
+    r"^(module\.|base_model\.model\.(?=model\.|lm_head\.))|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."
+)
+OLDER = re.compile(r"language_model\.model\.")
+TEXT_ALONE = re.compile(r"model\.(layers|norm|embed_tokens|embed_tokens_per_layer|per_layer_\w+)\.")
 # safetensors' names of the dtypes that a floating-point weight may be read from.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -50,6 +57,7 @@ class Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # safetensors' name, e.g. "BF16"
+    key: str  # its name in the file
 
 
 def build_meta(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -79,6 +87,7 @@ def materialize(
     folder: str | os.PathLike,
     device: torch.device | str,
     shard_device: torch.device | str | None = None,
+    changes: Changes = UNCHANGED,
 ) -> None:
     """Fill a model of :func:`build_meta` from a folder's safetensors, on `device`.
 
@@ -90,6 +99,7 @@ def materialize(
 
     Args:
         shard_device: of sharded parameters, where it is another: the CPU with ``parallel.cpu_offload=all``.
+        changes: of the folder's weights; each rank makes them in the slices that it reads.
 
     Raises:
         WeightsError: before anything is allocated.
@@ -97,9 +107,9 @@ def materialize(
     """
     replicas = Replicas(model.parameters())
     if replicas.mesh is None:
-        _fill(model, folder, device, shard_device)
+        _fill(model, folder, device, shard_device, changes)
     else:
-        run_on_all_ranks(lambda: _fill(model, folder, device, shard_device, replicas.reads))
+        run_on_all_ranks(lambda: _fill(model, folder, device, shard_device, changes, replicas.reads))
         replicas.share({id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values())
 
 
@@ -108,11 +118,13 @@ def _fill(
     folder: str | os.PathLike,
     device: torch.device | str,
     shard_device: torch.device | str | None,
+    changes: Changes,
     values: bool = True,
 ) -> None:
     """Check, allocate, and with ``values`` read."""
-    stored = stored_tensors(folder)
+    stored = stored_tensors(folder, changes)
     names = match(model, stored, folder)
+    check_token_ordering(stored, folder)
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=shard_device or device)
         if shard_device is not None:
@@ -124,10 +136,10 @@ def _fill(
     filled = set()
     for file in sorted({stored[key].file for key in names}) if values else ():
         with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 - not a dict
-                target = tensors.get(names[key]) if key in names else None
-                if target is not None and id(target) not in filled:
-                    _read_slice(weights, key, target)
+            for key, name in names.items():
+                target = tensors.get(name)
+                if stored[key].file == file and target is not None and id(target) not in filled:
+                    _read_slice(changes.view(weights, key, name, stored[key].key), target)
                     filled.add(id(target))
     if (Path(folder) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -158,11 +170,31 @@ def load_model(
     return model
 
 
-def stored_tensors(folder: str | os.PathLike) -> dict[str, Stored]:
+def load_to_generate(path: str | os.PathLike, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+    """A whole model to generate with: that of :func:`load_model`, or of transformers if its weights are quantised.
+
+    transformers would take a folder with a forgotten ``adapter_config.json`` for an adapter.
+    """
+    folder = resolve(path)
+    raw, _ = PreTrainedConfig.get_config_dict(folder)
+    if not any(part.get("quantization_config") for part in (raw, raw.get("text_config") or {})):
+        return load_model(folder, dtype, device)
+    check_weights(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval()
+
+
+def stored_tensors(folder: str | os.PathLike, changes: Changes = UNCHANGED) -> dict[str, Stored]:
     """The tensors of a folder by name: of ``model.safetensors``, else of the files that the index names.
 
+    Names that transformers wouldn't know are given as it writes them today, see :func:`current_name`.
+
+    Args:
+        changes: shapes are those that the tensors have with them.
+
     Raises:
-        WeightsError: if there is neither, a file of the index is missing, or a header can't be read.
+        WeightsError: if there is neither, a file of the index is missing, a header can't be read, or two tensors have
+            one name.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
@@ -171,19 +203,67 @@ def stored_tensors(folder: str | os.PathLike) -> dict[str, Stored]:
     elif index.exists():
         files = _index(index)
     else:
-        raise WeightsError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
+        raise WeightsError(
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json.{other_weights(folder)}"
+        )
     if absent := sorted(file for file in files if not (folder / file).exists()):
         raise WeightsError(f"{index} names files that aren't in the folder: {', '.join(absent)}.")
-    stored = {}
+    kind, stored, twice = model_type(folder), dict[str, Stored](), list[str]()
     for file in sorted(files):
         try:
             with safe_open(folder / file, framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118 - not a dict
-                    view = weights.get_slice(key)
-                    stored[key] = Stored(folder / file, tuple(view.get_shape()), view.get_dtype())
+                    view, name = weights.get_slice(key), current_name(key, kind)
+                    if name in stored and key != stored[name].key:
+                        twice.append(f"{stored[name].key} and {key}")
+                    shape = changes.shape(name, tuple(view.get_shape()))
+                    stored[name] = Stored(folder / file, shape, view.get_dtype(), key)
         except Exception as e:
             raise WeightsError(f"can't read {folder / file}: {e}") from e
+    if twice:
+        raise WeightsError(f"{folder} has {len(twice)} tensors under two names, such as {twice[0]}: save one model")
     return stored
+
+
+def current_name(key: str, kind: str | None) -> str:
+    """The name that transformers gives a tensor today, for those names of other programs that it doesn't rename itself.
+
+    Wrappers leave prefixes (torch.compile ``_orig_mod.``, DDP ``module.``, FSDP ``_fsdp_wrapped_module.``, peft
+    ``base_model.model.``); transformers before 4.52 wrote ``language_model.model.`` of a multimodal model; and the text
+    model alone has ``model.`` where it has ``model.language_model.`` as a part of the multimodal one.
+
+    Args:
+        kind: the ``model_type`` of the folder.
+    """
+    name = WRAPPERS.sub("", key)
+    if kind not in COMPOSITES and kind not in TEXTS:
+        return name
+    name = name.replace("language_model.model.", "model.language_model.", 1) if OLDER.match(name) else name
+    name = name.removeprefix("language_model.") if name.startswith("language_model.lm_head.") else name
+    if kind in COMPOSITES and TEXT_ALONE.match(name):
+        return name.replace("model.", "model.language_model.", 1)
+    if kind in TEXTS and name.startswith("model.language_model."):
+        return name.replace("model.language_model.", "model.", 1)
+    return name
+
+
+def check_token_ordering(stored: dict[str, Stored], folder: str | os.PathLike) -> None:
+    """Refuse ordered embeddings whose order leaves tokens out: they could never be drafted.
+
+    Raises:
+        WeightsError: if ``token_ordering`` doesn't have each token once.
+    """
+    for name, entry in stored.items():
+        if not name.endswith("token_ordering"):
+            continue
+        with safe_open(entry.file, framework="pt") as weights:
+            order = weights.get_tensor(entry.key).flatten()
+        if not torch.equal(order.sort().values, torch.arange(order.numel(), dtype=order.dtype)):
+            raise WeightsError(
+                f"{name} in {entry.file} is no permutation of the {order.numel()} tokens: it has "
+                f"{order.unique().numel()} different values, from {int(order.min())} to {int(order.max())}, and a "
+                "token that it lacks could never be drafted. Take the drafter's folder as it was released"
+            )
 
 
 def _index(path: Path) -> set[str]:
@@ -237,20 +317,21 @@ def check_weights(folder: Path, ranks: Ranks | None = None) -> None:
     placing.refuse_changed(folder, sorted(problem for of_rank in problems for problem in of_rank))
 
 
-def frozen_base(folder: str | os.PathLike) -> dict[str, str]:
+def frozen_base(folder: str | os.PathLike, changes: Changes = UNCHANGED) -> dict[str, str]:
     """A folder and what tells its weights from others: a checkpoint of adapters names them so.
 
     The hash is over the headers (names, shapes, dtypes) and the first row of every tensor, since fine-tuned models have
-    the headers of what they were made from. How the tensors are spread over files doesn't count.
+    the headers of what they were made from. How the tensors are spread over files doesn't count. Adapters that were
+    merged into them do, and rows that were added.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(changes.digest.encode())
     for key, entry in sorted(stored_tensors(folder).items()):
         digest.update(f"{key} {entry.shape} {entry.dtype}".encode())
         with safe_open(entry.file, framework="pt") as weights:
             row = (
-                weights.get_tensor(key)
+                weights.get_tensor(entry.key)
                 if len(entry.shape) < 2
-                else weights.get_slice(key)[(slice(0, 1),) * (len(entry.shape) - 1)]
+                else weights.get_slice(entry.key)[(slice(0, 1),) * (len(entry.shape) - 1)]
             )
         digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {"folder": os.fspath(folder), "hash": digest.hexdigest()}
@@ -265,14 +346,12 @@ def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.Pa
         WeightsError: listing what is missing, unexpected, misshaped or of the wrong kind.
     """
     tensors = folder_tensors(model)
-    conversions = get_model_conversion_mapping(model)
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    rename = renamer(model, tensors)
     ignored = ignored_keys(model, stored)
     names: dict[str, str] = {}
     wrong: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshaped": []}
     for key, entry in stored.items():
-        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, tensors)
+        name = rename(key)
         if name not in tensors and key in tensors:
             name = key
         if name in tensors:
@@ -288,6 +367,19 @@ def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.Pa
             + "".join(f"\n  {kind} ({len(keys)}): " + _indent_first(keys) for kind, keys in wrong.items() if keys)
         )
     return names
+
+
+def renamer(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Callable[[str], str]:
+    """transformers' own renamings of a folder's keys, as a function.
+
+    Args:
+        tensors: of the model, see :func:`folder_tensors`.
+    """
+    conversions = get_model_conversion_mapping(model)
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    known = dict(tensors)
+    return lambda key: rename_source_key(key, renamings, converters, model.base_model_prefix, known)[0]
 
 
 def ignored_keys(model: PreTrainedModel, keys: Iterable[str]) -> set[str]:
@@ -309,16 +401,15 @@ def _indent_first(lines: list[str], most: int = 40) -> str:
     return "".join(f"\n    {line}" for line in lines[:most] + more)
 
 
-def _read_slice(weights: Any, key: str, target: Tensor) -> None:
+def _read_slice(view: View, target: Tensor) -> None:
     """Copy this rank's part of a stored tensor into `target`, converting its dtype."""
-    view = weights.get_slice(key)
     if isinstance(target, DTensor):
         shape, offset = local_shape_and_offset(target.shape, target.device_mesh, target.placements)
         target = target.to_local()
     else:
         shape, offset = tuple(target.shape), (0,) * target.dim()
     if target.dim() == 0:
-        target.copy_(weights.get_tensor(key))
+        target.copy_(view.whole())
         return
     if target.numel() == 0:
         return

@@ -191,17 +191,19 @@ class BaseWeights:
             kind: key_of(layers[number].self_attn.q_norm.weight)
             for number, kind in enumerate(self.text.layer_types[:own])
         }
-        self.files = {key: entry.file for key, entry in stored.items()}
+        self.stored = stored
 
     def query_norm(self, kind: str) -> Tensor:
         """``[head_dim]``, of the last layer of this attention type that computes its own keys."""
-        with safe_open(self.files[self.norms[kind]], framework="pt") as weights:
-            return weights.get_tensor(self.norms[kind]).float()
+        entry = self.stored[self.norms[kind]]
+        with safe_open(entry.file, framework="pt") as weights:
+            return weights.get_tensor(entry.key).float()
 
     def rows(self) -> Iterator[tuple[int, Tensor]]:
         """The embedding in pieces: (first row, ``[rows, H_b]`` in float32)."""
-        with safe_open(self.files[self.embedding], framework="pt") as weights:
-            view = weights.get_slice(self.embedding)
+        entry = self.stored[self.embedding]
+        with safe_open(entry.file, framework="pt") as weights:
+            view = weights.get_slice(entry.key)
             for first in range(0, view.get_shape()[0], CHUNK):
                 yield first, view[first : first + CHUNK].float()
 

@@ -285,6 +285,9 @@ def test_a_workers_death_is_an_error_not_a_wait(tmp_path, monkeypatch):
         def get_vocab(self):
             return {}
 
+        def __len__(self):
+            return 0
+
         def get_chat_template(self, tools=None):
             os._exit(1)
 

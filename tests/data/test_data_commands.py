@@ -354,6 +354,36 @@ def test_thinking_is_kept_apart(base, monkeypatch):
     assert message == {"role": "assistant", "content": "yes", "reasoning": "hm"}
 
 
+def test_regenerate_without_a_template_is_refused_before_the_base_is_loaded(base, tmp_path, capsys):
+    make_tokenizer(None).save_pretrained(tmp_path / "base")
+    path = write_jsonl(tmp_path / "a.jsonl", numbered(1))
+    assert (
+        command.main(["regenerate", f"{tmp_path}/o", f"model.base={tmp_path}/base", f"data.train=[{{path: {path}}}]"])
+        == 2
+    )
+    assert "has no chat template: set data.tokenizer" in capsys.readouterr().err
+
+
+def test_regenerated_answers_end_as_the_template_ends_them(base, tmp_path, monkeypatch, capsys):
+    from joint_train.data import regenerate as module
+
+    base.generation_config.eos_token_id = 7
+    for part in (base, TOKENIZER):
+        part.save_pretrained(tmp_path / "base")
+    path = write_jsonl(tmp_path / "a.jsonl", numbered(1))
+    found = []
+
+    def regenerating(examples, model, *args, **options):
+        found.append(model.generation_config.eos_token_id)
+        return {"answered": 0, "unfinished": 0, "missing": 0}
+
+    monkeypatch.setattr(module, "regenerate", regenerating)
+    arguments = ["regenerate", f"{tmp_path}/o", f"model.base={tmp_path}/base", f"data.train=[{{path: {path}}}]"]
+    assert command.main(arguments) == 0
+    assert found == [[7, END, TOKENIZER.eos_token_id]]
+    assert "answers also end with <turn|>, <eos>" in capsys.readouterr().out
+
+
 def test_the_commands(base, tmp_path, capsys):
     base.generation_config.eos_token_id = list(range(400))  # whatever comes first ends it
     for part in (base, TOKENIZER):

@@ -1,5 +1,6 @@
 """Rows as tokens: what of each is trained on, and that nothing that a row says is lost on the way."""
 
+import io
 import json
 import time
 from collections import Counter
@@ -8,13 +9,14 @@ import pytest
 from data_helpers import TURNS, chat, make_config, make_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from test_data_masks import GEMMA4, LLAMA3, MISTRAL, QWEN3, TEMPLATES, runs_of, unmarked
 
 from joint_train.config import SourceConfig
-from joint_train.data import DataError, build_loader, notices
+from joint_train.data import DataError, build_loader, notices, report
 from joint_train.data.json_files import Record
 from joint_train.data.rows import Walk
-from joint_train.data.template import encode
+from joint_train.data.template import _tokens, _tokens_by_places, encode, texts
 from joint_train.data.tokenise import encode_record
 from joint_train.starter import CHAT_TEMPLATE
 
@@ -288,6 +290,11 @@ def test_a_long_conversation_can_be_limited_to_its_last_answers(tmp_path, unroll
     )
     assert said in caplog.text
     assert ("are left out, with their answers" in caplog.text) == (len(kept) < 4)
+    if unroll == "all":  # and so says `data check`
+        console = Console(width=400, file=io.StringIO())
+        report.show(console, report.check(cfg.data.train, cfg.data, GEMMA))
+        total = f"{sum(of_it)} tokens in all: {sum(of_it) / of_it[-1]:.1f} times"
+        assert f"a: 1 conversations are a document for each answer, {total}" in console.file.getvalue()
 
 
 FOR_EVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}"
@@ -308,7 +315,8 @@ HOSTILE = {
 def test_templates_from_strangers(tmp_path, monkeypatch, case, workers):
     """They end with a sentence, in this process and in a loader's."""
     template, message = HOSTILE[case]
-    monkeypatch.setattr("joint_train.data.render.LIMIT_SECONDS", 0.2)
+    if case == "loops":  # what is refused for another reason may take longer on a busy machine
+        monkeypatch.setattr("joint_train.data.limits.SECONDS", 0.2)
     cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", [chat("Q", "A")])], num_workers=workers)
     began = time.monotonic()
     with pytest.raises(DataError, match=f"a.jsonl:1: .*{message}") as raised:
@@ -371,3 +379,25 @@ def test_the_property_is_not_empty():
         assert encode({"messages": messages}, ALL[name])
     for name, template in (("llama3", LLAMA3), ("mistral", MISTRAL)):
         assert encode({"messages": messages[:2] + messages[4:]}, make_tokenizer(template)), name
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.sampled_from(sorted(ALL)), st.lists(heard | said, min_size=1, max_size=6))
+def test_special_tokens_show_the_same_places_as_the_tokenizer(name, messages):
+    tokenizer = ALL[name]
+    try:
+        found = texts({"messages": messages}, tokenizer)
+    except DataError:
+        return
+    for text in found:
+        tokens, runs = _tokens_by_places(text, tokenizer)
+        known, same = _tokens(text, tokenizer)
+        assert known.tolist() == tokens and same == runs
+
+
+def test_special_tokens_show_the_places_of_usual_rows(monkeypatch):
+    asked = []
+    monkeypatch.setattr("joint_train.data.template._tokens_by_places", lambda *args: asked.append(args))
+    for name in ("gemma4", "gemma4 without marks", "starter", "qwen3", "llama3"):
+        encode(chat("Question?", "Answer.", "And?", "More."), ALL[name])
+    assert not asked

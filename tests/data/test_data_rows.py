@@ -13,7 +13,7 @@ from joint_train.data import DataError, notices
 from joint_train.data.json_files import Record
 from joint_train.data.readers import read_records
 from joint_train.data.template import ASSISTANT
-from joint_train.data.tokenise import encode_example, sources
+from joint_train.data.tokenise import encode_record, sources
 
 FOLDER = Path(__file__).parent / "rows"
 TOKENIZER = make_tokenizer(template(VARIANTS["spring, large"]))
@@ -130,9 +130,8 @@ def outcomes(name: str) -> list:
     for record in read_records(source, 1 << 20):
         counts: Counter = Counter()
         try:
-            adapted = sources.understand(record, source)
-            counts.update(adapted.notices)
-            documents = encode_example(record, adapted, TOKENIZER, counts)
+            counts.update(sources.understand(record, source).notices)
+            documents = encode_record(record, source, TOKENIZER, counts)
         except DataError as error:
             found.append(str(error))
             continue

@@ -374,10 +374,10 @@ def test_mesh_shape_says_what_does_not_fit():
     parallel.dp_replicate = 2
     assert mesh_shape(parallel, 8) == (1, 2, 4, 1, 1)
     parallel.dp_shard = 3
-    with pytest.raises(ConfigError, match=r"2 x 3 = 6.*|doesn't fit 8 ranks"):
+    with pytest.raises(ConfigError, match="2 x 3 = 6 doesn't fit 8 ranks"):
         mesh_shape(parallel, 8)
     parallel.dp_replicate, parallel.dp_shard = 3, -1
-    with pytest.raises(ConfigError, match="8 / 3 isn't whole"):
+    with pytest.raises(ConfigError, match="dp_replicate = 3 doesn't divide 8 ranks"):
         mesh_shape(parallel, 8)
     parallel.dp_replicate = 1
     for ranks, node, (replicate, shard) in (

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -555,6 +556,25 @@ def test_the_command_writes_json_and_page_and_prints_a_table(folders, tmp_path, 
     page = (tmp_path / "evaluation.html").read_text()
     assert page.count("<svg") >= 3
     assert not re.search(r"""(src|href)=["'](?!#|data:)|url\((?!#)|@import""", page)  # needs nothing from anywhere
+
+
+def test_prompts_without_turns_and_answers_without_an_end_are_said(folders, tmp_path, capsys):
+    plain = shutil.copytree(folders[0], tmp_path / "base")
+    arguments = [str(plain), str(folders[1]), "--limit", "1", "--num-steps", "1", "--max-new-tokens", "2"]
+    arguments += ["--thresholds", "0", "--out", str(tmp_path / "out")]
+    (plain / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    tokenizer = json.loads((plain / "tokenizer_config.json").read_text())
+    (plain / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": "w5"}))
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "doesn't end with w5" in said.err and "Add 5 to eos_token_id" in said.err
+    assert "without turns" not in said.err + said.out
+    (plain / "chat_template.jinja").unlink()
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "has no chat template: the prompts are plain text, without turns" in said.err
+    assert "the prompts were plain text, without turns" in said.out
+    assert json.loads((tmp_path / "out/evaluation.json").read_text())["prompts"]["turns"] is False
 
 
 def test_the_command_hands_its_options_on(folders, tmp_path, monkeypatch):

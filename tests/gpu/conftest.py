@@ -11,6 +11,7 @@ import select
 import signal
 import struct
 import time
+from pathlib import Path
 
 import pytest
 from _pytest.reports import TestReport
@@ -39,12 +40,20 @@ def time_is_left():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(FIRST)}
     order |= {name: 1000 + place for place, name in enumerate(LAST)}
-    items.sort(key=lambda item: order.get(item.originalname, 500))
+    if alone(items):
+        items.sort(key=lambda item: order.get(getattr(item, "originalname", ""), 500))
+
+
+def alone(items: list[pytest.Item]) -> bool:
+    """Whether only this suite runs: pytest asks a folder's conftest for the whole session."""
+    return bool(items) and all(Path(__file__).parent in item.path.parents for item in items)
 
 
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
     if (
-        session.config.option.collectonly
+        not alone(session.items)
+        or hasattr(session.config, "workerinput")  # of pytest-xdist, which has a loop of its own
+        or session.config.option.collectonly
         or session.testsfailed
         and not session.config.option.continue_on_collection_errors
     ):

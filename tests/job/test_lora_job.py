@@ -4,14 +4,18 @@ import json
 
 import pytest
 import torch
+from adapters import make_adapter
 from ranks import run_ranks
+from safetensors.torch import load_file
 from test_parallel import full
+from transformers import AutoTokenizer
 
 from joint_train.checkpoint.reader import stored_tensors
-from joint_train.config import load
+from joint_train.config import load, read
 from joint_train.distributed.lora import adapter_parameters
 from joint_train.distributed.preemption import Preemption
 from joint_train.evaluate.__main__ import main as evaluate
+from joint_train.run_export import export_run
 from joint_train.train import trainer
 
 
@@ -63,3 +67,35 @@ def test_a_run_with_adapters_is_trained_resumed_exported_and_evaluated(starter_d
     folders = [str(out / "export" / part) for part in ("base", "drafter")]
     assert evaluate([*folders, *arguments, "--out", str(tmp_path / "evaluation")]) == 0
     assert any((tmp_path / "evaluation").iterdir())
+
+
+def test_a_run_trains_an_adapter_of_peft_on_with_a_tokenizer_of_more_tokens(starter_dir, tmp_path):
+    """What the adapter's folder says is in config.yaml, and enough for a resume and an export."""
+    adapter, out = make_adapter(starter_dir / "base", tmp_path / "adapter", target_modules=["q_proj"]), tmp_path / "run"
+    tokenizer = AutoTokenizer.from_pretrained(starter_dir / "base")
+    size = len(tokenizer) + tokenizer.add_tokens(["<call>"])
+    tokenizer.save_pretrained(adapter)
+    overrides = [
+        "+experiment=starter", f"pair={starter_dir}", f"output_dir={out}", "model.base=''", f"model.adapter={adapter}",
+        "model.continue_adapter=true", "model.resize_vocabulary=true", "data.max_length=64", "data.micro_batch_size=2",
+        "data.num_workers=0", "drafter.num_steps=2", "eval.prompts=0", "eval.batches=1", "tracking.wandb=disabled",
+        "checkpoint.every=1", "checkpoint.keep_last=0", "max_steps=2",
+    ]  # fmt: skip
+    (whole,) = run_ranks(finished, 1, overrides)
+    cfg = read(out / "config.yaml")
+    assert (cfg.model.base, cfg.data.tokenizer) == (str(starter_dir / "base"), str(adapter))
+    assert (cfg.lora.r, cfg.lora.alpha, cfg.lora.target_modules) == (4, 8, ["q_proj"])
+    assert size == 2049 and cfg.model.resize_vocabulary == 2112
+    before = load_file(adapter / "adapter_model.safetensors")
+    for name, value in whole.items():
+        begun = before[f"base_model.model.{name.replace('.default', '')}"]
+        assert 0 < (value - begun).abs().max() < 0.1
+    resumed = [*overrides, f"output_dir={tmp_path / 'again'}", f"resume={out}/checkpoints/step_00000001"]
+    (again,) = run_ranks(finished, 1, resumed)
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    assert export_run(out / "checkpoints/step_00000002", tmp_path / "exported", check=True) == 0
+    for part in ("base", "drafter"):
+        one, other = (load_file(path / part / "model.safetensors") for path in (out / "export", tmp_path / "exported"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        table = next(value for key, value in one.items() if key.endswith("embed_tokens.weight"))
+        assert len(table) == 2112

@@ -155,7 +155,7 @@ REFUSALS = [
     ("parallel.cp=2", "parallel.cp=2 is not supported: the drafter's rows attend"),
     ("parallel.tp=2", "parallel.tp=2 is not supported"),
     ("model.dtype=float16", "model.dtype=float16: the drafter is released"),
-    ("parallel.dp_shard=3", "parallel: dp_replicate x dp_shard = 1 x 3 doesn't fit 1 ranks (1 x 3 = 3)"),
+    ("parallel.dp_shard=3", "parallel: dp_replicate x dp_shard = 1 x 3 = 3 doesn't fit 1 rank."),
     ("drafter.pairing=eagle", "drafter.pairing=eagle: choose one of serving, same_token"),
     ("drafter.num_steps=0", "drafter.num_steps=0: must be at least 1"),
     ("optim.lrr=1", "optim.lrr"),
@@ -214,7 +214,7 @@ def test_a_refusal_under_torchrun_is_said_once():
     assert run.returncode != 0
     lines = (run.stderr + run.stdout).splitlines()
     # Once by the job, and in torchrun's report, which is the end of the log.
-    own, report = (line for line in lines if "doesn't fit 2 ranks (2 / 3 isn't whole)" in line)
+    own, report = (line for line in lines if "dp_replicate = 3 doesn't divide 2 ranks" in line)
     assert own.startswith("joint_train: parallel: ") and report.split(":")[0].strip() == "traceback"
 
 

@@ -1,20 +1,29 @@
 """Norms, gated activations and rotations as one operator each: transformers' numbers, and few launches a step."""
 
 import copy
+import sys
 from collections import Counter
 from unittest import mock
 
 import pytest
 import torch
+from configs import compose
+from pairs import build_pair
 from torch._decomp import decomposition_table
 from transformers import Gemma4TextConfig
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from joint_train import config
-from joint_train.pair import fused
+from joint_train.distributed.parallelize import prepare
+from joint_train.pair import attention, fused
+from joint_train.pair.attention import BY_LAYER_TYPE
 from joint_train.plan.meter import Meter
 from joint_train.plan.step import simulate
-from joint_train.weights.composite import meta_pair
+from joint_train.torch_private import TorchDispatchMode
+from joint_train.weights.composite import Gemma4WithDrafter, meta_pair
 from joint_train.weights.released import released_config
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -124,6 +133,54 @@ def test_inside_of_a_compiled_layer_they_are_written_out():
     torch.testing.assert_close(torch.compile(layer, backend=keep, fullgraph=True)(x), expected)
     assert len(graphs) == 1 and "joint_train" not in graphs[0].code
     torch.compiler.reset()
+
+
+class Operators(TorchDispatchMode):
+    """The names of joint_train's operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "joint_train":
+            self.found.add(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_other_models_of_the_process_are_untouched():
+    """Neither transformers' modules and classes, nor a model built before or after, nor the compiler's settings."""
+    homes = [sys.modules[type(part).__module__] for part in build_pair()]
+    classes = [x for home in homes for x in vars(home).values() if isinstance(x, type)]
+
+    def state():
+        attention = dict(ALL_ATTENTION_FUNCTIONS.items())
+        attention.pop(BY_LAYER_TYPE)  # a name of our own
+        return [dict(vars(x)) for x in (*homes, *classes)], torch._dynamo.config.get_config_copy(), attention
+
+    def step(model):
+        with Operators() as operators:
+            out = model(ids, use_cache=False).logits
+            out.sum().backward()
+        return out, operators.found
+
+    theirs = sdpa_attention_forward, flex_attention_forward
+    assert tuple(ALL_ATTENTION_FUNCTIONS[name] for name in ("sdpa", "flex_attention")) == theirs
+    ids = torch.arange(3, 15)[None]
+    before, earlier = state(), build_pair()[0]
+    expected, _ = step(build_pair()[0])
+    cfg = compose({"parallel.compile": True})
+    pair = Gemma4WithDrafter(*build_pair())
+    with mock.patch.object(torch.nn.Module, "compile", lambda self, **options: torch.compile(self, **options)):
+        prepare(pair, cfg)
+    attention.compiled("eager")
+    ours, used = step(pair.base)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert used == {name + way for name in ("rms_norm", "geglu", "rotate") for way in ("", "_backward")}
+    for model in (earlier, build_pair()[0]):
+        theirs, used = step(model)
+        assert torch.equal(theirs, expected) and not used
+    assert state() == before
 
 
 def operations(*overrides: str, fuse=None) -> Counter:

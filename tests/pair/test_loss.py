@@ -727,9 +727,9 @@ def test_a_compiled_round_reads_both_logits_and_writes_the_gradient(drafter, mon
     )  # fmt: skip
     base, product = terms.product_buffers(rows)
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
-        terms.base(base, labels, numbers, numbers)
+        terms.base(base, labels, numbers)
         kernels.clear()
-        terms.round(product, labels, numbers, numbers, None, None)
+        terms.round(product, labels, numbers, None, None)
     least = rows * vocabulary * (4 + 4 + 2)
     assert least <= sum(kernels) <= 1.3 * least
     assert len(kernels) <= 5

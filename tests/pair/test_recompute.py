@@ -10,8 +10,9 @@ from pairs import build_pair
 from torch import nn
 
 from joint_train.config import Config
-from joint_train.distributed.parallelize import recompute
+from joint_train.distributed.parallelize import recompute, text_model
 from joint_train.pair import recompute as module
+from joint_train.pair.fused import fuse
 from joint_train.pair.recompute import HostCopies, checkpointed, run_or_replay
 from joint_train.weights.composite import Gemma4WithDrafter
 
@@ -48,6 +49,8 @@ def gradients(shape: str, calls: list, frozen: bool = False, **settings) -> tupl
     cfg = OmegaConf.structured(Config).activation_checkpointing
     for name, value in settings.items():
         cfg[name] = value
+    for part in (text_model(base), drafter.model):
+        fuse(part)
     recompute(model, cfg)
     ids = torch.randint(3, 240, (2, 24), generator=torch.Generator().manual_seed(0))
     calls.clear()

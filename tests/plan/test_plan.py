@@ -1,6 +1,7 @@
 """The plan against reality: parameters exactly, FLOPs within 2 %, the peak of real steps within 15 %."""
 
 import ctypes
+import gc
 import re
 import threading
 from dataclasses import replace
@@ -156,7 +157,10 @@ def test_attention_flops_of_a_fused_kernel(pairs):
 
 
 def measured_peak(rank, cfg):
-    """The most memory of its own that a rank had in two steps, over what it had before it loaded the pair."""
+    """The most memory of its own that a rank had in two steps, over what it had before it loaded the pair.
+
+    A short step comes before: libraries keep some 25 MiB from their first.
+    """
     from joint_train.distributed.mesh import init_mesh
 
     libc = ctypes.CDLL("libc.so.6")
@@ -166,7 +170,18 @@ def measured_peak(rank, cfg):
     def anonymous():
         return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
+    def steps(length, count):
+        pair = load_pair(cfg, mesh, "cpu").train()
+        optimizer = torch.optim.AdamW([p for p in pair.parameters() if p.requires_grad], fused=True)
+        for _ in range(count):
+            ids = torch.randint(3, 100, (cfg.data.micro_batch_size, length))
+            pair(ids, labels=ids, document_ids=torch.ones_like(ids)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
     mesh = init_mesh(cfg.parallel)
+    steps(16, 1)
+    gc.collect()
     before, highest, done = anonymous(), 0, threading.Event()
 
     def watch():
@@ -176,13 +191,7 @@ def measured_peak(rank, cfg):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    pair = load_pair(cfg, mesh, "cpu").train()
-    optimizer = torch.optim.AdamW([p for p in pair.parameters() if p.requires_grad], fused=True)
-    for _ in range(2):
-        ids = torch.randint(3, 100, (cfg.data.micro_batch_size, cfg.data.max_length))
-        pair(ids, labels=ids, document_ids=torch.ones_like(ids)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    steps(cfg.data.max_length, 2)
     done.set()
     watcher.join()
     return highest - before
@@ -217,8 +226,7 @@ def test_peak_of_adapters_is_that_of_real_steps(tmp_path):
     peaks = run_ranks(measured_peak, 2, cfg)
     plan = make_plan(cfg, Machine(gpus=2), **CPU)
     print(f"planned {plan.peak / 2**20:.0f} MiB, measured {[round(p / 2**20) for p in peaks]}")
-    # What libraries allocate in their first step, some 30 MiB, is in what is measured, and more of a small peak.
-    assert plan.peak == pytest.approx(max(peaks), rel=0.2)
+    assert plan.peak == pytest.approx(max(peaks), rel=0.15)
     assert plan.peak < 0.9 * make_plan(full, Machine(gpus=2), **CPU).peak
 
 

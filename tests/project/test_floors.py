@@ -24,12 +24,14 @@ FLOORS = [
     ["distributed"],
     ["checkpoint"],
     ["weights"],
-    ["export", "drafter"],
+    ["drafter"],
     ["plan"],
     ["data"],
     ["evaluate"],
-    ["train"],
-    ["__main__"],
+    ["model_card"],
+    ["run_export", "train"],
+    ["export"],
+    ["__main__", "retune"],
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 FILES = sorted(file for file in ROOT.rglob("*.py") if file != ROOT / "__init__.py" and "conf" not in file.parts[-2:])

@@ -120,7 +120,7 @@ def undisturbed(cluster, pair, tmp_path_factory) -> Job:
 def test_a_job_on_two_nodes_ends_well(undisturbed):
     assert [step["step"] for step in undisturbed.steps] == list(range(STEPS + 1))
     assert undisturbed.checkpoints == [STEPS]
-    assert "preflight: 2 ranks are well, room for" in undisturbed.log
+    assert "preflight passed on 2 ranks: room for" in undisturbed.log
     assert "requeued 0 times" in undisturbed.log and undisturbed.log.rstrip().endswith("finished")
     kept = undisturbed.output_dir / "slurm"
     assert sorted(path.name for path in kept.iterdir()) == sorted(

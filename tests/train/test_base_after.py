@@ -18,8 +18,8 @@ from joint_train.distributed.mesh import data_rank, init_mesh
 from joint_train.distributed.parallelize import parallelize, prepare, set_last_micro_batch
 from joint_train.distributed.preemption import Preemption
 from joint_train.errors import ConfigError
-from joint_train.plan.__main__ import alone_sentence, length_sentence
 from joint_train.plan.planner import Machine, make_plan
+from joint_train.plan.report import alone_sentence, length_sentence
 from joint_train.plan.stages import joint_share, steps_before_frozen
 from joint_train.train import stages, trainer
 from joint_train.train.optim import build_optimizer, freeze_base, update

@@ -16,16 +16,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import torch
 import transformers
+from configs import compose
 from pairs import make_pair
 
 from joint_train import Gemma4WithDrafter
 from joint_train.evaluate.decoding import decode, tokens_per_forward
 from joint_train.evaluate.served import serve_command
+from joint_train.weights.composite import load_pair
+from joint_train.weights.settle import with_vocabulary
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -41,6 +45,7 @@ SHAPES = {
     "31b": {},
     "12b_unified": {},
 }
+GROWN = {"e2b_grown": "e2b", "31b_grown": "31b"}  # with model.resize_vocabulary
 EOS, BOS = 1, 2
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -67,14 +72,26 @@ def chain(count: int, length: int, generator: torch.Generator) -> torch.Tensor:
     return torch.stack(rows, 1)
 
 
-def train(shape: str, folder: Path) -> tuple[Path, Path]:
+def texts(name: str, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """:func:`chain`; with a grown vocabulary some of its tokens are new ones."""
+    ids = chain(count, length, generator)
+    return torch.where((ids % 5 == 3) & (name in GROWN), 256 + ids % 8, ids)
+
+
+def train(name: str, folder: Path) -> tuple[Path, Path]:
     """A pair of a shape, trained until its drafts are sometimes right and sometimes not, and exported."""
+    shape = GROWN.get(name, name)
     source = make_pair(folder / "source", shape, head_dim=32, global_head_dim=64, **SHAPES[shape])
     model = Gemma4WithDrafter.from_pretrained(*source, drafter_num_steps=K, loss={"centroid_weight": 0.3}).train()
+    if name in GROWN:
+        settings = {"model.base": str(source[0]), "model.drafter": str(source[1]), "model.resize_vocabulary": True}
+        vocabulary = SimpleNamespace(get_vocab=lambda: {str(number): number for number in range(264)}, name_or_path="")
+        cfg = compose(settings | {"drafter.num_steps": K, "loss.centroid_weight": 0.3})
+        model = load_pair(with_vocabulary(cfg, vocabulary), None, "cpu").train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
     generator = torch.Generator().manual_seed(1)
     for _ in range(70):
-        ids = chain(16, 40, generator)
+        ids = texts(name, 16, 40, generator)
         model(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -113,14 +130,14 @@ def stage_two(folder: Path) -> tuple[Path, Path]:
 def pairs(tmp_path_factory, starter) -> dict[str, tuple[Path, Path]]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("pairs")
-    return starter | {shape: train(shape, folder / shape) for shape in SHAPES}
+    return starter | {name: train(name, folder / name) for name in (*SHAPES, *GROWN)}
 
 
 def prompts_of(name: str, base: Path) -> list[list[int]]:
     """Eight prompts, shorter and longer than the sliding window."""
-    if name in SHAPES:
+    if name in SHAPES or name in GROWN:
         generator = torch.Generator().manual_seed(2)
-        return [chain(1, 4 + 3 * i, generator)[0].tolist() for i in range(8)]
+        return [texts(name, 1, 4 + 3 * i, generator)[0].tolist() for i in range(8)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     lines = (base.parents[2] / "pair/val.jsonl").read_text().splitlines()[:8]
     chats = [json.loads(line)["messages"][:1] for line in lines]
@@ -166,7 +183,7 @@ def load(folder: Path):
     return getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("name", ["starter", "second stage", *SHAPES])
+@pytest.mark.parametrize("name", ["starter", "second stage", *SHAPES, *GROWN])
 def test_text_and_steps_are_those_of_evaluate(name, pairs, served):
     found = served[name]
     assert "error" not in found, found["error"]
@@ -182,6 +199,8 @@ def test_text_and_steps_are_those_of_evaluate(name, pairs, served):
     assert formula == pytest.approx(tokens_per_forward(as_engine), abs=1e-12)
     lengths = {length for steps in settled for length in steps[:-1]}
     print(f"{name}: {formula:.3f} tokens per base forward in {sum(map(len, settled))} verifications")
+    if name in GROWN:
+        assert any(token >= 256 for text in plain for token in text)
     if name in SHAPES:  # it isn't equal for want of anything to tell apart
         assert len(lengths) >= 2 and 1.2 < formula < 4.9
 

@@ -261,16 +261,21 @@ def test_overridden_settings_are_exported(e2b, tmp_path):
     assert ours == theirs
 
 
-def test_a_float32_source_is_exported_in_bfloat16(e2b, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_source_of_another_dtype_is_exported_in_bfloat16(e2b, tmp_path, dtype):
     model = load_model(e2b[0], torch.float32)
-    model.save_pretrained(tmp_path / "source")
+    model.to(dtype).save_pretrained(tmp_path / "source")
+    model = load_model(tmp_path / "source", torch.float32)
     export_model(model, tmp_path / "source", tmp_path / "out")
-    assert_same_tensors(tmp_path / "out", e2b[0])
+    ours, theirs = tensors(tmp_path / "out"), tensors(tmp_path / "source")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor.bfloat16()) for name, tensor in theirs.items())
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
-    assert "dtype of model.language_model.norm.weight: BF16, in the source F32" in verify(
-        tmp_path / "out", tmp_path / "source"
-    )
+    assert verify(tmp_path / "out", tmp_path / "source") == []
+    name = {torch.float32: "F32", torch.float16: "F16"}[dtype]
+    problem = f"dtype of model.language_model.norm.weight: {name}, should be BF16"
+    assert problem in verify(tmp_path / "source", tmp_path / "source")
 
 
 def test_generation_settings_of_a_drafter_without_any(e2b, tmp_path):
@@ -397,8 +402,8 @@ def test_verify_tells_what_differs(e2b, tmp_path):
     assert verify(out, e2b[0]) == [
         "missing: model.language_model.layers.1.layer_scalar",
         "not in the source: extra",
-        f"shape of {layer}: (64, 96), in the source (96, 64)",
-        f"dtype of {norm}: F32, in the source BF16",
+        f"shape of {layer}: (64, 96), should be (96, 64)",
+        f"dtype of {norm}: F32, should be BF16",
         "file missing: generation_config.json",
     ]
 

@@ -24,7 +24,8 @@ from joint_train.config import to_yaml
 from joint_train.distributed.lora import adapter_parameters
 from joint_train.distributed.mesh import data_rank, init_mesh
 from joint_train.errors import CheckpointError, WeightsError
-from joint_train.export import export_run
+from joint_train.model_card import model_cards
+from joint_train.run_export import export_run
 from joint_train.train.optim import build_optimizer, update
 from joint_train.weights.composite import load_pair
 from joint_train.weights.export import export_model
@@ -56,7 +57,7 @@ def trained(rank: int, folders, out):
     checkpointer.close()
     if rank == 0:
         (Path(out) / "config.yaml").write_text(to_yaml(cfg))
-    model.save_pretrained(Path(out) / "export")
+    model.save_pretrained(Path(out) / "export", cards=model_cards(cfg, model.sources, 2, {}, {}))
     export_model(model.base, folders[0], Path(out) / "float32", dtype=torch.float32)
     model.load_pretrained(Path(out) / "export")  # the adapters, exactly, beside the same frozen weights
     with torch.no_grad():
@@ -146,7 +147,7 @@ def test_peft_and_plain_transformers_load_what_was_exported(run):
     ids = batch()["input_ids"]
     assert sorted(os.listdir(out / "export")) == ["adapter", "base", "drafter"]
     assert sorted(os.listdir(out / "export/adapter")) == [
-        "adapter_config.json", "adapter_model.safetensors", "joint_train_export.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "joint_train_export.json",
     ]  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
     with torch.no_grad():
