@@ -60,7 +60,7 @@ COLUMNS = {
     "expected_length": ("expected length, sampled", ".3f"),
     "gain": ("against sequential", "+.1%"),
     "tokens_per_forward": ("tokens per base forward, greedy", ".2f"),
-    "gain_decoded": ("against sequential", "+.1%"),
+    "gain_decoded": ("of it against sequential", "+.1%"),
     "kl_from_base_only": ("KL from base-only", ".3f"),
     "distinct_2": ("distinct 2-grams", ".3f"),
     "repeated_4": ("repeated 4-grams", ".3f"),
