@@ -231,9 +231,10 @@ def _attention(forward: Any) -> Callable:
     It is the same code, with names of its own: what else uses transformers' module keeps what transformers has.
     """
     own = {"apply_rotary_pos_emb": apply_rotary_pos_emb, "ALL_ATTENTION_FUNCTIONS": OF_THE_PAIR}
-    code, names = forward.__code__, forward.__globals__
-    made = FunctionType(code, names | own, forward.__name__, forward.__defaults__, forward.__closure__)
-    made.__kwdefaults__ = forward.__kwdefaults__
+    # torch.compile looks for the names of a function in the module that they say they are of: these are of none.
+    names = {name: value for name, value in forward.__globals__.items() if name != "__name__"} | own
+    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    made.__kwdefaults__, made.__module__ = forward.__kwdefaults__, forward.__module__
     return made
 
 

@@ -115,7 +115,8 @@ def test_check_reports_on_whole_files(tmp_path, capsys, workers):
     assert command.main(["check"]) == 2
 
 
-def test_check_counts_duplicates_options_and_what_cutting_loses(tmp_path, capsys):
+def test_check_counts_duplicates_options_and_what_cutting_loses(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # paths stay on one line
     make_tokenizer(template(VARIANTS["spring, large"])).save_pretrained(tmp_path / "tokenizer")
     on = {"chat_template_kwargs": {"enable_thinking": True}}
     rows = [chat("q", "a"), {**chat("q", "b"), **on}, chat("q", "a"), {**chat("q", "x" * 200), **on}, chat("</s>", "a")]

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from joint_train.config import with_overrides
 from joint_train.errors import ConfigError
-from joint_train.plan import __main__ as command
+from joint_train.plan import report
 from joint_train.plan.__main__ import main
 from joint_train.plan.fits import longest, savings
 from joint_train.plan.planner import GIB, Machine, count_parameters, make_plan
@@ -362,7 +362,7 @@ def test_command_line(pairs, capsys):
 def test_the_plan_says_how_long_the_run_is(pairs, capsys, monkeypatch, overrides, words):
     """2 GPUs with 3 accumulations of 4 rows; which memory it takes isn't asked."""
     monkeypatch.setenv("COLUMNS", "400")
-    monkeypatch.setattr(command, "longest", lambda *_: None)
+    monkeypatch.setattr(report, "longest", lambda *_: None)
     folders = [f"model.base={pairs / 'e2b/base'}", f"model.drafter={pairs / 'e2b/drafter'}", "data.max_length=32"]
     batch = ["data.micro_batch_size=4", "optim.grad_accum=3"]
     assert main([*folders, *batch, *overrides, "--gpus", "2"]) == 0

@@ -144,7 +144,7 @@ def test_a_base_that_is_never_frozen_is_named(caplog):
 
 
 def test_a_resume_across_the_freeze_says_what_becomes_of_the_base(tmp_path, caplog):
-    caplog.set_level(logging.WARNING, "joint_train")
+    caplog.set_level(logging.WARNING, "joint_train.train.advice")
     old = composed("max_steps=100", "freeze.base_after=0.5", "optim.warmup_steps=10")
     (tmp_path / "config.json").write_text(json.dumps(config_to_save(old)))
     say_resumed(old, tmp_path, 60, (100, 50), (100, 50))
