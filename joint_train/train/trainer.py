@@ -197,9 +197,10 @@ class Trainer:
             self.export(self.output_dir / "export")
             self.publish(self.output_dir / "export")
         self.tracker.finish(self.before or {}, self.measured or {})
-        planned, peak = self.plan.peak / 2**30, (peak_memory(self.device) - self.memory_at_start) / 2**30
-        of_what = "" if self.device.type == "cuda" else " (growth of the process, libraries' own buffers included)"
-        log.info("peak memory of rank 0: %.2f GiB%s; planned: %.2f GiB", peak, of_what, planned)
+        peak, planned = (peak_memory(self.device) - self.memory_at_start) / 2**30, self.plan.peak / 2**30
+        # On CPU that is the growth of the process, libraries' own buffers included, which no plan has.
+        of_plan = f"; planned: {planned:.2f} GiB" if self.device.type == "cuda" else ""
+        log.info("peak memory of rank 0: %.2f GiB%s", peak, of_plan)
         self.close()
 
     def first_validation(self) -> None:
