@@ -102,7 +102,7 @@ for module in sys.argv[1:]:
     os.waitpid(pid, 0)
 """
     modules = [module.removesuffix(".__init__") for module in MODULES if not module.endswith("__main__")]
-    done = subprocess.run([sys.executable, "-c", script, *modules], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script, *modules], capture_output=True, text=True, timeout=580)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
