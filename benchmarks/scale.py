@@ -18,6 +18,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from unittest import mock
 
 import torch
@@ -91,6 +92,10 @@ class Memory(TorchDispatchMode):
             self.live += storage.nbytes() - self._sizes[key]
             self._sizes[key] = storage.nbytes()
             self.peak = max(self.peak, self.live)
+
+    def leave_out(self, tensor: Tensor) -> None:
+        """Don't count a tensor any more: it is in another memory."""
+        self._gone((tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()._cdata)
 
     def _gone(self, key: int) -> None:
         if self._alive.pop(key, None) is not None:
@@ -235,6 +240,9 @@ def measure(cfg: Config, ranks: int) -> dict[str, float]:
                     out.loss.backward()
                     del out
                 update(optimizer, model, cfg.optim.max_grad_norm, 1.0)
+                if cfg.parallel.cpu_offload == "optimizer":  # the states are the host's
+                    for tensor in chain.from_iterable(state.values() for state in optimizer.state.values()):
+                        memory.leave_out(tensor)
     table = parallelize.per_layer_table(model.base) if parallelize.exchanges_rows(model.base, cfg.parallel) else None
     gathered = [p for p in model.parameters() if isinstance(p, DTensor) and (table is None or p is not table.weight)]
     compute, reduce = 2, parallelize.DTYPES[cfg.precision.reduce].itemsize
