@@ -17,7 +17,9 @@ TARGET_METRICS = {
     "centroid_hit_{k}": "share of targets whose centroid is among the top ones of round k (ordered embeddings)",
     "{source}/base_ce": "cross-entropy of the base on one source's targets, where there are several sources",
     "{source}/drafter_ce": "that of the drafter, all rounds together",
+    "{source}/agreement": "share of its targets of the drafter where greedy decoding accepts it, all rounds together",
     "{source}/targets": "how many targets of it the step had",
+    "adapter/{adapter}/{metric}": "these of all sources of one adapter (`model.adapters`)",
 }
 """Those over a step's targets, from :meth:`joint_train.pair.stats.JointStats.means`; ``{k}`` is a round, from 0. A mean
 over nothing is NaN, and null in metrics.jsonl."""
@@ -47,6 +49,7 @@ METRICS = {
     "loss_spike": "1 where the loss is far above its recent past",
     "val/{metric}": "any of the losses above on the validation data",
     "val/tokens_per_forward": "tokens per base forward in assisted generation on validation prompts",
+    "val/adapter/{adapter}/tokens_per_forward": "that on the prompts of one adapter (`model.adapters`)",
 }
 """Every metric's meaning."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from joint_train.config import Config, SourceConfig, config_to_save
-from joint_train.config.values import parse_adapters
+from joint_train.config.values import parse_adapters, parse_served
 from joint_train.data.readers import source_name
 from joint_train.evaluate.serving import serve_command
 from joint_train.files import code_version
@@ -100,6 +100,9 @@ def _origin(cfg: Config, step: int) -> list[str]:
             f"{_public(adapter.path, adapter.revision)} (weight {adapter.weight:g})" for adapter in adapters
         )
         rows.insert(1, ("adapters merged into the base", f"{named}{continued}"))
+    if served := parse_served(cfg.model.adapters):
+        named = ", ".join(_public(adapter.path, adapter.revision) for adapter in served)
+        rows.insert(1, ("adapters that the drafter was trained for, one at a time on the base", named))
     if cfg.data.tokenizer:
         rows.append(("tokenizer", _public(cfg.data.tokenizer)))
     advice = "A drafter guesses what its own base says: serve the two of one export together."

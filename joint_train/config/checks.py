@@ -8,10 +8,12 @@ from joint_train.config.schema import Config
 from joint_train.config.typed import select
 from joint_train.config.uploads import check_uploads
 from joint_train.config.values import (
+    adapter_index,
     base_after,
     mesh_shape,
     parse_adapters,
     parse_drafter_loss,
+    parse_served,
     parse_steps,
     round_weights,
     run_length,
@@ -127,7 +129,7 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
         raise ConfigError(f"loss.temperature={cfg.loss.temperature}: must be above 0.")
     adapters = parse_adapters(cfg.model.adapter)
     for name in ("model.base", "model.drafter"):
-        if not select(cfg, name) and not (name == "model.base" and adapters):  # an adapter names its base
+        if not select(cfg, name) and not (name == "model.base" and (adapters or cfg.model.adapters)):  # they name it
             raise ConfigError(
                 f"{name} is not set: a folder or a hub id. E.g. model=gemma4_e4b, or "
                 "model.base=/models/gemma-4-E4B-it model.drafter=/models/gemma-4-E4B-it-assistant"
@@ -171,6 +173,7 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
     if not isinstance(rows, bool) and not (isinstance(rows, int) and rows > 0):
         raise ConfigError(f"model.resize_vocabulary={rows}: must be true, false or a number of rows.")
     _check_lora(cfg)
+    _check_served(cfg)
     check_uploads(cfg)
     try:
         parse_drafter_loss(cfg.loss)
@@ -220,3 +223,39 @@ def _check_lora(cfg: Config) -> None:
         raise ConfigError(f"lora.dropout={lora.dropout}: must be below 1.")
     if not lora.target_modules:
         raise ConfigError("lora.target_modules is empty: name linear layers of the decoder, e.g. [q_proj, v_proj].")
+
+
+def _check_served(cfg: Config) -> None:
+    """Adapters of ``model.adapters`` lie on a base that stays as it is, and each has data."""
+    specs, used = parse_served(cfg.model.adapters), set[int]()
+    for split, sources in (("train", cfg.data.train), ("val", cfg.data.val)):
+        for index, source in enumerate(sources):
+            try:
+                found = adapter_index(specs, source.adapter)
+            except ValueError as error:
+                raise ConfigError(
+                    f"data.{split}[{index}].adapter: {error}. Name one of them, or add it there."
+                ) from None
+            used |= {found} if split == "train" else set()
+    if not specs:
+        return
+    if unused := [spec.name for index, spec in enumerate(specs) if index not in used]:
+        raise ConfigError(
+            f"model.adapters: no source of data.train names {', '.join(unused)}, so that the drafter would learn "
+            f"nothing of it. Give a source adapter: {unused[0]}, or leave it out."
+        )
+    if cfg.model.adapter is not None:
+        raise ConfigError(
+            "model.adapter is merged into the base, and model.adapters lie on it one at a time: set only one of them."
+        )
+    if cfg.lora.r:
+        raise ConfigError(
+            f"lora.r={cfg.lora.r} trains new adapters on the base, and with model.adapters the base is served under "
+            "each of those: set lora.r=0."
+        )
+    if not cfg.freeze.base:
+        raise ConfigError(
+            "model.adapters trains one drafter for a base that stays as it is under each of them: set freeze.base=true."
+        )
+    if cfg.parallel.compile:
+        raise ConfigError("parallel.compile=true doesn't work with model.adapters: set parallel.compile=false.")

@@ -37,6 +37,11 @@ class ModelConfig:
     adapter: Any = key(
         None, "PEFT LoRA folder or hub id on top of the base, or a list of them, each also as {path: DIR, weight: 0.5}"
     )
+    adapters: list[Any] = key(
+        [],
+        "PEFT LoRA folders or hub ids that one drafter is trained for, each also as {path: DIR, name: NAME}; the base "
+        "stays as it is (freeze.base=true), and sources name theirs (adapter)",
+    )
     continue_adapter: bool = key(False, "train the (last) adapter on instead of merging it; lora.r is then its own")
     resize_vocabulary: Any = key(
         False, "true: grow the tables of both models to what the tokenizer needs | a number of rows | false"
@@ -108,6 +113,7 @@ class SourceConfig:
     columns: dict[str, str] = key({}, "columns to read as the format's fields, e.g. {prompt: question}")
     chat_template_kwargs: dict[str, Any] = key({}, "options of the chat template, on top of data.chat_template_kwargs")
     ignore: list[str] = key([], "columns to ignore, though their names suggest a part of the conversation")
+    adapter: str | None = key(None, "the one of model.adapters that the base has on it, by name or path; null: none")
     limit: int | None = key(None, "use at most this many examples of the source")
 
 

@@ -78,33 +78,68 @@ def _number(key: str, value: object) -> float:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One adapter of ``model.adapter``."""
+    """One adapter of ``model.adapter`` or ``model.adapters``."""
 
     path: str  # folder or hub id
     weight: float = 1.0  # factor on what it adds to the base
     revision: str | None = None  # of the hub
+    name: str = ""  # by which sources and metrics know it
 
 
-def parse_adapters(choice: Any) -> list[AdapterSpec]:
-    """``model.adapter`` as a list: of nothing, a folder, or folders with their weights.
+def parse_adapters(choice: Any, key: str = "model.adapter") -> list[AdapterSpec]:
+    """``model.adapter`` as a list: of nothing, a folder, or folders with their weights; or those of another key.
 
     Raises:
         ConfigError: for anything else.
     """
     several = isinstance(choice, Sequence) and not isinstance(choice, str)
     items = [] if choice is None else choice if several else [choice]
+    known = ("path", "weight", "revision") + (("name",) if key == "model.adapters" else ())
     specs = []
     for item in items:
         given = {"path": item} if isinstance(item, str) else item
         if not isinstance(given, Mapping) or not isinstance(given.get("path"), str) or not given["path"]:
-            raise ConfigError(f"model.adapter: {item!r} is no adapter: give a folder, or {{path: DIR, weight: 0.5}}.")
-        if unknown := sorted(map(str, given.keys() - {"path", "weight", "revision"})):
-            raise ConfigError(f"model.adapter: {given['path']} has {', '.join(unknown)}: give path, weight, revision.")
+            raise ConfigError(f"{key}: {item!r} is no adapter: give a folder, or {{path: DIR, weight: 0.5}}.")
+        if unknown := sorted(map(str, given.keys() - {*known})):
+            raise ConfigError(f"{key}: {given['path']} has {', '.join(unknown)}: give {', '.join(known)}.")
         weight = given.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise ConfigError(f"model.adapter: the weight of {given['path']} is {weight!r}, must be a number.")
-        specs.append(AdapterSpec(given["path"], float(weight), given.get("revision")))
+            raise ConfigError(f"{key}: the weight of {given['path']} is {weight!r}, must be a number.")
+        name = str(given.get("name") or os.path.basename(os.path.normpath(given["path"])))
+        specs.append(AdapterSpec(given["path"], float(weight), given.get("revision"), name))
     return specs
+
+
+def parse_served(choice: Any) -> list[AdapterSpec]:
+    """``model.adapters``, each with a name of its own: the one that is given, or the last part of its path.
+
+    Raises:
+        ConfigError: as :func:`parse_adapters`, and for two of one name.
+    """
+    specs = parse_adapters(choice, "model.adapters")
+    names = [spec.name for spec in specs]
+    for spec in specs:
+        if names.count(spec.name) > 1:
+            raise ConfigError(
+                f"model.adapters: two adapters have the name {spec.name!r}: give one of them another, as in "
+                f"{{path: {spec.path}, name: NAME}}."
+            )
+    return specs
+
+
+def adapter_index(specs: Sequence[AdapterSpec], named: str | None) -> int:
+    """Which adapter of ``model.adapters`` a source names, by name or path; -1 where it names none.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    if named is None:
+        return -1
+    found = [index for index, spec in enumerate(specs) if named == spec.name]
+    found += [index for index, spec in enumerate(specs) if named == spec.path]
+    if not found:
+        raise ValueError(f"{named!r} is none of model.adapters ({', '.join(spec.name for spec in specs) or 'empty'})")
+    return found[0]
 
 
 def grown_rows(cfg) -> int | None:

@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 def load_config(overrides: list[str]) -> Config:
     """The configuration; unlike the main job's it needs no drafter."""
     cfg = load(overrides, check=False)
-    if cfg.model.adapter is not None:
+    if cfg.model.adapter is not None or cfg.model.adapters:
         from joint_train.weights.settle import with_adapter
 
         cfg = with_adapter(cfg)
@@ -177,6 +177,11 @@ def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     from joint_train.weights.run_files import end_generation_with
     from joint_train.weights.settle import load_merged
 
+    if cfg.model.adapters:
+        raise ConfigError(
+            "model.adapters: answers are one adapter's. Regenerate those of each with model.adapter=DIR, to a file of "
+            "its own, and name it as a source of that adapter."
+        )
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import transformers
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from joint_train.config import Config, DataConfig, SourceConfig, checks
-from joint_train.config.values import run_length
+from joint_train.config.values import adapter_index, parse_served, run_length
 from joint_train.data import cache_key, images
 from joint_train.data.cache import tokenised
 from joint_train.data.cache_key import cache_folder, tokenizer_fingerprint
@@ -50,7 +50,10 @@ class BatchLoader(StatefulDataLoader):
         sequence: the global rows.
         position: of the last batch that was yielded (see :func:`loader_position`).
         made_of: what its rows are made of, see :func:`describe`.
+        source_adapters: of each source the adapter that the base has on it; None: none.
     """
+
+    source_adapters: Sequence[str | None] = ()
 
     def __init__(
         self, batches: "RankBatches", num_workers: int, timeout: float, pin_memory: bool, position: dict, made_of: dict
@@ -126,9 +129,14 @@ class RankBatches(torch.utils.data.Dataset):
         rank, size: this rank's share.
         rows: in a batch of a rank.
         count: of batches; None: no end.
+        adapters: of each source its number among ``model.adapters``, -1 for none; None: there are none of them.
     """
 
-    def __init__(self, sequence, start: dict, rank: int, size: int, rows: int, count: int | None, tokenizer):
+    def __init__(
+        self, sequence, start: dict, rank: int, size: int, rows: int, count: int | None, tokenizer,
+        adapters: list[int] | None = None,
+    ):  # fmt: skip
+        self.adapters = None if adapters is None else np.array([*adapters, -1])  # the last one: of padding, source -1
         self.folder, self.image_token = tokenizer.name_or_path, getattr(tokenizer, "image_token_id", None)
         self.sequence, self.rank, self.size, self.rows, self.count = sequence, rank, size, rows, count
         self.start = start
@@ -154,6 +162,8 @@ class RankBatches(torch.utils.data.Dataset):
         # Not tensors yet: a worker needs a millisecond to hand one over, whatever its size, as it does so in shared
         # memory. Only pixels are large enough for that.
         batch: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        if self.adapters is not None:
+            batch["adapter_ids"] = self.adapters[batch["source"]]
         if pictures := [picture for row in documents for picture in self.sequence.pictures(row)]:
             try:
                 batch |= self._pixels(pictures)
@@ -201,7 +211,8 @@ def build_loader(
     Yields:
         ``input_ids``, ``labels`` (-100: not a target; not shifted), ``position_ids`` (from 0 in each document),
         ``document_ids`` (0: padding; 1, 2, …: the documents of a row) and ``source`` (index into
-        ``loader.source_names``, -1: padding), each ``[B, S]`` int64 on the CPU. A batch with images also has
+        ``loader.source_names``, -1: padding), each ``[B, S]`` int64 on the CPU; with ``model.adapters`` also
+        ``adapter_ids``, of each token the number of its adapter (-1: none). A batch with images also has
         ``mm_token_type_ids`` ``[B, S]`` int64 (1: stands for a part of an image), ``pixel_values`` ``[images, patches,
         values]`` float32 and ``image_position_ids`` ``[images, patches, 2]`` int64, in the order of the rows.
 
@@ -239,8 +250,14 @@ def build_loader(
             )
         start = {name: position[name] for name in start}
     count = None if train else -(-sequence.count_rows() // (dp_size * data.micro_batch_size))
-    batches = RankBatches(sequence, start, dp_rank, dp_size, data.micro_batch_size, count, tokenizer)
-    return BatchLoader(batches, data.num_workers, timeout, torch.cuda.is_available(), start, made_of)
+    served = parse_served(cfg.model.adapters)
+    of_sources = [adapter_index(served, spec.adapter) for spec in specs]
+    batches = RankBatches(
+        sequence, start, dp_rank, dp_size, data.micro_batch_size, count, tokenizer, of_sources if served else None
+    )
+    loader = BatchLoader(batches, data.num_workers, timeout, torch.cuda.is_available(), start, made_of)
+    loader.source_adapters = [None if index < 0 else served[index].name for index in of_sources]
+    return loader
 
 
 def open_source(spec: SourceConfig, data: DataConfig, tokenizer, timeout: float) -> Pieces | StreamPieces:

@@ -19,6 +19,7 @@ from transformers.generation import BaseStreamer
 from joint_train.evaluate.drafting import Drafting, drafts
 from joint_train.evaluate.lockstep import Lockstep, gather_in_order, share_of
 from joint_train.evaluate.prompts import Prompt
+from joint_train.pair.adapters import Adapters
 from joint_train.pair.halves import input_embedding
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ def accepted_length(
     num_steps: int,
     max_new_tokens: int,
     progress: Callable[[], None] = lambda: None,
+    adapters: Adapters | None = None,
 ) -> dict[str, Any]:
     """Tokens per base forward in greedy assisted generation, with models that may be sharded.
 
@@ -183,10 +185,12 @@ def accepted_length(
         base, drafter: plain modules or FSDP2 roots (the base's root must stay gathered after its forward).
         num_steps: K, drafts for a verification.
         progress: is called before each forward of the base, on all ranks as often; it may be collective, and raise.
+        adapters: on the base; each prompt is decoded under its own.
 
     Returns:
-        ``tokens_per_forward``; ``accepted_{k}``: share of verifications whose draft k was accepted, with all before it;
-        ``examples``: dictionaries of prompt, text and tokens per forward, for a table.
+        ``tokens_per_forward``; ``by_adapter``: that over the prompts of each adapter, by its name; ``accepted_{k}``:
+        share of verifications whose draft k was accepted, with all before it; ``examples``: dictionaries of prompt,
+        text and tokens per forward, for a table.
     """
     training = {model: model.training for model in (base, drafter)}
     mine = {}
@@ -195,15 +199,21 @@ def accepted_length(
             model.eval()
         with Lockstep(base, drafter, progress):
             for number, prompt in share_of(prompts):
-                mine[number] = decode(base, drafter, prompt.ids, num_steps, max_new_tokens)
+                with contextlib.nullcontext() if adapters is None else adapters.alone(prompt.adapter):
+                    mine[number] = decode(base, drafter, prompt.ids, num_steps, max_new_tokens)
     finally:
         for model, mode in training.items():
             model.train(mode)
     decoded = gather_in_order(mine)
+    of_adapters: dict[str, list[Decoded]] = {}
+    for prompt, d in zip(prompts, decoded, strict=True):
+        if adapters is not None and prompt.adapter is not None:
+            of_adapters.setdefault(prompt.adapter, []).append(d)
     steps = [step for d in decoded for step in acceptance_steps(d)]
     drafted = [max(1, sum(drafts > k for drafts, _ in steps)) for k in range(num_steps)]
     return {
         "tokens_per_forward": tokens_per_forward(decoded),
+        "by_adapter": {name: tokens_per_forward(of) for name, of in of_adapters.items()},
         **{f"accepted_{k}": sum(accepted > k for _, accepted in steps) / drafted[k] for k in range(num_steps)},
         "examples": [
             {

@@ -4,7 +4,7 @@ import json
 import logging
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -30,16 +30,22 @@ TEXT_PROMPT_TOKENS = 64  # of an example that is plain text: its beginning is th
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its tokens, the text for people, and the group it is reported in."""
+    """One prompt: its tokens, the text for people, the group it is reported in, and the adapter that the base has."""
 
     ids: list[int]
     text: str
     category: str
+    adapter: str | None = None
 
 
 def validation_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
     """The first prompts of a run's validation sources, taken from each in turn; the same on every rank."""
-    streams = [source_prompts(source, tokenizer, data.max_line_bytes) for source in sources_of(data, "val")]
+
+    def of(source: SourceConfig) -> Iterator[Prompt]:
+        for prompt in source_prompts(source, tokenizer, data.max_line_bytes):
+            yield replace(prompt, adapter=source.adapter)
+
+    streams = [of(source) for source in sources_of(data, "val")]
     prompts: list[Prompt] = []
     while streams and len(prompts) < count:
         stream = streams.pop(0)

@@ -228,15 +228,15 @@ class Pass:
             drafts=drafts[0],
             dense=drafts[1] if len(drafts) > 1 else None,
             routing=routed,
-            sources=self._sources(base[1], values[:, 1].sum(0), valid.sum(0)),
+            sources=self._sources(base[1], values[:, 1].sum(0), valid.sum(0), values[:, len(LOSSES)].sum(0)),
         )
         return loss, stats
 
-    def _sources(self, base_ce: Tensor, drafter_ce: Tensor, drafter_count: Tensor) -> SourceStats | None:
+    def _sources(self, base_ce: Tensor, drafter_ce: Tensor, drafter_count: Tensor, agree: Tensor) -> SourceStats | None:
         """The sums of each source, from those of each target, ``[P]``."""
         if self.groups is None:
             return None
-        of_targets = base_ce, drafter_ce, self.valid[0], drafter_count
+        of_targets = base_ce, drafter_ce, self.valid[0], drafter_count, agree
         zeros = torch.zeros(self.num_groups, dtype=self.dtype, device=self.device)
         return SourceStats(*(zeros.index_add(0, self.groups, found.to(self.dtype)) for found in of_targets))
 

@@ -23,6 +23,7 @@ from transformers.models.gemma4.modeling_gemma4 import get_block_sequence_ids_fo
 
 from joint_train.config import LossConfig, round_weights
 from joint_train.errors import ConfigError
+from joint_train.pair.adapters import Adapters
 from joint_train.pair.centroids import Centroids, token_centroids
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.halves import input_embedding
@@ -96,6 +97,7 @@ class JointModel(nn.Module):
 
     supports_gradient_checkpointing = True
     frozen_base: dict[str, str] | None = None  # with adapters: what their checkpoints name their base by
+    adapters: Adapters | None = None  # that the base has on it one at a time, for each document its own
     drafter_average: dict[str, Tensor] | None = None  # of its weights over the steps, by name: optim.drafter_ema
 
     def __init__(

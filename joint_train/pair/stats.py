@@ -102,12 +102,14 @@ class SourceStats(Sums):
     Attributes:
         base_ce, base_count: ``[G]``, the base's cross-entropy and targets.
         drafter_ce, drafter_count: ``[G]``, those of the drafter, all rounds together.
+        agree: ``[G]``, those of its targets where its most likely token, as engines serve it, is the base's.
     """
 
     base_ce: Tensor
     drafter_ce: Tensor
     base_count: Tensor
     drafter_count: Tensor
+    agree: Tensor
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,14 @@ class JointStats(Sums):
     routing: RoutingStats | None = None
     sources: SourceStats | None = None
 
-    def means(self, source_names: Sequence[str] = ()) -> dict[str, float]:
+    def means(self, source_names: Sequence[str] = (), source_adapters: Sequence[str | None] = ()) -> dict[str, float]:
         """The metrics by name (see :data:`joint_train.metrics.METRICS`), of sums that are on the CPU.
 
         A mean over nothing is NaN. The mean over the rounds is that of the rounds that have targets.
 
         Args:
             source_names: of the G sources; those without a target of a model have no mean of it.
+            source_adapters: of each of them the adapter that the base had on it; its means are over its sources.
         """
         count, rounds = self.count.double(), self.count[1:] > 0  # rounds: those that have targets
         loss, ce, left_out = self.loss / count, self.ce / count, self.left_out.double()
@@ -167,12 +170,18 @@ class JointStats(Sums):
         if self.routing is not None:
             means |= _of_rounds("centroid_hit", self.routing.hit / count[1:])
         if (of := self.sources) is not None:
-            for i, source in enumerate(source_names):
-                if of.base_count[i] > 0:
-                    means[f"{source}/base_ce"] = of.base_ce[i] / of.base_count[i]
-                if of.drafter_count[i] > 0:
-                    means[f"{source}/drafter_ce"] = of.drafter_ce[i] / of.drafter_count[i]
-                means[f"{source}/targets"] = of.base_count[i]
+            groups: dict[str, list[int]] = {}
+            for i, adapter in enumerate(source_adapters):
+                if adapter is not None:
+                    groups.setdefault(f"adapter/{adapter}", []).append(i)
+            for name, group in [*((name, [i]) for i, name in enumerate(source_names)), *groups.items()]:
+                base_ce, drafter_ce, base_count, drafter_count, agree = (x[group].sum() for x in of.named().values())
+                if base_count > 0:
+                    means[f"{name}/base_ce"] = base_ce / base_count
+                if drafter_count > 0:
+                    means[f"{name}/drafter_ce"] = drafter_ce / drafter_count
+                    means[f"{name}/agreement"] = agree / drafter_count
+                means[f"{name}/targets"] = base_count
         return {name: mean.item() for name, mean in means.items()}
 
 

@@ -28,6 +28,7 @@ from joint_train.plan.step import SAVED, local_bytes, simulate
 from joint_train.weights import released
 from joint_train.weights.composite import Gemma4WithDrafter, meta_pair
 from joint_train.weights.folders import read_config, vocabulary_settings
+from joint_train.weights.served import read_served
 
 GIB = 2**30
 PARTS = (
@@ -320,6 +321,7 @@ def _plan(
         "frozen towers": sum(p.nbytes for p in whole),
         "optimizer states": states if cfg.parallel.cpu_offload == "none" else 0,
         **({"average of the drafter": average if not offloaded else 0} if average else {}),
+        **({"adapters": compute.itemsize * sum(a.numbers for a in served)} if (served := read_served(cfg)) else {}),
         **{name: step.at_peak[name] for name in ("gradients", "gathered weights", "gradient reduction", "activations")},
     }
     kinds = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce")

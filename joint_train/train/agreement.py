@@ -17,7 +17,7 @@ from joint_train.errors import ConfigError
 # Where a node has its files is its own affair: their contents are compared.
 PLACES = {"pair", "model.base", "model.drafter", "model.cache_dir", "data.tokenizer", "data.cache_dir"}
 
-ADAPTER = re.compile(r"model\.adapter(\[\d+\])?(\.path)?")
+ADAPTER = re.compile(r"model\.adapters?(\[\d+\])?(\.path)?")
 
 
 def agree_on_configuration(cfg: Config, ranks: Ranks) -> None:

@@ -265,7 +265,8 @@ class Trainer:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
         assert stats is not None
-        metrics = stats.reduced(dist.all_reduce).means(self.loader.source_names) | self.bad_steps.read()
+        means = stats.reduced(dist.all_reduce).means(self.loader.source_names, self.loader.source_adapters)
+        metrics = means | self.bad_steps.read()
         if self.bad_steps.exhausted():
             dumped = [{**b, "rows": t.rows, "labels": t.labels} for b, t, _ in micro_batches]
             dumped = [{name: x for name, x in b.items() if isinstance(x, Tensor)} for b in dumped]
@@ -344,14 +345,16 @@ class Trainer:
                     found = self.model(**inputs, targets=targets).stats
                     stats = found if stats is None else stats + found
             assert stats is not None, "every rank has a batch of validation"
-            means = stats.reduced(dist.all_reduce).means(val_loader.source_names)
+            means = stats.reduced(dist.all_reduce).means(val_loader.source_names, val_loader.source_adapters)
             measured |= {f"val/{name}": value for name, value in means.items()}
             if generate and self.prompts > 0:
                 prompts = validation_prompts(cfg.data, self.tokenizer, self.prompts)
                 accepted = accepted_length(
                     self.model.base, self.model.drafter, self.tokenizer, prompts, cfg.drafter.num_steps,
-                    cfg.eval.max_new_tokens, progress,
+                    cfg.eval.max_new_tokens, progress, self.model.adapters,
                 )  # fmt: skip
+                for name, value in accepted["by_adapter"].items():
+                    measured[f"val/adapter/{name}/tokens_per_forward"] = value
                 measured["val/tokens_per_forward"] = accepted["tokens_per_forward"]
                 self.tracker.examples(self.step, accepted["examples"])
         finally:

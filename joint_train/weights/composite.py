@@ -53,6 +53,7 @@ from joint_train.weights.peft_folder import FILE as ADAPTER_FILE
 from joint_train.weights.placing import check as check_folder
 from joint_train.weights.placing import discard, place
 from joint_train.weights.run_files import RunFiles
+from joint_train.weights.served import put_served, read_served
 from joint_train.weights.settle import (
     changes_of_base,
     changes_of_drafter,
@@ -354,7 +355,8 @@ def load_pair(
         check_weights(folder, ranks)
         check_token_ordering(stored_tensors(folder), folder)
     everyone = Ranks(cfg.parallel.timeout_seconds)
-    if ranks is not None and (adapters := read_adapters(cfg)):
+    served = read_served(cfg)
+    if ranks is not None and (adapters := [*read_adapters(cfg), *served]):
         digests = {f"adapter {number}": file_digest(a.folder / ADAPTER_FILE) for number, a in enumerate(adapters)}
         agree(ranks, "weights", digests, {f"adapter {number}": str(a.folder) for number, a in enumerate(adapters)})
     model.changes = (
@@ -376,6 +378,9 @@ def load_pair(
             )  # fmt: skip
         base_changes = model.changes[0]
         model.frozen_base = everyone.first(f"reading {base_dir}", lambda: frozen_base(base_dir, base_changes))
+    if served:
+        dtype = DTYPES[cfg.precision.params] if mesh is None else compute
+        model.adapters = put_served(model, cfg, served, dtype, device)
     if mesh is not None:
         share_streams(model)
     if cfg.drafter.share_embedding_with_base:

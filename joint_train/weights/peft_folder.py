@@ -52,11 +52,13 @@ class PeftFolder:
         folder: where it is.
         config: its ``adapter_config.json``.
         weight: factor on what it adds.
+        key: that names it in the configuration.
     """
 
     folder: Path
     config: Mapping[str, Any]
     weight: float = 1.0
+    key: str = "model.adapter"
 
     @property
     def base(self) -> str | None:
@@ -92,6 +94,12 @@ class PeftFolder:
     def modules(self) -> list[str]:
         """The linear layers that have an adapter."""
         return sorted({found[1] for name in self.keys if (found := LORA.fullmatch(name))})
+
+    @property
+    def numbers(self) -> int:
+        """How many there are in its matrices."""
+        parts = (self._slice(f"{module}.lora_{part}") for module in self.modules for part in "AB")
+        return sum(math.prod(shape_of(part)) for part in parts if part is not None)
 
     def scales(self) -> dict[str, float]:
         """What the product of each layer's matrices is multiplied by."""
@@ -146,7 +154,7 @@ class PeftFolder:
             wholes[whole] = view
         if unknown:
             more = f"; and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            raise WeightsError(f"model.adapter: {self.folder} doesn't fit the base: {'; '.join(unknown[:5])}{more}.")
+            raise WeightsError(f"{self.key}: {self.folder} doesn't fit the base: {'; '.join(unknown[:5])}{more}.")
         self._check_ties(wholes, tensors)
         if unused:
             log.info("%s: %d layers whose keys and values nothing reads (KV sharing) are left out", self.folder, unused)
@@ -163,7 +171,7 @@ class PeftFolder:
             values = [wholes[other][:] for other in names if other in wholes]
             if len(values) < len(names) or any(not torch.equal(values[0], value) for value in values[1:]):
                 raise WeightsError(
-                    f"model.adapter: {self.folder} holds a trained {name} of its own, and the base ties "
+                    f"{self.key}: {self.folder} holds a trained {name} of its own, and the base ties "
                     f"{' and '.join(names)}: a folder with such a tie can't hold both. Merge it with peft into a base "
                     "without tie_word_embeddings, or train the adapter again with ensure_weight_tying=True."
                 )
@@ -196,7 +204,7 @@ class Names:
         return bool(ignored_keys(self.model, [name]))
 
 
-def read_adapter(folder: Path, weight: float = 1.0) -> PeftFolder:
+def read_adapter(folder: Path, weight: float = 1.0, key: str = "model.adapter") -> PeftFolder:
     """An adapter's folder, its kind checked.
 
     Raises:
@@ -207,11 +215,11 @@ def read_adapter(folder: Path, weight: float = 1.0) -> PeftFolder:
         config = json.loads((folder / CONFIG).read_bytes())
         kind = config.get("peft_type")
     except FileNotFoundError:
-        raise ConfigError(f"model.adapter: {folder} has no {CONFIG}: give a folder that peft wrote.") from None
+        raise ConfigError(f"{key}: {folder} has no {CONFIG}: give a folder that peft wrote.") from None
     except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"model.adapter: {folder / CONFIG} can't be read: {error}") from None
+        raise ConfigError(f"{key}: {folder / CONFIG} can't be read: {error}") from None
     if kind != "LORA":
-        raise ConfigError(f"model.adapter: {folder} is of the kind {kind}; only LORA can be merged or trained on.")
+        raise ConfigError(f"{key}: {folder} is of the kind {kind}; only LORA can be merged or trained on.")
     own = (*(name for name in REFUSED if name != "modules_to_save"),)  # whole tensors are taken as they are
     wrong = [f"{name}={config[name]!r}" for name in own if config.get(name)]
     wrong += [f"bias={config['bias']!r}"] * (config.get("bias", "none") != "none")
@@ -220,16 +228,16 @@ def read_adapter(folder: Path, weight: float = 1.0) -> PeftFolder:
     if not (folder / FILE).is_file():
         pickled = " (adapter_model.bin is pickled: save it again with safe_serialization=True)"
         raise WeightsError(
-            f"model.adapter: {folder} has no {FILE}{pickled if (folder / 'adapter_model.bin').exists() else ''}."
+            f"{key}: {folder} has no {FILE}{pickled if (folder / 'adapter_model.bin').exists() else ''}."
         )
-    found = PeftFolder(folder, config, weight)
+    found = PeftFolder(folder, config, weight, key)
     try:
         wrong += sorted({match[0] for name in found.keys if (match := OTHERS.search(name))})
     except Exception as error:
         raise WeightsError(f"can't read {folder / FILE}: {error}") from error
     if wrong:
         raise ConfigError(
-            f"model.adapter: {folder} has {', '.join(wrong)}: only plain LoRA on linear layers can be taken up here. "
+            f"{key}: {folder} has {', '.join(wrong)}: only plain LoRA on linear layers can be taken up here. "
             "Merge it with peft's merge_and_unload, and give the merged folder as model.base."
         )
     return found

@@ -6,9 +6,11 @@
 A run writes the result to its ``config.yaml``: an export from one of its checkpoints needs no tokenizer for it.
 """
 
+import dataclasses
 import functools
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from joint_train.config import Config, with_overrides
-from joint_train.config.values import AdapterSpec, grown_rows, parse_adapters
+from joint_train.config import Config, SourceConfig, with_overrides
+from joint_train.config.values import AdapterSpec, adapter_index, grown_rows, parse_adapters, parse_served
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import ConfigError
 from joint_train.weights.changes import Changes, file_digest, mean_rows
 from joint_train.weights.folders import read_config, refuse_adapter, resolve
 from joint_train.weights.loading import build_meta, check_weights, match, materialize, stored_tensors
 from joint_train.weights.peft_folder import FILE, PeftFolder, read_adapter
+from joint_train.weights.served import read_served
 from joint_train.weights.vocabulary import (
     drafter_ordering,
     highest_id,
@@ -62,18 +65,19 @@ def continued_adapter(cfg: Config) -> PeftFolder | None:
 
 def with_adapter(cfg: Config) -> Config:
     """A configuration with what its adapters say: which base they are for, where it isn't set; the tokenizer that lies
-    with the last one; and the rank, scale and layers of one that is trained on.
+    with the last one; and the rank, scale and layers of one that is trained on. With ``model.adapters`` sources name
+    theirs by name, and the tokenizer is the base's.
 
     Raises:
         ConfigError, WeightsError: as :func:`read_adapters`; for an adapter as ``model.base``, one that names no base
             where that isn't set, and one that can't be trained on.
     """
     refuse_adapter(Path(cfg.model.base or "/no folder"))
-    adapters = read_adapters(cfg)
+    adapters = read_adapters(cfg) or read_served(cfg)
     if not adapters:
         return cfg
     changes: dict[str, Any] = {}
-    last, spec = adapters[-1], parse_adapters(cfg.model.adapter)[-1]
+    last = adapters[-1]
     if not cfg.model.base:
         named = {adapter.base for adapter in adapters}
         if len(named) > 1 or None in named:
@@ -83,12 +87,23 @@ def with_adapter(cfg: Config) -> Config:
             )
         changes["model.base"] = last.base
         log.info("model.base=%s, as the adapter says", last.base)
+    if served := parse_served(cfg.model.adapters):
+        for split in ("train", "val"):
+            changes[f"data.{split}"] = [_with_name(source, served) for source in getattr(cfg.data, split)]
+        return with_overrides(cfg, changes)
+    spec = parse_adapters(cfg.model.adapter)[-1]
     if cfg.data.tokenizer is None and (last.folder / "tokenizer_config.json").is_file():
         changes["data.tokenizer"] = spec.path
         log.info("data.tokenizer=%s: the tokenizer and chat template that lie with the adapter", spec.path)
     if cfg.model.continue_adapter:
         changes |= _lora_of(cfg, last)
     return with_overrides(cfg, changes)
+
+
+def _with_name(source: SourceConfig, served: Sequence[AdapterSpec]) -> SourceConfig:
+    """A source that names its adapter by the adapter's name."""
+    index = adapter_index(served, source.adapter)
+    return dataclasses.replace(source, adapter=None if index < 0 else served[index].name)
 
 
 def _lora_of(cfg: Config, adapter: PeftFolder) -> dict[str, Any]:

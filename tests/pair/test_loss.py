@@ -571,6 +571,7 @@ def test_sums_by_group():
         _, expected = case.ours(config(), targets=part)
         torch.testing.assert_close(stats["sources.base_ce"][group], expected["ce"][0])
         torch.testing.assert_close(stats["sources.drafter_ce"][group], expected["ce"][1:].sum())
+        assert stats["sources.agree"][group] == expected["drafts.agree"].sum()
         assert stats["sources.base_count"][group] == expected["count"][0]
         assert stats["sources.drafter_count"][group] == expected["count"][1:].sum()
 

@@ -37,7 +37,7 @@ def part(seed: int, ordered: bool = True, sources: bool = True) -> JointStats:
         drafts=drafts(),
         dense=drafts() if ordered else None,
         routing=RoutingStats(sums(K), sums(K)) if ordered else None,
-        sources=SourceStats(sums(2), sums(2), counts(2).float(), counts(2).float()) if sources else None,
+        sources=SourceStats(sums(2), sums(2), counts(2).float(), counts(2).float(), sums(2)) if sources else None,
     )
 
 
@@ -83,6 +83,8 @@ def expected_means(parts: list[JointStats]) -> dict[str, float]:
             for model in ("base", "drafter"):
                 if count := total(f"sources.{model}_count", i):
                     found[f"{source}/{model}_ce"] = total(f"sources.{model}_ce", i) / count
+            if count:
+                found[f"{source}/agreement"] = total("sources.agree", i) / count
             found[f"{source}/targets"] = total("sources.base_count", i)
     return found
 
@@ -148,6 +150,18 @@ def test_a_source_without_a_target_has_no_mean():
     assert names == {"short/targets"}
 
 
+def test_an_adapter_has_the_sums_of_its_sources():
+    stats = part(4)
+    both, means = stats.sources, stats.means(SOURCES, ["a", "a"])
+    assert means["adapter/a/agreement"] == pytest.approx(float(both.agree.sum() / both.drafter_count.sum()))
+    assert means["adapter/a/base_ce"] == pytest.approx(float(both.base_ce.sum() / both.base_count.sum()))
+    assert means["adapter/a/targets"] == both.base_count.sum()
+    named = {name: value for name, value in stats.means(SOURCES, [None, "b"]).items() if name.startswith("adapter/")}
+    assert named == {
+        f"adapter/b/{x}": means[f"{SOURCES[1]}/{x}"] for x in ("base_ce", "drafter_ce", "agreement", "targets")
+    }
+
+
 def test_sums_of_different_kinds_are_not_added():
     with pytest.raises(ValueError, match="JointStats.routing is there in some of the sums only"):
         part(0) + replace(part(1), routing=None)
@@ -160,6 +174,10 @@ def test_every_name_is_documented_and_every_documented_name_is_there():
             assert template(name.removeprefix("dense_")) in METRICS
             return "dense_{metric}"
         source, slash, metric = name.partition("/")
+        if source == "adapter":
+            adapter, _, metric = metric.rpartition("/")
+            assert adapter == "a/b" and f"{{source}}/{metric}" in METRICS
+            return "adapter/{adapter}/{metric}"
         return f"{{source}}/{metric}" if slash else source
 
-    assert {template(name) for name in part(0).means(SOURCES)} == TARGET_METRICS.keys() <= METRICS.keys()
+    assert {template(name) for name in part(0).means(SOURCES, [None, "a/b"])} == TARGET_METRICS.keys() <= METRICS.keys()

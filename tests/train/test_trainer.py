@@ -147,6 +147,7 @@ def expected_losses(found: SimpleNamespace) -> dict[str, float]:
     for index, source in enumerate(("long", "short")):
         expected[f"{source}/targets"] = int((base[0] == index).sum())
         expected[f"{source}/base_ce"] = mean(base[1][base[0] == index])
+        expected[f"{source}/agreement"] = mean(torch.cat([columns[4][columns[0] == index] for columns in drafts]))
         expected[f"{source}/drafter_ce"] = mean(torch.cat([columns[1][columns[0] == index] for columns in drafts]))
     return expected
 
@@ -299,9 +300,9 @@ def test_the_documented_metrics_are_those_that_are_logged(run):
 
     for name in logged:
         assert meanings(name.removeprefix("val/")) or meanings(name), f"{name} isn't documented"
-    # Those that need a GPU whose peak is known, and ordered embeddings.
+    # Those that need a GPU whose peak is known, ordered embeddings, and model.adapters.
     assert {t for t in plain if not any(t in meanings(name) for name in logged)} == {
-        "hfu", "mfu", "centroid_hit_{k}", "dense_{metric}"
+        "hfu", "mfu", "centroid_hit_{k}", "dense_{metric}", *(name for name in METRICS if "{adapter}" in name)
     }  # fmt: skip
 
 
