@@ -26,6 +26,7 @@ from configs import compose
 from pairs import make_pair
 
 from joint_train import Gemma4WithDrafter
+from joint_train.drafter import main as new_drafter
 from joint_train.evaluate.decoding import decode, tokens_per_forward
 from joint_train.evaluate.served import serve_command
 from joint_train.weights.composite import load_pair
@@ -46,6 +47,10 @@ SHAPES = {
     "12b_unified": {},
 }
 GROWN = {"e2b_grown": "e2b", "31b_grown": "31b"}  # with model.resize_vocabulary
+# With a drafter of `joint_train.drafter new`.
+NEW = {"31b_new": "31b", "e2b_new": "e2b"}
+ORDERED = {"e2b_new": ["--ordered", "--centroids", "16", "--top-k", "4"]}
+TRAINED = (*SHAPES, *GROWN, *NEW)
 EOS, BOS = 1, 2
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -80,8 +85,12 @@ def texts(name: str, count: int, length: int, generator: torch.Generator) -> tor
 
 def train(name: str, folder: Path) -> tuple[Path, Path]:
     """A pair of a shape, trained until its drafts are sometimes right and sometimes not, and exported."""
-    shape = GROWN.get(name, name)
+    shape = (GROWN | NEW).get(name, name)
     source = make_pair(folder / "source", shape, head_dim=32, global_head_dim=64, **SHAPES[shape])
+    if name in NEW:
+        size = ["--hidden-size", "64", "--intermediate-size", "128"]
+        assert new_drafter(["new", str(source[0]), str(folder / "new"), *size, *ORDERED.get(name, [])]) == 0
+        source = source[0], folder / "new"
     model = Gemma4WithDrafter.from_pretrained(*source, drafter_num_steps=K, loss={"centroid_weight": 0.3}).train()
     if name in GROWN:
         settings = {"model.base": str(source[0]), "model.drafter": str(source[1]), "model.resize_vocabulary": True}
@@ -130,12 +139,12 @@ def stage_two(folder: Path) -> tuple[Path, Path]:
 def pairs(tmp_path_factory, starter) -> dict[str, tuple[Path, Path]]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("pairs")
-    return starter | {name: train(name, folder / name) for name in (*SHAPES, *GROWN)}
+    return starter | {name: train(name, folder / name) for name in TRAINED}
 
 
 def prompts_of(name: str, base: Path) -> list[list[int]]:
     """Eight prompts, shorter and longer than the sliding window."""
-    if name in SHAPES or name in GROWN:
+    if name in TRAINED:
         generator = torch.Generator().manual_seed(2)
         return [texts(name, 1, 4 + 3 * i, generator)[0].tolist() for i in range(8)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
@@ -183,7 +192,7 @@ def load(folder: Path):
     return getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("name", ["starter", "second stage", *SHAPES, *GROWN])
+@pytest.mark.parametrize("name", ["starter", "second stage", *TRAINED])
 def test_text_and_steps_are_those_of_evaluate(name, pairs, served):
     found = served[name]
     assert "error" not in found, found["error"]
