@@ -45,6 +45,7 @@ def run(cfg: Config) -> None:
 def main(composed: Any) -> None:
     rank = int(os.environ.get("RANK", 0))
     command.start_logging(rank)
+    command.leave_out_torchao()
     # Writes the first failed rank's traceback to where torchrun looks for it.
     from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any, cast
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -45,6 +46,18 @@ def set_allocator() -> None:
     os.environ["PYTORCH_ALLOC_CONF"] = settings
 
 
+def leave_out_torchao() -> None:
+    """Keep transformers from importing torchao, as it does wherever that is installed: it takes a second and prints
+    seven lines, and only ``optim.name=adamw_8bit`` uses it, which asks for it with :func:`let_torchao_in`."""
+    sys.modules.setdefault("torchao", cast(Any, None))  # importlib takes this for a package that isn't there
+
+
+def let_torchao_in() -> None:
+    """Undo :func:`leave_out_torchao`."""
+    if sys.modules.get("torchao", ...) is None:
+        del sys.modules["torchao"]
+
+
 class StderrLines(logging.Handler):
     """Log lines to whatever stderr is when they come: a live progress bar takes its place and prints them above itself,
     where a ``StreamHandler`` would go on writing into the bar."""
@@ -75,6 +88,7 @@ def start(name: str, main: Callable[[], int | None], rank: int = 0) -> int:
         The exit code.
     """
     start_logging(rank)
+    leave_out_torchao()
     try:
         return main() or DONE
     except EXPLAINED as error:

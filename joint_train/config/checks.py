@@ -1,6 +1,7 @@
 """What can't work is refused here, before a process group is made or a weight is read."""
 
 import math
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 
 from joint_train.config.schema import Config
@@ -159,7 +160,7 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
             "optim.name=muon multiplies whole matrices in its update, on the GPU: set parallel.cpu_offload=none, or "
             "another optim.name."
         )
-    if cfg.optim.name == "adamw_8bit" and find_spec("torchao") is None:
+    if cfg.optim.name == "adamw_8bit" and PathFinder.find_spec("torchao") is None:
         raise ConfigError(
             "optim.name=adamw_8bit needs the torchao package: pip install 'joint-train[low-precision]'. "
             "optim.name=adamw_bf16 needs none."

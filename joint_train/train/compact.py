@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
+from joint_train.command import let_torchao_in
 from joint_train.distributed.moments import block_size
 from joint_train.distributed.placement import local_tensor
 from joint_train.errors import ConfigError
@@ -149,6 +150,7 @@ class CompactAdamW(Optimizer):
 
 def _maps() -> dict[str, Tensor]:
     """torchao's 256 values of a code: signed for the first moment, unsigned for the second."""
+    let_torchao_in()
     try:
         from torchao.optim.quant_utils import create_dynamic_map
     except ImportError as error:

@@ -51,3 +51,13 @@ def test_an_unknown_command_and_a_mistake_behind_a_known_one():
     assert done.returncode == 2 and "there is no command evalute. Did you mean evaluate?" in done.stderr
     done, _ = run("train", "optim.lrr=1")
     assert done.returncode == 2 and done.stderr.startswith("joint_train: optim.lrr is not a key.")
+
+
+def test_torchao_is_imported_only_where_it_is_asked_for():
+    code = (
+        "import sys; from joint_train.command import start, let_torchao_in\n"
+        "start('x', lambda: __import__('transformers.modeling_utils') and None)\n"
+        "assert sys.modules['torchao'] is None; let_torchao_in(); import torchao.optim.quant_utils"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
