@@ -24,13 +24,20 @@ PARTS = {
     "base": "The base of a pair that was trained together with its drafter.",
     "drafter": "A multi-token-prediction drafter, trained together with its base.",
     "adapter": "The LoRA adapters of a base that was trained together with its drafter.",
+    "drafter_last": "A multi-token-prediction drafter with the weights of the run's last step. `drafter` beside it has "
+    "their average over the steps (`optim.drafter_ema`), and is the one to serve.",
+}
+FROZEN_PARTS = {
+    "base": "The base of a pair. It wasn't trained here; its drafter was, to guess what this base says.",
+    "drafter": "A multi-token-prediction drafter, trained on its base, which was not trained.",
 }
 SETTINGS = (
     "seed", "drafter.num_steps", "drafter.pairing", "drafter.rope_position", "drafter.loss_weight",
-    "drafter.base_grad_scale", "loss.drafter", "freeze.base", "freeze.towers", "freeze.embeddings", "lora.r",
-    "lora.alpha", "data.max_length", "data.micro_batch_size", "data.packing", "data.train_on", "data.mixture",
+    "drafter.base_grad_scale", "loss.drafter", "freeze.base", "freeze.base_after", "freeze.towers", "freeze.embeddings",
+    "lora.r", "lora.alpha", "data.max_length", "data.micro_batch_size", "data.packing", "data.train_on", "data.mixture",
     "data.chat_template_kwargs", "optim.name", "optim.lr", "optim.drafter_lr", "optim.schedule", "optim.warmup_steps",
-    "optim.grad_accum", "optim.weight_decay", "precision.compute", "precision.params", "model.text_config",
+    "optim.grad_accum", "optim.weight_decay", "optim.drafter_ema", "precision.compute", "precision.params",
+    "model.text_config", "model.resize_vocabulary",
 )  # fmt: skip
 LICENCE = ("license", "license_name", "license_link", "language")
 
@@ -50,27 +57,24 @@ def model_cards(
         before, measured: validation metrics before the first step, and last.
     """
     saved = config_to_save(cfg)  # without the values of interpolations, which may be secrets
-    body = [
-        *_origin(cfg, step),
-        *_data(saved),
-        *_settings(saved),
-        *_measured(before, measured),
-        *_table("Versions", ("package", "version"), code_version().items()),
-        *_serving(cfg, sources),
-    ]
-    return {
-        part: "\n".join([*_metadata(cfg, part, sources), f"# {part}", "", sentence, "", *body])
-        for part, sentence in PARTS.items()
-        if part != "adapter" or cfg.lora.r
-    }
+    made = [*_data(saved), *_settings(saved)]
+    served = [*_table("Versions", ("package", "version"), code_version().items()), *_serving(cfg, sources)]
+    cards = {}
+    for part, sentence in (PARTS | (FROZEN_PARTS if cfg.freeze.base else {})).items():
+        if (part == "adapter" and not cfg.lora.r) or (part == "drafter_last" and not cfg.model.export.drafter_last):
+            continue
+        lines = [*_metadata(cfg, part, sources), f"# {part}", "", sentence, "", *_origin(cfg, step, part), *made]
+        cards[part] = "\n".join([*lines, *_measured(before, measured, part), *served])
+    return cards
 
 
 def _metadata(cfg: Config, part: str, sources: tuple[Path, Path]) -> list[str]:
     """The hub's metadata: the licence is that of the source's own card."""
-    source = sources[part == "drafter"]
+    of_drafter = part.startswith("drafter")
+    source = sources[of_drafter]
     metadata: dict[str, Any] = {key: value for key, value in _front_matter(source).items() if key in LICENCE}
     metadata["library_name"] = "peft" if part == "adapter" else "transformers"
-    model = cfg.model.drafter if part == "drafter" else cfg.model.base
+    model = cfg.model.drafter if of_drafter else cfg.model.base
     if _is_hub_id(model):
         metadata |= {"base_model": model, "base_model_relation": "adapter" if part == "adapter" else "finetune"}
     metadata["tags"] = ["gemma4", "speculative-decoding", "multi-token-prediction", "joint-train"]
@@ -86,26 +90,32 @@ def _front_matter(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _origin(cfg: Config, step: int) -> list[str]:
+def _origin(cfg: Config, step: int, part: str) -> list[str]:
     of_base = f"trained by adapters of rank {cfg.lora.r}" if cfg.lora.r else "frozen" if cfg.freeze.base else "trained"
+    if cfg.freeze.base_after is not None:
+        of_base += f", until it was frozen by freeze.base_after={cfg.freeze.base_after}"
     rows = [
         ("base", f"{_public(cfg.model.base, cfg.model.revision)} ({of_base})"),
         ("drafter", _public(cfg.model.drafter, cfg.model.drafter_revision)),
         ("optimizer steps", f"{step:,}"),
     ]
     adapters = parse_adapters(cfg.model.adapter)
-    if adapters:
-        continued = ", of which the last was trained on" if cfg.model.continue_adapter else ""
-        named = ", ".join(
-            f"{_public(adapter.path, adapter.revision)} (weight {adapter.weight:g})" for adapter in adapters
-        )
-        rows.insert(1, ("adapters merged into the base", f"{named}{continued}"))
+    named = [f"{_public(adapter.path, adapter.revision)} (weight {adapter.weight:g})" for adapter in adapters]
+    if cfg.model.continue_adapter:
+        rows.insert(1, ("adapter that was trained on", named.pop()))
+    if named:
+        rows.insert(1, ("adapters merged into the base", ", ".join(named)))
     if served := parse_served(cfg.model.adapters):
-        named = ", ".join(_public(adapter.path, adapter.revision) for adapter in served)
-        rows.insert(1, ("adapters that the drafter was trained for, one at a time on the base", named))
+        each = ", ".join(_public(adapter.path, adapter.revision) for adapter in served)
+        rows.insert(1, ("adapters that the drafter was trained for, one at a time on the base", each))
     if cfg.data.tokenizer:
         rows.append(("tokenizer", _public(cfg.data.tokenizer)))
     advice = "A drafter guesses what its own base says: serve the two of one export together."
+    if part == "adapter" and named:
+        advice += (
+            " These adapters belong on the base with the ones above merged into it, and give other texts on the base "
+            "alone: `base` of the same export has all of them merged."
+        )
     return _table("Where it comes from", ("", ""), rows) + [advice, ""]
 
 
@@ -131,7 +141,9 @@ def _settings(saved: dict[str, Any]) -> list[str]:
     return _table("Settings", ("key", "value"), rows)
 
 
-def _measured(before: Mapping[str, float | None], measured: Mapping[str, float | None]) -> list[str]:
+def _measured(before: Mapping[str, float | None], measured: Mapping[str, float | None], part: str) -> list[str]:
+    if part == "drafter_last":
+        return ["## Measured", "", "Nothing was measured of these weights: the run validated their average.", ""]
     named = SUMMARY | {
         name: f"share of the drafts of round {name.rpartition('_')[2]} that greedy decoding accepts"
         for name in measured

@@ -91,7 +91,7 @@ def export_run(
                 checkpoint / weights[part], model, source, out / part,
                 max_shard_size or cfg.model.export.max_shard_size, num_assistant_tokens=tokens,
                 kv_shared_weights=unused, in_place=False, changes=changes,
-                files=RunFiles(trained_with, ends, cards[part.removesuffix("_last")]),
+                files=RunFiles(trained_with, ends, cards[part]),
             )  # fmt: skip
             parts[part] = model, source, changes
         place(outs)

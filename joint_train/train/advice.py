@@ -90,13 +90,18 @@ def log_recomputation(plan: Plan, machine: Machine) -> None:
 
 
 def warn_of_warmup(cfg: Config, max_steps: int) -> None:
-    """Warn that the learning rate never reaches its peak."""
+    """Warn that the learning rate never reaches its peak.
+
+    Args:
+        max_steps: the run's steps; those of the base where ``freeze.base_after`` is set.
+    """
     if cfg.optim.warmup_steps >= max_steps:
         share = lr_factor(max_steps - 1, cfg.optim, max_steps)
+        whose = "run's" if cfg.freeze.base_after is None else "base's"
         log.warning(
-            "optim.warmup_steps=%d isn't over before the run's %d steps: the learning rate reaches %.0f %% of its "
+            "optim.warmup_steps=%d isn't over before the %s %d steps: the learning rate reaches %.0f %% of its "
             "peak. Set optim.warmup_steps below them",
-            cfg.optim.warmup_steps, max_steps, 100 * share,
+            cfg.optim.warmup_steps, whose, max_steps, 100 * share,
         )  # fmt: skip
 
 
@@ -109,16 +114,19 @@ def warn_of_base_after(cfg: Config, max_steps: int) -> None:
         )
 
 
-def say_frozen(cfg: Config, plan: Plan, step: int, max_steps: int) -> None:
+def say_frozen(cfg: Config, plan: Plan, step: int, steps: tuple[int, int]) -> None:
     """Log that the base is frozen from here on.
 
     Args:
         plan: of the steps that follow.
+        step: done; later than that of the freeze in a run that was resumed after it.
+        steps: the run's last step, and that after which the base is frozen.
     """
+    max_steps, joint_steps = steps
     log.info(
-        "after step %d the base is frozen (freeze.base_after=%s): the other %d steps train the drafter alone, with a "
+        "the base is frozen after step %d (freeze.base_after=%s): steps %d to %d train the drafter alone, with a "
         "planned peak of %.2f GiB",
-        step, cfg.freeze.base_after, max_steps - step, plan.peak / 2**30,
+        joint_steps, cfg.freeze.base_after, step + 1, max_steps, plan.peak / 2**30,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ class Stages:
 
     Attributes:
         joint_steps: after so many steps the base is frozen; ``max_steps`` if it never is.
+        peak: planned peak memory of a rank in the steps that are left, in bytes.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class Stages:
         self.alone: Plan | None = None
         if self.joint_steps < max_steps:
             self.alone = make_plan(cfg, machine, device_type, drafter_alone=True)
+        joint_left = (saved or {}).get("step", 0) < self.joint_steps
+        self.peak = max(p.peak for p in (plan if joint_left else self.alone, self.alone or plan) if p is not None)
         self.cost = 1.0 if self.alone is None else self.alone.flops / plan.flops  # of a step of the drafter alone
 
     def state(self) -> dict[str, Any]:

@@ -289,7 +289,9 @@ class ConsoleLines:
         self.work = work
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.total, self.output_dir = max_steps or run_length(cfg)[0] or 0, Path(cfg.output_dir)
-        self.exports = cfg.model.export.at_end
+        export = cfg.model.export
+        parts = {"base": True, "drafter": True, "drafter_last": export.drafter_last, "adapter": cfg.lora.r > 0}
+        self.exports = [part for part, is_written in parts.items() if export.at_end and is_written]
         self.first: tuple[int, float] | None = None  # the first step that was reported, and when
         self.printed = -math.inf
         self.live: Live | None = None
@@ -344,9 +346,8 @@ class ConsoleLines:
             self.console.print(f"\n{'on the validation data':<32}{'before':>10}{'after':>10}")
             for name, key in rows:
                 self.console.print(f"  {name:<30}{format_metric(before, key):>10}{format_metric(after, key):>10}")
-        if self.exports:
-            for part in ("base", "drafter"):
-                self.console.print(f"Hugging Face {part}: {self.output_dir / 'export' / part}")
+        for part in self.exports:
+            self.console.print(f"Hugging Face {part}: {self.output_dir / 'export' / part}")
 
     def stop(self) -> None:
         if self.live:

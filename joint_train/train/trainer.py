@@ -121,7 +121,7 @@ class Trainer:
         advice.warn_of_torchrun(cfg.checkpoint)
         advice.warn_of_warmup(cfg, self.stages.joint_steps)
         advice.warn_of_base_after(cfg, self.max_steps)
-        log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.plan.peak / 2**30)
+        log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.stages.peak / 2**30)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
         self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device, bad_steps)
@@ -197,7 +197,7 @@ class Trainer:
             self.export(self.output_dir / "export")
             self.publish(self.output_dir / "export")
         self.tracker.finish(self.before or {}, self.measured or {})
-        peak, planned = (peak_memory(self.device) - self.memory_at_start) / 2**30, self.plan.peak / 2**30
+        peak, planned = (peak_memory(self.device) - self.memory_at_start) / 2**30, self.stages.peak / 2**30
         # On CPU that is the growth of the process, libraries' own buffers included, which no plan has.
         of_plan = f"; planned: {planned:.2f} GiB" if self.device.type == "cuda" else ""
         log.info("peak memory of rank 0: %.2f GiB%s", peak, of_plan)
@@ -236,7 +236,7 @@ class Trainer:
         cfg, started = self.cfg, time.perf_counter()
         if self.step >= self.stages.joint_steps and not self.model.freeze_base_for_drafter:
             self.plan = self.stages.freeze(self.model, self.optimizer)
-            advice.say_frozen(cfg, self.plan, self.step, self.max_steps)
+            advice.say_frozen(cfg, self.plan, self.step, (self.max_steps, self.stages.joint_steps))
         loaded = [next(batches) for _ in range(cfg.optim.grad_accum)]
         waited = time.perf_counter() - started
         micro_batches = [self.prepare(batch, self.loader.source_names) for batch in loaded]

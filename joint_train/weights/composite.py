@@ -242,7 +242,7 @@ class Gemma4WithDrafter(JointModel):
             tokenizer: that training used: it, its chat template and its image processor are written to both folders
                 where the original ones differ.
             end_token_ids: tokens that end an answer in training: generation ends with them, too.
-            cards: the text of README.md of ``base``, ``drafter`` and ``adapter``; the original's stays without one.
+            cards: the text of README.md of each folder, by its name; the original's stays without one.
             max_shard_size, kv_shared_weights: see :func:`joint_train.weights.export.export_model`.
             drafter_last: beside an average, also write the last weights, as ``drafter_last/``.
 
@@ -261,10 +261,7 @@ class Gemma4WithDrafter(JointModel):
         parts = ["base", "drafter", *(["adapter"] if adapted_modules(self.base) else [])]
         parts += ["drafter_last"] if drafter_last and self.drafter_average is not None else []
         outs = [folder / part for part in parts]
-        files = {
-            part: RunFiles(tokenizer, tuple(end_token_ids), (cards or {}).get(part.removesuffix("_last")))
-            for part in parts
-        }
+        files = {part: RunFiles(tokenizer, tuple(end_token_ids), (cards or {}).get(part)) for part in parts}
         try:
             export_model(
                 self.base, sources[0], outs[0], max_shard_size, kv_shared_weights=kv_shared_weights, in_place=False,

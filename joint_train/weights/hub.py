@@ -73,9 +73,9 @@ class Push:
         if not late and self._error is None:
             log.info("model.export.push_to_hub: pushed %s", " and ".join(self._urls))
             return
+        parts = [part for part in PARTS if (self._folder / part).is_dir()]
         reason = f"not finished within {seconds:.0f} s" if late else f"{type(self._error).__name__}: {self._error}"
         log.warning(
-            "model.export.push_to_hub: the export was not pushed (%s). It is complete in %s; push it with "
-            "`hf upload %s-base %s/base` and `hf upload %s-drafter %s/drafter`",
-            reason, self._folder, self._repo_id, self._folder, self._repo_id, self._folder,
+            "model.export.push_to_hub: the export was not pushed (%s). It is complete in %s; push it with %s",
+            reason, self._folder, " and ".join(f"`hf upload {self._repo_id}-{p} {self._folder / p}`" for p in parts),
         )  # fmt: skip

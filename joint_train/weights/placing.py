@@ -39,7 +39,8 @@ def place(outs: Sequence[Path]) -> None:
     """Give complete staged folders of one export their names. Collective.
 
     Args:
-        outs: the names, in one folder. An older export's ``adapter`` that the new one doesn't have goes as well.
+        outs: the names, in one folder. An older export's ``adapter`` or ``drafter_last`` that the new one
+            doesn't have goes as well.
 
     Raises:
         OSError: on every rank alike.
@@ -79,8 +80,9 @@ def put_in_place(outs: Sequence[Path]) -> None:
     mark, gone = folder / MARK, list(outs)
     with naming(folder):
         if len(outs) > 1:
-            if (folder / "adapter" / "adapter_config.json").exists() and folder / "adapter" not in outs:
-                gone.append(folder / "adapter")
+            for name, file in (("adapter", "adapter_config.json"), ("drafter_last", "config.json")):
+                if (folder / name / file).exists() and folder / name not in outs:
+                    gone.append(folder / name)
             names = [out.name for out in gone]
             what = "These folders are being replaced by an export. If no process does that any more, export again."
             layout.write_file(mark, json.dumps({"what": what, "parts": names}, indent=1).encode())

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from joint_train.config import config_to_save, load
 from joint_train.plan.planner import Machine, make_plan, meta_pair, read
 from joint_train.train.advice import (
     generation_prompts,
+    say_frozen,
     say_resumed,
     warn_of_base_after,
     warn_of_grace,
@@ -133,6 +135,8 @@ def test_a_warm_up_that_the_run_does_not_outlast_is_named(caplog):
     assert not caplog.messages
     warn_of_warmup(composed("max_steps=40", "optim.warmup_steps=49"), 40)
     assert "optim.warmup_steps=49 isn't over before the run's 40 steps: the learning rate reaches 80 %" in caplog.text
+    warn_of_warmup(composed("max_steps=90", "optim.warmup_steps=49", "freeze.base_after=40"), 40)
+    assert "before the base's 40 steps" in caplog.text
 
 
 def test_a_base_that_is_never_frozen_is_named(caplog):
@@ -141,6 +145,12 @@ def test_a_base_that_is_never_frozen_is_named(caplog):
     assert not caplog.messages
     warn_of_base_after(composed("max_steps=50", "freeze.base_after=50"), 50)
     assert "freeze.base_after=50 is not below the run's 50 steps: the base is trained in all" in caplog.text
+
+
+def test_the_freeze_is_named_by_its_step_and_not_by_that_of_a_resume(caplog):
+    caplog.set_level(logging.INFO, "joint_train.train.advice")
+    say_frozen(composed("freeze.base_after=4"), SimpleNamespace(peak=2**30), 6, (8, 4))
+    assert "frozen after step 4 (freeze.base_after=4): steps 7 to 8 train the drafter alone" in caplog.text
 
 
 def test_a_resume_across_the_freeze_says_what_becomes_of_the_base(tmp_path, caplog):

@@ -214,6 +214,16 @@ def test_the_share_that_auto_takes_costs_what_one_model_after_the_other_does():
     assert drafter.communication["all-gather"]["layers"] < joint.communication["all-gather"]["layers"]
 
 
+def test_the_planned_peak_is_that_of_the_steps_that_a_run_does():
+    """Both stages of a run from its beginning; of one that was resumed after the freeze, only the second."""
+    both, alone = SimpleNamespace(peak=5, flops=2), SimpleNamespace(peak=3, flops=1)
+    with mock.patch.object(stages, "make_plan", return_value=alone):
+        for after, step, peak in ((3, 0, 5), (3, 2, 5), (3, 3, 3), (None, 2, 5), (None, 6, 5)):
+            saved = {"step": step} if step else None
+            cfg = compose({"freeze.base_after": after})
+            assert stages.Stages(cfg, 6, both, Machine(), "cpu", saved).peak == peak, (after, step)
+
+
 def test_steps_and_shares():
     assert [steps_before_frozen(after, 100) for after in (None, 30, 200, 0.3, 0.001)] == [100, 30, 100, 30, 1]
 

@@ -71,3 +71,31 @@ def test_what_was_measured_stands_beside_what_it_was(sources):
     assert "| share of the drafts of round 0 that greedy decoding accepts | – | 0.5 |" in card
     assert "| tokens per base forward | – | – |" in card
     assert "Nothing was measured" in cards(sources)["base"]
+
+
+def test_a_card_speaks_of_its_own_weights(sources):
+    """Nothing says of last weights what was measured of their average, or of a frozen base that it was trained."""
+    found = cards(
+        sources, {}, {"val/base_loss": 1.25}, model__base="b", model__drafter="d", freeze__base_after=0.5,
+        optim__drafter_ema=0.98, model__export__drafter_last=True,
+    )  # fmt: skip
+    assert found.keys() == {"base", "drafter", "drafter_last"}
+    assert "| base loss | – | 1.25 |" in found["drafter"] and "1.25" not in found["drafter_last"]
+    assert "Nothing was measured of these weights" in found["drafter_last"]
+    assert "`b`, a folder (trained, until it was frozen by freeze.base_after=0.5)" in found["base"]
+    assert "| `optim.drafter_ema` | `0.98` |" in found["drafter"] and "| `freeze.base_after` | `0.5` |" in found["base"]
+
+    found = cards(sources, model__base="b", model__drafter="d", freeze__base=True)
+    assert "It wasn't trained here" in found["base"] and "trained together" not in "".join(found.values())
+
+
+def test_adapters_on_a_merged_base_say_where_they_belong(sources):
+    both = {"model__base": "b", "model__drafter": "d", "model__adapter": ["me/one", "me/two"], "lora__r": 4}
+    found = cards(sources, **both)
+    assert "belong on the base with the ones above merged into it" in found["adapter"]
+    assert "belong on" not in found["base"]
+    card = cards(sources, **both, model__continue_adapter=True)["adapter"]
+    assert "| adapters merged into the base | [me/one](https://huggingface.co/me/one) (weight 1) |" in card
+    assert "| adapter that was trained on | [me/two](https://huggingface.co/me/two) (weight 1) |" in card
+    card = cards(sources, **both | {"model__adapter": "me/two"}, model__continue_adapter=True)["adapter"]
+    assert "merged into" not in card and "| adapter that was trained on |" in card

@@ -284,7 +284,8 @@ def lines(cfg, terminal: bool = False, first: int = 0) -> tuple[ConsoleLines, io
 
 
 def test_a_log_has_plain_lines_of_80_columns_with_what_matters(tmp_path):
-    console, out = lines(config(tmp_path, "max_steps=100000"))
+    more = ("lora.r=4", "optim.drafter_ema=0.9", "model.export.drafter_last=true")
+    console, out = lines(config(tmp_path, "max_steps=100000", *more))
     console.log(0, {"val/base_loss": 8.34, "val/drafter_loss": 8.1, "val/tokens_per_forward": 1.0})
     console.log(99_998, STEP)
     console.printed = -math.inf
@@ -297,7 +298,8 @@ def test_a_log_has_plain_lines_of_80_columns_with_what_matters(tmp_path):
     assert "step 99999 of 100000  base 5.250  drafter 6.500  98.8M tok/s  0:00 left  bad 12" in text
     assert "step 0: validation  base 8.340  drafter 8.100  1.00 tokens/forward" in text
     assert re.search(r"base loss +8\.340 +2\.500", text)
-    assert str(tmp_path / "run" / "export" / "base") in text
+    for part in ("base", "drafter", "drafter_last", "adapter"):
+        assert f"Hugging Face {part}: {tmp_path / 'run' / 'export' / part}\n" in text
 
 
 def test_a_log_says_the_epoch_where_it_fits(tmp_path):

@@ -224,6 +224,17 @@ def test_killed_at_each_rename_no_new_base_stands_beside_an_old_drafter(run, tmp
     assert sorted(os.listdir(out)) == ["base", "drafter"]
 
 
+def test_folders_that_only_an_older_export_has_go_with_it(tmp_path):
+    for name, file in (("adapter", "adapter_config.json"), ("drafter_last", "config.json"), ("mine", "config.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    outs = [tmp_path / "base", tmp_path / "drafter"]
+    for out in outs:
+        placing.staged(out).mkdir()
+    placing.put_in_place(outs)
+    assert sorted(os.listdir(tmp_path)) == ["base", "drafter", "mine"]
+
+
 def test_evaluate_and_the_next_run_refuse_half_an_export(run, tmp_path, capsys):
     from joint_train.evaluate.__main__ import main as evaluate
 

@@ -144,7 +144,8 @@ def test_an_export_is_pushed_as_two_private_repositories(hub, tmp_path):
 
     Hub.refuse += ["create"] * 3
     said = push(hub, tmp_path)
-    assert "the export was not pushed" in said and f"hf upload me/pair-base {tmp_path}/base" in said
+    assert "the export was not pushed" in said and f"`hf upload me/pair-base {tmp_path}/base`" in said
+    assert f"`hf upload me/pair-adapter {tmp_path}/adapter`" in said
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == files["base"]["model.safetensors"]
 
 
