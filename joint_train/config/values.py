@@ -142,6 +142,12 @@ def adapter_index(specs: Sequence[AdapterSpec], named: str | None) -> int:
     return found[0]
 
 
+def base_of_adapter(cfg) -> str | None:
+    """The base that an exported adapter names: the run's, or none where others were merged into that."""
+    merged = len(parse_adapters(cfg.model.adapter)) - bool(cfg.model.continue_adapter)
+    return None if merged > 0 else cfg.model.base
+
+
 def grown_rows(cfg) -> int | None:
     """Rows that ``model.resize_vocabulary`` gives the vocabulary's tables, where it is a number; None otherwise."""
     rows = cfg.model.resize_vocabulary

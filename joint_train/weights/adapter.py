@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from joint_train.checkpoint import load_model
 from joint_train.config import Config
+from joint_train.config.values import base_of_adapter
 from joint_train.distributed.lora import (
     adapted_modules,
     adapter_parameters,
@@ -124,7 +125,7 @@ def fill_from_checkpoint(
         CheckpointError: if they are others than those that the adapters were trained on.
     """
     inject_adapters(base, peft_config_of(cfg.lora), text_model(base))
-    base.peft_config["default"].base_model_name_or_path = cfg.model.base
+    base.peft_config["default"].base_model_name_or_path = base_of_adapter(cfg)
     for module in adapted_modules(base).values():
         for part in (module.lora_A, module.lora_B):
             part.to(dtype=DTYPES[cfg.precision.params]).to_empty(device="cpu")

@@ -27,7 +27,7 @@ from joint_train.config import (
     PrecisionConfig,
     group_of,
 )
-from joint_train.config.values import grown_rows
+from joint_train.config.values import base_of_adapter, grown_rows
 from joint_train.distributed.agreement import agree
 from joint_train.distributed.lora import adapted_modules, initialise_adapters, inject_adapters, peft_config_of
 from joint_train.distributed.mesh import check_mesh
@@ -406,7 +406,7 @@ def meta_pair(
     if peft_config is not None:
         inject_adapters(base, peft_config, text_model(base))
         injected = cast("peft.LoraConfig", base.peft_config["default"])
-        injected.base_model_name_or_path, injected.revision = cfg.model.base, cfg.model.revision
+        injected.base_model_name_or_path, injected.revision = base_of_adapter(cfg), cfg.model.revision
     model = Gemma4WithDrafter(
         base,
         build_meta(drafter_config, dtype, attention),

@@ -22,6 +22,7 @@ from joint_train.errors import CheckpointError, ConfigError, WeightsError
 from joint_train.run_export import export_run
 from joint_train.train.optim import build_optimizer
 from joint_train.weights.composite import load_pair
+from joint_train.weights.peft_folder import read_adapter
 from joint_train.weights.settle import with_adapter, with_vocabulary
 
 
@@ -225,6 +226,8 @@ def test_a_checkpoint_of_adapters_on_a_merged_base_exports_what_the_run_does(mul
     merged = merged_by_peft(folders[0], whole, tmp_path / "export/adapter").state_dict()
     for key, value in one.items():
         assert torch.allclose(value.float(), merged[key], rtol=2**-7, atol=1e-6), key
+    for path in ("export/adapter", "out/adapter"):  # no folder holds the base that they are for
+        assert read_adapter(tmp_path / path, 1.0).base is None
     file = tmp_path / "config.yaml"
     file.write_text(file.read_text().replace(f"adapter: {whole}", "adapter: null"))
     with pytest.raises(CheckpointError, match="are others. Set model.base"):
