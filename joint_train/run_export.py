@@ -34,7 +34,7 @@ from joint_train.weights.loading import build_meta, stored_tensors
 from joint_train.weights.placing import MANIFEST, PARTS, discard, place
 from joint_train.weights.placing import verify as verify_files
 from joint_train.weights.run_files import RunFiles, list_of_ids
-from joint_train.weights.settle import changes_of_base
+from joint_train.weights.settle import changes_of_base, merged_adapters
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def export_run(
             changes = Changes(rows=rows)  # all other values are the checkpoint's
             outs.append(out / part)
             if part == "base" and cfg.lora.r:
-                changes = changes_of_base(cfg, model, source, Ranks(cfg.parallel.timeout_seconds))
+                changes = changes_of_base(cfg, model, source, Ranks(cfg.parallel.timeout_seconds), merged_adapters(cfg))
                 fill_from_checkpoint(model, cfg, checkpoint, source, changes)
                 outs.append(out / "adapter")
                 export_adapter(model, out / "adapter", in_place=False, card=cards["adapter"])

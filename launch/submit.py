@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from joint_train import config
 from joint_train.command import EXPLAINED_ERROR
-from joint_train.config.values import mesh_sentence
+from joint_train.config.values import mesh_sentence, quoted
 from joint_train.errors import JointTrainError
 
 LAUNCH = Path(__file__).resolve().parent
@@ -139,7 +139,7 @@ def hydra_text(text: str) -> str:
     """A string as a value of an override, quoted where Hydra's grammar would read it otherwise."""
     if re.fullmatch(r"[\w./-]+", text):
         return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return quoted(text)
 
 
 def plan_runs(options: Options, overrides: list[str], multirun: bool) -> list[Run]:
@@ -161,7 +161,7 @@ def plan_runs(options: Options, overrides: list[str], multirun: bool) -> list[Ru
             run_overrides = [text for text in run_overrides if not text.startswith("output_dir=")]
             run_overrides.append(f"output_dir={hydra_text(str(directory))}")
             cfg = config.load(run_overrides, world_size, options.ranks)
-        except (config.ConfigError, HydraException, OmegaConfBaseException) as error:
+        except config.ConfigError as error:
             where = f"run {number} ({' '.join(run_overrides)}): " if multirun else ""
             raise SubmitError(f"{where}{error}") from error
         runs.append(Run(str(directory), run_overrides, cfg))

@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from joint_train.config.help import SOURCES, choices, groups, keys
 from joint_train.config.schema import RENAMED, Config, SourceConfig
+from joint_train.config.values import quoted
 from joint_train.errors import ConfigError
 
 # What axolotl, TRL (transformers) and LLaMA-Factory call a key of ours.
@@ -223,16 +224,13 @@ def _with_sources(word: str, override: Override) -> str:
     """``data.train=FILE`` and ``data.train=[FILE,…]`` with each file as a source."""
     value: Any = override.value()
     given = value if isinstance(value, list) else [value]
-    fields = {field.name for field in dataclasses.fields(SourceConfig)}
     for index, source in enumerate(given):
         for name in source if isinstance(source, dict) else ():
-            if str(name) not in fields:
-                raise ConfigError(not_a_key(f"{override.key_or_group}[{index}].{name}", SourceConfig))
+            _check_key(f"{override.key_or_group}.{index}.{name}")
     if value is None or not all(isinstance(source, str) for source in given):
         return word
     plus = "++" if override.is_force_add() else "+" * override.is_add()
-    quoted = ("'" + source.replace("\\", "\\\\").replace("'", "\\'") + "'" for source in given)
-    return f"{plus}{override.key_or_group}=[{', '.join(f'{{path: {source}}}' for source in quoted)}]"
+    return f"{plus}{override.key_or_group}=[{', '.join(f'{{path: {quoted(source)}}}' for source in given)}]"
 
 
 def _no_choice(group: str, name: str) -> str:

@@ -170,6 +170,11 @@ def base_after(choice: object) -> int | float | str | None:
     )
 
 
+def quoted(text: str) -> str:
+    """A text in the quotes of Hydra's grammar of overrides."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def parse_steps(spec: str | None) -> range:
     """``"10-12"`` as the steps 10, 11 and 12; ``"10"`` as that one; ``None`` as none.
 

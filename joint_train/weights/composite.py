@@ -57,9 +57,8 @@ from joint_train.weights.served import put_served, read_served
 from joint_train.weights.settle import (
     changes_of_base,
     changes_of_drafter,
-    continued_adapter,
-    merged_adapters,
     read_adapters,
+    split_adapters,
 )
 
 if TYPE_CHECKING:
@@ -352,12 +351,13 @@ def load_pair(
         check_weights(folder, ranks)
         check_token_ordering(stored_tensors(folder), folder)
     everyone = Ranks(cfg.parallel.timeout_seconds)
-    served = read_served(cfg)
-    if ranks is not None and (adapters := [*read_adapters(cfg), *served]):
-        digests = {f"adapter {number}": file_digest(a.folder / ADAPTER_FILE) for number, a in enumerate(adapters)}
-        agree(ranks, "weights", digests, {f"adapter {number}": str(a.folder) for number, a in enumerate(adapters)})
+    adapters, served = read_adapters(cfg), read_served(cfg)
+    if ranks is not None and (read := [*adapters, *served]):
+        digests = {f"adapter {number}": file_digest(a.folder / ADAPTER_FILE) for number, a in enumerate(read)}
+        agree(ranks, "weights", digests, {f"adapter {number}": str(a.folder) for number, a in enumerate(read)})
+    merged, continued = split_adapters(cfg, adapters)
     model.changes = (
-        changes_of_base(cfg, model.base, base_dir, everyone),
+        changes_of_base(cfg, model.base, base_dir, everyone, merged),
         changes_of_drafter(cfg, model.drafter, drafter_dir, everyone),
     )
     shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
@@ -365,9 +365,9 @@ def load_pair(
     materialize(model.drafter, drafter_dir, device, shard_device, model.changes[1])
     if adapted_modules(model.base):
         initialise_adapters(model.base, cfg.seed)
-        if continued := continued_adapter(cfg):
+        if continued is not None:
             load_adapter(model.base, continued.folder)
-        if merged := merged_adapters(cfg):
+        if merged:
             log.warning(
                 "the export's adapter/ will belong to the base with %s merged into it, not to %s alone: serve it as "
                 "the merged base/, or on that merged base",

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from joint_train.config.values import AdapterSpec
 from joint_train.distributed.lora import REFUSED, folder_tensors
 from joint_train.errors import ConfigError, WeightsError
 from joint_train.weights.changes import TABLES, Delta, shape_of
+from joint_train.weights.folders import resolve
 from joint_train.weights.loading import ignored_keys, renamer
 
 log = logging.getLogger(__name__)
@@ -241,3 +243,8 @@ def read_adapter(folder: Path, weight: float = 1.0, key: str = "model.adapter") 
             "Merge it with peft's merge_and_unload, and give the merged folder as model.base."
         )
     return found
+
+
+def read_folders(specs: Sequence[AdapterSpec], cache_dir: str | None, key: str) -> list[PeftFolder]:
+    """:func:`read_adapter` of each, downloaded if need be. All ranks together."""
+    return [read_adapter(resolve(spec.path, spec.revision, cache_dir), spec.weight, key) for spec in specs]

@@ -11,8 +11,7 @@ from joint_train.distributed.parallelize import text_model
 from joint_train.errors import WeightsError
 from joint_train.pair.adapters import Adapters
 from joint_train.pair.model import JointModel
-from joint_train.weights.folders import resolve
-from joint_train.weights.peft_folder import PeftFolder, read_adapter
+from joint_train.weights.peft_folder import PeftFolder, read_folders
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +24,7 @@ def read_served(cfg: Config) -> list[PeftFolder]:
     Raises:
         ConfigError, WeightsError: for one that can't be had, or is of another kind.
     """
-    return [
-        read_adapter(resolve(spec.path, spec.revision, cfg.model.cache_dir), spec.weight, KEY)
-        for spec in parse_served(cfg.model.adapters)
-    ]
+    return read_folders(parse_served(cfg.model.adapters), cfg.model.cache_dir, KEY)
 
 
 def put_served(

@@ -25,7 +25,7 @@ from joint_train.errors import ConfigError
 from joint_train.weights.changes import Changes, file_digest, mean_rows
 from joint_train.weights.folders import read_config, refuse_adapter, resolve
 from joint_train.weights.loading import build_meta, check_weights, match, materialize, stored_tensors
-from joint_train.weights.peft_folder import FILE, PeftFolder, read_adapter
+from joint_train.weights.peft_folder import FILE, PeftFolder, read_folders
 from joint_train.weights.served import read_served
 from joint_train.weights.vocabulary import (
     drafter_ordering,
@@ -46,21 +46,17 @@ def read_adapters(cfg: Config) -> list[PeftFolder]:
         ConfigError, WeightsError: for one that can't be had, or is of another kind.
     """
 
-    def read(spec: AdapterSpec) -> PeftFolder:
-        return read_adapter(resolve(spec.path, spec.revision, cfg.model.cache_dir), spec.weight)
+    return read_folders(parse_adapters(cfg.model.adapter), cfg.model.cache_dir, "model.adapter")
 
-    return [read(spec) for spec in parse_adapters(cfg.model.adapter)]
+
+def split_adapters(cfg: Config, adapters: list[PeftFolder]) -> tuple[list[PeftFolder], PeftFolder | None]:
+    """Of :func:`read_adapters` those that are merged into the base, and the one that is trained on, if one is."""
+    return (adapters[:-1], adapters[-1]) if cfg.model.continue_adapter else (adapters, None)
 
 
 def merged_adapters(cfg: Config) -> list[PeftFolder]:
-    """Those of them that are merged into the base: all, or all but the one that is trained on."""
-    adapters = read_adapters(cfg)
-    return adapters[:-1] if cfg.model.continue_adapter else adapters
-
-
-def continued_adapter(cfg: Config) -> PeftFolder | None:
-    """The adapter that is trained on, if one is."""
-    return read_adapters(cfg)[-1] if cfg.model.continue_adapter else None
+    """The adapters that are merged into the base, read. All ranks together."""
+    return split_adapters(cfg, read_adapters(cfg))[0]
 
 
 def with_adapter(cfg: Config) -> Config:
@@ -157,16 +153,18 @@ def with_vocabulary(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     return with_overrides(cfg, {"model.resize_vocabulary": rows})
 
 
-def changes_of_base(cfg: Config, base: PreTrainedModel, folder: Any, ranks: Ranks) -> Changes:
+def changes_of_base(
+    cfg: Config, base: PreTrainedModel, folder: Any, ranks: Ranks, adapters: list[PeftFolder]
+) -> Changes:
     """What a settled configuration changes in the base's folder. Collective.
 
     Args:
         base: on any device, the meta device among them.
+        adapters: that are merged into it, see :func:`merged_adapters`.
 
     Raises:
         WeightsError: for adapters that don't fit.
     """
-    adapters = merged_adapters(cfg)
     changes = Changes(rows=grown_rows(cfg))
     for adapter in adapters:
         deltas, wholes = adapter.changes(base)
@@ -223,7 +221,7 @@ def load_merged(cfg: Config, dtype: torch.dtype, device: torch.device | str) -> 
     folder = resolve(m.base, m.revision, m.cache_dir)
     check_weights(folder)
     model = build_meta(read_config(folder, text_config=m.text_config, rows=grown_rows(cfg)), dtype)
-    changes = changes_of_base(cfg, model, folder, Ranks(cfg.parallel.timeout_seconds))
+    changes = changes_of_base(cfg, model, folder, Ranks(cfg.parallel.timeout_seconds), merged_adapters(cfg))
     materialize(model, folder, device, changes=changes)
     model.name_or_path = f"{folder} {changes.digest}"
     return model
