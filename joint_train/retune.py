@@ -20,6 +20,7 @@ from typing import Any
 
 from joint_train.command import DONE, NO, start
 from joint_train.config import Config, SourceConfig, read
+from joint_train.config.values import quoted
 from joint_train.data.readers import read_records
 from joint_train.errors import ConfigError, JointTrainError
 from joint_train.evaluate.page import Section, Table, html
@@ -126,11 +127,6 @@ def pair_overrides(args: argparse.Namespace) -> list[str]:
         )
     found = {"model.base": base, "model.drafter": drafter, "model.adapter": adapter}
     return [f"{key}={quoted(value)}" for key, value in found.items() if value is not None]
-
-
-def quoted(value: Any) -> str:
-    """A text in the grammar of Hydra's overrides."""
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def sources(key: str, file: Path) -> list[str]:

@@ -170,9 +170,9 @@ def base_after(choice: object) -> int | float | str | None:
     )
 
 
-def quoted(text: str) -> str:
-    """A text in the quotes of Hydra's grammar of overrides."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def quoted(value: str | os.PathLike) -> str:
+    """A text or path in the quotes of Hydra's grammar of overrides."""
+    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def parse_steps(spec: str | None) -> range:
