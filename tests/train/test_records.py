@@ -66,7 +66,8 @@ class Run(Trainer):
         self.checkpointer = SimpleNamespace(restore_random_state=lambda: None, poll=lambda: None, close=lambda: None)
         self.watchdog, self.max_steps = Watchdog(), STEPS
         self.profiler = StepProfiler(None, folder, 0)
-        self.plan, self.device, self.memory_at_start = SimpleNamespace(peak=0), torch.device("cpu"), 0
+        self.stages = SimpleNamespace(peak=0, joint_steps=STEPS)
+        self.device, self.memory_at_start = torch.device("cpu"), 0
         self.go_on_from(json.loads(disk["newest"]) if disk else None)
         self.tracker = Tracker.__new__(Tracker)
         self.tracker.sinks = [JsonLines(folder / "metrics.jsonl", self.step, self.unfinished is not None)]
