@@ -29,7 +29,6 @@ from joint_train.metrics import SUMMARY
 
 log = logging.getLogger(__name__)
 
-WIDTH = 80  # of a line in a log
 CONSOLE_SECONDS = 10  # between lines in a log; a terminal is updated at every step
 CLOSE_SECONDS = 120  # for wandb's last upload: a dead network must not keep a finished run
 
@@ -276,7 +275,7 @@ class TensorBoard:
 
 
 class ConsoleLines:
-    """Progress for people: a bar and the newest numbers on a terminal, a line now and then in a log; 80 columns."""
+    """Progress for people: a bar and the newest numbers on a terminal, a line with its time now and then in a log."""
 
     def __init__(
         self,
@@ -319,16 +318,18 @@ class ConsoleLines:
         if self.live:
             self.bar.update(self.task, completed=step, numbers=numbers)
         elif step == self.total or time.monotonic() - self.printed >= CONSOLE_SECONDS:
-            head, epoch = f"step {step} of {self.total}", epoch_of(metrics)
-            fits = len(head) + len(epoch) + 2 + len(numbers) <= WIDTH
-            self.console.print(f"{head}{epoch if fits else ''}  {numbers}")
+            now = time.strftime("%m-%d %H:%M:%S")
+            self.console.print(f"{now}  step {step} of {self.total}{epoch_of(metrics)}  {numbers}")
             self.printed = time.monotonic()
         if metrics.get("loss_spike"):
             self.console.print(f"step {step}: the loss jumped; see metrics.jsonl")
 
     def progress_text(self, step: int, metrics: Mapping[str, float]) -> str:
-        """Both losses, speed and time left, in under 60 columns."""
+        """Both losses, speed and time left, in under 60 columns; in a log also learning rates and gradient norm."""
         text = f"base {format_metric(metrics, 'base_loss')}  drafter {format_metric(metrics, 'drafter_loss')}"
+        if not self.live:
+            text += learning_rates(metrics)
+            text += f"  grad {metrics['grad_norm']:.3g}" if "grad_norm" in metrics else ""
         if speed := metrics.get("tokens_per_second"):
             text += f"  {short_number(speed)} tok/s"
         self.first = self.first or (step, time.monotonic())
@@ -398,9 +399,21 @@ def validation_line(step: int, metrics: Mapping[str, float]) -> str:
     return text
 
 
+def learning_rates(metrics: Mapping[str, float]) -> str:
+    """``  lr 1.0e-5, 1.0e-4`` of base and drafter; one where they are the same, or the base is frozen."""
+    rates = {metrics[name]: None for name in ("lr", "drafter_lr") if name in metrics}
+    shown = [f"{rate:.1e}".replace("e-0", "e-") for rate in rates if rate or len(rates) == 1]
+    return f"  lr {', '.join(shown)}" if shown else ""
+
+
 def epoch_of(metrics: Mapping[str, float]) -> str:
     """``, epoch 1.4`` where the data has epochs."""
-    return f", epoch {metrics['epoch']:.1f}" if "epoch" in metrics else ""
+    return f", epoch {short_epoch(metrics['epoch'])}" if "epoch" in metrics else ""
+
+
+def short_epoch(epoch: float) -> str:
+    """One digit behind the point, or as many as a small number needs: ``1.4``, ``0.002``."""
+    return f"{epoch:.1f}" if epoch >= 0.1 or epoch == 0 else f"{epoch:.1g}"
 
 
 def short_number(number: float) -> str:

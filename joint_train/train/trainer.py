@@ -18,12 +18,13 @@ from joint_train.checkpoint import Checkpointer
 from joint_train.config import Config, with_overrides
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
 from joint_train.data.fit import check_fit
+from joint_train.data.overview import overview
 from joint_train.data.tokenizer import end_token_ids, load_tokenizer
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
 from joint_train.distributed.preemption import Preemption
 from joint_train.distributed.ranks import Ranks
-from joint_train.errors import TooManyBadSteps
+from joint_train.errors import OutOfMemory, TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.model_card import model_cards
 from joint_train.pair.attention import check_backward
@@ -70,13 +71,14 @@ class Trainer:
 
         check_backward(cfg.model.attn_implementation, self.device.type)
         cfg = with_adapter(cfg)
+        advice.say_run(cfg, self.ranks, torch.cuda.get_device_name() if self.device.type == "cuda" else None)
         self.tokenizer = load_tokenizer(cfg)
         self.cfg = cfg = with_vocabulary(cfg, self.tokenizer)
         everyone = Ranks(cfg.parallel.timeout_seconds)
         agree_on_configuration(cfg, everyone)
-        machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
+        self.machine = machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
         self.plan = make_plan(cfg, machine, self.device.type)
-        advice.log_recomputation(self.plan, machine)
+        advice.warn_of_memory(self.plan, machine)
         check_fit(cfg, self.tokenizer, *run_configs(cfg))
         self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
@@ -121,7 +123,11 @@ class Trainer:
         advice.warn_of_torchrun(cfg.checkpoint)
         advice.warn_of_warmup(cfg, self.stages.joint_steps)
         advice.warn_of_base_after(cfg, self.max_steps)
-        log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.stages.peak / 2**30)
+        advice.warn_of_validation(cfg)
+        loaders = {"train": self.loader} | ({"val": self.val_loader} if self.val_loader else {})
+        log.info("%s", overview(loaders))
+        left = self.stages.work(self.max_steps) - self.stages.work(self.step)
+        advice.say_plan(self.plan, self.stages.peak, machine, self.device.type, left)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
         self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device, bad_steps)
@@ -433,4 +439,7 @@ def run(cfg: Config) -> None:
     with Preemption(cfg.checkpoint.grace_seconds, cfg.parallel.timeout_seconds) as preemption:
         with preemption.ends_at_once():
             trainer = Trainer(cfg, preemption)
-        trainer.train()
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(advice.out_of_memory(trainer.cfg, trainer.plan, trainer.machine, error)) from error
