@@ -106,6 +106,8 @@ def _prune(args, console: Console) -> int:
     for name, default in (("keep_last", 0), ("keep_every", 0), ("keep_best", None)):
         given = getattr(args, name)
         rules[name] = rules.get(name, default) if given is None else given
+    if args.keep_best:  # a misspelt one would keep nothing
+        layout.find_best(folder, args.keep_best)
     lock = RunLock(folder.parent, wait_seconds=0)
     try:
         for note in [] if args.dry_run or not lock.held else layout.recover(folder):

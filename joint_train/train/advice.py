@@ -1,6 +1,7 @@
 """What a run logs at its start: advice on its settings, from its plan, and what it resumes from."""
 
 import logging
+import math
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from joint_train.config.typed import read
 from joint_train.config.values import run_length
 from joint_train.plan.fits import savings
 from joint_train.plan.planner import GIB, Machine, Plan
+from joint_train.train.best import Best
 from joint_train.train.optim import lr_factor
 
 log = logging.getLogger(__name__)
@@ -118,6 +120,15 @@ def say_plan(plan: Plan, peak: int, machine: Machine, device_type: str, steps: f
     log.info(
         "plan: a peak of %.2f GiB of the %.2f that a rank can use%s%s (python -m joint_train.plan shows its parts)",
         peak / GIB, machine.usable / GIB, time_of, f"; {chosen}, chosen by it" if chosen else "",
+    )  # fmt: skip
+
+
+def say_patience(best: Best, step: int, max_steps: int) -> None:
+    """Log that a run ends before its last step."""
+    log.info(
+        "the run ends at step %d of %d: %d validations in a row were no better than step %s (%s %.4g; eval.patience=%d)",
+        step, max_steps, best.waited, best.step, str(best.metric).removeprefix("-"),
+        math.nan if best.value is None else best.value, best.patience,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl always, wandb and TensorBoard if wanted, and the console.
+"""What a run reports: metrics.jsonl and generations.jsonl always, wandb and TensorBoard if wanted, and the console.
 
 Only rank 0 writes. Nothing here may end a run: a tracker that fails is turned off with one warning. The exception is
 ``metrics.jsonl``, which is the record that other tools rely on.
@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from joint_train.config import Config, TrackingConfig, config_to_save, to_yaml
+from joint_train.config import Config, ConfigError, TrackingConfig, config_to_save, to_yaml
 from joint_train.config.values import run_length
 from joint_train.files import code_version, naming, replace
 from joint_train.metrics import SUMMARY
@@ -68,6 +69,7 @@ class Tracker:
         replace(output_dir / "config.yaml", to_yaml(cfg))
         console = ConsoleLines(cfg, step, max_steps, work=work)
         self.sinks = [JsonLines(output_dir / "metrics.jsonl", step, unfinished), console]
+        self.sinks.append(Generations(output_dir / "generations.jsonl", step, unfinished))
         if cfg.tracking.tensorboard:
             self.sinks.append(Guarded("TensorBoard", TensorBoard(output_dir / "tensorboard", step)))
         if cfg.tracking.wandb != "disabled":
@@ -89,6 +91,12 @@ class Tracker:
         for sink in self.sinks:
             if hasattr(sink, "finish"):
                 sink.finish(before, after)
+
+    def exported(self, folder: Path) -> None:
+        """Take note of the run's export, a folder of folders."""
+        for sink in self.sinks:
+            if hasattr(sink, "exported"):
+                sink.exported(folder)
 
     def sync(self) -> None:
         """Sync the records to disk, before a checkpoint that continues after them."""
@@ -131,14 +139,38 @@ class JsonLines:
             self.file = open(path, "a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        record = {"step": step, "time": round(time.time(), 3)} | metrics_to_json(metrics)
+        self.write(step, metrics_to_json(metrics))
+
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
+        """Append an object of a step; its values are as JSON has them."""
+        line = json.dumps({"step": step, "time": round(time.time(), 3)} | dict(record), ensure_ascii=False)
         with naming(self.path, "output_dir"):
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(line + "\n")
             self.file.flush()
 
     def close(self) -> None:
         with naming(self.path, "output_dir"):
             self.file.close()
+
+
+class Generations:
+    """``generations.jsonl``: the texts of each assisted generation, as :class:`JsonLines` keeps metrics: one object a
+    validation, with its ``step``, ``time`` and ``examples``."""
+
+    def __init__(self, path: Path, step: int, unfinished: bool = False) -> None:
+        self.open = partial(JsonLines, path, step, unfinished)
+        self.lines: JsonLines | None = self.open() if path.exists() else None  # what is generated again goes aside
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def examples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        self.lines = self.lines or self.open()
+        self.lines.write(step, {"examples": rows})
+
+    def close(self) -> None:
+        if self.lines is not None:
+            self.lines.close()
 
 
 def recorded_step(line: str) -> int:
@@ -211,6 +243,10 @@ class Wandb:
                 config=self.config | {"versions": code_version()},
                 settings=wandb.Settings(console="off", silent=True, init_timeout=60),
             )
+            if self.run.offline:
+                log.info("wandb is offline; to upload the run later: wandb sync %s", Path(self.run.dir).parent)
+            elif self.run.url:
+                log.info("wandb: %s", self.run.url)
             # Steps go back after a restart, which wandb's own counter can't.
             self.run.define_metric("step")
             self.run.define_metric("*", step_metric="step")
@@ -225,6 +261,16 @@ class Wandb:
         run = self.start()
         run.log({"step": step, "examples": wandb.Table(list(rows[0]), [list(row.values()) for row in rows])})
 
+    def exported(self, folder: Path) -> None:
+        if not self.cfg.log_export:
+            return
+        import wandb
+
+        for part in sorted(path for path in folder.iterdir() if (path / "config.json").exists()):
+            artifact = wandb.Artifact(f"{self.start().name}-{part.name}".replace("/", "-"), type="model")
+            artifact.add_dir(str(part))
+            self.start().log_artifact(artifact)
+
     def close(self) -> None:
         if self.run is not None:
             finish = threading.Thread(target=self.run.finish, daemon=True)
@@ -234,19 +280,37 @@ class Wandb:
                 log.warning("wandb didn't finish in %d s; `wandb sync` its folder later", CLOSE_SECONDS)
 
 
+def check_wandb(cfg: TrackingConfig) -> None:
+    """Refuse ``tracking.wandb=online`` without a key, before anything takes time.
+
+    Raises:
+        ConfigError: saying what to set.
+    """
+    if cfg.wandb == "online" and not has_key():
+        raise ConfigError(
+            "tracking.wandb=online, and there is no key of wandb here: run `wandb login` or set WANDB_API_KEY; "
+            "tracking.wandb=auto writes an offline run instead, which `wandb sync` uploads later"
+        )
+
+
 def wandb_mode(mode: str) -> Any:
     """``tracking.wandb`` without ``auto``: ``WANDB_MODE`` if set, else online where there is a key, else offline."""
     if mode != "auto":
         return mode
     if given := os.environ.get("WANDB_MODE"):
         return given
+    return "online" if has_key() else "offline"
+
+
+def has_key() -> bool:
+    """Whether wandb would find a key: in the environment, or in the file that ``wandb login`` writes."""
     if os.environ.get("WANDB_API_KEY"):
-        return "online"
+        return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
     try:
-        return "online" if netrc.netrc(os.environ.get("NETRC")).authenticators(host) else "offline"
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
-        return "offline"
+        return False
 
 
 class TensorBoard:

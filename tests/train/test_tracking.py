@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from joint_train import command, files
-from joint_train.config import load, with_overrides
+from joint_train.config import ConfigError, load, with_overrides
 from joint_train.train import tracking
 from joint_train.train.tracking import ConsoleLines, JsonLines, Tracker
 
@@ -118,7 +118,10 @@ def test_records_are_on_disk_as_soon_as_they_are_logged(tmp_path):
 
 
 class FakeRun:
+    offline, dir, name = True, "/runs/wandb/offline-run-1/files", "run"
+
     def __init__(self):
+        self.artifacts = []
         self.logged, self.defined, self.finished = [], {}, False
 
     def define_metric(self, name, step_metric=None):
@@ -126,6 +129,9 @@ class FakeRun:
 
     def log(self, values):
         self.logged.append(values)
+
+    def log_artifact(self, artifact):
+        self.artifacts.append(artifact)
 
     def finish(self):
         self.finished = True
@@ -135,8 +141,9 @@ class FakeRun:
 def wandb(monkeypatch):
     """A wandb that remembers how it was used."""
     fake = types.SimpleNamespace(
-        inits=[], runs=[], Settings=lambda **kw: kw, Table=lambda columns, data: (columns, data)
-    )
+        inits=[], runs=[], Settings=lambda **kw: kw, Table=lambda columns, data: (columns, data),
+        Artifact=lambda name, type: types.SimpleNamespace(name=name, type=type, add_dir=lambda folder: None),
+    )  # fmt: skip
 
     def init(**kwargs):
         fake.inits.append(kwargs)
@@ -214,6 +221,40 @@ def test_wandb_is_online_only_with_a_key(monkeypatch, tmp_path, wandb):
     assert tracking.wandb_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert tracking.wandb_mode("auto") == "disabled"
+
+
+def test_wandb_says_how_to_upload_and_takes_the_export_where_asked(tmp_path, wandb, caplog):
+    caplog.set_level(logging.INFO)
+    for part in ("base", "drafter"):
+        (tmp_path / "export" / part).mkdir(parents=True)
+        (tmp_path / "export" / part / "config.json").touch()
+    for wanted in (False, True):
+        overrides = ("tracking.wandb=auto", f"tracking.log_export={str(wanted).lower()}")
+        tracker = Tracker(config(tmp_path, *overrides), 0)
+        tracker.log(1, STEP)
+        tracker.exported(tmp_path / "export")
+        names = [(artifact.name, artifact.type) for artifact in wandb.runs[-1].artifacts]
+        assert names == ([("run-base", "model"), ("run-drafter", "model")] if wanted else [])
+    assert "wandb is offline; to upload the run later: wandb sync /runs/wandb/offline-run-1" in caplog.text
+    with pytest.raises(ConfigError, match="no key of wandb here"):
+        tracking.check_wandb(config(tmp_path, "tracking.wandb=online").tracking)
+    tracking.check_wandb(config(tmp_path, "tracking.wandb=offline").tracking)
+
+
+@pytest.mark.parametrize("resumed, kept", [(0, []), (4, [0, 4])])
+def test_generated_texts_are_in_a_file_each_step_once(tmp_path, resumed, kept):
+    tracker = Tracker(config(tmp_path), 0)
+    file = tmp_path / "run" / "generations.jsonl"
+    assert not file.exists()
+    for step in (0, 4, 8):
+        tracker.examples(step, [{"prompt": "p", "text": "größer", "tokens_per_forward": 1.5}])
+    tracker.close()
+    tracker = Tracker(config(tmp_path), 0, resumed)
+    tracker.examples(9, [{"prompt": "q"}])
+    tracker.close()
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["step"] for record in found] == [*kept, 9] and found[-1]["examples"] == [{"prompt": "q"}]
+    assert len((tmp_path / "run" / "generations.dropped.jsonl").read_text().splitlines()) == 3 - len(kept)
 
 
 def test_wandb_isnt_imported_where_it_is_off(tmp_path):
