@@ -21,7 +21,7 @@ COMMANDS = {
     "drafter": ("joint_train.drafter", [], "make a drafter for a base that has none"),
     "retune": ("joint_train.retune", [], "train the drafter of a fine-tune again, and say what it gained"),
     "starter": ("joint_train.starter", [], "make the starter pair and its data"),
-    "submit": ("launch.submit", [], "submit a run to Slurm"),
+    "submit": ("launch.submit", [], "submit a run to Slurm, or write it for Kubernetes or SkyPilot"),
     "preflight": ("launch.preflight", [], "check hosts and network before a run"),
     "summary": ("launch.summary", [], "say how the runs below a folder went"),
 }

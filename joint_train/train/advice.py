@@ -126,7 +126,8 @@ def say_plan(plan: Plan, peak: int, machine: Machine, device_type: str, steps: f
 def say_patience(best: Best, step: int, max_steps: int) -> None:
     """Log that a run ends before its last step."""
     log.info(
-        "the run ends at step %d of %d: %d validations in a row were no better than step %s (%s %.4g; eval.patience=%d)",
+        "the run ends at step %d of %d: %d validations in a row were no better than step %s (%s %.4g; "
+        "eval.patience=%d)",
         step, max_steps, best.waited, best.step, str(best.metric).removeprefix("-"),
         math.nan if best.value is None else best.value, best.patience,
     )  # fmt: skip

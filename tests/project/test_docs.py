@@ -48,7 +48,7 @@ def test_a_page_names_only_keys_modules_and_files_that_exist(page):
         if word.split(".")[0] in groups() and not re.search(r"\.(md|py|sh|json|jsonl|yaml|html|svg|toml|txt)$", word):
             inside = word.rpartition(".")[0] in dictionaries
             assert word in known or inside or any(key.startswith(word + ".") for key in known), word
-    for group, name in re.findall(r"[\s`](model|data|\+experiment)=([a-z]\w+)", text):
+    for group, name in re.findall(r"[\s`](model|data|\+experiment|\+recipe)=([a-z]\w+)", text):
         assert name in choices()[group], name
     for module in re.findall(r"-m ((?:joint_train|launch|benchmarks)[\w.]*)", text):
         assert find_spec(module), module
