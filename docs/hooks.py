@@ -49,7 +49,9 @@ def recipes() -> str:
     lines = ["| recipe | trains | memory of a GPU, planned | step, planned | 100 million tokens |"]
     lines += ["| --- | --- | --- | --- | --- |"]
     for name in choices()["+recipe"]:
-        what, memory, time = (line[2:] for line in (conf_dir() / "recipe" / f"{name}.yaml").read_text().split("\n")[1:4])
+        what, memory, time = (
+            line[2:] for line in (conf_dir() / "recipe" / f"{name}.yaml").read_text().split("\n")[1:4]
+        )
         peak = re.search(r"a peak of ([\d.]+ GiB)", memory)[1]
         step, tokens, hours = re.search(r"([\d.]+ s) for a step of ([\d,]+) tokens, ([\d.]+ h)", time).groups()
         what = what.partition(", ")[2].rpartition(", on ")[0]

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import runpy
+import shlex
 import sys
 
 # The module, the arguments that stand before the user's, and what the command does.
@@ -33,7 +34,10 @@ def main() -> None:
     if name in ("--help", "-h", "help"):
         print("joint-train COMMAND [ARGUMENTS], and joint-train COMMAND --help\n")
         print("\n".join(f"  {command:<12} {does}" for command, (_, _, does) in COMMANDS.items()))
-        print("\njoint-train --version prints this version and those of torch and transformers.")
+        print("\njoint-train --version prints this version and those of torch and transformers;")
+        print('eval "$(joint-train --completion)" in ~/.bashrc completes commands and keys.')
+    elif name == "--completion":
+        print(completion())
     elif name == "--version":
         print(versions())
     elif name not in COMMANDS:
@@ -48,6 +52,23 @@ def versions() -> str:
     """What ``--version`` prints."""
     ours, *others = (f"{name} {importlib.metadata.version(name)}" for name in ("joint-train", "torch", "transformers"))
     return f"{ours} ({', '.join(others)})"
+
+
+def completion() -> str:
+    """What bash (and zsh, after ``bashcompinit``) evaluates to complete commands, keys and prepared settings."""
+    from joint_train.config import choices, groups, keys
+
+    words = [*COMMANDS, *(f"{key}=" for group in groups() for key, _, _ in keys(group))]
+    words += [f"{group}={name}" for group, names in choices().items() for name in names]
+    # Words are broken at "=": of one that has it, what stands after it is completed.
+    return f"""_joint_train() {{
+    local word=${{COMP_LINE:0:$COMP_POINT}}
+    word=${{word##* }}
+    mapfile -t COMPREPLY < <(compgen -W {shlex.quote(" ".join(words))} -- "$word")
+    [[ $word == *=* ]] && COMPREPLY=("${{COMPREPLY[@]#*=}}")
+    return 0
+}}
+complete -o nospace -o default -F _joint_train joint-train"""
 
 
 def _unknown(name: str) -> int:

@@ -88,7 +88,9 @@ def test_in_a_browser_no_page_is_cut_off_and_the_console_is_clean(site, tmp_path
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 def test_search_and_links_work_in_pages_that_are_opened_as_files(site, tmp_path):
-    done = browse(f"file://{site}/index.html?q=iframe", tmp_path / "a", 1300, "--virtual-time-budget=9000", "--dump-dom")
+    done = browse(
+        f"file://{site}/index.html?q=iframe", tmp_path / "a", 1300, "--virtual-time-budget=9000", "--dump-dom"
+    )
     assert not re.findall(r'(?:src|href)="(https?://(?!squidfunk)[^"]+\.(?:js|css|woff2?))', done.stdout)
     assert "CONSOLE" not in done.stderr, done.stderr
     found = browse(
