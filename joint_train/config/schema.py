@@ -159,8 +159,10 @@ class OptimConfig:
         "cosine | linear | constant | wsd (constant, then linear), after the warm-up and until freeze.base_after",
     )
     min_lr_ratio: float = key(0.1, "final learning rate as a fraction of the peak")
-    drafter_schedule: str | None = key(None, "the drafter's schedule; null: as schedule")
-    drafter_min_lr_ratio: float | None = key(None, "the drafter's min_lr_ratio; null: as min_lr_ratio")
+    drafter_schedule: str | None = key(
+        "wsd", "the drafter's schedule, which stays up while the base moves; null: as schedule"
+    )
+    drafter_min_lr_ratio: float | None = key(0.0, "the drafter's min_lr_ratio; null: as min_lr_ratio")
     drafter_ema: float = key(
         0.0,
         "decay of an average of the drafter's weights over the steps, such as 0.98, which is validated and exported in "

@@ -94,8 +94,10 @@ def composed(*overrides: str):
     "change, changed",
     [
         ([], []),
-        (["max_steps=200"], ["base", "drafter"]),
-        (["optim.schedule=constant"], ["base", "drafter"]),
+        (["max_steps=200"], ["base"]),  # the drafter's rate is still at its peak
+        (["max_steps=75"], ["base", "drafter"]),
+        (["optim.schedule=constant"], ["base"]),
+        (["optim.drafter_schedule=null"], ["drafter"]),
         (["optim.warmup_steps=80"], ["base", "drafter"]),
         (["optim.drafter_lr=2e-4"], ["drafter"]),
         (["optim.weight_decay=0.5", "data.max_length=96"], []),
