@@ -25,6 +25,7 @@ from joint_train.distributed.preemption import Preemption
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
+from joint_train.evaluate.prompts import Prompt
 from joint_train.model_card import model_cards
 from joint_train.pair.attention import check_backward
 from joint_train.pair.loss import run_budget_mb
@@ -37,6 +38,7 @@ from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.length import is_due, run_steps
 from joint_train.train.optim import build_optimizer, update
+from joint_train.train.own_text import OwnText
 from joint_train.train.pace import Since, peak_memory, utilisation
 from joint_train.train.stages import Stages
 from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
@@ -116,6 +118,8 @@ class Trainer:
         if self.device.type == "cuda":
             self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = advice.generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
+        if found and (answers := saved.get("own_text")) is not None:
+            self.keep_own_text(validation_prompts(cfg.data, self.tokenizer, self.prompts), answers)
         advice.warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         advice.warn_of_padding(self.plan)
         advice.warn_of_torchrun(cfg.checkpoint)
@@ -143,6 +147,7 @@ class Trainer:
         self.before: dict[str, float] | None = None  # what was validated before the first step, and last
         self.measured: dict[str, float] | None = None
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
+        self.own_text: OwnText | None = None  # what the base wrote in the last assisted generation
         if saved:
             self.step = saved["step"]
             self.before, self.measured = (metrics_from_json(saved[name]) for name in ("before", "measured"))
@@ -351,17 +356,35 @@ class Trainer:
                 prompts = validation_prompts(cfg.data, self.tokenizer, self.prompts)
                 accepted = accepted_length(
                     self.model.base, self.model.drafter, self.tokenizer, prompts, cfg.drafter.num_steps,
-                    cfg.eval.max_new_tokens, progress, self.model.adapters,
+                    cfg.eval.max_new_tokens, progress, self.model.adapters, cfg.drafter.rope_position == "last_kv",
                 )  # fmt: skip
                 for name, value in accepted["by_adapter"].items():
                     measured[f"val/adapter/{name}/tokens_per_forward"] = value
                 measured["val/tokens_per_forward"] = accepted["tokens_per_forward"]
                 self.tracker.examples(self.step, accepted["examples"])
+                self.keep_own_text(prompts, accepted["answers"])
+            if self.own_text is not None:
+
+                def stats_of(batch: dict[str, Tensor]) -> JointStats:
+                    progress()
+                    inputs, targets, _ = self.prepare(batch, [])
+                    return self.model(**inputs, targets=targets).stats
+
+                share = self.rank, self.ranks, cfg.data.micro_batch_size
+                own = self.own_text.measure(stats_of, dist.all_reduce, *share)
+                measured |= {f"val/{name}": value for name, value in own.items()}
         finally:
             parallelize.reshard(self.model)
             self.model.train()
         self.watchdog.beat()
         return measured
+
+    def keep_own_text(self, prompts: list[Prompt], answers: list[list[int]]) -> None:
+        """Keep what the base wrote, for the validations from now on (``eval.own_text``)."""
+        if self.cfg.eval.own_text and len(prompts) == len(answers):  # resumed with other prompts: until it writes again
+            adapters = self.model.adapters
+            names = None if adapters is None else adapters.names
+            self.own_text = OwnText(prompts, answers, self.cfg.data.max_length, names)
 
     def diagnose(self) -> dict[str, float]:
         """What the drafter's loss does to the base, and how far the base has moved."""
@@ -385,6 +408,7 @@ class Trainer:
             **self.bad_steps.read(),
         }
         state |= {"data": loader_position(self.loader), "unfinished": self.unfinished}
+        state["own_text"] = None if self.own_text is None else self.own_text.answers
         self.tracker.sync()
         self.checkpointer.save(
             self.step, self.model, self.optimizer, state, config=self.cfg, metrics=self.measured, block=block
