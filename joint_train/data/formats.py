@@ -400,17 +400,6 @@ def _refuse_what_is_no_text(row: dict, columns: dict[str, str]) -> None:
             raise DataError(f"a column {name!r}: audio and video can't be trained on; leave the row or the column out")
 
 
-def with_an_answer(row: dict, columns: dict[str, str]) -> dict:
-    """A row that only asks (``{"prompt": …}``), with the empty answer that its format needs; others as they are."""
-    fields = Fields(row, columns, False)
-    if fields.has("messages", "conversations", "conversation", "text"):
-        return row
-    for asked, answered in ((INSTRUCTION, OUTPUT), (PROMPT, RESPONSE)):
-        if fields.has(*asked) and not fields.has(*answered):
-            return {**row, fields.column(answered[0]): ""}
-    return row
-
-
 def detect_format(row: dict, columns: dict[str, str]) -> str:
     """The format of a record by the fields that it has.
 

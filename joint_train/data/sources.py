@@ -33,7 +33,7 @@ def understand(record: Record, source: SourceConfig, answered: bool = True) -> A
     try:
         row = row_of(record)
         if not answered:
-            row = formats.with_an_answer(row, source.columns)
+            row = _with_an_answer(row, source.columns)
         arrow = not isinstance(record.data, bytes)
         adapted = formats.adapt(row, source.format, source.columns, arrow, source.ignore)
         adapted.where = f"{record.file}:{record.line}"
@@ -51,6 +51,17 @@ def understand(record: Record, source: SourceConfig, answered: bool = True) -> A
         return adapted
     except DataError as error:
         raise DataError(f"{record.file}:{record.line}: {error}") from None
+
+
+def _with_an_answer(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """A row that only asks (``{"prompt": …}``), with the empty answer that its format needs; others as they are."""
+    fields = formats.Fields(row, columns, False)
+    if fields.has("messages", "conversations", "conversation", "text"):
+        return row
+    for asked, answered in ((formats.INSTRUCTION, formats.OUTPUT), (formats.PROMPT, formats.RESPONSE)):
+        if fields.has(*asked) and not fields.has(*answered):
+            return {**row, fields.column(answered[0]): ""}
+    return row
 
 
 def row_of(record: Record) -> dict[str, Any]:

@@ -295,7 +295,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
         if args.write_card:
             written.append(against.put_into_card(args.drafter, table))
     if args.set_drafts is not None:
-        written.append(set_drafts(args, results["recommend"]))
+        written += set_drafts(args, results["recommend"])
     print(f"written: {', '.join(map(str, written))}")
     decoded = [results, *results.get("columns", [])[1:], *([results["against"]] if args.against else [])]
     margins = [d["margin"] for found in decoded for s in found["speculative"] for d in s["differences"]]
@@ -366,14 +366,20 @@ def recommended_of_server(args: argparse.Namespace, results: dict[str, Any]) -> 
     }
 
 
-def set_drafts(args: argparse.Namespace, found: dict[str, Any]) -> Path:
-    """Write the best number of drafts for ``--set-drafts`` sequences into the drafter's folder."""
+def set_drafts(args: argparse.Namespace, found: dict[str, Any]) -> list[Path]:
+    """Write the best number of drafts for ``--set-drafts`` sequences into the drafter's folder; the file, if any."""
     from joint_train.evaluate.recommend import set_num_assistant_tokens
 
     best = found["best_without_threshold"].get(str(args.set_drafts))
     if best is None:
         raise ConfigError(f"--set-drafts={args.set_drafts}: measured were {', '.join(map(str, found['batches']))}.")
-    return set_num_assistant_tokens(args.drafter, best["num_steps"])
+    if not best["num_steps"]:
+        print(
+            f"--set-drafts: with {args.set_drafts} sequences plain decoding is the fastest, so nothing is set",
+            file=sys.stderr,
+        )
+        return []
+    return [set_num_assistant_tokens(args.drafter, best["num_steps"])]
 
 
 def run_on_server(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> int:
@@ -398,9 +404,8 @@ def run_on_server(args: argparse.Namespace, progress: Callable[[str, int, int], 
         replace(file, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         page = args.out / "recommendation.html"
         replace(page, html("How many tokens to draft", found["cost"], [recommend.section(found)]))
-        print("\n".join([*recommend.text(found), f"written: {page}"]))
-        if args.set_drafts is not None:
-            print(f"written: {set_drafts(args, found)}")
+        written = [page, *(set_drafts(args, found) if args.set_drafts is not None else [])]
+        print("\n".join([*recommend.text(found), f"written: {', '.join(map(str, written))}"]))
     return code
 
 

@@ -254,13 +254,11 @@ def set_num_assistant_tokens(folder: str, num_steps: int) -> Path:
     """Write a number of drafts into the ``generation_config.json`` of a drafter's folder, and keep the rest of it.
 
     Raises:
-        ConfigError: if it is no folder of this machine, or nothing should be drafted.
+        ConfigError: if it is no folder of this machine.
     """
     file = Path(folder) / "generation_config.json"
     if not Path(folder).is_dir():
         raise ConfigError(f"--set-drafts: {folder} is no folder of this machine; give the export's.")
-    if not num_steps:
-        raise ConfigError("--set-drafts: plain decoding is the fastest, so there is no number of drafts to set.")
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     text = json.dumps(kept | {"num_assistant_tokens": num_steps}, indent=2, sort_keys=True) + "\n"
     replace_file(Path(folder), file.name, text)

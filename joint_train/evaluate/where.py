@@ -32,7 +32,7 @@ SPANS = [
     (CODE, re.compile(r"^ *(`{3,}|~{3,}).*?(?:^ *\1[`~]* *$|\Z)", re.DOTALL | re.MULTILINE)),
 ]
 OPENED = re.compile(r"(?:<\|channel>(?:thought)?|<think>)\s*\Z")  # a prompt that ends inside a thought
-PROMPT_END = 16  # tokens of a prompt that are looked at for that
+PROMPT_END = 32  # tokens of a prompt that are looked at for that
 
 
 def where(

@@ -30,6 +30,7 @@ from joint_train.pair.compatibility import check_pair
 from joint_train.pair.halves import input_embedding
 from joint_train.pair.loss import joint_loss
 from joint_train.pair.recompute import REPLAYED, HostCopies, TrainableKernels, checkpointed
+from joint_train.pair.scaled import scale_gradient
 from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets, sum_weights
 from joint_train.pair.tied import TiedGradient
@@ -206,9 +207,8 @@ class JointModel(nn.Module):
     ) -> Gemma4JointOutput:
         """Base once, drafter K times, all losses in one pass.
 
-        With ``hidden_states`` and ``shared_kv_states`` the base doesn't run: another forward of it has made them, as in
-        reinforcement learning, where the policy has had its own. The loss is then the drafter's alone,
-        ``lambda * sum_k w_k * L_k``, with the base as a constant teacher: no gradient reaches it by any way.
+        With ``hidden_states`` and ``shared_kv_states``, of a forward that was made elsewhere, the base doesn't run. The
+        loss is then the drafter's, ``lambda * sum_k w_k * L_k``, with the base as a constant: it gets no gradient.
 
         Args:
             input_ids: ``[B, S]`` int64.
@@ -224,26 +224,24 @@ class JointModel(nn.Module):
             groups, num_groups: per-source sums, see :func:`joint_loss`.
             return_logits: also return full-vocabulary logits; by default only without labels.
             output_hidden_states: also return the hidden state of every base layer.
-            token_weights: ``[B, S]`` float, not below 0: a factor on the losses of the target at each position, with
-                labels. The loss is then a weighted mean: 1 over the sum of the weights takes the place of 1 over the
-                number of targets.
+            token_weights: ``[B, S]`` float, not below 0, with labels: a factor on the losses of the target at each
+                position. The loss is then a weighted mean.
             hidden_states: ``[B, S, H_b]``, the base's final hidden state of ``input_ids`` (``hidden_states[-1]``).
             shared_kv_states: the keys and values of the same forward (``return_shared_kv_states=True``), of each layer
                 type ``[B, heads, S, size]`` each.
-            inputs_embeds: ``[B, S, H_b]``, the base's input embeddings of that forward; needed only with pictures,
-                since by default the tokens are looked up.
+            inputs_embeds: ``[B, S, H_b]``, its input embeddings, needed with pictures; by default looked up.
             **base_inputs: ``pixel_values``, ``mm_token_type_ids``, ``input_features``, … go to the base untouched, and
                 never to the drafter.
 
         Raises:
-            ValueError: without ``input_ids``; for only one of ``hidden_states`` and ``shared_kv_states``, or with what
-                only a forward of the base would read; for ``token_weights`` without labels.
+            ValueError: without ``input_ids``; for one of ``hidden_states`` and ``shared_kv_states`` alone, or with
+                what a forward of the base would read; for ``token_weights`` without labels.
         """
         if input_ids is None:
             raise ValueError("Gemma4WithDrafter needs input_ids: the drafter reads the tokens' embeddings.")
+        given = None
         if token_weights is not None and labels is None:
             raise ValueError("token_weights are of the labels' targets: give labels, or targets that have them.")
-        given = None
         if hidden_states is not None or shared_kv_states is not None or inputs_embeds is not None:
             if hidden_states is None or not shared_kv_states:
                 raise ValueError("give both hidden_states and shared_kv_states of one forward of the base.")
@@ -253,8 +251,8 @@ class JointModel(nn.Module):
         if document_ids is None and attention_mask is not None:
             document_ids = attention_mask.long()
         if labels is not None and targets is None:
-            settings = self.drafter_num_steps, self.pairing, self.prompt_rows, token_weights
-            targets = joint_targets(labels, document_ids, *settings)
+            how = self.drafter_num_steps, self.pairing, self.prompt_rows, token_weights
+            targets = joint_targets(labels, document_ids, *how)
         if targets is not None and weights is None:
             weights = self.loss_weights(targets.mass)
         if weights is not None and given is not None:  # the policy's own loss is elsewhere
@@ -342,11 +340,10 @@ class JointModel(nn.Module):
         return outputs
 
     def _given(
-        self, loss_inputs, given, input_ids, position_ids, document_ids, base_inputs, return_logits, output_hidden_states
+        self, loss_inputs, given, input_ids, position_ids, document_ids, _base_inputs, return_logits, _hidden_too
     ) -> dict[str, Any]:
         """:meth:`_joint` after a forward of the base that was made elsewhere. Arguments are those, and what it left."""
-        text = self.drafter.config.get_text_config()
-        hidden, shared_kv, embedded = given
+        text, (hidden, shared_kv, embedded) = self.drafter.config.get_text_config(), given
         hidden = hidden.detach()
         shared_kv = {kind: (k.detach(), v.detach()) for kind, (k, v) in shared_kv.items()}
         with torch.no_grad():
@@ -435,26 +432,6 @@ class JointModel(nn.Module):
         if return_logits:
             outputs["drafter_logits"] = [drafter.lm_head(h) for h in rounds]
         return outputs
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """The same values; the gradient is multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.scale, None
-
-
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """``x``, through which only ``scale`` of a gradient passes; with 0 there is none."""
-    if scale == 1 or not x.requires_grad:
-        return x
-    return x.detach() if scale == 0 else _ScaleGradient.apply(x, scale)
 
 
 def shift_left(x: Tensor, n: int) -> Tensor:

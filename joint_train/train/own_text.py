@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from joint_train.evaluate.prompts import Prompt
-from joint_train.pair.adapters import INPUT
+from joint_train.config import DataConfig
+from joint_train.evaluate.prompts import Prompt, validation_prompts
+from joint_train.pair.adapters import INPUT, Adapters
 from joint_train.pair.stats import JointStats
 
 log = logging.getLogger(__name__)
@@ -27,33 +28,43 @@ class OwnText:
     Args:
         prompts: those of the generation.
         answers: the tokens of each answer.
-        max_length: longer rows are left out, as are prompts with pictures.
-        adapters: names of the base's adapters, if it has any.
+        data: rows longer than ``max_length`` are left out, as are prompts with pictures; a batch has
+            ``micro_batch_size`` rows.
+        adapters: that the base has on it, if any.
     """
 
     def __init__(
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[Sequence[int]],
-        max_length: int,
-        adapters: Sequence[str] | None = None,
+        data: DataConfig,
+        adapters: Adapters | None = None,
     ) -> None:
-        self.answers, self.adapters = [list(answer) for answer in answers], adapters
+        self.answers, self.size = [list(answer) for answer in answers], data.micro_batch_size
+        self.adapters = None if adapters is None else adapters.names
         pairs = list(zip(prompts, self.answers, strict=True))
-        self.rows = [(p, a) for p, a in pairs if not p.inputs and a and len(p.ids) + len(a) <= max_length]
+        self.rows = [(p, a) for p, a in pairs if not p.inputs and a and len(p.ids) + len(a) <= data.max_length]
         if left_out := len(pairs) - len(self.rows):
             log.info(
                 "val/own_…: %d of %d generated answers are left out, because they are empty, longer than "
                 "data.max_length with their prompt, or about pictures", left_out, len(pairs),
             )  # fmt: skip
 
-    def batches(self, rank: int, ranks: int, size: int) -> Iterator[dict[str, Tensor]]:
-        """This rank's share in batches of at most ``size`` rows, as a loader makes them: as many on every rank, each of
-        whose forwards is a collective. One without rows has a row without targets."""
+    @classmethod
+    def saved(
+        cls, answers: Sequence[Sequence[int]] | None, data: DataConfig, tokenizer: Any, adapters: Adapters | None
+    ) -> "OwnText | None":
+        """From a checkpoint's ``answers``; None without them, or if the data don't have as many prompts any more."""
+        prompts = validation_prompts(data, tokenizer, len(answers or ()))
+        return cls(prompts, answers, data, adapters) if answers and len(prompts) == len(answers) else None
+
+    def batches(self, rank: int, ranks: int) -> Iterator[dict[str, Tensor]]:
+        """This rank's share, as a loader makes batches: as many on every rank, since each forward is a collective. One
+        without rows has a row without targets."""
         mine = self.rows[rank::ranks]
         most = -(-len(self.rows) // ranks)
-        for first in range(0, most, size):
-            yield self._batch(mine[first : first + size])
+        for first in range(0, most, self.size):
+            yield self._batch(mine[first : first + self.size])
 
     def _batch(self, rows: Sequence[tuple[Prompt, list[int]]]) -> dict[str, Tensor]:
         width = max((len(prompt.ids) + len(answer) for prompt, answer in rows), default=2)
@@ -77,21 +88,19 @@ class OwnText:
         all_reduce: Callable[[Tensor], Any],
         rank: int,
         ranks: int,
-        size: int,
     ) -> dict[str, float]:
-        """``own_agreement_{k}`` and ``own_accepted_length``, over all ranks; nothing without a row.
+        """``val/own_agreement_{k}`` and ``val/own_accepted_length``, over all ranks; nothing without a row.
 
         Args:
             stats_of: a joint forward of a batch.
             all_reduce: as for :meth:`joint_train.pair.stats.Sums.reduced`.
-            size: rows of a batch.
         """
         stats: JointStats | None = None
-        for batch in self.batches(rank, ranks, size):
+        for batch in self.batches(rank, ranks):
             found = stats_of(batch)
             stats = found if stats is None else stats + found
         if stats is None:
             return {}
         means = stats.reduced(all_reduce).means()
-        measured = {f"own_{name}": value for name, value in means.items() if name.startswith("agreement_")}
-        return measured | {"own_accepted_length": means["accepted_length_walked"]}
+        measured = {f"val/own_{name}": value for name, value in means.items() if name.startswith("agreement_")}
+        return measured | {"val/own_accepted_length": means["accepted_length_walked"]}

@@ -98,9 +98,10 @@ def test_token_weights_weigh_each_targets_loss(shape):
                 continue
             alone = joint_targets(rows["labels"], rows["attention_mask"], 2, "serving")
             alone.valid = torch.zeros_like(alone.valid)
-            alone.valid[i, k] = True
+            alone.valid[i, [0, k]] = True  # the base's row is the teacher
             model.zero_grad()
-            one = model(rows["input_ids"], attention_mask=rows["attention_mask"], targets=alone)
+            only = torch.eye(3)[k]
+            one = model(rows["input_ids"], attention_mask=rows["attention_mask"], targets=alone, weights=only)
             one.loss.backward()
             columns[k].append((weights[0, position], one.loss.detach(), gradients(model)))
     loss, expected = 0.0, {}
