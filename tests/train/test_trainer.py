@@ -31,8 +31,8 @@ def settings(pair, data, output_dir, *more: str) -> list[str]:
         "optim.max_grad_norm=0.1", "optim.clip=joint", "drafter.base_grad_scale=1",
         f"drafter.num_steps={K}", f"drafter.loss_weight={LOSS_WEIGHT}",
         f"loss.round_weights={ROUND_WEIGHTS}", "loss.drafter={ce: 0.25, kl: 0.75}", "eval.batches=2",
-        "eval.prompts=3", "eval.max_new_tokens=10", "eval.every=1", "tracking.wandb=disabled", "tracking.diagnose_every=1",
-        "model.export.at_end=false", f"max_steps={STEPS}", *more,
+        "eval.prompts=3", "eval.max_new_tokens=10", "eval.every=1", "tracking.wandb=disabled",
+        "tracking.diagnose_every=1", "model.export.at_end=false", f"max_steps={STEPS}", *more,
     ]  # fmt: skip
 
 
