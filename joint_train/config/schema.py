@@ -262,6 +262,9 @@ class EvalConfig:
         "validation prompts in an assisted generation; 0: none; null: 8, or none where it would outlast the validation",
     )
     max_new_tokens: int = key(64, "tokens generated for a prompt")
+    own_text: bool = key(
+        True, "at every validation also measure the drafter on what the base wrote in the last assisted generation"
+    )
 
 
 @dataclass

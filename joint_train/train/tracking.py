@@ -365,7 +365,7 @@ COUNTED = {"base_loss": "base_accuracy", "drafter_loss": "agreement_0", "drafter
 def format_metric(metrics: Mapping[str, float], name: str) -> str:
     """A metric with three digits; "–" where there was nothing to measure, "nan" where the loss isn't a number."""
     prefix, slash, metric = name.rpartition("/")
-    counted = metric if metric.startswith("accepted_length") else COUNTED.get(metric, "")
+    counted = metric if metric.startswith(("accepted_length", "own_accepted_length")) else COUNTED.get(metric, "")
     if name not in metrics or math.isnan(metrics.get(f"{prefix}{slash}{counted}", 0.0)):
         return "–"
     return f"{metrics[name]:.3f}"
@@ -395,6 +395,8 @@ def validation_line(step: int, metrics: Mapping[str, float]) -> str:
             text += f"  {name} {format_metric(metrics, key)}"
     if (value := metrics.get("val/tokens_per_forward")) is not None:
         text += f"  {value:.2f} tokens/forward"
+    elif "val/own_accepted_length" in metrics:
+        text += f"  {format_metric(metrics, 'val/own_accepted_length')} expected"
     return text
 
 

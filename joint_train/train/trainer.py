@@ -4,7 +4,6 @@ config → mesh → models → data → step → checkpoint, in this order, once
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +36,8 @@ from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.length import is_due, run_steps
 from joint_train.train.optim import build_optimizer, update
-from joint_train.train.pace import Since, peak_memory, utilisation
+from joint_train.train.own_text import OwnText
+from joint_train.train.pace import Since, memory_gb, peak_memory, utilisation
 from joint_train.train.stages import Stages
 from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
 from joint_train.weights.average import averaged, start_average, update_average
@@ -74,7 +74,7 @@ class Trainer:
         self.cfg = cfg = with_vocabulary(cfg, self.tokenizer)
         everyone = Ranks(cfg.parallel.timeout_seconds)
         agree_on_configuration(cfg, everyone)
-        machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
+        machine = Machine(gpus=self.ranks, gpu_memory_gb=memory_gb(self.device, everyone))
         self.plan = make_plan(cfg, machine, self.device.type)
         advice.log_recomputation(self.plan, machine)
         check_fit(cfg, self.tokenizer, *run_configs(cfg))
@@ -116,6 +116,8 @@ class Trainer:
         if self.device.type == "cuda":
             self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = advice.generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
+        if found and cfg.eval.own_text:
+            self.own_text = OwnText.saved(saved.get("own_text"), cfg.data, self.tokenizer, self.model.adapters)
         advice.warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         advice.warn_of_padding(self.plan)
         advice.warn_of_torchrun(cfg.checkpoint)
@@ -128,21 +130,13 @@ class Trainer:
         self.spikes = LossSpikes()
         self.since = Since(self.device)
 
-    def memory_gb(self, everyone: Ranks) -> float:
-        """Memory of the device, or on CPU this rank's share of the host's, in GiB: the least that any rank has."""
-        if self.device.type == "cuda":
-            mine = torch.cuda.get_device_properties(self.device).total_memory
-        else:
-            pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            mine = pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return min(everyone.each("reading the size of the memory", lambda: mine)) / 2**30
-
     def go_on_from(self, saved: dict | None) -> None:
         """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""
         self.step = 0
         self.before: dict[str, float] | None = None  # what was validated before the first step, and last
         self.measured: dict[str, float] | None = None
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
+        self.own_text: OwnText | None = None  # what the base wrote in the last assisted generation
         if saved:
             self.step = saved["step"]
             self.before, self.measured = (metrics_from_json(saved[name]) for name in ("before", "measured"))
@@ -333,6 +327,12 @@ class Trainer:
     def evaluate_on(self, val_loader: BatchLoader, generate: bool, progress: Callable[[], None]) -> dict[str, float]:
         """:meth:`evaluate` of the drafter as its weights are."""
         cfg, measured = self.cfg, dict[str, float]()
+
+        def stats_of(batch: dict[str, Tensor], *sources: str) -> JointStats:
+            progress()
+            inputs, targets, _ = self.prepare(batch, list(sources))
+            return self.model(**inputs, targets=targets).stats
+
         self.model.eval()
         try:
             with torch.random.fork_rng(devices=[]):  # making an iterator draws from it
@@ -340,9 +340,7 @@ class Trainer:
                 for i, batch in enumerate(val_loader):
                     if i == cfg.eval.batches:
                         break
-                    progress()
-                    inputs, targets, _ = self.prepare(batch, val_loader.source_names)
-                    found = self.model(**inputs, targets=targets).stats
+                    found = stats_of(batch, *val_loader.source_names)
                     stats = found if stats is None else stats + found
             assert stats is not None, "every rank has a batch of validation"
             means = stats.reduced(dist.all_reduce).means(val_loader.source_names, val_loader.source_adapters)
@@ -351,12 +349,16 @@ class Trainer:
                 prompts = validation_prompts(cfg.data, self.tokenizer, self.prompts)
                 accepted = accepted_length(
                     self.model.base, self.model.drafter, self.tokenizer, prompts, cfg.drafter.num_steps,
-                    cfg.eval.max_new_tokens, progress, self.model.adapters,
+                    cfg.eval.max_new_tokens, progress, self.model.adapters, cfg.drafter.rope_position == "last_kv",
                 )  # fmt: skip
-                for name, value in accepted["by_adapter"].items():
-                    measured[f"val/adapter/{name}/tokens_per_forward"] = value
+                of = accepted["by_adapter"].items()
+                measured |= {f"val/adapter/{name}/tokens_per_forward": value for name, value in of}
                 measured["val/tokens_per_forward"] = accepted["tokens_per_forward"]
                 self.tracker.examples(self.step, accepted["examples"])
+                if cfg.eval.own_text:
+                    self.own_text = OwnText(prompts, accepted["answers"], cfg.data, self.model.adapters)
+            if self.own_text is not None:
+                measured |= self.own_text.measure(stats_of, dist.all_reduce, self.rank, self.ranks)
         finally:
             parallelize.reshard(self.model)
             self.model.train()
@@ -385,6 +387,7 @@ class Trainer:
             **self.bad_steps.read(),
         }
         state |= {"data": loader_position(self.loader), "unfinished": self.unfinished}
+        state["own_text"] = self.own_text and self.own_text.answers
         self.tracker.sync()
         self.checkpointer.save(
             self.step, self.model, self.optimizer, state, config=self.cfg, metrics=self.measured, block=block
