@@ -177,7 +177,7 @@ def changes_of_base(
     names = match(base, stored, folder)
     if changes.rows is not None:
         wholes = {key: changes.wholes[name] for key, name in names.items() if name in changes.wholes}
-        files = {key: (stored[key].file, stored[key].key) for key in names}
+        files = {key: stored[key] for key in names}
         mean = functools.partial(mean_rows, files, changes.rows, wholes)
         changes.new_rows = ranks.first(f"reading the tables of {folder}", mean)
     if adapters:
@@ -202,7 +202,7 @@ def changes_of_drafter(cfg: Config, drafter: PreTrainedModel, folder: Any, ranks
     names = match(drafter, stored, folder)
 
     def grow() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        means = mean_rows({key: (stored[key].file, stored[key].key) for key in names}, rows, {})
+        means = mean_rows({key: stored[key] for key in names}, rows, {})
         ordering = drafter_ordering(folder, rows, next(iter(means.values()))) if means else {}
         return means, {names[key]: value for key, value in ordering.items()}
 
