@@ -144,7 +144,8 @@ def export_checkpoint(
     """
     source = Path(source)
     stored, names = _contents(model, source, kv_shared_weights, changes)
-    saved = None if adapted_modules(model) else _saved_names(checkpoint, model, names)
+    frozen = adapted_modules(model) or not Reader(Path(checkpoint)).read_metadata().state_dict_metadata
+    saved = None if frozen else _saved_names(checkpoint, model, names)
     value = _values(checkpoint, model, source, stored, names, changes)
 
     def fill(slots: dict[str, Slot]) -> None:
@@ -201,8 +202,9 @@ def _values(
     changes: Changes,
 ) -> Callable[[str, torch.dtype], Tensor]:
     """A tensor of the checkpoint by the source's key, rounded to a dtype; with adapters, theirs added to the source's
-    weight in float32."""
-    if modules := {f"{name}.weight": module for name, module in adapted_modules(model).items()}:
+    weight in float32; of a base that was frozen, the source's."""
+    modules = {f"{name}.weight": module for name, module in adapted_modules(model).items()}
+    if modules or not Reader(Path(checkpoint)).read_metadata().state_dict_metadata:
         copied = absent_copies(model.config, stored_tensors(source))
 
         def merge(key: str, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ def push(folder: Path, repo_id: str, private: bool) -> list[str]:
     """
     api, urls = HfApi(), []
     for part in PARTS:
-        if part == "adapter" and not (folder / part).is_dir():
+        if not (folder / part).is_dir():  # without adapters, or with a base that stays as it is saved
             continue
         for attempt in range(1, ATTEMPTS + 1):
             try:

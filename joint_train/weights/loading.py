@@ -36,6 +36,7 @@ from joint_train.torch_private import local_shape_and_offset
 from joint_train.weights import placing, quantised
 from joint_train.weights.changes import UNCHANGED, Changes, View
 from joint_train.weights.folders import BASES, DRAFTERS, model_type, other_weights, read_config, resolve
+from joint_train.weights.gguf_file import stored_in_gguf
 from joint_train.weights.stored import FLOATS, Stored, close_files, opened
 
 READ_BYTES = 64 * 2**20
@@ -152,19 +153,20 @@ def load_model(
     """A whole model on one device: what ``from_pretrained`` gives, with this module's checks."""
     folder = resolve(path)
     check_weights(folder)
-    model = build_meta(read_config(folder), dtype, attn_implementation)
+    model = build_meta(read_config(folder, quantized=None), dtype, attn_implementation)
     materialize(model, folder, device)
     return model
 
 
 def load_to_generate(path: str | os.PathLike, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-    """A whole model to generate with: that of :func:`load_model`, or of transformers if its weights are quantised.
+    """A whole model to generate with: that of :func:`load_model`, or of transformers if its weights are quantised in a
+    way that transformers reads here: it also rounds activations as the folder says.
 
     transformers would take a folder with a forgotten ``adapter_config.json`` for an adapter.
     """
     folder = resolve(path)
-    raw, _ = PreTrainedConfig.get_config_dict(folder)
-    if not any(part.get("quantization_config") for part in (raw, raw.get("text_config") or {})):
+    config = quantised.quantization_config(folder)
+    if config is None or not quantised.read_by_transformers(config):
         return load_model(folder, dtype, device)
     check_weights(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -186,19 +188,22 @@ def stored_tensors(folder: str | os.PathLike, changes: Changes = UNCHANGED) -> d
         ConfigError: if it is quantised in a way that isn't known.
     """
     stored = stored_in_files(folder)
-    if (config := quantised.quantization_config(Path(folder))) is not None:
+    config = quantised.quantization_config(Path(folder))
+    if config is not None and config.get("quant_method") != "gguf":
         stored = quantised.combine(config, stored, folder)
     shapes = {name: changes.shape(name, entry.shape) for name, entry in stored.items()}
     return {name: dataclasses.replace(entry, shape=shapes[name]) for name, entry in stored.items()}
 
 
 def stored_in_files(folder: str | os.PathLike) -> dict[str, Stored]:
-    """The tensors of a folder's safetensors files, by the names of :func:`stored_tensors`, quantised ones as they are.
+    """The tensors of a folder's files, safetensors or GGUF, by the names of :func:`stored_tensors`, quantised or not.
 
     Raises:
         WeightsError: as there.
     """
     folder = Path(folder)
+    if files_of_gguf := quantised.gguf_files(folder):
+        return stored_in_gguf(files_of_gguf)
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
         files = {"model.safetensors"}
@@ -287,6 +292,9 @@ def fingerprints(folder: Path) -> dict[str, str]:
     and the end of every tensor; of ``config.json`` all."""
     found = {"config.json": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()}
     for path in sorted({entry.file for entry in stored_in_files(folder).values()}):
+        if path.suffix == ".gguf":
+            found[str(path.relative_to(folder))] = _samples(path)
+            continue
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(length)
@@ -300,6 +308,17 @@ def fingerprints(folder: Path) -> dict[str, str]:
                     digest.update(file.read(min(SAMPLE_BYTES, end - offset)))
         found[str(path.relative_to(folder))] = digest.hexdigest()
     return found
+
+
+def _samples(path: Path, count: int = 1024) -> str:
+    """A hash of a file's size and of pieces of it that lie evenly apart."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for number in range(count):
+            file.seek(number * size // count)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def check_weights(folder: Path, ranks: Ranks | None = None) -> None:

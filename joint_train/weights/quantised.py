@@ -20,6 +20,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -146,15 +147,15 @@ def _packed_integers(layer: Layer, scheme: dict[str, Any]) -> Weight:
     if -(-columns * bits // 32) != packed.shape[-1]:
         raise ValueError(f"its weight_packed {list(packed.shape)} isn't {columns} columns of {bits} bits")
     codes = Bits(packed, bits, columns)
-    scales, zeros = layer.source("weight_scale"), None
+    scales = layer.source("weight_scale")
+    zeros: Source | None = None
     if not scheme.get("symmetric", True):
         # Packed along the rows. Codes and zero points are both stored with half of their range added.
         zeros = Transposed(Bits(Transposed(layer.source("weight_zero_point")), bits, codes.shape[-2]))
+    groups: Tensor | None = None
     if "weight_g_idx" in layer.tensors:
-        groups = layer.tensors["weight_g_idx"].whole()
-        groups = None if bool((groups < 0).any()) else groups  # -1: there is no order
-    else:
-        groups = None
+        order = layer.tensors["weight_g_idx"].whole()
+        groups = None if bool((order < 0).any()) else order  # -1: there is no order
     block = (None, scheme.get("group_size") or None)
     offset = Grid(zeros, codes.shape, block, groups) if zeros is not None else _Constant(half)
     return Weight(codes, Grid(scales, codes.shape, block, groups), offset)
@@ -380,6 +381,23 @@ def describe(config: Mapping[str, Any]) -> str:
     return f"{config.get('quant_method')}" + (f" ({detail})" if detail else "")
 
 
+def sentence(folder: Path) -> str:
+    """What a run says of a base that it uses as it is saved."""
+    return (
+        f"the base's weights are those of {folder}, quantised as {describe(quantization_config(folder) or {})}: they "
+        "are dequantised as they are read, stay as they are, and aren't exported. Activations aren't rounded, as some "
+        "engines do with it (W8A8, W4A4)"
+    )
+
+
+def read_by_transformers(config: Mapping[str, Any]) -> bool:
+    """Whether ``from_pretrained`` reads such a folder on any machine, and without skipping weights."""
+    method = config.get("quant_method")
+    if method == "compressed-tensors":
+        return find_spec("compressed_tensors") is not None
+    return method not in ("gptq", "awq", "modelopt", "gguf")
+
+
 def check_format(config: dict[str, Any], folder: Any) -> None:
     """Refuse a format that isn't known.
 
@@ -403,9 +421,7 @@ def check_format(config: dict[str, Any], folder: Any) -> None:
         ) from None
 
 
-def combine(
-    config: dict[str, Any], stored: Mapping[str, Stored], folder: Any
-) -> dict[str, Stored]:
+def combine(config: dict[str, Any], stored: Mapping[str, Stored], folder: Any) -> dict[str, Stored]:
     """The tensors of a quantised folder as those of the model before it was quantised.
 
     Args:
