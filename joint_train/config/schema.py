@@ -50,6 +50,11 @@ class ModelConfig:
         False, "true: grow the tables of both models to what the tokenizer needs | a number of rows | false"
     )
     dtype: str = key("bfloat16", "dtype of loaded and exported weights; only bfloat16, as drafters have no other")
+    quantization: str = key(
+        "none",
+        "none | as_saved: the base's folder holds quantised weights (compressed-tensors, fp8, gemma, gptq, awq, "
+        "modelopt, GGUF), which stay as they are: with freeze.base=true or adapters (lora.r)",
+    )
     revision: str | None = key(None, "hub revision of the base")
     drafter_revision: str | None = key(None, "hub revision of the drafter")
     cache_dir: str | None = key(None, "hub cache folder")

@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from joint_train.config import Config, ConfigError, TrackingConfig, config_to_save, to_yaml
-from joint_train.config.values import run_length
+from joint_train.config.values import as_saved, run_length
 from joint_train.files import code_version, naming, replace
 from joint_train.metrics import SUMMARY
 
@@ -353,7 +353,12 @@ class ConsoleLines:
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.total, self.output_dir = max_steps or run_length(cfg)[0] or 0, Path(cfg.output_dir)
         export = cfg.model.export
-        parts = {"base": True, "drafter": True, "drafter_last": export.drafter_last, "adapter": cfg.lora.r > 0}
+        parts = {
+            "base": not as_saved(cfg),
+            "drafter": True,
+            "drafter_last": export.drafter_last,
+            "adapter": cfg.lora.r > 0,
+        }
         self.exports = [part for part, is_written in parts.items() if export.at_end and is_written]
         self.first: tuple[int, float] | None = None  # the first step that was reported, and when
         self.printed = -math.inf
