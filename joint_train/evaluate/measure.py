@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from joint_train.evaluate.calibration import reliability, stopped
 from joint_train.evaluate.decoding import Decoded, acceptance_steps, decode
+from joint_train.evaluate.drafting import Engine
 from joint_train.evaluate.intervals import interval
 from joint_train.evaluate.prompts import Prompt
 from joint_train.pair.halves import input_embedding
@@ -27,7 +28,7 @@ def measure(
     max_new_tokens: int,
     *,
     ignore_eos: bool = False,
-    engine: bool = False,
+    engine: Engine = False,
     thresholds: Sequence[float] = (),
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -186,7 +187,7 @@ def sampling(
     max_new_tokens: int,
     temperature: float,
     seed: int = 0,
-    engine: bool = False,
+    engine: Engine = False,
 ) -> list[dict[str, Any]]:
     """Sampled texts: whether they have the base's distribution, and how many drafts are accepted.
 
