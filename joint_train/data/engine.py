@@ -207,8 +207,10 @@ class Engine:
             end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
             return Answered(message_of(self.tokenizer.decode(tokens[:end])), count)
         text = choice["message"].get("content") or "" if "message" in choice else choice["text"]
-        for end in self.tokenizer.convert_ids_to_tokens(sorted(ends)):
-            text = text.split(end, 1)[0] if end in self.tokenizer.all_special_tokens else text.removesuffix(end)
+        for end in ends:
+            written = self.tokenizer.decode([end])
+            special = end in self.tokenizer.all_special_ids or end in self.tokenizer.added_tokens_decoder
+            text = text.split(written, 1)[0] if special and written else text.removesuffix(written)
         return Answered(message_of(text), count)
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any] | str:

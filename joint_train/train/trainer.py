@@ -107,6 +107,7 @@ class Trainer:
         self.loader = self.build_train_loader(position)
         agree_on_data(cfg, "train", self.loader, everyone)
         self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
+        self.last_step = min(self.max_steps, cfg.stop_after or self.max_steps)  # of this process
         self.stages = Stages(cfg, self.max_steps, self.plan, machine, self.device.type, found and found[1])
         if found:
             before = saved.get("max_steps"), saved.get("joint_steps")
@@ -172,11 +173,11 @@ class Trainer:
         with self.watchdog:
             with self.preemption.ends_at_once():
                 self.first_validation()
-            while self.step < self.max_steps:
+            while self.step < self.last_step:
                 self.watchdog.beat()
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step(batches)
-                last = self.step == self.max_steps
+                last = self.step == self.last_step
                 if is_due(self.step, cfg.tracking.diagnose_every):
                     metrics |= self.diagnose()
                 self.checkpointer.poll()
@@ -261,7 +262,7 @@ class Trainer:
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
-        if not is_due(self.step, cfg.tracking.log_every) and self.step < self.max_steps:
+        if not is_due(self.step, cfg.tracking.log_every) and self.step < self.last_step:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
         assert stats is not None

@@ -207,3 +207,50 @@ def test_a_running_server_has_evaluates_acceptance_and_text(server, starter, tmp
         assert row["tokens_per_forward"] == pytest.approx(one["tokens_per_forward"]["value"], rel=0.1)
     assert [row["concurrency"] for row in served["concurrency"]] == [1, 4, 16]
     assert re.search("vllm at .* with K = 4 drafts", (tmp_path / "served/evaluation.html").read_text())
+
+
+def test_its_answers_to_a_dataset_are_the_local_ones_token_for_token(server, starter, tmp_path, monkeypatch):
+    """Some answers have an end and others don't; the engine is asked 8 at a time, and writes the same file."""
+    from joint_train.data.engine import Engine
+    from joint_train.data.regenerate import Base, Sampling, regenerate
+    from joint_train.data.thinking import prompt_ids
+
+    folder = starter["second stage"][0]
+    tokenizer, base = transformers.AutoTokenizer.from_pretrained(folder), load(folder)
+    lines = (folder.parents[2] / "pair/val.jsonl").read_text().splitlines()[:16]
+    examples = [{"messages": json.loads(line)["messages"][:1]} for line in lines]
+    base.generation_config.eos_token_id, written = None, []
+    for example in examples:
+        prompt = prompt_ids(tokenizer, example["messages"])
+        out = base.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False, pad_token_id=0)
+        written.append(out[0, len(prompt) :].tolist())
+    ends = [1, written[0][20], written[3][10]]
+    expected = [row[: min([i + 1 for i, token in enumerate(row) if token in ends], default=32)] for row in written]
+    base.generation_config.eos_token_id = ends
+
+    counts = regenerate(examples, Base(base, tokenizer, Sampling(32), 4), tmp_path / "local.jsonl")
+    received, post = {}, Engine._post
+
+    def recording(self, path, body):
+        answer = post(self, path, body)
+        received[body["seed"]] = answer["choices"][0]["token_ids"]
+        return answer
+
+    monkeypatch.setattr(Engine, "_post", recording)
+    engine = Engine(server, tokenizer, Sampling(32), name=base.name_or_path, ends=ends, concurrency=8)
+    found = regenerate(examples, engine, tmp_path / "served.jsonl")
+    assert (tmp_path / "served.jsonl").read_text() == (tmp_path / "local.jsonl").read_text()
+    assert [received[i] for i in range(len(examples))] == expected
+    assert found["tokens"] == counts["tokens"] == sum(map(len, expected))
+    assert 0 < found["unfinished"] == counts["unfinished"] < len(examples) and not found["refused"]
+
+
+def test_the_benchmark_of_both_ways(server, starter, tmp_path):
+    from benchmarks.regenerate import main
+
+    base = str(starter["second stage"][0])
+    words = [base, "--url", server, "--limit", "32", "--max-new-tokens", "64", "--concurrency", "1,16"]
+    assert main([*words, "--results", str(tmp_path / "found.json")]) == 0
+    local, one, many = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert local["tokens"] == one["tokens"] == many["tokens"] and many["equal"] == 1
+    assert many["seconds"] < one["seconds"]
