@@ -47,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--rounds", type=int, default=4, help="how often to answer and train (default 4)")
     top.add_argument("--steps", type=int, required=True, help="optimizer steps in a round")
     top.add_argument("--prompts", type=int, help="prompts in a round (default: all of the data, over all rounds)")
+    top.add_argument(
+        "--original", type=float, default=0.0, metavar="WEIGHT",
+        help="also train on the data's own answers, weighed so against the base's (default 0: don't); without them the "
+        "base learns nothing but what it says already",
+    )  # fmt: skip
     top.add_argument("--out", type=Path, default=Path("looped"), help="folder of the run (default: looped)")
     top.add_argument("--max-new-tokens", type=int, default=512, help="of an answer (default 512)")
     top.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy (default)")
@@ -114,6 +119,8 @@ def check(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name}={value}: must be at least 1.")
+    if args.original < 0:
+        raise ConfigError(f"--original={args.original}: a weight can't be negative.")
     if own := [word for word in overrides if word.lstrip("+").split("=")[0] in OWN]:
         raise ConfigError(f"{own[0]}: the loop sets that itself (--out, --rounds, --steps, --data).")
     if args.url is None and (args.reload or args.release):
@@ -191,8 +198,11 @@ def answering(
 
 def training(args: argparse.Namespace, overrides: Sequence[str], out: Path, answers: Path, number: int) -> list[str]:
     """The command that trains a round's steps."""
+    weighed = [f"{{path: {quoted(answers)}}}"]
+    if args.original:
+        weighed += [f"{{path: {quoted(file)}, weight: {args.original / len(args.data)}}}" for file in args.data]
     return [
-        *launcher(args.nproc_per_node), "joint_train", *overrides, *sources("train", answers),
+        *launcher(args.nproc_per_node), "joint_train", *overrides, f"data.train=[{', '.join(weighed)}]",
         "data.train_on=last_assistant", f"output_dir={quoted(out)}", f"max_steps={args.rounds * args.steps}",
         f"stop_after={(number + 1) * args.steps}",
     ]  # fmt: skip

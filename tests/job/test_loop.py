@@ -42,7 +42,9 @@ def started(monkeypatch):
             calls.append(("answer", by, len(prompts), "--url" in words))
         else:
             cfg = load(words[1:])
-            (answers,) = [json.loads(Path(source.path).read_text()) for source in cfg.data.train]
+            answers, *originals = cfg.data.train
+            assert [(source.weight, Path(source.path).name) for source in originals] in ([], [(0.5, "data.jsonl")])
+            answers = json.loads(Path(answers.path).read_text())
             assert cfg.data.train_on == "last_assistant"
             calls.append(("train", answers["by"], state["step"], cfg.stop_after, cfg.max_steps))
             state["step"] = cfg.stop_after
@@ -143,7 +145,7 @@ def test_engines_are_reloaded_before_they_answer(started, words, starter_dir, tm
     ]  # fmt: skip
     assert [call[-1] for call in calls if call[0] == "answer"] == [True, True]
     words[words.index("--out") + 1] = f"{tmp_path}/other"
-    assert loop.main([*words, *engine, "--reload", "vllm", "--release", "vllm"]) == 0
+    assert loop.main([*words, "--original", "0.5", *engine, "--reload", "vllm", "--release", "vllm"]) == 0
     reload = '/collective_rpc{"method": "reload_weights"}'
     awake, asleep = [reload, "/reset_prefix_cache"], ["/wake_up?tags=weights", reload, "/wake_up?tags=kv_cache"]
     assert Engine.asked == [*awake, "/sleep?level=2", *asleep, "/reset_prefix_cache", "/sleep?level=2"]
