@@ -20,7 +20,7 @@ from typing import Any
 
 from joint_train.command import DONE, NO, start
 from joint_train.config import Config, SourceConfig, read
-from joint_train.config.values import quoted
+from joint_train.config.values import as_saved, quoted
 from joint_train.data.readers import read_records
 from joint_train.errors import ConfigError, JointTrainError
 from joint_train.evaluate.page import Section, Table, html
@@ -88,9 +88,10 @@ def retune(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     drafters = {STALE: cfg.model.drafter, TUNED: str(tuned / "drafter")}
     if type(cfg.model.resize_vocabulary) is int:
         del drafters[STALE]  # it doesn't fit a base with more rows
+    base = cfg.model.base if as_saved(cfg) else tuned / "base"
     differs, found = False, {}
     for name, drafter in drafters.items():
-        differs |= bool(evaluate(tuned / "base", drafter, cfg, held_out, args.eval_tokens, out / name))
+        differs |= bool(evaluate(base, drafter, cfg, held_out, args.eval_tokens, out / name))
         found[name] = json.loads((out / name / "evaluation.json").read_text())
     write_results(out, cfg, found)
     return NO if differs else DONE
@@ -141,6 +142,27 @@ def split(files: Sequence[str], held_out: int, folder: Path) -> tuple[Path, Path
         DataError: for a bad example, naming its file and line.
         ConfigError: if there are too few, or one that JSON can't hold.
     """
+    rows = read_rows(files)
+    if len(rows) < 2 * held_out or held_out < 1:
+        raise ConfigError(f"--held-out={held_out} of {len(rows)} different examples: hold out at most half of them.")
+    out = set(sorted(rows)[:held_out])
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = folder / "train.jsonl", folder / "held_out.jsonl"
+    for part, wanted in zip(parts, (False, True), strict=True):
+        text = "".join(f"{row}\n" for key, row in rows.items() if (key in out) == wanted)
+        if part.exists() and part.read_text(encoding="utf-8") != text:
+            raise ConfigError(f"{part} was made from other data, or with another --held-out: give another --out.")
+        replace(part, text)
+    return parts
+
+
+def read_rows(files: Sequence[str]) -> dict[str, str]:
+    """The different examples of some files as lines of JSON, by a digest of each.
+
+    Raises:
+        DataError: for a bad example, naming its file and line.
+        ConfigError: for one that JSON can't hold.
+    """
     from joint_train.data.sources import parse
 
     rows: dict[str, str] = {}
@@ -157,17 +179,7 @@ def split(files: Sequence[str], held_out: int, folder: Path) -> tuple[Path, Path
                     "with +experiment=retune_drafter, and data.train and data.val of your own."
                 ) from None
             rows.setdefault(hashlib.sha256(text.encode()).hexdigest(), text)
-    if len(rows) < 2 * held_out or held_out < 1:
-        raise ConfigError(f"--held-out={held_out} of {len(rows)} different examples: hold out at most half of them.")
-    out = set(sorted(rows)[:held_out])
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = folder / "train.jsonl", folder / "held_out.jsonl"
-    for part, wanted in zip(parts, (False, True), strict=True):
-        text = "".join(f"{row}\n" for key, row in rows.items() if (key in out) == wanted)
-        if part.exists() and part.read_text(encoding="utf-8") != text:
-            raise ConfigError(f"{part} was made from other data, or with another --held-out: give another --out.")
-        replace(part, text)
-    return parts
+    return rows
 
 
 def launcher(ranks: int | None) -> list[str]:
@@ -194,7 +206,7 @@ def run(command: Sequence[str], may_say_no: bool = False) -> int:
     return code
 
 
-def evaluate(base: Path, drafter: str, cfg: Config, prompts: Path, tokens: int, out: Path) -> int:
+def evaluate(base: Path | str, drafter: str, cfg: Config, prompts: Path, tokens: int, out: Path) -> int:
     """Measure a drafter on the tuned base; 1 if a text differs by more than rounding."""
     command = [
         sys.executable, "-m", "joint_train.evaluate", str(base), drafter, "--prompts", str(prompts), "--num-steps",

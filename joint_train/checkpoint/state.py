@@ -46,9 +46,16 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def base_tensors(model: JointModel) -> dict[str, Tensor]:
+    """What a checkpoint holds of the base: nothing, or its adapters, if its weights stay those of its folder."""
+    tensors = named_tensors(model.base)
+    stays = getattr(model, "base_stays", False) and not any(map(ADAPTER.search, tensors))
+    return {} if stays else tensors
+
+
 def pair_tensors(model: JointModel) -> dict[str, dict[str, Tensor]]:
     """Tensors of the two halves, and of the drafter's average if there is one, by the folder that each is stored in."""
-    tensors = {"base/model": named_tensors(model.base), "drafter/model": named_tensors(model.drafter)}
+    tensors = {"base/model": base_tensors(model), "drafter/model": named_tensors(model.drafter)}
     average = getattr(model, "drafter_average", None)
     return tensors if average is None else tensors | {AVERAGE: average}
 

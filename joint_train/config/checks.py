@@ -25,6 +25,7 @@ from joint_train.errors import ConfigError
 from joint_train.metrics import TARGET_METRICS
 
 CHOICES: dict[str, tuple[str | bool | None, ...]] = {
+    "model.quantization": ("none", "as_saved"),
     "model.attn_implementation": ("auto", "by_layer_type", "sdpa", "flex_attention", "eager"),
     "drafter.pairing": ("serving", "same_token"),
     "drafter.rope_position": ("last_kv", "next_token"),
@@ -88,6 +89,7 @@ AT_LEAST = {
     "tracking.diagnose_every": 0,
     "tracking.max_bad_steps": 1,
     "max_steps": 1,
+    "stop_after": 1,
 }
 
 
@@ -179,6 +181,7 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
     _check_best(cfg)
     _check_lora(cfg)
     _check_served(cfg)
+    _check_quantization(cfg)
     check_uploads(cfg)
     try:
         parse_drafter_loss(cfg.loss)
@@ -301,3 +304,30 @@ def _check_served(cfg: Config) -> None:
         )
     if cfg.parallel.compile:
         raise ConfigError("parallel.compile=true doesn't work with model.adapters: set parallel.compile=false.")
+
+
+def _check_quantization(cfg: Config) -> None:
+    """Quantised weights can't be trained: the base is frozen or has adapters, and nothing else of it changes."""
+    m, key = cfg.model, f"model.quantization={cfg.model.quantization}"
+    if m.quantization == "none":
+        return
+    if not (cfg.freeze.base or cfg.lora.r or m.continue_adapter):
+        raise ConfigError(
+            f"{key}: quantised weights can't be trained. Set freeze.base=true to train the drafter alone, or lora.r "
+            "(e.g. 16) for adapters on the base."
+        )
+    if not cfg.freeze.towers:
+        raise ConfigError(f"{key}: freeze.towers=false would train the base's towers: set freeze.towers=true.")
+    if m.quantization != "as_saved":
+        return
+    if m.adapter and not (m.continue_adapter and len(parse_adapters(m.adapter)) == 1):
+        raise ConfigError(
+            f"{key}: model.adapter would be merged into a base that isn't exported, since it stays as it is saved. Set "
+            "model.adapters for a drafter of the base under adapters, model.continue_adapter=true to train one on, or "
+            "give the bfloat16 base."
+        )
+    if m.resize_vocabulary is not False:
+        raise ConfigError(f"{key}: the tables of a base that stays as it is saved can't grow: leave out "
+                          "model.resize_vocabulary, or give the bfloat16 base.")  # fmt: skip
+    if m.export.kv_shared_weights:
+        raise ConfigError(f"{key}: no base is exported, so that model.export.kv_shared_weights=true does nothing.")

@@ -50,6 +50,11 @@ class ModelConfig:
         False, "true: grow the tables of both models to what the tokenizer needs | a number of rows | false"
     )
     dtype: str = key("bfloat16", "dtype of loaded and exported weights; only bfloat16, as drafters have no other")
+    quantization: str = key(
+        "none",
+        "none | as_saved: the base's folder holds quantised weights (compressed-tensors, fp8, gemma, gptq, awq, "
+        "modelopt, GGUF), which stay as they are: with freeze.base=true or adapters (lora.r)",
+    )
     revision: str | None = key(None, "hub revision of the base")
     drafter_revision: str | None = key(None, "hub revision of the drafter")
     cache_dir: str | None = key(None, "hub cache folder")
@@ -162,8 +167,10 @@ class OptimConfig:
         "cosine | linear | constant | wsd (constant, then linear), after the warm-up and until freeze.base_after",
     )
     min_lr_ratio: float = key(0.1, "final learning rate as a fraction of the peak")
-    drafter_schedule: str | None = key(None, "the drafter's schedule; null: as schedule")
-    drafter_min_lr_ratio: float | None = key(None, "the drafter's min_lr_ratio; null: as min_lr_ratio")
+    drafter_schedule: str | None = key(
+        "wsd", "the drafter's schedule, which stays up while the base moves; null: as schedule"
+    )
+    drafter_min_lr_ratio: float | None = key(0.0, "the drafter's min_lr_ratio; null: as min_lr_ratio")
     drafter_ema: float = key(
         0.0,
         "decay of an average of the drafter's weights over the steps, such as 0.98, which is validated and exported in "
@@ -265,6 +272,9 @@ class EvalConfig:
         "validation prompts in an assisted generation; 0: none; null: 8, or none where it would outlast the validation",
     )
     max_new_tokens: int = key(64, "tokens generated for a prompt")
+    own_text: bool = key(
+        True, "at every validation also measure the drafter on what the base wrote in the last assisted generation"
+    )
     patience: int = key(
         0, "end the run after so many validations in a row that are no better by checkpoint.keep_best; 0: never"
     )
@@ -309,6 +319,9 @@ class Config:
     seed: int = key(0, "data order and random state")
     max_steps: int | None = key(None, "optimizer steps; by default 1000, or one epoch with data.mixture=epoch")
     epochs: float | None = key(None, "instead of max_steps: passes over all training data; may be a fraction")
+    stop_after: int | None = key(
+        None, "end at this step with a checkpoint and an export, as if it were the last; schedules are those of the run"
+    )
     output_dir: str = key("outputs", "folder of the run: configuration, metrics, checkpoints, export")
     resume: str = key(
         "auto",

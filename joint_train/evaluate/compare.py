@@ -14,7 +14,7 @@ import rich.table
 
 from joint_train.config import read_written
 from joint_train.errors import ConfigError
-from joint_train.evaluate.page import Section, Table, figure, html, plots_available
+from joint_train.evaluate.page import Section, Table, figure, html, plots_available, whole_numbers
 from joint_train.files import replace
 from joint_train.metrics import SUMMARY
 
@@ -136,6 +136,7 @@ def curve(runs: Sequence[Run], metric: str) -> str | None:
             if points:
                 marker = {"marker": "o", "markersize": 3} if len(points) < 20 else {}
                 axes.plot(*zip(*points, strict=True), label=run.name, linewidth=1.4, **marker)
+        whole_numbers(axes)
 
     return figure(draw, "step", "")
 

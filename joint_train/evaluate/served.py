@@ -3,6 +3,8 @@
     python -m joint_train.evaluate BASE DRAFTER --engine vllm                          # how to serve this pair
     python -m joint_train.evaluate [BASE DRAFTER] --engine vllm --url http://host:8000
 
+(``sglang`` and ``llamacpp`` likewise.)
+
 Prompts go to the server as token ids, so that it completes exactly those of ``python -m joint_train.evaluate``. One at
 a time first, which gives every prompt its own counts and so the intervals, then ``--concurrency`` at a time.
 
@@ -191,7 +193,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
 
     if args.base:
         folders = resolve(args.base), resolve(args.drafter)
-        read_configs(*folders)
+        read_configs(*folders, quantized=None)
     if args.url is None:
         num_steps = max(args.num_steps) if args.num_steps else None
         print(serve_command(args.engine, *folders, num_steps, args.dtype, args.temperature))

@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from joint_train.config import Config, ConfigError, TrackingConfig, config_to_save, to_yaml
-from joint_train.config.values import run_length
+from joint_train.config.values import as_saved, run_length
 from joint_train.files import code_version, naming, replace
 from joint_train.metrics import SUMMARY
 
@@ -353,7 +353,12 @@ class ConsoleLines:
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.total, self.output_dir = max_steps or run_length(cfg)[0] or 0, Path(cfg.output_dir)
         export = cfg.model.export
-        parts = {"base": True, "drafter": True, "drafter_last": export.drafter_last, "adapter": cfg.lora.r > 0}
+        parts = {
+            "base": not as_saved(cfg),
+            "drafter": True,
+            "drafter_last": export.drafter_last,
+            "adapter": cfg.lora.r > 0,
+        }
         self.exports = [part for part, is_written in parts.items() if export.at_end and is_written]
         self.first: tuple[int, float] | None = None  # the first step that was reported, and when
         self.printed = -math.inf
@@ -430,7 +435,7 @@ COUNTED = {"base_loss": "base_accuracy", "drafter_loss": "agreement_0", "drafter
 def format_metric(metrics: Mapping[str, float], name: str) -> str:
     """A metric with three digits; "–" where there was nothing to measure, "nan" where the loss isn't a number."""
     prefix, slash, metric = name.rpartition("/")
-    counted = metric if metric.startswith("accepted_length") else COUNTED.get(metric, "")
+    counted = metric if metric.startswith(("accepted_length", "own_accepted_length")) else COUNTED.get(metric, "")
     if name not in metrics or math.isnan(metrics.get(f"{prefix}{slash}{counted}", 0.0)):
         return "–"
     return f"{metrics[name]:.3f}"
@@ -460,6 +465,8 @@ def validation_line(step: int, metrics: Mapping[str, float]) -> str:
             text += f"  {name} {format_metric(metrics, key)}"
     if (value := metrics.get("val/tokens_per_forward")) is not None:
         text += f"  {value:.2f} tokens/forward"
+    elif "val/own_accepted_length" in metrics:
+        text += f"  {format_metric(metrics, 'val/own_accepted_length')} expected"
     return text
 
 

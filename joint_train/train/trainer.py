@@ -4,7 +4,6 @@ config → mesh → models → data → step → checkpoint, in this order, once
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +38,8 @@ from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.length import is_due, run_steps
 from joint_train.train.optim import build_optimizer, update
-from joint_train.train.pace import Since, peak_memory, utilisation
+from joint_train.train.own_text import OwnText
+from joint_train.train.pace import Since, memory_gb, peak_memory, utilisation
 from joint_train.train.stages import Stages
 from joint_train.train.tracking import Tracker, check_wandb, metrics_from_json, metrics_to_json
 from joint_train.weights.average import averaged, start_average, update_average
@@ -79,7 +79,7 @@ class Trainer:
         self.cfg = cfg = with_vocabulary(cfg, self.tokenizer)
         everyone = Ranks(cfg.parallel.timeout_seconds)
         agree_on_configuration(cfg, everyone)
-        self.machine = machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
+        self.machine = machine = Machine(gpus=self.ranks, gpu_memory_gb=memory_gb(self.device, everyone))
         self.plan = make_plan(cfg, machine, self.device.type)
         advice.warn_of_memory(self.plan, machine)
         check_fit(cfg, self.tokenizer, *run_configs(cfg))
@@ -113,6 +113,7 @@ class Trainer:
         agree_on_data(cfg, "train", self.loader, everyone)
         self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
         self.best = Best(cfg.checkpoint.keep_best, cfg.eval.patience, saved.get("best") if found else None)
+        self.last_step = min(self.max_steps, cfg.stop_after or self.max_steps)  # of this process
         self.stages = Stages(cfg, self.max_steps, self.plan, machine, self.device.type, found and found[1])
         if found:
             before = saved.get("max_steps"), saved.get("joint_steps")
@@ -122,6 +123,10 @@ class Trainer:
         if self.device.type == "cuda":
             self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = advice.generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
+        # What the base wrote in the last assisted generation.
+        self.own_text: OwnText | None = None
+        if found and cfg.eval.own_text:
+            self.own_text = OwnText.saved(saved.get("own_text"), cfg.data, self.tokenizer, self.model.adapters)
         advice.warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         advice.warn_of_padding(self.plan)
         advice.warn_of_torchrun(cfg.checkpoint)
@@ -137,15 +142,6 @@ class Trainer:
         self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device, bad_steps)
         self.spikes = LossSpikes()
         self.since = Since(self.device)
-
-    def memory_gb(self, everyone: Ranks) -> float:
-        """Memory of the device, or on CPU this rank's share of the host's, in GiB: the least that any rank has."""
-        if self.device.type == "cuda":
-            mine = torch.cuda.get_device_properties(self.device).total_memory
-        else:
-            pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            mine = pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return min(everyone.each("reading the size of the memory", lambda: mine)) / 2**30
 
     def go_on_from(self, saved: dict | None) -> None:
         """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""
@@ -182,11 +178,11 @@ class Trainer:
         with self.watchdog:
             with self.preemption.ends_at_once():
                 self.first_validation()
-            while self.step < self.max_steps and not self.best.exhausted:
+            while self.step < self.last_step and not self.best.exhausted:
                 self.watchdog.beat()
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step(batches)
-                last = self.step == self.max_steps
+                last = self.step == self.last_step
                 if is_due(self.step, cfg.tracking.diagnose_every):
                     metrics |= self.diagnose()
                 self.checkpointer.poll()
@@ -278,7 +274,7 @@ class Trainer:
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
-        if not is_due(self.step, cfg.tracking.log_every) and self.step < self.max_steps:
+        if not is_due(self.step, cfg.tracking.log_every) and self.step < self.last_step:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
         assert stats is not None
@@ -350,6 +346,12 @@ class Trainer:
     def evaluate_on(self, val_loader: BatchLoader, generate: bool, progress: Callable[[], None]) -> dict[str, float]:
         """:meth:`evaluate` of the drafter as its weights are."""
         cfg, measured = self.cfg, dict[str, float]()
+
+        def stats_of(batch: dict[str, Tensor], *sources: str) -> JointStats:
+            progress()
+            inputs, targets, _ = self.prepare(batch, list(sources))
+            return self.model(**inputs, targets=targets).stats
+
         self.model.eval()
         try:
             with torch.random.fork_rng(devices=[]):  # making an iterator draws from it
@@ -357,9 +359,7 @@ class Trainer:
                 for i, batch in enumerate(val_loader):
                     if i == cfg.eval.batches:
                         break
-                    progress()
-                    inputs, targets, _ = self.prepare(batch, val_loader.source_names)
-                    found = self.model(**inputs, targets=targets).stats
+                    found = stats_of(batch, *val_loader.source_names)
                     stats = found if stats is None else stats + found
             assert stats is not None, "every rank has a batch of validation"
             means = stats.reduced(dist.all_reduce).means(val_loader.source_names, val_loader.source_adapters)
@@ -368,12 +368,16 @@ class Trainer:
                 prompts = validation_prompts(cfg.data, self.tokenizer, self.prompts)
                 accepted = accepted_length(
                     self.model.base, self.model.drafter, self.tokenizer, prompts, cfg.drafter.num_steps,
-                    cfg.eval.max_new_tokens, progress, self.model.adapters,
+                    cfg.eval.max_new_tokens, progress, self.model.adapters, cfg.drafter.rope_position == "last_kv",
                 )  # fmt: skip
-                for name, value in accepted["by_adapter"].items():
-                    measured[f"val/adapter/{name}/tokens_per_forward"] = value
+                of = accepted["by_adapter"].items()
+                measured |= {f"val/adapter/{name}/tokens_per_forward": value for name, value in of}
                 measured["val/tokens_per_forward"] = accepted["tokens_per_forward"]
                 self.tracker.examples(self.step, accepted["examples"])
+                if cfg.eval.own_text:
+                    self.own_text = OwnText(prompts, accepted["answers"], cfg.data, self.model.adapters)
+            if self.own_text is not None:
+                measured |= self.own_text.measure(stats_of, dist.all_reduce, self.rank, self.ranks)
         finally:
             parallelize.reshard(self.model)
             self.model.train()
@@ -402,6 +406,7 @@ class Trainer:
             **self.bad_steps.read(),
         }
         state |= {"data": loader_position(self.loader), "unfinished": self.unfinished, "best": self.best.state()}
+        state["own_text"] = self.own_text and self.own_text.answers
         self.tracker.sync()
         self.checkpointer.save(
             self.step, self.model, self.optimizer, state, config=self.cfg, metrics=self.measured, block=block

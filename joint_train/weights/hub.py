@@ -15,7 +15,7 @@ from joint_train.weights.placing import PARTS
 
 log = logging.getLogger(__name__)
 
-OPTIONAL = ("drafter_last", "adapter")
+OPTIONAL = ("base", "drafter_last", "adapter")  # a base that stays as it is saved isn't exported
 ATTEMPTS = 3
 PAUSE_SECONDS = 5.0  # after the first failure, and twice as long after each further one
 
