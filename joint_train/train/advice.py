@@ -25,6 +25,21 @@ MOST_PADDING = 0.1  # of the sharded weights
 MOST_CHANGES = 4  # that are named after an out-of-memory
 
 
+def warn(cfg: Config, plan: Plan, machine: Machine, device_type: str, steps: tuple[int, int]) -> None:
+    """Warn of what can't be meant.
+
+    Args:
+        steps: the run's last step, and that after which the base is frozen.
+    """
+    max_steps, joint_steps = steps
+    warn_of_grace(cfg.checkpoint, plan, machine, device_type)
+    warn_of_padding(plan)
+    warn_of_torchrun(cfg.checkpoint)
+    warn_of_warmup(cfg, joint_steps)
+    warn_of_base_after(cfg, max_steps)
+    warn_of_validation(cfg)
+
+
 def generation_prompts(
     cfg: EvalConfig, parallel: ParallelConfig, plan: Plan, machine: Machine, device_type: str
 ) -> int:

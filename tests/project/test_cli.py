@@ -63,7 +63,8 @@ def test_an_unknown_command_and_a_mistake_behind_a_known_one():
     ],
 )
 def test_completion_of_commands_keys_and_prepared_settings(typed, expected):
-    script = f"{cli.completion()}\nCOMP_LINE='{typed}' COMP_POINT={len(typed)}\n_joint_train\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
+    asked = f"COMP_LINE='{typed}' COMP_POINT={len(typed)}\n_joint_train\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
+    script = f"{cli.completion()}\n{asked}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == expected
 
