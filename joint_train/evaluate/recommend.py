@@ -174,6 +174,16 @@ def chosen(policies: list[dict[str, Any]], batches: Sequence[int]) -> dict[str, 
     }
 
 
+def still_rising(found: Mapping[str, Any]) -> str:
+    """A sentence on the batch sizes at which the most drafts that were measured are the best; empty without any."""
+    most = max(policy["num_steps"] for policy in found["policies"])
+    batches = [b for b in found["batches"] if found["best_without_threshold"][str(b)]["num_steps"] == most > 0]
+    if not batches:
+        return ""
+    at = " and ".join(map(str, batches))
+    return f"At batch {at} it still rises at K = {most}, the most that was measured."
+
+
 def find(found: Mapping[str, Any], policy: Mapping[str, Any]) -> dict[str, Any]:
     """All that is known of a policy."""
     keys = ("num_steps", "threshold")
@@ -203,7 +213,7 @@ def text(found: Mapping[str, Any]) -> list[str]:
             policy = found[key][str(batch)]
             cells += [name_of(policy), f"{speed(found, find(found, policy), batch):.2f}"]
         lines.append(f"{batch:>5}  {cells[0]:<14}{cells[1]:<10}{cells[2]:<24}{cells[3]}")
-    return lines
+    return lines + [line for line in (still_rising(found), found.get("note")) if line]
 
 
 def section(found: Mapping[str, Any]) -> Section:
@@ -224,7 +234,7 @@ def section(found: Mapping[str, Any]) -> Section:
         f"Tokens a second against plain decoding at the same batch size: measured acceptance in greedy decoding, and "
         f"what a verification and a draft cost by {found['cost']}. * is the most at that batch size. A threshold stops "
         f"drafting at a confidence below it, as llama.cpp's --draft-p-min does; vLLM and SGLang draft K each time. "
-        f"{found.get('note', '')}",
+        f"{still_rising(found)} {found.get('note', '')}",
         tables=[Table(heads, rows, "Of the thresholds, those that are best at a batch size.")],
     )
     if plots_available():

@@ -209,6 +209,9 @@ def test_the_recommendation_is_that_of_brute_force_on_a_simulated_engine():
     plain = found["best_without_threshold"]
     assert plain["1"]["threshold"] == 0 and 1 < plain["1"]["num_steps"] < 8  # it turns
     assert found["best"]["1"]["threshold"] > 0
+    assert recommend.still_rising(found) == ""
+    fewer = recommend.recommend(traces, clock, range(1, plain["1"]["num_steps"]), (), [1], 0)
+    assert recommend.still_rising(fewer).startswith("At batch 1 it still rises at K = ")
 
 
 class Gemma4AssistantMoody(Gemma4AssistantDouble):
