@@ -57,11 +57,13 @@ def compare(results: Mapping[str, Any], other: Mapping[str, Any], seed: int) -> 
         for name, (_, part, whole) in QUANTITIES.items():
             ratios = [before[part], before[whole]], [after[part], after[whole]]
             row[name] = _paired(*ratios, lambda p, w: p / w, seed)
-        times = []
-        for of_one, measured in ((before, other), (after, results)):
+
+        def times(of: Mapping[str, Any], measured: Mapping[str, Any]) -> list[list[float]]:
             plain = measured["plain"]["of_prompts"]
-            times.append([of_one["tokens"], of_one["seconds"], plain["tokens"], plain["seconds"]])
-        row["speedup"] = _paired(*times, lambda t, s, pt, ps: (t / s) / (pt / ps), seed)
+            return [of["tokens"], of["seconds"], plain["tokens"], plain["seconds"]]
+
+        faster = times(before, other), times(after, results)
+        row["speedup"] = _paired(*faster, lambda t, s, pt, ps: (t / s) / (pt / ps), seed)
         columns = [after["tokens"], after["seconds"], before["tokens"], before["seconds"]]
         row["speedup"]["ratio"] = interval(columns, lambda t, s, bt, bs: (t / s) / (bt / bs), seed)
         rows.append(row)

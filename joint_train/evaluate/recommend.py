@@ -241,14 +241,11 @@ def section(found: Mapping[str, Any]) -> Section:
 
         def draw(axes: Any) -> None:
             for batch in batches:
-                points = [
-                    (p["num_steps"], {"value": speed(found, p, batch), "low": None, "high": None})
-                    for p in found["policies"]
-                    if not p["threshold"]
-                ]
+                speeds = {p["num_steps"]: speed(found, p, batch) for p in found["policies"] if not p["threshold"]}
+                points = [(n, {"value": value, "low": None, "high": None}) for n, value in speeds.items()]
                 errorbars(axes, points, label=f"batch {batch}")
-                top = max(points, key=lambda point: point[1]["value"])
-                axes.plot(top[0], top[1]["value"], "o", markersize=10, fillstyle="none", color="#888888")
+                top = max(speeds, key=speeds.__getitem__)
+                axes.plot(top, speeds[top], "o", markersize=10, fillstyle="none", color="#888888")
             axes.axhline(1, color="#888888", linewidth=1, linestyle="--")
             whole_numbers(axes)
 

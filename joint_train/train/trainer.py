@@ -116,8 +116,8 @@ class Trainer:
         if self.device.type == "cuda":
             self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = advice.generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
-        if found and cfg.eval.own_text:
-            self.own_text = OwnText.saved(saved.get("own_text"), cfg.data, self.tokenizer, self.model.adapters)
+        answers = saved.get("own_text") if found and cfg.eval.own_text else None
+        self.own_text = OwnText.saved(answers, cfg.data, self.tokenizer, self.model.adapters)
         advice.warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         advice.warn_of_padding(self.plan)
         advice.warn_of_torchrun(cfg.checkpoint)
@@ -136,7 +136,6 @@ class Trainer:
         self.before: dict[str, float] | None = None  # what was validated before the first step, and last
         self.measured: dict[str, float] | None = None
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
-        self.own_text: OwnText | None = None  # what the base wrote in the last assisted generation
         if saved:
             self.step = saved["step"]
             self.before, self.measured = (metrics_from_json(saved[name]) for name in ("before", "measured"))
