@@ -10,6 +10,7 @@ import torch
 from adapters import make_adapter, merged_by_peft
 from pairs import build_pair, make_pair
 from test_evaluate import FakeTokenizer, Gemma4AssistantDouble, folders, pair, prompts  # noqa: F401
+from test_evaluate_served import serve  # noqa: F401
 from transformers import AutoConfig
 
 from joint_train.evaluate import against, recommend
@@ -447,6 +448,27 @@ def _tokenizer(base):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(base)
+
+
+def test_a_running_server_is_told_how_many_to_draft(folders, serve, tmp_path, capsys):  # noqa: F811
+    server, mine = serve("sglang"), shutil.copytree(folders[1], tmp_path / "mine")
+    server.delay = 0.02
+    arguments = ["--engine", "sglang", "--url", server.url, "--concurrency", "1,4", "--limit", "4"]
+    arguments += ["--max-new-tokens", "9", "--recommend", "--gpu", "l4", "--out", str(tmp_path / "out")]
+    assert main([str(folders[0]), str(mine), *arguments, "--set-drafts", "4"]) == 0
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    rows = {row["concurrency"]: row for row in found["concurrency"]}
+    assert found["recommend"]["batches"] == [1, 4]
+    for batch, row in rows.items():  # with the server's own number, what was measured of it
+        policy = recommend.find(found["recommend"], {"num_steps": 3, "threshold": 0.0})
+        forward = 1 + sum(p["share"]["value"] for p in found["speculative"][0]["acceptance"])
+        expected = row["tokens_per_second"] * forward / row["tokens_per_forward"]
+        assert policy["tokens_per_second"][str(batch)] == pytest.approx(expected, rel=1e-6)
+    set_to = found["recommend"]["best_without_threshold"]["4"]["num_steps"]
+    assert json.loads((mine / "generation_config.json").read_text())["num_assistant_tokens"] == set_to > 0
+    said = capsys.readouterr().out
+    assert "Measured times are these multiples of the roofline's" in said
+    assert "How many drafts" in (tmp_path / "out/recommendation.html").read_text()
 
 
 @pytest.mark.parametrize(
