@@ -20,7 +20,7 @@ from typing import Any
 
 from joint_train.command import DONE, NO, start
 from joint_train.config import Config, SourceConfig, read
-from joint_train.config.values import quoted
+from joint_train.config.values import as_saved, quoted
 from joint_train.data.readers import read_records
 from joint_train.errors import ConfigError, JointTrainError
 from joint_train.evaluate.against import cells
@@ -87,8 +87,8 @@ def retune(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not (tuned / "drafter/config.json").is_file():
         raise ConfigError(f"{tuned} has no export: the run was stopped, or model.export.at_end=false. Run it again.")
     fits = type(cfg.model.resize_vocabulary) is not int  # else the old one has fewer rows than the base
-    before = cfg.model.drafter if fits else None
-    differs = evaluate(tuned, before, cfg, held_out, args.eval_tokens, out / "evaluation")
+    base, before = cfg.model.base if as_saved(cfg) else tuned / "base", cfg.model.drafter if fits else None
+    differs = evaluate(base, tuned / "drafter", before, cfg, held_out, args.eval_tokens, out / "evaluation")
     write_results(out, cfg, json.loads((out / "evaluation/evaluation.json").read_text()))
     return NO if differs else DONE
 
@@ -191,12 +191,13 @@ def run(command: Sequence[str], may_say_no: bool = False) -> int:
     return code
 
 
-def evaluate(pair: Path, before: str | None, cfg: Config, prompts: Path, tokens: int, out: Path) -> int:
-    """Measure the pair of an export, against the drafter before it; 1 if a text differs by more than rounding."""
+def evaluate(
+    base: Path | str, drafter: Path, before: str | None, cfg: Config, prompts: Path, tokens: int, out: Path
+) -> int:
+    """Measure a drafter on the tuned base, against the one before it; 1 if a text differs by more than rounding."""
     command = [
-        sys.executable, "-m", "joint_train.evaluate", str(pair / "base"), str(pair / "drafter"), "--prompts",
-        str(prompts), "--num-steps", str(cfg.drafter.num_steps), "--max-new-tokens", str(tokens), "--thresholds", "0",
-        "--out", str(out),
+        sys.executable, "-m", "joint_train.evaluate", str(base), str(drafter), "--prompts", str(prompts), "--num-steps",
+        str(cfg.drafter.num_steps), "--max-new-tokens", str(tokens), "--thresholds", "0", "--out", str(out),
     ]  # fmt: skip
     if before is not None:
         command += ["--against", before, "--write-card"]

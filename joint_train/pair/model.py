@@ -98,7 +98,8 @@ class JointModel(nn.Module):
     """
 
     supports_gradient_checkpointing = True
-    frozen_base: dict[str, str] | None = None  # with adapters: what their checkpoints name their base by
+    frozen_base: dict[str, str] | None = None  # what checkpoints without the base's weights name the base by
+    base_stays: bool = False  # the base's weights are those of its folder, to the end: checkpoints don't hold them
     adapters: Adapters | None = None  # that the base has on it one at a time, for each document its own
     drafter_average: dict[str, Tensor] | None = None  # of its weights over the steps, by name: optim.drafter_ema
 

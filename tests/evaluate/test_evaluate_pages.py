@@ -333,6 +333,11 @@ def test_runs_side_by_side(runs, tmp_path, capsys):
         assert "optim.lr" not in shown  # the same in both
     assert "11.100 → 3.153" in said  # base validation loss of the first: 8 + 3.1, 8 * 0.99**500 + 3.1
     assert (tmp_path / "page.html").read_text().count("<svg") == 8
+    assert all(len(line) <= 80 for line in said.splitlines() if not line.startswith("written: "))
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "page.html"), "--json"]) == 0
+    found = list(json.loads(capsys.readouterr().out).values())
+    assert found[0]["metrics"]["val/base_loss"]["first"] == pytest.approx(11.1)
+    assert found[0]["config"]["drafter.pairing"] != found[1]["config"]["drafter.pairing"]
 
 
 def test_results_of_runs_by_their_meaning():
