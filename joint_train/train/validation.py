@@ -1,4 +1,4 @@
-"""What a validation measures: losses on the validation data, assisted generation, and the drafter on the base's own text."""
+"""What a validation measures: losses on the validation data, assisted generation, the drafter on the base's text."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
