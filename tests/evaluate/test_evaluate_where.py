@@ -13,7 +13,7 @@ from test_evaluate import FakeTokenizer, Gemma4AssistantDouble, folders, pair, p
 from test_evaluate_served import serve  # noqa: F401
 from transformers import AutoConfig
 
-from joint_train.evaluate import against, recommend
+from joint_train.evaluate import against, cost, recommend
 from joint_train.evaluate.__main__ import columns_of, main
 from joint_train.evaluate.cost import Roofline, measured_factors
 from joint_train.evaluate.decoding import Decoded, decode, tokens_per_forward
@@ -500,3 +500,13 @@ def test_progress_in_a_log_is_a_line_when_something_is_done_or_takes_long(capsys
 def test_configs_of_a_pair_are_enough_for_the_roofline(folders):  # noqa: F811
     models = [build_meta(AutoConfig.from_pretrained(folder), torch.bfloat16) for folder in folders]
     assert Roofline(*models, CARDS["h100"], 64).verify(1, 1) > 0
+
+
+def test_experts_are_read_as_rows_choose_them():
+    """A forward that does nothing but read experts takes the time of those that its rows chose, in the mean."""
+    machine, rng, weights = CARDS["h100"], random.Random(0), 10**8
+    for rows in (1, 4, 40):
+        chosen = [{e for _ in range(rows) for e in rng.sample(range(128), 8)} for _ in range(400)]
+        expected = sum(map(len, chosen)) / 400 * weights * 2 / machine.hbm_gb_per_second / 1e9
+        found = cost._Work(experts=[(128, 8, weights)]).seconds(rows, 1, machine)
+        assert found == pytest.approx(expected, rel=0.01), rows
