@@ -133,8 +133,10 @@ def markdown(results: Mapping[str, Any]) -> str:
 def text(results: Mapping[str, Any]) -> list[str]:
     """The table for a terminal."""
     row = best_row(results["against"]["rows"])
-    lines = ["", f"{'K = ' + str(row['num_steps']):<30}{'before':<20}{'after':<20}difference"]
-    return lines + [f"{label:<30}{before:<20}{after:<20}{change}" for label, before, after, change in cells(row)]
+    lines = ["", f"{'K = ' + str(row['num_steps']):<24}{'before':<18}{'after':<18}difference"]
+    for label, before, after, change in cells(row):
+        lines.append(f"{label.removesuffix(' decoding'):<24}{before:<18}{after:<18}{change}")
+    return lines
 
 
 def section(results: Mapping[str, Any]) -> Section:

@@ -205,7 +205,7 @@ def speed(found: Mapping[str, Any], policy: Mapping[str, Any], batch: int) -> fl
 
 def text(found: Mapping[str, Any]) -> list[str]:
     """The table for a terminal."""
-    lines = ["", f"drafts that make the most tokens a second, {found['cost']}"]
+    lines = ["", "drafts that make the most tokens a second, by", found["cost"]]
     lines.append(f"{'batch':>5}  {'vLLM, SGLang':<14}{'speed-up':<10}{'with a threshold':<24}speed-up")
     for batch in found["batches"]:
         cells = []
