@@ -114,9 +114,10 @@ def best_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def note(results: Mapping[str, Any]) -> str:
     """What the numbers are of."""
     prompts, options = results["prompts"], results["options"]
+    sets = ", ".join(Path(name).name for name in prompts["name"].split(", "))  # a card is published
     shown = names([Path(results["against"]["drafter"]), Path(results["drafter"])])
     return (
-        f"Greedy, {prompts['count']} prompts ({prompts['name']}), at most {options['max_new_tokens']} tokens each, "
+        f"Greedy, {prompts['count']} prompts ({sets}), at most {options['max_new_tokens']} tokens each, "
         f"{options['dtype']} on {options['device']}. Before: {shown[0]}; after: {shown[1]}, on the same base. In "
         "brackets 95 % bootstrap intervals over prompts, of the difference paired."
     )

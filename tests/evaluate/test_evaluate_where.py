@@ -1,5 +1,6 @@
 """Where drafts are accepted, how many to draft, before and after: against plain loops and a simulated engine."""
 
+import io
 import json
 import random
 import shutil
@@ -425,7 +426,7 @@ def test_the_whole_command(folders, tmp_path, capsys):  # noqa: F811
         assert title in texts
     card = (mine / "README.md").read_text()
     assert card.startswith(f"## {against.TITLE}") and "| tokens per base forward |" in card
-    assert str(tmp_path) not in card.replace(str(tmp_path / "p.jsonl"), "")
+    assert str(tmp_path) not in card and "2 prompts (p.jsonl, general)" in card
     assert "K = 2: 2/2 prompts" in said.err and "drafts at each token: 2/2 prompts" in said.err
     assert "plain decoding is the fastest" in said.err  # with a random drafter; so nothing is set
     assert json.loads((mine / "generation_config.json").read_text()) == {"num_assistant_tokens": 9}
@@ -475,6 +476,7 @@ def test_a_running_server_is_told_how_many_to_draft(folders, serve, tmp_path, ca
     ("arguments", "said"),
     [
         (["--write-card"], "give the other drafter"),
+        (["--against", "{drafter}"], "is DRAFTER itself"),
         (["--set-drafts", "1"], "needs --recommend"),
         (["--recommend", "--set-drafts", "3"], "none of --batch-sizes"),
         (["--engine", "vllm", "--against", "x"], "a server has one pair"),
@@ -482,6 +484,7 @@ def test_a_running_server_is_told_how_many_to_draft(folders, serve, tmp_path, ca
     ],
 )
 def test_options_that_dont_go_together(folders, arguments, said, capsys):  # noqa: F811
+    arguments = [argument.format(drafter=folders[1]) for argument in arguments]
     assert main([*map(str, folders), *arguments]) == 2
     assert said in capsys.readouterr().err
 
@@ -495,6 +498,20 @@ def test_progress_in_a_log_is_a_line_when_something_is_done_or_takes_long(capsys
     for done in range(5):
         show("plain", done, 4)
     assert capsys.readouterr().err.splitlines() == ["plain: 2/4 prompts, 11 s", "plain: 4/4 prompts, 13 s"]
+
+
+def test_progress_on_a_terminal_is_a_bar_for_each_thing_that_is_measured(monkeypatch):
+    from rich.console import Console
+
+    from joint_train.evaluate import progress
+
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=out, force_terminal=True, width=80))
+    with progress.shown_progress() as show:
+        for what, total in (("plain", 2), ("K = 1", 3)):
+            for done in range(total + 1):
+                show(what, done, total)
+    assert all(text in out.getvalue() for text in ("plain", "2/2", "K = 1", "3/3"))
 
 
 def test_configs_of_a_pair_are_enough_for_the_roofline(folders):  # noqa: F811
