@@ -150,6 +150,9 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--set-drafts needs --recommend.")
     if args.set_drafts is not None and args.set_drafts not in args.batch_sizes and not args.engine:
         raise ConfigError(f"--set-drafts={args.set_drafts} is none of --batch-sizes.")
+    writes = {"--write-card": args.write_card, "--set-drafts": args.set_drafts is not None}
+    if (asked := [name for name, given in writes.items() if given]) and not Path(args.drafter or "").is_dir():
+        raise ConfigError(f"{asked[0]}: {args.drafter} is no folder of this machine; give the export's.")
     if args.engine:
         given = {"--serving": args.serving, "--device": args.device, "--thresholds": args.thresholds}
         if args.url:  # the server was started with them
