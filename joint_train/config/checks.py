@@ -23,7 +23,7 @@ from joint_train.config.values import (
 from joint_train.errors import ConfigError
 
 CHOICES: dict[str, tuple[str | bool | None, ...]] = {
-    "model.quantization": ("none", "as_saved"),
+    "model.quantization": ("none", "as_saved", "nf4", "int8", "fp8"),
     "model.attn_implementation": ("auto", "by_layer_type", "sdpa", "flex_attention", "eager"),
     "drafter.pairing": ("serving", "same_token"),
     "drafter.rope_position": ("last_kv", "next_token"),

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,6 +32,7 @@ from joint_train.distributed.agreement import agree
 from joint_train.distributed.lora import adapted_modules, initialise_adapters, inject_adapters, peft_config_of
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
+from joint_train.distributed.quantised import KINDS, Store, keep_quantised, stores
 from joint_train.distributed.ranks import Ranks
 from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
@@ -77,11 +78,14 @@ class Gemma4WithDrafter(JointModel):
         sources: the folders of base and drafter that the pair was loaded from, if it was.
         changes: what was changed in their weights at the load.
         base_as_saved: whether the base's weights are those of a quantised folder, which stays what is served.
+        quantization_error: how far the base's weights are from their folder's, as a share of them, where they are kept
+            in codes; the export has the folder's.
     """
 
     sources: tuple[Path, Path] | None = None
     changes: tuple[Changes, Changes] = (UNCHANGED, UNCHANGED)
     base_as_saved: bool = False
+    quantization_error: float | None = None
 
     @classmethod
     def from_pretrained(
@@ -384,7 +388,15 @@ def load_pair(
                 " and ".join(str(adapter.folder) for adapter in merged), m.base,
             )  # fmt: skip
     base_changes = model.changes[0]
-    model.frozen_base = everyone.first(f"reading {base_dir}", lambda: frozen_base(base_dir, base_changes))
+    model.frozen_base = everyone.first(
+        f"reading {base_dir}", lambda: frozen_base(base_dir, base_changes, m.quantization)
+    )
+    if kept := stores(model.base):
+        model.quantization_error = rounding(kept.values(), everyone)
+        log.info(
+            "%d weights of the base are kept as %s: they differ from those in %s by %.2f %% (root mean square). The "
+            "export will have the folder's own", len(kept), m.quantization, base_dir, 100 * model.quantization_error,
+        )  # fmt: skip
     model.base_stays = cfg.freeze.base or bool(adapted_modules(model.base))
     if served:
         dtype = DTYPES[cfg.precision.params] if mesh is None else compute
@@ -394,6 +406,13 @@ def load_pair(
     if cfg.drafter.share_embedding_with_base:
         model.share_embedding()
     return model
+
+
+def rounding(kept: Iterable[Store], ranks: Ranks) -> float:
+    """How far weights that are kept in codes are from what they were, as a share of them. Collective."""
+    mine = sum((store.errors for store in kept), torch.zeros(2, dtype=torch.float64)).tolist()
+    changed, size = (sum(of_rank) for of_rank in zip(*ranks.each("comparing weights", lambda: mine), strict=True))
+    return (changed / size) ** 0.5 if size else 0.0
 
 
 def meta_pair(
@@ -418,6 +437,8 @@ def meta_pair(
         inject_adapters(base, peft_config, text_model(base))
         injected = cast("peft.LoraConfig", base.peft_config["default"])
         injected.base_model_name_or_path, injected.revision = base_of_adapter(cfg), cfg.model.revision
+    if cfg.model.quantization in KINDS:
+        keep_quantised(text_model(base), cfg.model.quantization)
     model = Gemma4WithDrafter(
         base,
         build_meta(drafter_config, dtype, attention),
