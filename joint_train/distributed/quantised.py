@@ -3,8 +3,8 @@
     y = D(codes, scales) x          the gradient reaches x alone; D is made again in the backward
 
 A weight ``[…, out, in]`` is two frozen parameters of bytes: its codes ``[…, out, in * bits / 8]``, and the float32
-scales of blocks along a row ``[…, out, 4 * blocks]``. FSDP2 cuts and gathers bytes as it does numbers, and never casts them.
-A block lies within a row, so that the codes of a row are the same on any mesh.
+scales of blocks along a row ``[…, out, 4 * blocks]``. FSDP2 cuts and gathers bytes as it does numbers, and never casts
+them. A block lies within a row, so that the codes of a row are the same on any mesh.
 
 The linear layers of the decoder, the experts and the per-layer embeddings are kept so. The embedding isn't: it is the
 head as well, which the losses read chunk by chunk. Nor are the router, the norms and the towers.
@@ -32,6 +32,7 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 LEAST_TORCH = (2, 13)
+PIECE = 2**25  # numbers that are dequantised at once: in float32, beside the weight in its own dtype
 
 
 class Kind(NamedTuple):
@@ -104,8 +105,20 @@ def quantise(weight: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
 
 def dequantise(codes: Tensor, scales: Tensor, kind: str, block: int, dtype: torch.dtype) -> Tensor:
     """Numbers ``[…, in]`` of codes and scales, multiplied in float32 and rounded once."""
+    columns = codes.shape[-1] * KINDS[kind].values
+    if codes.numel() * KINDS[kind].values > PIECE and codes.dim() > 1:
+        out = torch.empty(*codes.shape[:-1], columns, dtype=dtype, device=codes.device)
+        step = max(1, PIECE // (out.numel() // out.shape[0]))
+        for start in range(0, len(out), step):
+            piece = slice(start, start + step)
+            out[piece] = _multiply(codes[piece], scales[piece], kind, block)
+        return out
+    return _multiply(codes, scales, kind, block).to(dtype)
+
+
+def _multiply(codes: Tensor, scales: Tensor, kind: str, block: int) -> Tensor:
     numbers = KINDS[kind].decode(codes).unflatten(-1, (-1, block))
-    return (numbers * scales.contiguous().view(torch.float32).unsqueeze(-1)).flatten(-2).to(dtype)
+    return (numbers * scales.contiguous().view(torch.float32).unsqueeze(-1)).flatten(-2)
 
 
 class Store:

@@ -397,7 +397,6 @@ def load_pair(
             "%d weights of the base are kept as %s: they differ from those in %s by %.2f %% (root mean square). The "
             "export will have the folder's own", len(kept), m.quantization, base_dir, 100 * model.quantization_error,
         )  # fmt: skip
-    model.base_stays = cfg.freeze.base or bool(adapted_modules(model.base))
     if served:
         dtype = DTYPES[cfg.precision.params] if mesh is None else compute
         model.adapters = put_served(model, cfg, served, dtype, device)
@@ -452,5 +451,6 @@ def meta_pair(
         prompt_rows=cfg.drafter.prompt_rows,
         loss=cfg.loss,
     )
+    model.base_stays = cfg.freeze.base or bool(adapted_modules(base))
     prepare(model, cfg)
     return model

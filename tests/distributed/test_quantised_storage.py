@@ -1,17 +1,25 @@
 """A base that is kept in codes: the same base, gradients and steps as with its dequantised weights, on any mesh."""
 
+import dataclasses
+import gc
 import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from configs import compose
 from pairs import SHAPES, make_pair
 from ranks import run_ranks
-from torch import nn
+from test_lora import lora_config, set_values
+from test_parallel import all_counts, data_rank, full, step, updates
+from test_parallel import batch as rows_of
 
-from joint_train.distributed.quantised import KINDS, NF4, QuantisedLinear, block_size, dequantise, quantise, stores
-from joint_train.weights import composite
+from joint_train.distributed.lora import adapted_modules, delta_weight
+from joint_train.distributed.mesh import init_mesh
+from joint_train.distributed.parallelize import reshard
+from joint_train.distributed.placement import local_tensor
+from joint_train.distributed.quantised import KINDS, NF4, block_size, dequantise, quantise, stores
+from joint_train.errors import ConfigError
+from joint_train.weights import composite, loading
 
 
 def settings(folders, **more):
@@ -62,8 +70,6 @@ def dense_copy(pair, cfg):
 
 
 def compose_none(cfg):
-    import dataclasses
-
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, quantization="none"))
 
 
@@ -104,3 +110,93 @@ def test_gradients_equal_those_with_the_dequantised_base(tmp_path, shape, recomp
             assert (grad - wanted).norm() <= 1e-6 * wanted.norm() + 1e-9, name
             trained += "lora_" in name
     assert trained > 10
+
+
+def dense_copies(model) -> list[tuple[int, ...]]:
+    """Shapes of live numbers as large as a weight that is kept in codes, or as a shard of one."""
+    others = {tuple(local_tensor(p).shape) for p in model.parameters() if p.is_floating_point()}
+    sizes = set()
+    for store in stores(model.base).values():
+        rows, columns = store.codes.shape[:-1], store.shape[-1]
+        sizes |= {store.shape, (*local_tensor(store.codes).shape[:-1], columns), (math.prod(rows), columns)}
+    live = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    found = [tuple(t.shape) for t in live if t.is_floating_point() and not t.is_meta and t.untyped_storage().size()]
+    return [shape for shape in found if shape in sizes - others]
+
+
+def quantised_updates(rank, folders, shape, options):
+    """Codes, gradients, norms and updated weights of a step, and bytes of the base on this rank."""
+    cfg = lora_config(folders, **{"model__quantization": "nf4"} | options)
+    mesh = init_mesh(cfg.parallel) if rank is not None else None
+    model = composite.load_pair(cfg, mesh, "cpu").train()
+    set_values(model, shape)
+    assert not dense_copies(model)
+    index, size = data_rank(mesh) if mesh is not None else (0, 1)
+    rows = {name: x.chunk(size)[index] for name, x in rows_of().items()}
+    step(model, rows, all_counts(rows_of()))
+    if mesh is not None:
+        reshard(model)
+    gc.collect()
+    assert not dense_copies(model)
+    grads = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    codes = {n: (full(s.codes), full(s.scales)) for n, s in stores(model.base).items()}
+    held = sum(local_tensor(t).nbytes for s in stores(model.base).values() for t in (s.codes, s.scales))
+    numbers = {n: full(s.sharded(s.numbers(torch.float32))) for n, s in stores(model.base).items()}
+    deltas = {n: full(m.base_layer.store.sharded(delta_weight(m))) for n, m in adapted_modules(model.base).items()}
+    norms, weights, optimizer = updates(model, cfg, rows)
+    assert len(optimizer.state) == sum(p.requires_grad for p in model.parameters())
+    return codes, grads, norms, weights, held, numbers, deltas, model.quantization_error
+
+
+@pytest.mark.parametrize("shape, ranks, options", [
+    ("e2b", 2, {}), ("26b_a4b", 2, {}), ("text", 4, {"parallel__dp_replicate": 2}),
+    ("text", 2, {"parallel__cpu_offload": "all"}), ("31b", 3, {"model__quantization": "int8"}),
+])  # fmt: skip
+def test_sharded_equals_whole(tmp_path, shape, ranks, options, monkeypatch):
+    monkeypatch.setattr(loading, "READ_BYTES", 20_000)  # so that weights are read in pieces
+    folders = make_pair(tmp_path, shape)
+    alone = {name: value for name, value in options.items() if not name.startswith("parallel")}
+    expected = quantised_updates(None, folders, shape, alone)
+    found = run_ranks(quantised_updates, ranks, folders, shape, options)[0]
+    codes, grads, norms, weights, held, numbers, deltas, error = found
+    for name, both in expected[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(codes[name], both, strict=True)), name
+        assert torch.equal(numbers[name], expected[5][name]), name
+    for name, delta in expected[6].items():
+        torch.testing.assert_close(deltas[name], delta)
+    assert grads.keys() == expected[1].keys()
+    for name, gradient in grads.items():
+        wanted = expected[1][name]
+        assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), name
+    torch.testing.assert_close(norms, expected[2], rtol=1e-4, atol=0)
+    for name, weight in expected[3].items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-5)
+    shards = ranks // options.get("parallel__dp_replicate", 1)
+    size = sum(math.prod(s.shape[:-1]) * (s.shape[-1]) for s in map(lambda pair: pair[0], codes.values()))
+    assert expected[4] / shards <= held <= 1.1 * expected[4] / shards and size < expected[4]
+    assert error == pytest.approx(expected[7], rel=1e-6) and 0.001 < error < 0.15
+
+
+def of_bfloat16(rank, folders):
+    cfg = lora_config(folders, model__quantization="fp8", precision__compute="bfloat16", parallel__cpu_offload="none")
+    mesh = init_mesh(cfg.parallel)
+    model = composite.load_pair(cfg, mesh, "cpu").train()
+    rows = {name: x.chunk(2)[rank] for name, x in rows_of().items()}
+    loss, _ = step(model, rows, all_counts(rows_of()))
+    kinds = {(p.dtype, p.requires_grad) for p in model.base.parameters()}
+    return float(loss), kinds, all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_frozen_numbers_are_rounded_and_codes_stay_bytes(tmp_path):
+    loss, kinds, finite = run_ranks(of_bfloat16, 2, make_pair(tmp_path, "e2b"))[0]
+    assert kinds == {(torch.uint8, False), (torch.bfloat16, False), (torch.float32, True)}
+    assert finite and math.isfinite(loss)
+
+
+def test_an_older_torch_is_refused(tmp_path, monkeypatch):
+    folders = make_pair(tmp_path, "e2b")
+    monkeypatch.setattr(torch, "__version__", "2.12.1")
+    with pytest.raises(ConfigError, match="model.quantization=nf4 needs torch 2.13"):
+        composite.load_pair(settings(folders), None, "cpu")
+    with pytest.raises(ConfigError, match="quantised weights can't be trained"):
+        settings(folders, **{"lora.r": 0})
