@@ -82,7 +82,9 @@ def test_a_base_in_four_bits_with_adapters(starter_dir, tmp_path):
     assert "kept as nf4" in (out / "export/base/README.md").read_text()
 
 
-@pytest.mark.parametrize("more", [["freeze.base=true"], ["lora.r=4"]], ids=["frozen", "adapters"])
+@pytest.mark.parametrize(
+    "more", [["freeze.base=true"], pytest.param(["lora.r=4"], marks=pytest.mark.slow)], ids=["frozen", "adapters"]
+)
 def test_a_base_as_it_is_saved(starter_dir, tmp_path, more):
     pair, out = tmp_path / "pair", tmp_path / "run"
     shutil.copytree(starter_dir, pair)
@@ -127,7 +129,14 @@ def test_a_frozen_base_is_not_in_checkpoints(starter_dir, tmp_path):
         load_file(folder / "model.safetensors") for folder in (starter_dir / "base", tmp_path / "export/base")
     )
     assert all(torch.equal(exported[name], tensor) for name, tensor in source.items())
-    # On with the base trained, and back: then it is in the checkpoints, and is read from there.
+
+
+@pytest.mark.slow
+def test_a_base_that_was_trained_stays_in_checkpoints(starter_dir, tmp_path):
+    """Frozen, then trained, then frozen again: its weights are the trained ones."""
+    out = tmp_path / "run"
+    overrides = settings(starter_dir, out, "freeze.base=true")
+    run_ranks(finished, 1, overrides)
     joint = [
         *overrides,
         "freeze.base=false",
