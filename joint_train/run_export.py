@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from joint_train.checkpoint.compat import FROZEN_BASE, check_frozen_base
-from joint_train.checkpoint.layout import AVERAGE, Manifest, check_files, damage_error
+from joint_train.checkpoint.layout import AVERAGE, Manifest, check_files, damage_error, find_newest
 from joint_train.checkpoint.layout import MANIFEST as COMPLETE
 from joint_train.checkpoint.layout import verify as verify_sizes
 from joint_train.config import Config, read
@@ -238,7 +238,12 @@ def verify_checkpoint(checkpoint: Path) -> Manifest:
         CheckpointError: if it is incomplete or damaged, naming every wrong file.
     """
     if not os.path.lexists(checkpoint / COMPLETE):
-        raise ConfigError(f"{checkpoint} isn't a complete checkpoint (no COMPLETE in it): give a step_NNNNNNNN folder.")
+        steps = checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint
+        newest = find_newest(steps) if steps.is_dir() else None
+        hint = f"; the newest one there is {newest}" if newest else ""
+        raise ConfigError(
+            f"{checkpoint} isn't a complete checkpoint (no COMPLETE in it): give a step_NNNNNNNN folder{hint}."
+        )
     manifest = verify_sizes(checkpoint, contents=False)
     names = [name for name in manifest.files if name.startswith(("base/", "drafter/")) or name == "config.json"]
     if problems := check_files(checkpoint, manifest, names):

@@ -134,10 +134,10 @@ class Loading:
         if problems:
             keys = [key for key in changed if key.startswith(("model.", "lora.")) and key != "lora.dropout"]
             keys = keys or ["model.base", "model.drafter"]
-            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise CheckpointError(
                 f"{self.path} was saved from other models than {' and '.join(keys)} give now: "
-                f"{'; '.join(problems[:8])}{more}. Set {', '.join(keys)} as they were, or another output_dir"
+                f"{'; '.join(problems[:3])}{more}. Set {', '.join(keys)} as they were, or another output_dir"
             )
         frozen = getattr(model, "frozen_base", None)
         if frozen is not None and compat.FROZEN_BASE in documents:

@@ -21,11 +21,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from joint_train.checkpoint.reader import Reader
+from joint_train.checkpoint.reader import Reader, load_alone
 from joint_train.distributed.lora import Merged, adapted_modules, merged_weight
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import WeightsError
@@ -161,7 +160,7 @@ def export_checkpoint(
         # The checkpoint's reader copies into the tensors that it is given, converting their dtype: here, the files.
         files = {key: mapped(slots[key]) for key in saved}
         wanted = {name: files[key] for key, name in saved.items()}
-        dcp.load(wanted, storage_reader=Reader(Path(checkpoint)), no_dist=True)
+        load_alone(wanted, Reader(Path(checkpoint)))
         for key, name in saved.items():
             if files[key] is not wanted[name]:  # a tied tensor that the source holds under both names
                 files[key].copy_(wanted[name])
@@ -222,7 +221,7 @@ def _values(
 
     def read(key: str, dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(stored[key].shape, dtype=dtype)
-        dcp.load({saved[key]: tensor}, storage_reader=reader, no_dist=True)
+        load_alone({saved[key]: tensor}, reader)
         return tensor
 
     return read

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from joint_train.checkpoint import layout
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import WeightsError
-from joint_train.files import naming
+from joint_train.files import naming, replace
 
 MANIFEST = "joint_train_export.json"
 MARK = "EXPORT_INCOMPLETE"
@@ -150,6 +150,20 @@ def verify(folder: Path) -> list[str]:
             f"{folder} has no {MANIFEST}: no export of this version wrote it, so nothing can be compared."
         )
     return layout.compare_files(folder, files)
+
+
+def replace_file(folder: Path, name: str, text: str) -> None:
+    """Change a file beside the weights, and what the folder's checksums say of it, if it has any.
+
+    Raises:
+        WriteError: naming what can't be written.
+        WeightsError: if the file that holds the checksums is damaged.
+    """
+    files = read_manifest(folder)
+    replace(folder / name, text)
+    if files is not None:
+        body = {"layout": 1, "files": {**files, name: list(layout.file_checksum(folder / name))}}
+        replace(folder / MANIFEST, json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n")
 
 
 def refuse_changed(folder: Path, problems: list[str]) -> None:
