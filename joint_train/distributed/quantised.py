@@ -242,7 +242,7 @@ class QuantisedExperts(Gemma4TextExperts):
         """As :class:`Gemma4TextExperts`; ``[N, H]``, with ``[N, k]`` experts and weights."""
         each = top_k_index.shape[-1]
         chosen, order = torch.sort(top_k_index.flatten(), stable=True)
-        experts = torch.arange(self.num_experts, device=chosen.device, dtype=chosen.dtype)
+        experts = torch.arange(len(self.gate_up_proj), device=chosen.device, dtype=chosen.dtype)
         ends = torch.searchsorted(chosen, experts, right=True).int()
         gate, up = self.product("gate_up_proj", hidden_states[order // each], ends).chunk(2, dim=-1)
         out = self.product("down_proj", self.act_fn(gate) * up, ends) * top_k_weights.flatten()[order].unsqueeze(-1)
@@ -293,7 +293,7 @@ def keep_quantised(text: nn.Module, kind: str) -> None:
                 module.__class__ = QuantisedExperts
             elif type(module) is nn.Linear and "router" not in name and "lora_" not in name:
                 if module.bias is None:
-                    module.store = Store(module, "weight", kind)  # type: ignore[assignment]
+                    module.store = Store(module, "weight", kind)
                     module.__class__ = QuantisedLinear
     if (table := getattr(text, "embed_tokens_per_layer", None)) is not None:
         table.compute_dtype = table.weight.dtype
@@ -303,7 +303,7 @@ def keep_quantised(text: nn.Module, kind: str) -> None:
 
 def stores(model: nn.Module) -> dict[str, Store]:
     """The quantised weights of a model, by the names that they would have."""
-    found = {}
+    found: dict[str, Store] = {}
     for name, module in model.named_modules():
         of_module = getattr(module, "stores", None) or ({"weight": module.store} if hasattr(module, "store") else {})
         found |= {f"{name}.{part}": store for part, store in of_module.items()}

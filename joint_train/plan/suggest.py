@@ -57,11 +57,12 @@ def changes_training(cfg: Config) -> list[list[tuple[int, dict[str, object]]]]:
     # With adapters the base learns less than in full; frozen it learns nothing. In codes it also is a little another.
     codes = can_quantise(cfg)
     instead: list[tuple[int, dict[str, object]]] = []
-    for cost, possible, change in (
+    wanted: list[tuple[int, bool, dict[str, object]]] = [
         (32, can_adapt(cfg), {"lora.r": 16}),
         (64, not cfg.freeze.base and not cfg.lora.r, {"freeze.base": True}),
         (32, bool(cfg.freeze.base or cfg.lora.r) and codes, {}),
-    ):
+    ]
+    for cost, possible, change in wanted:
         if possible:
             instead += [(cost, change)] if change else []
             instead += [(cost + 8, {**change, "model.quantization": "nf4"})] if codes else []
