@@ -56,6 +56,11 @@ class ModelConfig:
         "(compressed-tensors, fp8, gemma, gptq, awq, modelopt, GGUF), which stay as they are | nf4, int8, fp8: keep "
         "the weights of a bfloat16 folder so in memory",
     )
+    quantization_activations: str = key(
+        "none",
+        "with quantization=as_saved: none | as_saved: also round what goes into the base's linear layers as its "
+        "engines do (W8A8, W4A4, static ranges), straight through",
+    )
     revision: str | None = key(None, "hub revision of the base")
     drafter_revision: str | None = key(None, "hub revision of the drafter")
     cache_dir: str | None = key(None, "hub cache folder")

@@ -29,7 +29,13 @@ from joint_train.config import (
 )
 from joint_train.config.values import as_saved, base_of_adapter, grown_rows
 from joint_train.distributed.agreement import agree
-from joint_train.distributed.lora import adapted_modules, initialise_adapters, inject_adapters, peft_config_of
+from joint_train.distributed.lora import (
+    adapted_modules,
+    folder_tensors,
+    initialise_adapters,
+    inject_adapters,
+    peft_config_of,
+)
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
 from joint_train.distributed.quantised import KINDS, Store, keep_quantised, stores
@@ -37,6 +43,7 @@ from joint_train.distributed.ranks import Ranks
 from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights import quantised
+from joint_train.weights.activations import round_activations, roundings
 from joint_train.weights.adapter import export_adapter, load_adapter
 from joint_train.weights.average import averaged
 from joint_train.weights.changes import UNCHANGED, Changes, file_digest
@@ -49,6 +56,8 @@ from joint_train.weights.loading import (
     fingerprints,
     frozen_base,
     materialize,
+    renamer,
+    stored_in_files,
     stored_tensors,
 )
 from joint_train.weights.peft_folder import FILE as ADAPTER_FILE
@@ -353,7 +362,10 @@ def load_pair(
     log.info("attention: %s", kernels(text, compute, device.type))
     model.sources, model.base_as_saved = (base_dir, drafter_dir), as_saved(cfg)
     if model.base_as_saved:
-        log.info("%s", quantised.sentence(base_dir))
+        log.info("%s. Activations are %s", quantised.sentence(base_dir), {
+            "none": "not rounded, as engines of W8A8 and W4A4 would (model.quantization_activations=as_saved)",
+            "as_saved": "rounded as its engines round them",
+        }[m.quantization_activations])  # fmt: skip
     if mesh is not None:
         parallelize(model, mesh, cfg)
     ranks = Ranks(cfg.parallel.timeout_seconds) if mesh is not None else None
@@ -397,6 +409,12 @@ def load_pair(
             "%d weights of the base are kept as %s: they differ from those in %s by %.2f %% (root mean square). The "
             "export will have the folder's own", len(kept), m.quantization, base_dir, 100 * model.quantization_error,
         )  # fmt: skip
+    if m.quantization_activations == "as_saved":
+        rename = renamer(model.base, folder_tensors(model.base))
+        found = roundings(quantised.quantization_config(base_dir) or {}, stored_in_files(base_dir))
+        named = {rename(f"{layer}.weight").removesuffix(".weight"): of_layer for layer, of_layer in found.items()}
+        done = round_activations(model.base, named, base_dir)
+        log.info("the inputs of %d layers of the base are rounded; of experts they aren't", done)
     if served:
         dtype = DTYPES[cfg.precision.params] if mesh is None else compute
         model.adapters = put_served(model, cfg, served, dtype, device)
