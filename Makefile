@@ -12,7 +12,7 @@ OUT    ?= outputs/starter
 # Test files that `make test` runs side by side.
 WORKERS ?= 2
 
-.PHONY: install train test test-slow test-slurm test-vllm test-gpu docs lint clean
+.PHONY: install train test test-slow test-slurm test-vllm test-llamacpp test-gpu docs lint clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,9 @@ test-slurm: install
 test-vllm: install
 	tests/vllm/run.sh
 
+test-llamacpp: install
+	tests/llamacpp/run.sh
+
 # Installs nothing: `make test-gpu BIN=/folder/of/a/python/with/torch` takes another Python than this project's.
 test-gpu:
 	PYTHON=$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/gpu/run.sh
@@ -60,4 +63,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-vllm .venv-torch-* build *.egg-info
+	rm -rf .venv .venv-vllm .venv-llamacpp .venv-torch-* build *.egg-info

@@ -20,6 +20,7 @@ COMMANDS = {
     "checkpoint": ("joint_train.checkpoint", [], "list, verify or thin out checkpoints"),
     "drafter": ("joint_train.drafter", [], "make a drafter for a base that has none"),
     "retune": ("joint_train.retune", [], "train the drafter of a fine-tune again, and say what it gained"),
+    "loop": ("joint_train.loop", [], "train in rounds, each on answers of the base as it is then"),
     "starter": ("joint_train.starter", [], "make the starter pair and its data"),
     "submit": ("launch.submit", [], "submit a run to Slurm"),
     "preflight": ("launch.preflight", [], "check hosts and network before a run"),

@@ -142,6 +142,27 @@ def split(files: Sequence[str], held_out: int, folder: Path) -> tuple[Path, Path
         DataError: for a bad example, naming its file and line.
         ConfigError: if there are too few, or one that JSON can't hold.
     """
+    rows = read_rows(files)
+    if len(rows) < 2 * held_out or held_out < 1:
+        raise ConfigError(f"--held-out={held_out} of {len(rows)} different examples: hold out at most half of them.")
+    out = set(sorted(rows)[:held_out])
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = folder / "train.jsonl", folder / "held_out.jsonl"
+    for part, wanted in zip(parts, (False, True), strict=True):
+        text = "".join(f"{row}\n" for key, row in rows.items() if (key in out) == wanted)
+        if part.exists() and part.read_text(encoding="utf-8") != text:
+            raise ConfigError(f"{part} was made from other data, or with another --held-out: give another --out.")
+        replace(part, text)
+    return parts
+
+
+def read_rows(files: Sequence[str]) -> dict[str, str]:
+    """The different examples of some files as lines of JSON, by a digest of each.
+
+    Raises:
+        DataError: for a bad example, naming its file and line.
+        ConfigError: for one that JSON can't hold.
+    """
     from joint_train.data.sources import parse
 
     rows: dict[str, str] = {}
@@ -158,17 +179,7 @@ def split(files: Sequence[str], held_out: int, folder: Path) -> tuple[Path, Path
                     "with +experiment=retune_drafter, and data.train and data.val of your own."
                 ) from None
             rows.setdefault(hashlib.sha256(text.encode()).hexdigest(), text)
-    if len(rows) < 2 * held_out or held_out < 1:
-        raise ConfigError(f"--held-out={held_out} of {len(rows)} different examples: hold out at most half of them.")
-    out = set(sorted(rows)[:held_out])
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = folder / "train.jsonl", folder / "held_out.jsonl"
-    for part, wanted in zip(parts, (False, True), strict=True):
-        text = "".join(f"{row}\n" for key, row in rows.items() if (key in out) == wanted)
-        if part.exists() and part.read_text(encoding="utf-8") != text:
-            raise ConfigError(f"{part} was made from other data, or with another --held-out: give another --out.")
-        replace(part, text)
-    return parts
+    return rows
 
 
 def launcher(ranks: int | None) -> list[str]:

@@ -90,6 +90,7 @@ AT_LEAST = {
     "tracking.diagnose_every": 0,
     "tracking.max_bad_steps": 1,
     "max_steps": 1,
+    "stop_after": 1,
 }
 
 

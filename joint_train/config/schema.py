@@ -325,6 +325,9 @@ class Config:
     seed: int = key(0, "data order and random state")
     max_steps: int | None = key(None, "optimizer steps; by default 1000, or one epoch with data.mixture=epoch")
     epochs: float | None = key(None, "instead of max_steps: passes over all training data; may be a fraction")
+    stop_after: int | None = key(
+        None, "end at this step with a checkpoint and an export, as if it were the last; schedules are those of the run"
+    )
     output_dir: str = key("outputs", "folder of the run: configuration, metrics, checkpoints, export")
     resume: str = key(
         "auto",

@@ -3,6 +3,7 @@
     python -m joint_train.data check FILE… [--format F] [--columns FIELD=COLUMN…] [--json OUT.json] [overrides]
     python -m joint_train.data show FILE… [--format F] [--columns FIELD=COLUMN…] [--row 0] [--rows 2] [overrides]
     torchrun --nproc-per-node N -m joint_train.data regenerate OUT.jsonl [--max-new-tokens 512] [overrides]
+    python -m joint_train.data regenerate OUT.jsonl --url http://HOST:8000 [--concurrency 64] [overrides]
 
 Without a file, check and show take the sources of the configuration. Overrides are those of the main job:
 ``+experiment=starter pair=DIR``, ``data=tulu3_magicoder model.base=…``.
@@ -13,11 +14,15 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from joint_train.command import start
 from joint_train.config import Config, ModelConfig, join_options, load
 from joint_train.errors import ConfigError, DataError
 from joint_train.files import replace
+
+if TYPE_CHECKING:
+    from joint_train.data.regenerate import Answerer, Sampling
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,9 +43,18 @@ def parser() -> argparse.ArgumentParser:
     regenerate = commands.add_parser("regenerate", help="have the base answer the prompts of a dataset")
     regenerate.add_argument("output", type=Path, help="JSONL file to make")
     regenerate.add_argument("--split", choices=("train", "val"), default="train")
-    regenerate.add_argument("--batch-size", type=int, default=8)
+    regenerate.add_argument("--batch-size", type=int, default=8, help="prompts at once, without --url (default 8)")
     regenerate.add_argument("--max-new-tokens", type=int, default=512)
-    regenerate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    regenerate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    of_base = "(default: the base's generation configuration)"
+    regenerate.add_argument("--top-k", type=int, help=f"with a temperature; 0: all tokens {of_base}")
+    regenerate.add_argument("--top-p", type=float, help=f"with a temperature; 1: all tokens {of_base}")
+    regenerate.add_argument(
+        "--url", help="let an engine answer that serves the base: vLLM or SGLang, by its OpenAI API"
+    )
+    regenerate.add_argument("--model", help="the name of the base at --url, where several are served")
+    regenerate.add_argument("--concurrency", type=int, default=64, help="requests at a time to --url (default 64)")
+    regenerate.add_argument("--timeout", type=float, default=1800.0, help="seconds that a request may take (1800)")
     for command in (check, show):
         command.add_argument("--format", default="auto", help="of the files; default: by their fields")
         command.add_argument(
@@ -165,17 +179,10 @@ def run_show(cfg: Config, options: argparse.Namespace) -> None:
 
 def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     """``regenerate``, on each rank."""
-    import torch
-
     from joint_train.data.readers import sources_of
     from joint_train.data.regenerate import prompts, regenerate
     from joint_train.data.render import Template
-    from joint_train.data.tokenizer import end_token_ids, load_tokenizer
-    from joint_train.distributed.parallelize import compute_dtype
-    from joint_train.weights.folders import resolve
-    from joint_train.weights.loading import load_to_generate
-    from joint_train.weights.run_files import end_generation_with
-    from joint_train.weights.settle import load_merged
+    from joint_train.data.tokenizer import load_tokenizer
 
     if cfg.model.adapters:
         raise ConfigError(
@@ -183,12 +190,51 @@ def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
             "its own, and name it as a source of that adapter."
         )
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    tokenizer = load_tokenizer(cfg)
+    Template(tokenizer, {})  # refuses a tokenizer without one before the base is loaded
+    examples = list(prompts(sources_of(cfg.data, options.split), cfg.data, pictures=options.url is not None))
+    make = load_base if options.url is None else connect
+    answerer = make(cfg, options, tokenizer, rank)
+    counts = regenerate(examples, answerer, options.output, rank=rank, world_size=world_size)
+    state = f"{options.output} is whole" if not counts["missing"] else f"{counts['missing']} are still to be answered"
+    speed = (
+        f" ({counts['tokens']:,} tokens, {counts['tokens'] / counts['seconds']:,.1f} a second)"
+        if counts["tokens"]
+        else ""
+    )
+    print(
+        f"[rank {rank}] {counts['answered']} of {len(examples)} prompts answered now{speed}; {counts['unfinished']} "
+        f"answers without an end are left out; {state}"
+    )
+    for reason, count in counts["refused"].items():
+        print(f"[rank {rank}] {count} prompts were refused and are left out: {reason}")
+
+
+def sampling_of(generation: Any, options: argparse.Namespace, seed: int) -> "Sampling":
+    """The sampling of the command line, and otherwise of a base's generation configuration."""
+    from joint_train.data.regenerate import Sampling
+
+    top_k = generation.top_k if options.top_k is None else options.top_k
+    top_p = generation.top_p if options.top_p is None else options.top_p
+    top_p = 1.0 if top_p is None else top_p
+    return Sampling(options.max_new_tokens, options.temperature, top_k or 0, top_p, seed)
+
+
+def load_base(cfg: Config, options: argparse.Namespace, tokenizer: Any, rank: int) -> "Answerer":
+    """The base in this process."""
+    import torch
+
+    from joint_train.data.regenerate import Base
+    from joint_train.data.tokenizer import end_token_ids
+    from joint_train.distributed.parallelize import compute_dtype
+    from joint_train.weights.folders import resolve
+    from joint_train.weights.loading import load_to_generate
+    from joint_train.weights.run_files import end_generation_with
+    from joint_train.weights.settle import load_merged
+
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )
-    tokenizer = load_tokenizer(cfg)
-    Template(tokenizer, {})  # refuses a tokenizer without one before the base is loaded
-    examples = list(prompts(sources_of(cfg.data, options.split), cfg.data))
     dtype = compute_dtype(cfg.precision, device.type)
     if cfg.model.adapter is None:
         model = load_to_generate(resolve(*_base(cfg.model)), dtype, device)
@@ -197,23 +243,50 @@ def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     if (added := end_generation_with(model, end_token_ids(tokenizer, cfg.data.chat_template_kwargs))) and rank == 0:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(added)))
         print(f"answers also end with {names}, as in training; the base's generation configuration doesn't have it")
-    counts = regenerate(
-        examples,
-        model,
+    return Base(model, tokenizer, sampling_of(model.generation_config, options, cfg.seed), options.batch_size)
+
+
+def connect(cfg: Config, options: argparse.Namespace, tokenizer: Any, rank: int) -> "Answerer":
+    """An engine that serves the base."""
+    from transformers import AutoConfig, GenerationConfig
+
+    from joint_train.data.tokenizer import end_token_ids
+    from joint_train.weights.folders import resolve
+    from joint_train.weights.run_files import list_of_ids
+
+    try:
+        from joint_train.data.engine import Engine
+    except ModuleNotFoundError as error:
+        if error.name != "httpx":
+            raise
+        raise ConfigError("--url needs httpx: pip install 'joint-train[serving]'") from None
+    if options.concurrency < 1:
+        raise ConfigError(f"--concurrency={options.concurrency}: at least one request is made at a time.")
+    if not cfg.model.base:
+        raise ConfigError(
+            "model.base is not set: name the base that the engine serves, for its tokenizer and its ends."
+        )
+    folder = resolve(*_base(cfg.model))
+    if (folder / "generation_config.json").exists():
+        generation = GenerationConfig.from_pretrained(folder)
+    else:
+        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+    ends = list_of_ids(generation.eos_token_id)
+    ends += [end for end in end_token_ids(tokenizer, cfg.data.chat_template_kwargs) if end not in ends]
+    engine = Engine(
+        options.url,
         tokenizer,
-        options.output,
-        rank=rank,
-        world_size=world_size,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=cfg.seed,
+        sampling_of(generation, options, cfg.seed),
+        name=str(folder) if cfg.model.adapter is None else f"{folder} {cfg.model.adapter}",
+        ends=ends,
+        suppressed=generation.suppress_tokens or (),
+        model=options.model,
+        concurrency=options.concurrency,
+        timeout=options.timeout,
     )
-    state = f"{options.output} is whole" if not counts["missing"] else f"{counts['missing']} are still to be answered"
-    print(
-        f"[rank {rank}] {counts['answered']} of {len(examples)} prompts answered now; {counts['unfinished']} answers "
-        f"without an end are left out; {state}"
-    )
+    if rank == 0:
+        print(f"{options.url} answers with {engine.served}; the prompts are those of {cfg.model.base}")
+    return engine
 
 
 if __name__ == "__main__":

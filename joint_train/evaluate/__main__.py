@@ -18,11 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from joint_train.command import start
 from joint_train.errors import ConfigError
 from joint_train.plan.machine import CARDS
+
+SERVING: dict[str, bool | Literal["llamacpp"]] = {"transformers": False, "engine": True, "llamacpp": "llamacpp"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,8 +71,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
     parser.add_argument(
         "--serving",
-        choices=["transformers", "engine"],
-        help="what the drafter sees: as transformers 5.22 has it, or as vLLM and SGLang (default: transformers)",
+        choices=list(SERVING),
+        help="what the drafter sees: as transformers 5.22 has it, as vLLM and SGLang (engine), or as llama.cpp "
+        "(default: transformers)",
     )
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], help="auto (default): bfloat16 on GPU")
     parser.add_argument("--device", help="cuda, cpu, … (default: a GPU if there is one)")
@@ -88,7 +91,9 @@ def parser() -> argparse.ArgumentParser:
         help="write the best number for this batch size into DRAFTER's generation_config.json (num_assistant_tokens)",
     )
     server = parser.add_argument_group("a running server")
-    server.add_argument("--engine", choices=["vllm", "sglang"], help="measure this engine; without --url: how to serve")
+    server.add_argument(
+        "--engine", choices=["vllm", "sglang", "llamacpp"], help="measure this engine; without --url: how to serve"
+    )
     server.add_argument("--url", help="where it is served, e.g. http://localhost:8000")
     server.add_argument(
         "--concurrency", type=step_list, default=[1, 4, 16], help="requests at a time (default 1,4,16; 1 is always)"
@@ -139,7 +144,7 @@ def check(args: argparse.Namespace) -> None:
         ValueError: naming them.
     """
     if args.url and not args.engine:
-        raise ConfigError("--url needs --engine vllm or --engine sglang.")
+        raise ConfigError("--url needs --engine vllm, --engine sglang or --engine llamacpp.")
     if (args.drafter is None) and (args.base is not None or not args.url):
         raise ConfigError("give the base and its drafter: BASE DRAFTER.")
     if args.write_card and not args.against:
@@ -203,7 +208,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
     from joint_train.weights.served import put_on_base
 
     args.num_steps, args.serving = args.num_steps or step_list("1-8"), args.serving or "transformers"
-    engine = args.serving == "engine"
+    engine = SERVING[args.serving]
     thresholds = threshold_list("0.2,0.4,0.6,0.8") if args.thresholds is None else args.thresholds
     transformers.utils.logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

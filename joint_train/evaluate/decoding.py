@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
-from joint_train.evaluate.drafting import Drafting, drafts
+from joint_train.evaluate.drafting import Drafting, Engine, drafts
 from joint_train.evaluate.lockstep import Lockstep, gather_in_order, share_of
 from joint_train.evaluate.prompts import Prompt
 from joint_train.pair.adapters import Adapters
@@ -71,7 +71,7 @@ def decode(
     *,
     temperature: float = 0.0,
     ignore_eos: bool = False,
-    engine: bool = False,
+    engine: Engine = False,
     way: str | None = None,
     threshold: float = 0.0,
     scout: bool = False,
@@ -84,8 +84,8 @@ def decode(
         num_steps: K, drafts for a verification.
         temperature: 0 for greedy decoding; else of sampling from the base's whole distribution.
         ignore_eos: go on to ``max_new_tokens``.
-        engine: let the drafter see what serving engines show it, see
-            :func:`joint_train.evaluate.drafting.settled_states`.
+        engine: what the drafter sees: what transformers, vLLM and SGLang (True) or llama.cpp (``"llamacpp"``) show it,
+            see :func:`joint_train.evaluate.drafting.settled_states`.
         way: what is drafted, and how accepted, see :mod:`joint_train.evaluate.drafting`; by default as it is served:
             ``argmax`` with ``engine``, else ``biased``. Of no account to greedy decoding.
         threshold: stop drafting where the drafter's confidence is below it.

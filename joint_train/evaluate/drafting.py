@@ -18,6 +18,7 @@ token.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
 WAYS = ("argmax", "sampled", "biased")
+Engine = bool | Literal["llamacpp"]
+"""What the drafter sees: what vLLM and SGLang show it (True), llama.cpp, or transformers (False)."""
+LLAMACPP_CANDIDATES = 10  # of llama.cpp's drafts: its q has no other token
 
 
 @dataclass
@@ -35,9 +39,9 @@ class Drafting:
         num_steps: K, drafts for a verification.
         way: one of ``WAYS``.
         temperature: of the drafter's distribution; 0 is taken for 1.
-        engine: let the drafter see what vLLM and SGLang show it, see :func:`settled_states`.
+        engine: what the drafter sees, see :func:`settled_states`.
         threshold: drafting stops before a token that is less probable: the largest probability of q, whatever is
-            drafted (``p_min`` of llama.cpp).
+            drafted (``p_min`` of llama.cpp, whose q has the ten most likely tokens and no temperature).
         scout: draft and keep the drafts from the base: decoding is plain, and has drafts at each of its tokens.
         confidences: for each verification, the largest probability of q for each draft.
         drafts: with ``scout`` the drafts themselves.
@@ -46,7 +50,7 @@ class Drafting:
     num_steps: int
     way: str = "argmax"
     temperature: float = 0.0
-    engine: bool = False
+    engine: Engine = False
     threshold: float = 0.0
     scout: bool = False
     confidences: list[list[float]] = field(default_factory=list)
@@ -75,7 +79,9 @@ class Drafts(SinglePositionMultiTokenCandidateGenerator):
             return input_ids, None
         drafting, length = self.drafting, input_ids.shape[1]
         states, position = model_outputs.shared_kv_states, length - 1
-        if drafting.engine:
+        if drafting.engine == "llamacpp":
+            states = settled_states(states, length - 1, self.window - 1)
+        elif drafting.engine:
             states, position = settled_states(states, length - 1, self.window), length - 2
         else:
             states = {kind: tuple(x[:, :, :length] for x in pair) for kind, pair in states.items()}
@@ -87,7 +93,7 @@ class Drafts(SinglePositionMultiTokenCandidateGenerator):
 
         tokens, logits, confidences = [], [], []
         for _ in range(min(drafting.num_steps, self.main_model_max_length - length - 1)):
-            with torch.no_grad():
+            with torch.no_grad(), self.head():
                 out = self.assistant_model(
                     inputs_embeds=torch.cat([self.target_model_input_embeddings(token), state], dim=-1),
                     attention_mask=model_kwargs.get("attention_mask"),
@@ -110,15 +116,29 @@ class Drafts(SinglePositionMultiTokenCandidateGenerator):
             return input_ids, None
         return torch.cat([input_ids, *tokens], dim=1), torch.stack(logits, dim=1)
 
+    @contextlib.contextmanager
+    def head(self) -> Iterator[None]:
+        """llama.cpp serves the dense head of a drafter with ordered embeddings."""
+        config = self.assistant_model.config
+        ordered = getattr(config, "use_ordered_embeddings", False)
+        config.use_ordered_embeddings = ordered and self.drafting.engine != "llamacpp"
+        try:
+            yield
+        finally:
+            config.use_ordered_embeddings = ordered
+
     def draft(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A draft ``[1, 1]``, the logits ``[1, V]`` by which it is accepted, and q's largest probability ``[]``."""
         way, temperature = self.drafting.way, self.drafting.temperature or 1.0
-        served = logits
-        if getattr(self.assistant_model, "masked_embedding", None) is not None:
+        served, llamacpp = logits, self.drafting.engine == "llamacpp"
+        if getattr(self.assistant_model, "masked_embedding", None) is not None and not llamacpp:
             # transformers gives all other tokens one value below the smallest candidate's.
             served = served.masked_fill(served == served.amin(-1, keepdim=True), -torch.inf)
         if self.suppressed is not None:
             served = served.index_fill(-1, self.suppressed, -torch.inf)
+        if llamacpp:
+            temperature, candidates = 1.0, served.topk(min(LLAMACPP_CANDIDATES, served.shape[-1]), dim=-1)
+            served = torch.full_like(served, -torch.inf).scatter_(-1, candidates.indices, candidates.values)
         q, best = (served / temperature).softmax(-1), served.argmax(-1, keepdim=True)
         if way == "sampled":
             return torch.multinomial(q, num_samples=1), served / temperature, q.max()
@@ -136,8 +156,12 @@ def settled_states(states: dict[str, tuple[Tensor, ...]], count: int, window: in
     position of the token whose keys aren't there yet, t + 1, where engines rotate by the last one that is, t
     (``drafter.rope_position``).
 
+    llama.cpp leaves the rejected ones out as well, rotates by t + 1, and its sliding layers see one position less than
+    the window: it counts the newest token, whose keys aren't there yet.
+
     Args:
         count: positions before the newest token's, all that have keys. Those of rejected drafts lie behind them.
+        window: how many of them sliding layers see.
     """
     rejected = states["full_attention"][0].shape[2] - count
     kept = {}

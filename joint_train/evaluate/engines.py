@@ -1,7 +1,9 @@
-"""Clients of running vLLM and SGLang servers: completions of token ids, and what the engine counted meanwhile.
+"""Clients of running vLLM, SGLang and llama.cpp servers: completions of token ids, and what the engine counted
+meanwhile.
 
-vLLM counts verifications and accepted drafts in Prometheus counters of the whole server (``/metrics``); a phase of a
-measurement is the difference of two readings, which must account for exactly the tokens that the phase received.
+vLLM and llama.cpp count verifications and accepted drafts in Prometheus counters of the whole server (``/metrics``); a
+phase of a measurement is the difference of two readings, which must account for exactly the tokens that the phase
+received.
 SGLang's Prometheus metrics hold only a windowed mean, but every answer of its own API (``/generate``) has the
 request's counts.
 """
@@ -19,7 +21,7 @@ import httpx
 
 from joint_train.errors import JointTrainError
 
-COUNTED_WITHIN = 10.0  # seconds after the last answer in which vLLM's counters must have its tokens
+COUNTED_WITHIN = 10.0  # seconds after the last answer in which the counters must have its tokens
 
 
 class EngineError(JointTrainError, ValueError):
@@ -123,10 +125,19 @@ class Engine:
         return done, time.perf_counter() - started
 
 
-class VLLM(Engine):
-    """A ``vllm serve``."""
+class Counting(Engine):
+    """A server with Prometheus counters.
 
-    name = "vllm"
+    Attributes:
+        prefix: of its counters.
+        generated: its counter of generated tokens.
+        without_counters, without_drafter: what to do where there are none.
+    """
+
+    prefix = ""
+    generated = ""
+    without_counters = ""
+    without_drafter = ""
 
     def __init__(self, url: str, timeout: float = 600.0) -> None:
         super().__init__(url, timeout)
@@ -139,16 +150,19 @@ class VLLM(Engine):
         while True:
             counted = self.counters()
             counted.subtract(before)
-            if counted["generation_tokens"] >= expected or time.monotonic() > deadline:
+            if counted[self.generated] >= expected or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-        if counted["generation_tokens"] != expected:
+        if counted[self.generated] != expected:
             raise EngineError(
-                f"{self.url} counted {counted['generation_tokens']} generated tokens while {expected} were received: "
+                f"{self.url} counted {counted[self.generated]} generated tokens while {expected} were received: "
                 "something else is using the server, so its counters say nothing about this measurement. Measure a "
                 "server that nobody else uses."
             )
-        return Phase(answers, seconds, counted["spec_decode_num_drafts"], self._positions(counted))
+        return Phase(answers, seconds, self._verifications(answers, counted), self._positions(counted))
+
+    def _verifications(self, answers: Sequence[Answer], counted: Counter) -> int:
+        return counted["spec_decode_num_drafts"]
 
     def counters(self) -> Counter:
         """The server's counters of generated tokens, verifications and accepted drafts, summed over its engines."""
@@ -157,27 +171,40 @@ class VLLM(Engine):
         found: Counter = Counter()
         for family in text_string_to_metric_families(self.call("GET", "/metrics").text):
             for sample in family.samples:
-                name: str | int = sample.name.removeprefix("vllm:").removesuffix("_total")
+                name: str | int = sample.name.removeprefix(self.prefix).removesuffix("_total")
                 if name == "spec_decode_num_accepted_tokens_per_pos":
                     name = int(sample.labels["position"])
-                elif name not in ("generation_tokens", "spec_decode_num_drafts"):
+                elif name not in (self.generated, "spec_decode_num_drafts"):
                     continue
                 found[name] += int(sample.value)
-        if "generation_tokens" not in found:
-            raise EngineError(
-                f"{self.url}/metrics has no vllm:generation_tokens: it is no vLLM server, or one with "
-                "--disable-log-stats. For SGLang give --engine sglang."
-            )
+        if self.generated not in found:
+            raise EngineError(f"{self.url}/metrics has no {self.prefix}{self.generated}: {self.without_counters}")
         if "spec_decode_num_drafts" not in found:
             raise EngineError(
-                f"{self.url} serves {self.model} without a drafter (no vllm:spec_decode_num_drafts in /metrics): start "
-                "it with --speculative-config; without --url this command prints how."
+                f"{self.url} serves {self.model} without a drafter (no {self.prefix}spec_decode_num_drafts in "
+                f"/metrics): start it with {self.without_drafter}; without --url this command prints how."
             )
         return found
 
     @staticmethod
     def _positions(counters: Counter) -> list[int]:
         return [counters[position] for position in sorted(key for key in counters if isinstance(key, int))]
+
+    def _complete(self, prompt: list[int], request: Request) -> Answer:
+        raise NotImplementedError
+
+
+class VLLM(Counting):
+    """A ``vllm serve``."""
+
+    name = "vllm"
+    prefix = "vllm:"
+    generated = "generation_tokens"
+    without_counters = (
+        "it is no vLLM server, or one with --disable-log-stats. For SGLang give --engine sglang, for llama.cpp "
+        "--engine llamacpp."
+    )
+    without_drafter = "--speculative-config"
 
     def _complete(self, prompt: list[int], request: Request) -> Answer:
         started = time.perf_counter()
@@ -193,6 +220,56 @@ class VLLM(Engine):
         answer = self.call("POST", "/v1/completions", json=body).json()
         seconds = time.perf_counter() - started
         return Answer(answer["choices"][0]["text"], answer["usage"]["completion_tokens"], seconds)
+
+
+class LlamaCpp(Counting):
+    """A ``llama-server --metrics``.
+
+    Its counters leave out forwards without drafts, such as the last one before the limit; with one request at a time
+    they are found from the tokens that nothing else accounts for. Like vLLM's they count accepted drafts behind an end
+    token, which can hide such a forward where several requests are served at a time.
+    """
+
+    name = "llamacpp"
+    prefix = "llamacpp:"
+    generated = "tokens_predicted"
+    without_counters = "it is no llama.cpp server. For vLLM give --engine vllm, for SGLang --engine sglang."
+    without_drafter = "-md and --spec-type draft-mtp"
+
+    def counters(self) -> Counter:
+        try:
+            found = super().counters()
+        except EngineError as error:
+            if "HTTP 501" in str(error):
+                raise EngineError(f"{self.url} shows no counters: start it with --metrics.") from None
+            raise
+        if not self._positions(found) and not found[self.generated]:  # they appear with the first draft
+            self.call("POST", "/completion", json={"prompt": "a", "n_predict": 8, "ignore_eos": True})
+            found = super().counters()
+        if not self._positions(found):
+            raise EngineError(f"{self.url} has drafted nothing: start it with {self.without_drafter}.")
+        return found
+
+    def _verifications(self, answers: Sequence[Answer], counted: Counter) -> int:
+        drafted, accepted = counted["spec_decode_num_drafts"], sum(self._positions(counted))
+        settled = sum(answer.tokens for answer in answers) - sum(answer.tokens > 0 for answer in answers)
+        return drafted + max(0, settled - accepted - drafted)
+
+    def _complete(self, prompt: list[int], request: Request) -> Answer:
+        started = time.perf_counter()
+        body = {
+            "prompt": prompt,
+            "n_predict": request.max_new_tokens,
+            "temperature": request.temperature,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "ignore_eos": request.ignore_eos,
+            "seed": request.seed,
+            "cache_prompt": False,
+        }
+        answer = self.call("POST", "/completion", json=body).json()
+        return Answer(answer["content"], answer["tokens_predicted"], time.perf_counter() - started)
 
 
 class SGLang(Engine):
@@ -237,4 +314,4 @@ class SGLang(Engine):
         return Answer(answer["text"], info["completion_tokens"], seconds), info
 
 
-ENGINES = {engine.name: engine for engine in (VLLM, SGLang)}
+ENGINES = {engine.name: engine for engine in (VLLM, SGLang, LlamaCpp)}

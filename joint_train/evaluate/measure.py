@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from joint_train.evaluate.calibration import reliability, stopped
 from joint_train.evaluate.decoding import Decoded, acceptance_steps, decode, pictures_of
+from joint_train.evaluate.drafting import Engine
 from joint_train.evaluate.intervals import interval
 from joint_train.evaluate.prompts import Prompt
 from joint_train.evaluate.report import best
@@ -33,7 +34,7 @@ def measure(
     max_new_tokens: int,
     *,
     ignore_eos: bool = False,
-    engine: bool = False,
+    engine: Engine = False,
     thresholds: Sequence[float] = (),
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
@@ -207,7 +208,7 @@ def sampling(
     max_new_tokens: int,
     temperature: float,
     seed: int = 0,
-    engine: bool = False,
+    engine: Engine = False,
     progress: Progress = lambda what, done, total: None,
 ) -> list[dict[str, Any]]:
     """Sampled texts: whether they have the base's distribution, and how many drafts are accepted.

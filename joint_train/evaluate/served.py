@@ -3,6 +3,8 @@
     python -m joint_train.evaluate BASE DRAFTER --engine vllm                          # how to serve this pair
     python -m joint_train.evaluate [BASE DRAFTER] --engine vllm --url http://host:8000
 
+(``sglang`` and ``llamacpp`` likewise.)
+
 Prompts go to the server as token ids, so that it completes exactly those of ``python -m joint_train.evaluate``. One at
 a time first, which gives every prompt its own counts and so the intervals, then ``--concurrency`` at a time.
 

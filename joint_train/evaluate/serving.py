@@ -16,7 +16,7 @@ def serve_command(
     temperature: float = 0.0,
     names: tuple[str, str] | None = None,
 ) -> str:
-    """The shell command that serves a pair.
+    """The shell command that serves a pair; for llama.cpp those that convert it come first.
 
     Args:
         base, drafter: the folders, whose configurations are read.
@@ -30,6 +30,8 @@ def serve_command(
         saved = json.loads(generation.read_text()).get("num_assistant_tokens") if generation.exists() else None
         num_steps = saved or DRAFTS
     config = json.loads((base / "config.json").read_text())
+    if engine == "llamacpp":
+        return llamacpp_commands(names or (str(base), str(drafter)), num_steps, dtype)
     towers = [name for name in ("vision_config", "audio_config") if config.get(name)]
     overrides = None
     base_name, drafter_name = names or (str(base), str(drafter))
@@ -54,3 +56,20 @@ def serve_command(
     if dtype:
         command += ["--dtype", dtype]
     return shlex.join(command)
+
+
+GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def llamacpp_commands(folders: tuple[str, str], num_steps: int, dtype: str | None) -> str:
+    """Both folders converted by llama.cpp's own script, and served."""
+    kind = GGUF_TYPES.get(dtype or "", "auto")
+    files = ("base.gguf", "drafter.gguf")
+    convert = [
+        ["python", "convert_hf_to_gguf.py", folder, "--outfile", file, "--outtype", kind]
+        for folder, file in zip(folders, files, strict=True)
+    ]
+    serve = ["llama-server", "-m", files[0], "-md", files[1], "--spec-type", "draft-mtp"]
+    # It drafts 3 by default.
+    serve += ["--spec-draft-n-max", str(num_steps), "--metrics", "--jinja"]
+    return "\n".join(map(shlex.join, [*convert, serve]))

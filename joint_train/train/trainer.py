@@ -113,6 +113,7 @@ class Trainer:
         agree_on_data(cfg, "train", self.loader, everyone)
         self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
         self.best = Best(cfg.checkpoint.keep_best, cfg.eval.patience, saved.get("best") if found else None)
+        self.last_step = min(self.max_steps, cfg.stop_after or self.max_steps)  # of this process
         self.stages = Stages(cfg, self.max_steps, self.plan, machine, self.device.type, found and found[1])
         if found:
             before = saved.get("max_steps"), saved.get("joint_steps")
@@ -122,6 +123,8 @@ class Trainer:
         if self.device.type == "cuda":
             self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = advice.generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
+        # What the base wrote in the last assisted generation.
+        self.own_text: OwnText | None = None
         if found and cfg.eval.own_text:
             self.own_text = OwnText.saved(saved.get("own_text"), cfg.data, self.tokenizer, self.model.adapters)
         advice.warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
@@ -146,7 +149,6 @@ class Trainer:
         self.before: dict[str, float] | None = None  # what was validated before the first step, and last
         self.measured: dict[str, float] | None = None
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
-        self.own_text: OwnText | None = None  # what the base wrote in the last assisted generation
         if saved:
             self.step = saved["step"]
             self.before, self.measured = (metrics_from_json(saved[name]) for name in ("before", "measured"))
@@ -176,11 +178,11 @@ class Trainer:
         with self.watchdog:
             with self.preemption.ends_at_once():
                 self.first_validation()
-            while self.step < self.max_steps and not self.best.exhausted:
+            while self.step < self.last_step and not self.best.exhausted:
                 self.watchdog.beat()
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step(batches)
-                last = self.step == self.max_steps
+                last = self.step == self.last_step
                 if is_due(self.step, cfg.tracking.diagnose_every):
                     metrics |= self.diagnose()
                 self.checkpointer.poll()
@@ -272,7 +274,7 @@ class Trainer:
         self.bad_steps.observe(norms["grad_norm"].to(self.device))
         self.step += 1
 
-        if not is_due(self.step, cfg.tracking.log_every) and self.step < self.max_steps:
+        if not is_due(self.step, cfg.tracking.log_every) and self.step < self.last_step:
             self.since.add(counts[-1], waited, time.perf_counter() - started)
             return {}
         assert stats is not None

@@ -13,9 +13,10 @@ from rich.console import Console
 from joint_train.config import SourceConfig, load
 from joint_train.data import DataError, build_loader
 from joint_train.data import __main__ as command
+from joint_train.data import regenerate as answering
 from joint_train.data.json_files import Record
 from joint_train.data.readers import sources_of
-from joint_train.data.regenerate import answer_batch, prompts, regenerate
+from joint_train.data.regenerate import Answered, Base, Sampling, answer_batch, prompts
 from joint_train.data.rows import Walk
 from joint_train.data.show import CUT, TRAINED, UNTRAINED, show
 from joint_train.data.sources import parse
@@ -211,7 +212,7 @@ def test_context_stays_context(base, tmp_path, monkeypatch):
 
     def answer(examples, *args):
         asked.extend(examples)
-        return [{"role": "assistant", "content": "e"}]
+        return [Answered({"role": "assistant", "content": "e"})]
 
     monkeypatch.setattr("joint_train.data.regenerate.answer_batch", answer)
     regenerate([example], base, TOKENIZER, tmp_path / "out.jsonl")
@@ -220,6 +221,12 @@ def test_context_stays_context(base, tmp_path, monkeypatch):
     source = SourceConfig(path="out.jsonl")
     again = parse(Record("out.jsonl", 1, json.dumps(made).encode()), source)
     assert again["messages"] == chat("a", "b", "c", "e")["messages"] and again["context"] == [1]
+
+
+def regenerate(examples, base, tokenizer, output, batch_size=8, rank=0, world_size=1, **sampling):
+    """The base in this process answers."""
+    answerer = Base(base, tokenizer, Sampling(**sampling), batch_size)
+    return answering.regenerate(examples, answerer, output, rank=rank, world_size=world_size)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +273,8 @@ def read(path):
 def test_answers_are_those_of_plain_greedy_decoding(base, expected, tmp_path):
     counts = regenerate(EXAMPLES, base, TOKENIZER, tmp_path / "out.jsonl", batch_size=4, max_new_tokens=COUNT)
     assert read(tmp_path / "out.jsonl") == expected
-    assert counts == {"answered": 7, "unfinished": 7 - len(expected), "missing": 0}
+    assert counts.pop("seconds") > 0 and counts.pop("tokens") > COUNT
+    assert counts == {"answered": 7, "unfinished": 7 - len(expected), "refused": {}, "missing": 0}
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
@@ -351,8 +359,8 @@ def test_thinking_is_kept_apart(base, monkeypatch):
         base, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([TOKENIZER.encode(text)])], 1)
     )
     base.generation_config.eos_token_id = END
-    (message,) = answer_batch([chat("q")], base, TOKENIZER, 9, 0.0)
-    assert message == {"role": "assistant", "content": "yes", "reasoning": "hm"}
+    (answer,) = answer_batch([chat("q")], base, TOKENIZER, Sampling(9))
+    assert answer.message == {"role": "assistant", "content": "yes", "reasoning": "hm"}
 
 
 def test_regenerate_without_a_template_is_refused_before_the_base_is_loaded(base, tmp_path, capsys):
@@ -374,9 +382,9 @@ def test_regenerated_answers_end_as_the_template_ends_them(base, tmp_path, monke
     path = write_jsonl(tmp_path / "a.jsonl", numbered(1))
     found = []
 
-    def regenerating(examples, model, *args, **options):
-        found.append(model.generation_config.eos_token_id)
-        return {"answered": 0, "unfinished": 0, "missing": 0}
+    def regenerating(examples, answerer, *args, **options):
+        found.append(answerer.model.generation_config.eos_token_id)
+        return {"answered": 0, "tokens": 0, "unfinished": 0, "refused": {}, "missing": 0}
 
     monkeypatch.setattr(module, "regenerate", regenerating)
     arguments = ["regenerate", f"{tmp_path}/o", f"model.base={tmp_path}/base", f"data.train=[{{path: {path}}}]"]

@@ -6,7 +6,7 @@ from data_helpers import TURNS, chat, make_config, make_tokenizer, write_jsonl
 from pairs import base_config, build_pair, drafter_config, make_pair
 
 from joint_train.data.fit import check_fit, check_ids
-from joint_train.data.regenerate import answer_batch
+from joint_train.data.regenerate import Sampling, answer_batch
 from joint_train.data.tokenizer import end_token_ids, load_tokenizer, read_tokenizer
 from joint_train.errors import ConfigError, DataError
 
@@ -74,7 +74,7 @@ def test_prompts_with_tokens_beyond_the_table_are_refused():
     base, _ = build_pair("e2b", vocab_size=SIZE, vocab_size_per_layer_input=SIZE)
     tokenizer = grown()
     with pytest.raises(ConfigError, match=f"a prompt has the token '<new>' .* vocab_size.* is {SIZE}"):
-        answer_batch([chat("a <new>")], base, tokenizer, 2, 0.0)
+        answer_batch([chat("a <new>")], base, tokenizer, Sampling(2))
     check_ids([[SIZE - 1], []], tokenizer, base.config)
 
 

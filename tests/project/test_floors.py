@@ -32,6 +32,7 @@ FLOORS = [
     ["run_export", "train"],
     ["export"],
     ["__main__", "retune"],
+    ["loop"],
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 FILES = sorted(file for file in ROOT.rglob("*.py") if file != ROOT / "__init__.py" and "conf" not in file.parts[-2:])

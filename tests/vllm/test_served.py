@@ -16,42 +16,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pytest
 import torch
 import transformers
-from configs import compose
-from pairs import make_pair
+from trained_pairs import GROWN, NEW, SHAPES, K, job, prompts, train
 
-from joint_train import Gemma4WithDrafter
-from joint_train.drafter import main as new_drafter
 from joint_train.evaluate.decoding import decode, tokens_per_forward
 from joint_train.evaluate.served import serve_command
-from joint_train.weights.composite import load_pair
-from joint_train.weights.settle import with_vocabulary
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 PYTHON = os.environ.get("VLLM_PYTHON", "")
 HERE = Path(__file__).parent
-K = 4
-# The reduced released shapes. vLLM's attention on CPU takes heads of multiples of 32.
-SHAPES = {
-    "e2b": {},  # ordered embeddings, KV sharing, a configuration with room for towers
-    "text": {"drafter_overrides": {"use_ordered_embeddings": False}},
-    "multimodal": {},
-    "26b_a4b": {},  # a mixture of experts; keys equal values, no KV sharing
-    "31b": {},
-    "12b_unified": {},
-}
-GROWN = {"e2b_grown": "e2b", "31b_grown": "31b"}  # with model.resize_vocabulary
-# With a drafter of `joint_train.drafter new`.
-NEW = {"31b_new": "31b", "e2b_new": "e2b"}
-ORDERED = {"e2b_new": ["--ordered", "--centroids", "16", "--top-k", "4"]}
 TRAINED = (*SHAPES, *GROWN, *NEW)
-EOS, BOS = 1, 2
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -62,59 +41,6 @@ OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max
 
 
 # Pairs to serve
-
-
-def chain(count: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """``[count, length]`` tokens, each one of four successors of the one before it; some texts end and begin again."""
-    successors = torch.randint(3, 240, (256, 4), generator=torch.Generator().manual_seed(0))
-    successors[::31, 0] = EOS
-    successors[EOS] = BOS
-    rows = [torch.full((count,), BOS)]
-    rows.append(torch.randint(3, 240, (count,), generator=generator))
-    for _ in range(length - 2):
-        choice = torch.multinomial(torch.tensor([0.7, 0.15, 0.1, 0.05]), count, replacement=True, generator=generator)
-        rows.append(successors[rows[-1], choice])
-    return torch.stack(rows, 1)
-
-
-def texts(name: str, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """:func:`chain`; with a grown vocabulary some of its tokens are new ones."""
-    ids = chain(count, length, generator)
-    return torch.where((ids % 5 == 3) & (name in GROWN), 256 + ids % 8, ids)
-
-
-def train(name: str, folder: Path) -> tuple[Path, Path]:
-    """A pair of a shape, trained until its drafts are sometimes right and sometimes not, and exported."""
-    shape = (GROWN | NEW).get(name, name)
-    source = make_pair(folder / "source", shape, head_dim=32, global_head_dim=64, **SHAPES[shape])
-    if name in NEW:
-        size = ["--hidden-size", "64", "--intermediate-size", "128"]
-        assert new_drafter(["new", str(source[0]), str(folder / "new"), *size, *ORDERED.get(name, [])]) == 0
-        source = source[0], folder / "new"
-    model = Gemma4WithDrafter.from_pretrained(*source, drafter_num_steps=K, loss={"centroid_weight": 0.3}).train()
-    if name in GROWN:
-        settings = {"model.base": str(source[0]), "model.drafter": str(source[1]), "model.resize_vocabulary": True}
-        vocabulary = SimpleNamespace(get_vocab=lambda: {str(number): number for number in range(264)}, name_or_path="")
-        cfg = compose(settings | {"drafter.num_steps": K, "loss.centroid_weight": 0.3})
-        model = load_pair(with_vocabulary(cfg, vocabulary), None, "cpu").train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(70):
-        ids = texts(name, 16, 40, generator)
-        model(input_ids=ids, labels=ids).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder / "export")
-    return folder / "export/base", folder / "export/drafter"
-
-
-def job(*overrides: str) -> None:
-    """The main job on the starter pair, with one CPU rank."""
-    subprocess.run(
-        [sys.executable, "-m", "joint_train", "+experiment=starter", "tracking.wandb=disabled", *overrides],
-        check=True, timeout=600, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -145,8 +71,7 @@ def pairs(tmp_path_factory, starter) -> dict[str, tuple[Path, Path]]:
 def prompts_of(name: str, base: Path) -> list[list[int]]:
     """Eight prompts, shorter and longer than the sliding window."""
     if name in TRAINED:
-        generator = torch.Generator().manual_seed(2)
-        return [texts(name, 1, 4 + 3 * i, generator)[0].tolist() for i in range(8)]
+        return prompts(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     lines = (base.parents[2] / "pair/val.jsonl").read_text().splitlines()[:8]
     chats = [json.loads(line)["messages"][:1] for line in lines]
@@ -282,3 +207,50 @@ def test_a_running_server_has_evaluates_acceptance_and_text(server, starter, tmp
         assert row["tokens_per_forward"] == pytest.approx(one["tokens_per_forward"]["value"], rel=0.1)
     assert [row["concurrency"] for row in served["concurrency"]] == [1, 4, 16]
     assert re.search("vllm at .* with K = 4 drafts", (tmp_path / "served/evaluation.html").read_text())
+
+
+def test_its_answers_to_a_dataset_are_the_local_ones_token_for_token(server, starter, tmp_path, monkeypatch):
+    """Some answers have an end and others don't; the engine is asked 8 at a time, and writes the same file."""
+    from joint_train.data.engine import Engine
+    from joint_train.data.regenerate import Base, Sampling, regenerate
+    from joint_train.data.thinking import prompt_ids
+
+    folder = starter["second stage"][0]
+    tokenizer, base = transformers.AutoTokenizer.from_pretrained(folder), load(folder)
+    lines = (folder.parents[2] / "pair/val.jsonl").read_text().splitlines()[:16]
+    examples = [{"messages": json.loads(line)["messages"][:1]} for line in lines]
+    base.generation_config.eos_token_id, written = None, []
+    for example in examples:
+        prompt = prompt_ids(tokenizer, example["messages"])
+        out = base.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False, pad_token_id=0)
+        written.append(out[0, len(prompt) :].tolist())
+    ends = [1, written[0][20], written[3][10]]
+    expected = [row[: min([i + 1 for i, token in enumerate(row) if token in ends], default=32)] for row in written]
+    base.generation_config.eos_token_id = ends
+
+    counts = regenerate(examples, Base(base, tokenizer, Sampling(32), 4), tmp_path / "local.jsonl")
+    received, post = {}, Engine._post
+
+    def recording(self, path, body):
+        answer = post(self, path, body)
+        received[body["seed"]] = answer["choices"][0]["token_ids"]
+        return answer
+
+    monkeypatch.setattr(Engine, "_post", recording)
+    engine = Engine(server, tokenizer, Sampling(32), name=base.name_or_path, ends=ends, concurrency=8)
+    found = regenerate(examples, engine, tmp_path / "served.jsonl")
+    assert (tmp_path / "served.jsonl").read_text() == (tmp_path / "local.jsonl").read_text()
+    assert [received[i] for i in range(len(examples))] == expected
+    assert found["tokens"] == counts["tokens"] == sum(map(len, expected))
+    assert 0 < found["unfinished"] == counts["unfinished"] < len(examples) and not found["refused"]
+
+
+def test_the_benchmark_of_both_ways(server, starter, tmp_path):
+    from benchmarks.regenerate import main
+
+    base = str(starter["second stage"][0])
+    words = [base, "--url", server, "--limit", "32", "--max-new-tokens", "64", "--concurrency", "1,16"]
+    assert main([*words, "--results", str(tmp_path / "found.json")]) == 0
+    local, one, many = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert local["tokens"] == one["tokens"] == many["tokens"] and many["equal"] == 1
+    assert many["seconds"] < one["seconds"]

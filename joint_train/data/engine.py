@@ -1,0 +1,285 @@
+"""Answers from an engine that serves the base: vLLM or SGLang, by their OpenAI API.
+
+A prompt goes to ``/v1/completions`` as the token ids that training and the base in this process would have, so neither
+the engine's chat template nor its parsers of thoughts and tool calls matter. One with pictures has to go to
+``/v1/chat/completions``, whose prompt the engine renders itself; where it says which tokens these were (vLLM does),
+they are compared with training's.
+
+An answer comes back as token ids from vLLM, as text with its special tokens from SGLang.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from joint_train.data.regenerate import Answered, Sampling, data_url, message_of
+from joint_train.data.render import Template, options_of
+from joint_train.data.thinking import kept_thoughts, prompt_ids
+from joint_train.errors import DataError
+
+ATTEMPTS = 7  # at a request that a later one may get through: about a minute, with the waits between them
+LONGEST_WAIT = 30.0
+BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
+NOT_THE_PROMPTS_FAULT = (401, 403, 404, 405)
+ENDED = ("stop", "tool_calls", "function_call")
+
+
+class EngineStopped(DataError):
+    """The engine can't be asked any more."""
+
+
+class Engine:
+    """A running engine as an :class:`joint_train.data.regenerate.Answerer`.
+
+    Args:
+        url: its address; ``/v1`` at the end is left out.
+        tokenizer: the base's, with a chat template.
+        name: of the base, as for the base in this process.
+        ends: tokens that end an answer.
+        suppressed: tokens that the base's generation configuration never lets it write: an answer with one is counted
+            as refused, where the engine says which tokens it wrote.
+        model: the name that requests give, where the engine serves several models.
+        concurrency: requests at a time.
+        timeout: seconds that a request may take.
+
+    ``OPENAI_API_KEY``, if set, is sent as the bearer token.
+
+    Attributes:
+        served: what the engine calls the model, and where it has it from.
+
+    Raises:
+        DataError: it can't be reached, or serves several models and none was named.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        tokenizer,
+        sampling: Sampling,
+        *,
+        name: str,
+        ends: Sequence[int],
+        suppressed: Sequence[int] = (),
+        model: str | None = None,
+        concurrency: int = 64,
+        timeout: float = 1800.0,
+    ) -> None:
+        self.url, self.tokenizer, self.sampling, self.name = (
+            url.rstrip("/").removesuffix("/v1"),
+            tokenizer,
+            sampling,
+            name,
+        )
+        self.ends, self.suppressed, self.concurrency = list(ends), frozenset(suppressed), concurrency
+        key = os.environ.get("OPENAI_API_KEY")
+        self.client = httpx.Client(
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout, connect=min(10.0, timeout)),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=None),
+        )
+        served = self._models()
+        found = served[0] if model is None and len(served) == 1 else {m["id"]: m for m in served}.get(model)
+        if found is None:
+            names = ", ".join(m["id"] for m in served)
+            raise DataError(f"{self.url} serves {names}: name the one that is to answer with --model")
+        self.model: str = found["id"]
+        self.served = (
+            f"{self.model} (from {found['root']})" if found.get("root") not in (None, self.model) else self.model
+        )
+        self.most: int | None = found.get("max_model_len")
+
+    def _models(self) -> list[dict]:
+        try:
+            response = self.client.get("/v1/models")
+        except httpx.HTTPError as error:
+            raise EngineStopped(f"{self.url} can't be reached: {_said(error)}. Is the engine running?") from error
+        if response.is_error:
+            raise EngineStopped(f"GET {self.url}/v1/models: {_reason(response)}")
+        return response.json()["data"]
+
+    def answers(self, asked: Sequence[tuple[int, dict]]) -> Iterator[list[tuple[int, Answered]]]:
+        """Answers as they come, ``concurrency`` prompts at a time.
+
+        Raises:
+            DataError: a prompt that can't be rendered, or an engine that is gone; what was answered stays.
+        """
+        left, running = iter(asked), dict[Future, int]()
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            while True:
+                for index, example in left:  # rendered in this thread: the limits of templates need the main one
+                    prompt = prompt_ids(self.tokenizer, example["messages"], **options_of(example))
+                    chat = self._chat(example) if "images" in example else None
+                    running[pool.submit(self._answer, index, prompt, chat)] = index
+                    if len(running) >= 2 * self.concurrency:
+                        break
+                if not running:
+                    return
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                yield [(running.pop(future), future.result()) for future in list(done) if not future.exception()]
+                for future in done:
+                    future.result()  # an error is raised once the others' answers are kept
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _answer(self, index: int, prompt: list[int], chat: dict[str, Any] | None) -> Answered:
+        sampling = self.sampling
+        most = sampling.max_new_tokens if self.most is None else min(sampling.max_new_tokens, self.most - len(prompt))
+        if most < 1:
+            return Answered(None, refused=f"the prompt doesn't fit the engine's {self.most} positions")
+        body: dict[str, Any] = {
+            "model": self.model,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "seed": sampling.seed + index,
+            "stop_token_ids": self.ends,
+            "skip_special_tokens": False,
+            "return_token_ids": True,  # vLLM
+            "no_stop_trim": True,  # SGLang
+        }
+        if chat is None:
+            answer = self._post("/v1/completions", {**body, "prompt": prompt, "max_tokens": most})
+        else:
+            answer = self._post("/v1/chat/completions", {**body, **chat, "max_completion_tokens": most})
+        if isinstance(answer, str):
+            return Answered(None, refused=answer)
+        choice = answer["choices"][0]
+        if chat is not None:
+            self._check_prompt(index, prompt, choice.get("prompt_token_ids") or answer.get("prompt_token_ids"))
+        return self._read(choice, answer.get("usage") or {})
+
+    def _chat(self, example: dict) -> dict[str, Any]:
+        """What a request for a chat has besides the sampling."""
+        options = options_of(example)
+        tools = options.pop("tools", None)
+        kept = kept_thoughts(Template(self.tokenizer, options_of(example)), example["messages"])
+        pictures = iter(example["images"])
+        body: dict[str, Any] = {
+            "messages": [_as_openai(message, pictures) for message in kept],
+            "chat_template_kwargs": options,
+        }
+        # The answer is wanted as it was written, so the engine shall not look for calls in it.
+        return body | ({"tools": tools, "tool_choice": "none"} if tools else {})
+
+    def _check_prompt(self, index: int, ours: list[int], given: list[int] | None) -> None:
+        if given is None:
+            return
+        tokenizer = self.tokenizer
+        picture, around = tokenizer.image_token_id, (tokenizer.boi_token_id, tokenizer.eoi_token_id)
+        theirs = [
+            token
+            for at, token in enumerate(given)
+            if token not in around and not (token == picture and at and given[at - 1] == picture)
+        ]
+        ours = [token for token in ours if token not in around]
+        if theirs != ours:
+            pairs = enumerate(zip(theirs, ours, strict=False))
+            at = next((at for at, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
+            texts = [tokenizer.decode(tokens[max(0, at - 5) : at + 5]) for tokens in (theirs, ours)]
+            raise DataError(
+                f"prompt {index} has pictures, so {self.url} renders it by its own chat template, and from token {at} "
+                f"it isn't training's: {texts[0]!r} instead of {texts[1]!r}. Start the engine with this tokenizer's "
+                "template (vLLM: --chat-template)"
+            )
+
+    def _read(self, choice: dict, usage: dict) -> Answered:
+        tokens, reason = choice.get("token_ids"), choice.get("finish_reason")
+        count = len(tokens) if tokens is not None else usage.get("completion_tokens", 0)
+        if reason == "length":
+            return Answered(None, count)
+        if reason not in ENDED:
+            return Answered(None, count, f"finish_reason {reason}")
+        ends = {*self.ends, *[x for x in (choice.get("stop_reason"), choice.get("matched_stop")) if isinstance(x, int)]}
+        if tokens is not None:
+            if written := self.suppressed.intersection(tokens):  # a bias is refused by engines that draft
+                names = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(written)))
+                return Answered(None, count, f"the answer has {names}, which suppress_tokens of the base rules out")
+            end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+            return Answered(message_of(self.tokenizer.decode(tokens[:end])), count)
+        text = choice["message"].get("content") or "" if "message" in choice else choice["text"]
+        for end in ends:
+            written = self.tokenizer.decode([end])
+            special = end in self.tokenizer.all_special_ids or end in self.tokenizer.added_tokens_decoder
+            text = text.split(written, 1)[0] if special and written else text.removesuffix(written)
+        return Answered(message_of(text), count)
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any] | str:
+        """The engine's answer, or why it refuses the prompt.
+
+        Raises:
+            EngineStopped: it can't be reached any more, or refuses everybody.
+        """
+        said = ""
+        for attempt in range(ATTEMPTS):
+            pause = min(2.0**attempt, LONGEST_WAIT)
+            try:
+                response = self.client.post(path, json=body)
+            except httpx.HTTPError as error:
+                said = _said(error)
+            else:
+                if response.is_success:
+                    answer = response.json()
+                    return answer if answer.get("choices") else _reason(response)
+                said = _reason(response)
+                if response.status_code in NOT_THE_PROMPTS_FAULT:
+                    raise EngineStopped(f"POST {self.url}{path}: {said}")
+                if response.status_code not in BUSY:
+                    return said
+                after = response.headers.get("Retry-After", "")
+                pause = min(float(after), LONGEST_WAIT) if after.isdecimal() else pause
+            if attempt < ATTEMPTS - 1:
+                time.sleep(pause)
+        try:
+            self._models()
+        except EngineStopped as error:
+            raise EngineStopped(
+                f"{error} The last request ended with: {said}. The answers so far are kept: the same command goes on."
+            ) from None
+        return f"{said} ({ATTEMPTS} times)"  # others get answers, so it is this prompt
+
+
+def _as_openai(message: dict, pictures: Iterator[str]) -> dict:
+    """A message as OpenAI's API takes it; its pictures are the next ones."""
+    message = {**message}
+    if isinstance(message.get("content"), list):
+        message["content"] = [
+            {"type": "image_url", "image_url": {"url": _url(next(pictures))}} if part["type"] == "image" else part
+            for part in message["content"]
+        ]
+    if "reasoning" in message:
+        message["reasoning_content"] = message["reasoning"]
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = [
+            {**call, "id": call.get("id", f"call_{number}"), "function": {
+                **call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            }}
+            for number, call in enumerate(calls)
+        ]  # fmt: skip
+    return message
+
+
+def _url(picture: str) -> str:
+    return picture if picture.startswith("data:") else data_url(Path(picture).read_bytes())
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        body = response.json()
+        message = body.get("message") or (body.get("error") or {}).get("message") or response.text
+    except (ValueError, AttributeError):
+        message = response.text
+    return f"HTTP {response.status_code}: {' '.join(str(message).split())[:200]}"
+
+
+def _said(error: httpx.HTTPError) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
