@@ -129,6 +129,8 @@ class Gemma4WithDrafter(JointModel):
         base_grad_scale: float = 1.0,
         prompt_rows: bool | None = None,
         loss: LossConfig | dict | None = None,
+        quantization: str = "none",
+        quantization_activations: str = "none",
         **kwargs: Any,
     ) -> Gemma4WithDrafter:
         """Load a base and its drafter, sharded over a mesh if there is one.
@@ -153,6 +155,8 @@ class Gemma4WithDrafter(JointModel):
             freeze_config: the ``freeze`` configuration group, or a dictionary of its keys, for the base; the drafter is
                 trained whole.
             cache_dir, revision, drafter_revision: of the hub.
+            quantization, quantization_activations: of the base, as in the ``model`` configuration group; with
+                ``freeze_base_for_drafter`` or ``peft_config``.
             use_sdpa_patching: ``None`` or ``False``: nothing is patched here.
             peft_config: a ``LoraConfig`` of the peft library: the base is frozen, and adapters on linear layers of its
                 decoder are trained; with ``target_modules=None`` on those of the ``lora`` configuration group.
@@ -196,6 +200,13 @@ class Gemma4WithDrafter(JointModel):
             check_mesh(device_mesh)
         if peft_config is not None and freeze_base_for_drafter:
             raise ValueError("peft_config trains adapters on the base, and freeze_base_for_drafter=True nothing of it.")
+        if quantization != "none" and peft_config is None and not freeze_base_for_drafter:
+            raise ValueError(
+                f"quantization={quantization!r}: quantised weights can't be trained. Give a peft_config, or "
+                "freeze_base_for_drafter=True."
+            )
+        if quantization not in (*KINDS, "none", "as_saved"):
+            raise ValueError(f"quantization={quantization!r}: choose one of none, as_saved, {', '.join(KINDS)}.")
         base_path = base_path or pretrained_model_name_or_path
         if base_path is None or drafter_path is None:
             raise ValueError("from_pretrained needs base_path (or pretrained_model_name_or_path) and drafter_path.")
@@ -210,6 +221,8 @@ class Gemma4WithDrafter(JointModel):
                 cache_dir=cache_dir,
                 revision=revision,
                 drafter_revision=drafter_revision,
+                quantization=quantization,
+                quantization_activations=quantization_activations,
             ),
             drafter=DrafterConfig(
                 num_steps=drafter_num_steps,

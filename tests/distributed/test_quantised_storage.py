@@ -3,12 +3,14 @@
 import dataclasses
 import gc
 import math
+from unittest import mock
 
 import pytest
 import torch
 from configs import compose
 from pairs import SHAPES, make_pair
 from ranks import run_ranks
+from test_compile import compile_with_eager_kernels
 from test_lora import lora_config, set_values
 from test_parallel import all_counts, data_rank, full, step, updates
 from test_parallel import batch as rows_of
@@ -128,7 +130,8 @@ def quantised_updates(rank, folders, shape, options):
     """Codes, gradients, norms and updated weights of a step, and bytes of the base on this rank."""
     cfg = lora_config(folders, **{"model__quantization": "nf4"} | options)
     mesh = init_mesh(cfg.parallel) if rank is not None else None
-    model = composite.load_pair(cfg, mesh, "cpu").train()
+    with mock.patch.object(torch.nn.Module, "compile", compile_with_eager_kernels):
+        model = composite.load_pair(cfg, mesh, "cpu").train()
     set_values(model, shape)
     assert not dense_copies(model)
     index, size = data_rank(mesh) if mesh is not None else (0, 1)
@@ -151,6 +154,7 @@ def quantised_updates(rank, folders, shape, options):
 @pytest.mark.parametrize("shape, ranks, options", [
     ("e2b", 2, {}), ("26b_a4b", 2, {}), ("text", 4, {"parallel__dp_replicate": 2}),
     ("text", 2, {"parallel__cpu_offload": "all"}), ("31b", 3, {"model__quantization": "int8"}),
+    pytest.param("31b", 2, {"parallel__compile": True}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_sharded_equals_whole(tmp_path, shape, ranks, options, monkeypatch):
     monkeypatch.setattr(loading, "READ_BYTES", 20_000)  # so that weights are read in pieces
@@ -200,3 +204,5 @@ def test_an_older_torch_is_refused(tmp_path, monkeypatch):
         composite.load_pair(settings(folders), None, "cpu")
     with pytest.raises(ConfigError, match="quantised weights can't be trained"):
         settings(folders, **{"lora.r": 0})
+    with pytest.raises(ValueError, match="quantised weights can't be trained"):
+        composite.Gemma4WithDrafter.from_pretrained(*folders, quantization="nf4")

@@ -8,7 +8,7 @@ from test_plan import configure, pairs, released  # noqa: F401 - a fixture
 
 from joint_train.distributed.quantised import stores
 from joint_train.plan.planner import GIB, Machine, count_parameters, make_plan
-from joint_train.plan.suggest import suggest
+from joint_train.plan.suggest import changes_training, suggest
 from joint_train.weights.composite import meta_pair
 from joint_train.weights.folders import read_configs
 
@@ -48,17 +48,23 @@ def test_bytes_of_codes_and_scales_are_those_of_the_weights(pairs, shape):  # no
     assert two[0] < 0.45 * two[1]  # codes are gathered, beside adapters and norms
 
 
-def test_codes_are_suggested_where_numbers_do_not_fit(pairs):  # noqa: F811
-    settings = {"lora.r": 4, "parallel.cpu_offload": "none", "eval.prompts": 1, "data.max_length": 256}
-    cfg = configure(pairs / "31b", **settings)
-    least = {change: make_plan(cfg_of(cfg, change), one(80)).peak for change in ("none", "nf4")}
-    assert least["nf4"] < least["none"]
-    memory = (0.97 * least["nf4"] + 0.03 * least["none"]) / 0.94 / GIB
-    found = list(suggest(cfg, one(memory)))
-    assert found and any(one.changes.get("model.quantization") == "nf4" for one in found)
+@pytest.mark.parametrize(
+    ("settings", "with_codes"),
+    [
+        ({"lora.r": 4}, [{"model.quantization": "nf4"}]),
+        ({"freeze.base": True}, [{"model.quantization": "nf4"}]),
+        ({}, [{"lora.r": 16, "model.quantization": "nf4"}, {"freeze.base": True, "model.quantization": "nf4"}]),
+        ({"lora.r": 4, "model.quantization": "int8"}, []),
+        ({"freeze.towers": False}, []),
+    ],
+)
+def test_codes_are_suggested_with_what_they_need(pairs, settings, with_codes):  # noqa: F811
+    groups = changes_training(configure(pairs / "31b", **settings))
+    offered = [change for group in groups for _, change in group if "model.quantization" in change]
+    assert offered == with_codes
 
 
-def cfg_of(cfg, quantization):
-    from joint_train.config import with_overrides
-
-    return with_overrides(cfg, {"model.quantization": quantization})
+@pytest.mark.slow
+def test_31b_on_one_card_is_suggested_in_codes():
+    cfg = released("31B", **{"lora.r": 16, "data.max_length": 4096, "parallel.cpu_offload": "all", "eval.prompts": 0})
+    assert any(found.changes.get("model.quantization") == "nf4" for found in suggest(cfg, one(48)))
