@@ -32,14 +32,15 @@ from joint_train.pair.targets import JointTargets, joint_targets, send
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.train import advice
 from joint_train.train.agreement import agree_on_configuration, agree_on_data
-from joint_train.train.best import Best
+from joint_train.train.best import Best, load_best
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.length import is_due, run_steps
 from joint_train.train.optim import build_optimizer, update
 from joint_train.train.pace import Since, memory_gb, peak_memory, utilisation
 from joint_train.train.stages import Stages
-from joint_train.train.tracking import Tracker, check_wandb, metrics_from_json, metrics_to_json
+from joint_train.train.trackers import check_wandb
+from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
 from joint_train.train.validation import Validation
 from joint_train.weights.average import averaged, start_average, update_average
 from joint_train.weights.composite import load_pair
@@ -69,8 +70,7 @@ class Trainer:
         self.memory_at_start = peak_memory(self.device)
         torch.manual_seed(cfg.seed + self.rank)
 
-        if self.rank == 0:
-            check_wandb(cfg.tracking)
+        check_wandb(cfg.tracking, self.rank)
         check_backward(cfg.model.attn_implementation, self.device.type)
         cfg = with_adapter(cfg)
         advice.say_run(cfg, self.ranks, torch.cuda.get_device_name() if self.device.type == "cuda" else None)
@@ -126,14 +126,8 @@ class Trainer:
         if self.val_loader is not None:
             how = self.tokenizer, self.val_loader, self.prompts, (self.rank, self.ranks)
             self.validation = Validation(cfg, self.model, *how, saved.get("own_text") if found else None)
-        advice.warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
-        advice.warn_of_padding(self.plan)
-        advice.warn_of_torchrun(cfg.checkpoint)
-        advice.warn_of_warmup(cfg, self.stages.joint_steps)
-        advice.warn_of_base_after(cfg, self.max_steps)
-        advice.warn_of_validation(cfg)
-        loaders = {"train": self.loader} | ({} if self.val_loader is None else {"val": self.val_loader})
-        log.info("%s", overview(loaders))
+        advice.warn(cfg, self.plan, machine, self.device.type, (self.max_steps, self.stages.joint_steps))
+        log.info("%s", overview({"train": self.loader, "val": self.val_loader}))
         left = self.stages.work(self.max_steps) - self.stages.work(self.step)
         advice.say_plan(self.plan, self.stages.peak, machine, self.device.type, left)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
@@ -200,7 +194,9 @@ class Trainer:
                     self.close()
                     self.preemption.exit()
         if cfg.model.export.at_end:
-            step, measured = self.load_best() if cfg.model.export.weights == "best" else (self.step, self.measured)
+            step, measured = self.step, self.measured
+            if cfg.model.export.weights == "best":
+                step, measured = load_best(cfg, self.checkpointer, self.model, self.step)
             self.export(self.output_dir / "export", step, measured or {})
             self.publish(self.output_dir / "export")
         self.tracker.finish(self.before or {}, self.measured or {})
@@ -373,17 +369,6 @@ class Trainer:
         self.checkpointer.save(
             self.step, self.model, self.optimizer, state, config=self.cfg, metrics=self.measured, block=block
         )
-
-    def load_best(self) -> tuple[int, dict[str, float]]:
-        """The weights of the best checkpoint, in place of the last step's; its step, and what was measured then."""
-        path, manifest = self.checkpointer.best()
-        if manifest.step != self.step:
-            self.checkpointer.load(path, self.model, config=self.cfg)
-        log.info(
-            "export of step %d, the best of the checkpoints by checkpoint.keep_best=%s: %.4g",
-            manifest.step, self.best.metric, manifest.metrics[str(self.best.metric).removeprefix("-")],
-        )  # fmt: skip
-        return manifest.step, manifest.metrics
 
     def export(self, folder: Path, step: int, measured: dict[str, float]) -> None:
         """Both models as Hugging Face folders, and what was measured of them."""
