@@ -28,6 +28,8 @@ train: install
 		+experiment=starter pair=$(OUT)/pair output_dir=$(OUT)/run
 	test -e $(OUT)/code/val.jsonl || $(BIN)/python -m benchmarks.shift $(OUT) data
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m joint_train \
+		+experiment=starter_shift pair=$(OUT)/run/export drafter.base_grad_scale=0 output_dir=$(OUT)/detached
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m joint_train \
 		+experiment=starter_shift pair=$(OUT)/run/export output_dir=$(OUT)/shifted
 	$(BIN)/python -m benchmarks.shift $(OUT) report
 

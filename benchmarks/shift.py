@@ -1,12 +1,13 @@
 """What fine-tuning does to a drafter that stays as it was: the second half of ``make train``.
 
     python -m benchmarks.shift OUT data       # OUT/code: functions of Python's standard library to be completed
-    python -m benchmarks.shift OUT report     # of OUT/run, and OUT/shifted that was fine-tuned on the code
+    python -m benchmarks.shift OUT report     # of OUT/run, and of OUT/detached and OUT/shifted, fine-tuned on the code
 
-The fine-tuning trains base and drafter with ``drafter.base_grad_scale=0``: its base is bit for bit the one that would
-be trained without a drafter. So one run gives both pairs that are compared: the new base with the drafter as it was
-(stale), and with the drafter that was trained along (joint). ``report`` measures them on held-out code and prints a
-table; its page has the losses, the acceptance and texts.
+OUT/detached was trained with ``drafter.base_grad_scale=0``: its base is bit for bit the one that would be trained
+without a drafter. So that run gives two of the pairs that are compared: the new base with the drafter as it was
+(stale), and with the drafter that was trained along. In OUT/shifted a tenth of the drafter's gradient reached the base,
+which is the default. ``report`` measures them on held-out code and prints a table; its page has the losses, the
+acceptance and texts.
 """
 
 import argparse
@@ -75,12 +76,13 @@ def measure(pair: tuple[Path, Path], messages: list[list[dict[str, Any]]], max_l
 
 
 def report(out: Path, prompts: int) -> None:
-    """Measure the three pairs, print the table and write the page."""
-    before, after = (out / run / "export" for run in ("run", "shifted"))
+    """Measure the four pairs, print the table and write the page."""
+    before, detached, joint = (out / run / "export" for run in ("run", "detached", "shifted"))
     pairs = {
         "before fine-tuning": (before / "base", before / "drafter"),
-        "base fine-tuned, drafter as it was (stale)": (after / "base", before / "drafter"),
-        "both fine-tuned (joint)": (after / "base", after / "drafter"),
+        "base fine-tuned, drafter as it was (stale)": (detached / "base", before / "drafter"),
+        "both fine-tuned, base_grad_scale=0 (detached)": (detached / "base", detached / "drafter"),
+        "both fine-tuned, base_grad_scale=0.1 (joint)": (joint / "base", joint / "drafter"),
     }
     lines = (out / "code" / "val.jsonl").read_text().splitlines()[:prompts]
     messages = [json.loads(line)["messages"] for line in lines]
@@ -117,12 +119,11 @@ def document(out: Path, found: dict[str, dict], rows: list[list[str]], messages:
 
         said = "share of verifications that accept at least so many drafts"
         sections.append(Section("Acceptance", figures=[(said, figure(draw, "drafts", ""))]))
-        for title, run in (("Training", "run"), ("Fine-tuning", "shifted")):
+        for title, run in (("Training", "run"), ("Fine-tuning, joint", "shifted")):
             drawn = [(metric, curve([load_run(out / run, run)], metric)) for metric in CURVES]
             sections.append(Section(title, figures=[(metric, svg) for metric, svg in drawn if svg]))
-    texts = [
-        [m[-2]["content"], *(of["texts"][i] for of in list(found.values())[::2])] for i, m in enumerate(messages[:8])
-    ]
+    first, *_, last = found.values()
+    texts = [[m[-2]["content"], first["texts"][i], last["texts"][i]] for i, m in enumerate(messages[:8])]
     sections.append(Section("Texts", tables=[Table(["prompt", "before", "after fine-tuning"], texts)]))
     lead = "A base that was fine-tuned, with the drafter as it was and with one that was trained along."
     return html("What joint training keeps", lead, sections)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -97,6 +98,23 @@ def start(name: str, main: Callable[[], int | None], rank: int = 0) -> int:
         return EXPLAINED_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def plain_progress(what: str, every_seconds: float = 10.0) -> Callable[[], None]:
+    """Says on stderr how far long work is: called after each part of it, it prints a line now and then, which a
+    terminal overwrites with the next one."""
+    count, began = 0, time.monotonic()
+    printed, terminal = began, sys.stderr.isatty()
+
+    def progress() -> None:
+        nonlocal count, printed
+        count, now = count + 1, time.monotonic()
+        if now - printed >= (0.2 if terminal else every_seconds):
+            printed = now
+            line = f"{what}: {count} in {now - began:.0f} s"
+            print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    return progress
 
 
 PARENT_ENDED = signal.SIGUSR2  # to a rank whose torchrun ended; the kernel may send it more than once

@@ -51,7 +51,7 @@ def make(args: argparse.Namespace) -> None:
     if out.exists():
         raise ConfigError(f"{out} exists: name a new folder")
     folder = resolve(args.base)
-    base = read_config(folder)
+    base = read_config(folder, quantized=None)
     if base.model_type not in BASES:
         raise ConfigError(f"{args.base} is a drafter ({base.model_type}): give the base that a drafter is made for")
     like = args.like and (released_config(args.like) or read_config(resolve(args.like)))

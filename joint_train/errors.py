@@ -30,5 +30,9 @@ class TooManyBadSteps(JointTrainError, RuntimeError):
     """The run is ended, because its gradient norms are no longer finite."""
 
 
+class OutOfMemory(JointTrainError, RuntimeError):
+    """A device has no memory left. The message says what the plan would change."""
+
+
 class WriteError(JointTrainError, OSError):
     """A file can't be written. The message names it, the reason and what to do."""

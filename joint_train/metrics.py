@@ -48,7 +48,11 @@ METRICS = {
     "bad_steps": "steps skipped so far because their loss or gradient wasn't finite",
     "loss_spike": "1 where the loss is far above its recent past",
     "val/{metric}": "any of the losses above on the validation data",
-    "val/tokens_per_forward": "tokens per base forward in assisted generation on validation prompts",
+    "val/tokens_per_forward": "tokens per base forward in assisted generation on validation prompts, the drafter shown "
+    "what engines show it (with `drafter.rope_position=next_token` what transformers does)",
+    "val/own_agreement_{k}": "agreement_{k} on what the base wrote in the last assisted generation (`eval.own_text`)",
+    "val/own_accepted_length": "accepted_length_walked on that text: where decoding it would stop; it predicts "
+    "tokens per base forward in serving at every validation",
     "val/adapter/{adapter}/tokens_per_forward": "that on the prompts of one adapter (`model.adapters`)",
 }
 """Every metric's meaning."""
@@ -58,5 +62,6 @@ SUMMARY = {
     "val/drafter_loss": "drafter loss",
     "val/drafter_ce": "drafter cross-entropy",
     "val/accepted_length_expected": "accepted length, expected",
+    "val/own_accepted_length": "accepted length on the base's own text",
     "val/tokens_per_forward": "tokens per base forward",
 }

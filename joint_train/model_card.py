@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from joint_train.config import Config, SourceConfig, config_to_save
-from joint_train.config.values import parse_adapters, parse_served
+from joint_train.config.values import as_saved, parse_adapters, parse_served
 from joint_train.data.readers import source_name
 from joint_train.evaluate.serving import serve_command
 from joint_train.files import code_version
@@ -63,6 +63,8 @@ def model_cards(
     for part, sentence in (PARTS | (FROZEN_PARTS if cfg.freeze.base else {})).items():
         if (part == "adapter" and not cfg.lora.r) or (part == "drafter_last" and not cfg.model.export.drafter_last):
             continue
+        if part == "base" and as_saved(cfg):
+            continue
         lines = [*_metadata(cfg, part, sources), f"# {part}", "", sentence, "", *_origin(cfg, step, part), *made]
         cards[part] = "\n".join([*lines, *_measured(before, measured, part), *served])
     return cards
@@ -92,6 +94,8 @@ def _front_matter(folder: Path) -> dict[str, Any]:
 
 def _origin(cfg: Config, step: int, part: str) -> list[str]:
     of_base = f"trained by adapters of rank {cfg.lora.r}" if cfg.lora.r else "frozen" if cfg.freeze.base else "trained"
+    if as_saved(cfg):
+        of_base += ", with the weights as they are quantised there"
     if cfg.freeze.base_after is not None:
         of_base += f", until it was frozen by freeze.base_after={cfg.freeze.base_after}"
     rows = [
@@ -157,7 +161,8 @@ def _measured(before: Mapping[str, float | None], measured: Mapping[str, float |
 
 
 def _serving(cfg: Config, sources: tuple[Path, Path]) -> list[str]:
-    lines = ["## Serve", "", "With `base` and `drafter` the two folders, or their ids on the hub:", "", "```"]
+    base = "`base` the quantised folder named above" if as_saved(cfg) else "the folders `base`"
+    lines = ["## Serve", "", f"With {base} and `drafter`, or their ids on the hub:", "", "```"]
     for engine in ("vllm", "sglang"):
         lines += [serve_command(engine, *sources, cfg.drafter.num_steps, None, names=("base", "drafter"))]
     return [

@@ -20,7 +20,7 @@ from typing import Any
 
 from joint_train.command import DONE, NO, start
 from joint_train.config import Config, SourceConfig, read
-from joint_train.config.values import quoted
+from joint_train.config.values import as_saved, quoted
 from joint_train.data.readers import read_records
 from joint_train.errors import ConfigError, JointTrainError
 from joint_train.evaluate.page import Section, Table, html
@@ -88,9 +88,10 @@ def retune(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     drafters = {STALE: cfg.model.drafter, TUNED: str(tuned / "drafter")}
     if type(cfg.model.resize_vocabulary) is int:
         del drafters[STALE]  # it doesn't fit a base with more rows
+    base = cfg.model.base if as_saved(cfg) else tuned / "base"
     differs, found = False, {}
     for name, drafter in drafters.items():
-        differs |= bool(evaluate(tuned / "base", drafter, cfg, held_out, args.eval_tokens, out / name))
+        differs |= bool(evaluate(base, drafter, cfg, held_out, args.eval_tokens, out / name))
         found[name] = json.loads((out / name / "evaluation.json").read_text())
     write_results(out, cfg, found)
     return NO if differs else DONE
@@ -205,7 +206,7 @@ def run(command: Sequence[str], may_say_no: bool = False) -> int:
     return code
 
 
-def evaluate(base: Path, drafter: str, cfg: Config, prompts: Path, tokens: int, out: Path) -> int:
+def evaluate(base: Path | str, drafter: str, cfg: Config, prompts: Path, tokens: int, out: Path) -> int:
     """Measure a drafter on the tuned base; 1 if a text differs by more than rounding."""
     command = [
         sys.executable, "-m", "joint_train.evaluate", str(base), drafter, "--prompts", str(prompts), "--num-steps",

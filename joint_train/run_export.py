@@ -16,11 +16,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from joint_train.checkpoint.layout import AVERAGE, Manifest, check_files, damage_error
+from joint_train.checkpoint.compat import FROZEN_BASE, check_frozen_base
+from joint_train.checkpoint.layout import AVERAGE, Manifest, check_files, damage_error, find_newest
 from joint_train.checkpoint.layout import MANIFEST as COMPLETE
 from joint_train.checkpoint.layout import verify as verify_sizes
 from joint_train.config import Config, read
-from joint_train.config.values import grown_rows
+from joint_train.config.values import as_saved, grown_rows
 from joint_train.data.template import ASSISTANT, encode
 from joint_train.data.tokenizer import CONVERSATION, end_token_ids, load_tokenizer, read_tokenizer
 from joint_train.distributed.ranks import Ranks
@@ -30,7 +31,7 @@ from joint_train.weights.adapter import export_adapter, fill_from_checkpoint
 from joint_train.weights.changes import Changes
 from joint_train.weights.export import compare_checkpoint, export_checkpoint, verify
 from joint_train.weights.folders import read_config, resolve
-from joint_train.weights.loading import build_meta, stored_tensors
+from joint_train.weights.loading import build_meta, frozen_base, stored_tensors
 from joint_train.weights.placing import MANIFEST, PARTS, discard, place
 from joint_train.weights.placing import verify as verify_files
 from joint_train.weights.run_files import RunFiles, list_of_ids
@@ -72,9 +73,17 @@ def export_run(
     before, measured = ((state.get(name) or {}) for name in ("before", "measured"))
     cards = model_cards(cfg, sources, manifest.step, before, measured)
     weights = {"base": "base/model", "drafter": "drafter/model"}
+    if as_saved(cfg):
+        del weights["base"]
     if (checkpoint / AVERAGE).is_dir():
         weights |= {"drafter": AVERAGE} | ({"drafter_last": "drafter/model"} if cfg.model.export.drafter_last else {})
     try:
+        if as_saved(cfg) and cfg.lora.r:
+            config = read_config(sources[0], text_config=cfg.model.text_config, quantized=True)
+            model = build_meta(config, torch.bfloat16)
+            fill_from_checkpoint(model, cfg, checkpoint, sources[0])
+            outs.append(out / "adapter")
+            export_adapter(model, out / "adapter", in_place=False, card=cards["adapter"])
         for part in weights:
             source, tokens = (sources[0], None) if part == "base" else (sources[1], cfg.drafter.num_steps)
             overrides = cfg.model.text_config if part == "base" else None
@@ -87,6 +96,9 @@ def export_run(
                 fill_from_checkpoint(model, cfg, checkpoint, source, changes)
                 outs.append(out / "adapter")
                 export_adapter(model, out / "adapter", in_place=False, card=cards["adapter"])
+            elif part == "base" and (document := checkpoint / FROZEN_BASE).exists():
+                changes = changes_of_base(cfg, model, source, Ranks(cfg.parallel.timeout_seconds), merged_adapters(cfg))
+                check_frozen_base(checkpoint, json.loads(document.read_bytes()), frozen_base(source, changes))
             export_checkpoint(
                 checkpoint / weights[part], model, source, out / part,
                 max_shard_size or cfg.model.export.max_shard_size, num_assistant_tokens=tokens,
@@ -94,7 +106,7 @@ def export_run(
                 files=RunFiles(trained_with, ends, cards[part]),
             )  # fmt: skip
             parts[part] = model, source, changes
-        place(outs)
+        place(outs, whole=True)
     except BaseException:
         discard(outs)
         raise
@@ -224,7 +236,12 @@ def verify_checkpoint(checkpoint: Path) -> Manifest:
         CheckpointError: if it is incomplete or damaged, naming every wrong file.
     """
     if not os.path.lexists(checkpoint / COMPLETE):
-        raise ConfigError(f"{checkpoint} isn't a complete checkpoint (no COMPLETE in it): give a step_NNNNNNNN folder.")
+        steps = checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint
+        newest = find_newest(steps) if steps.is_dir() else None
+        hint = f"; the newest one there is {newest}" if newest else ""
+        raise ConfigError(
+            f"{checkpoint} isn't a complete checkpoint (no COMPLETE in it): give a step_NNNNNNNN folder{hint}."
+        )
     manifest = verify_sizes(checkpoint, contents=False)
     names = [name for name in manifest.files if name.startswith(("base/", "drafter/")) or name == "config.json"]
     if problems := check_files(checkpoint, manifest, names):

@@ -1,6 +1,6 @@
 """A table over runs: how far each is, and its newest metrics.
 
-    python -m launch.summary DIR [--sort METRIC] [--metrics NAME,NAME,…]
+    python -m launch.summary DIR [--sort METRIC] [--metrics NAME,NAME,…] [--json]
 
 A run is any folder in DIR (or DIR itself) with a metrics.jsonl, or one that was submitted and has not begun. The
 settings in which the runs differ have a column each.
@@ -93,7 +93,7 @@ def summarize(folder: Path, metrics: tuple[str, ...] = METRICS, sort: str | None
     if sort is not None:
         runs.sort(key=lambda run: math.inf if (value := newest[run].get(sort)) is None else value)
 
-    table = Table(title=str(folder), title_justify="left")
+    table = Table(title=str(folder), title_justify="left", box=None, pad_edge=False)
     table.add_column("run")
     for key in differing:
         table.add_column(key)
@@ -116,15 +116,49 @@ def summarize(folder: Path, metrics: tuple[str, ...] = METRICS, sort: str | None
     return table
 
 
+def fitting(table: Table, console: Console) -> list[Table]:
+    """The table if it fits the console; else turned, a run a column, in as many tables as that takes."""
+    if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
+        return [table]
+    headings = [str(column.header) for column in table.columns]
+    runs = list(zip(*(column.cells for column in table.columns), strict=True))
+    first, tables, taken = max(map(len, headings)), list[Table](), 0
+    while taken < len(runs):
+        turned = Table(title=table.title if not tables else None, title_justify="left", box=None, pad_edge=False)
+        turned.add_column(headings[0])
+        width, start = first, taken
+        while taken < len(runs) and (taken == start or width + _width(runs[taken]) + 1 <= console.width):
+            width += _width(runs[taken]) + 1
+            turned.add_column(str(runs[taken][0]), justify="right")
+            taken += 1
+        for number, heading in enumerate(headings[1:], 1):
+            turned.add_row(heading, *(run[number] for run in runs[start:taken]))
+        tables.append(turned)
+    return tables
+
+
+def _width(run: tuple) -> int:
+    return max(len(str(cell)) for cell in run)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sort", help="metric, lowest first")
     parser.add_argument("--metrics", default=",".join(METRICS), help="columns, separated by commas")
+    parser.add_argument("--json", action="store_true", help="print a JSON list of the runs instead of the table")
     arguments = parser.parse_args()
 
     def run() -> None:
-        Console().print(summarize(arguments.folder, tuple(arguments.metrics.split(",")), arguments.sort))
+        if arguments.json:
+            runs = find_runs(arguments.folder)
+            found = [{"run": str(r), "config": read_settings(r), **read_metrics(r / "metrics.jsonl")} for r in runs]
+            print(json.dumps(found, indent=1))
+            return
+        console = Console()
+        table = summarize(arguments.folder, tuple(arguments.metrics.split(",")), arguments.sort)
+        for one in fitting(table, console):
+            console.print(one)
 
     return start("launch.summary", run)
 

@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=help, description=help)
         command.add_argument("dir", type=Path)
+        if name != "prune":
+            command.add_argument("--json", action="store_true", help="print a JSON list instead of the table")
     command.add_argument("--keep-last", type=int, help="default: the run's checkpoint.keep_last; 0 keeps all")
     command.add_argument("--keep-every", type=int, help="default: the run's checkpoint.keep_every")
     command.add_argument("--keep-best", help="default: the run's checkpoint.keep_best")
@@ -67,6 +70,25 @@ def _status(folder: Path, contents: bool) -> tuple[str, layout.Manifest | None]:
     return ("verified" if contents else "complete"), manifest
 
 
+def _show(args, contents: bool, console: Console) -> bool:
+    """Prints the table, or JSON; whether every checkpoint is good."""
+    return (_json if args.json else _table)(_folders(args.dir), contents, console)
+
+
+def _json(folders: list[Path], contents: bool, console: Console) -> bool:
+    rows, good = [], True
+    for folder in folders:
+        status, manifest = _status(folder, contents)
+        good &= manifest is not None or layout.step_of(folder.absolute()) is None
+        row: dict[str, Any] = {"path": str(folder.absolute()), "status": status, "good": manifest is not None}
+        if manifest:
+            row |= {"step": manifest.step, "saved_at": manifest.saved_at, "bytes": manifest.nbytes}
+            row |= {"ranks": manifest.world_size, "metrics": manifest.metrics}
+        rows.append(row)
+    print(json.dumps(rows, indent=1))
+    return good
+
+
 def _table(folders: list[Path], contents: bool, console: Console) -> bool:
     """Prints the table; whether every checkpoint in it is good."""
     # Without frames, whole values fit 80 columns.
@@ -87,12 +109,12 @@ def _table(folders: list[Path], contents: bool, console: Console) -> bool:
 
 
 def _list(args, console: Console) -> int:
-    _table(_folders(args.dir), False, console)
+    _show(args, False, console)
     return 0
 
 
 def _verify(args, console: Console) -> int:
-    return 0 if _table(_folders(args.dir), True, console) else 1
+    return 0 if _show(args, True, console) else 1
 
 
 def _prune(args, console: Console) -> int:
@@ -106,6 +128,8 @@ def _prune(args, console: Console) -> int:
     for name, default in (("keep_last", 0), ("keep_every", 0), ("keep_best", None)):
         given = getattr(args, name)
         rules[name] = rules.get(name, default) if given is None else given
+    if args.keep_best:  # a misspelt one would keep nothing
+        layout.find_best(folder, args.keep_best)
     lock = RunLock(folder.parent, wait_seconds=0)
     try:
         for note in [] if args.dry_run or not lock.held else layout.recover(folder):

@@ -159,6 +159,16 @@ class Checkpointer:
         if self._random is not None:
             state.set_random_state(self._random)
 
+    def best(self) -> tuple[Path, layout.Manifest]:
+        """The best complete checkpoint here by ``checkpoint.keep_best``, the same on every rank.
+
+        Raises CheckpointError if none has that metric.
+        """
+        self.wait()
+        return self._ranks.first(
+            "looking for the best checkpoint", lambda: layout.find_best(self.folder, self.cfg.keep_best or "")
+        )
+
     def save(
         self,
         step: int,
@@ -191,7 +201,8 @@ class Checkpointer:
             "base/config.json": model_config(model.base),
             "drafter/config.json": model_config(model.drafter),
         }
-        if (frozen := getattr(model, "frozen_base", None)) is not None:
+        frozen = getattr(model, "frozen_base", None)
+        if frozen is not None and model.base_stays:
             documents[compat.FROZEN_BASE] = frozen
         job = _Job(
             step=step,
@@ -418,7 +429,8 @@ def load_model(
     or with ``ranks`` on all of them. Tied parameters are stored once: tie the module's before.
 
     Args:
-        frozen: of a base with adapters, the ``frozen_base`` of its pair: a checkpoint's adapters belong to its base.
+        frozen: the ``frozen_base`` of the base's pair: a checkpoint's adapters belong to its base, and of a base that
+            was frozen there is nothing else in it.
 
     Raises CheckpointError if the module's tensors aren't the checkpoint's.
     """
@@ -426,7 +438,9 @@ def load_model(
     folder, document = checkpoint / part / "model", checkpoint / compat.FROZEN_BASE
     if frozen is not None and document.exists():
         compat.check_frozen_base(checkpoint, json.loads(document.read_bytes()), frozen)
-    tensors = state.named_tensors(module)
-    if problems := compat.tensor_differences(part, stored_tensors(folder), tensors):
+    tensors, stored = state.named_tensors(module), stored_tensors(folder)
+    if part == "base" and not stored and frozen is not None:
+        return
+    if problems := compat.tensor_differences(part, stored, tensors):
         raise CheckpointError(f"{folder} doesn't fit: {'; '.join(problems[:8])}")
     state.load_tensors(Reader(folder), tensors, ranks)

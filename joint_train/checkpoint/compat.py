@@ -20,7 +20,7 @@ FIXED = frozenset(
     backbone_hidden_size use_ordered_embeddings num_centroids
     """.split()
 )
-FROZEN_BASE = "base/frozen.json"  # of a checkpoint whose base/model holds adapters alone
+FROZEN_BASE = "base/frozen.json"  # of a checkpoint whose base/model holds adapters alone, or nothing of a frozen base
 # These describe where a run is, not what it is.
 _IGNORED = frozenset({"resume", "output_dir", "checkpoint.mirror"})
 
@@ -87,16 +87,16 @@ def tensor_differences(part: str, stored: dict[str, TensorStorageMetadata], tens
 
 
 def check_frozen_base(checkpoint: Path, before: dict[str, str], now: dict[str, str]) -> None:
-    """Adapters belong to the base that they were trained on.
+    """Adapters belong to the base that they were trained on, as a drafter to the frozen base.
 
     Raises:
         CheckpointError: if the weights in the two folders differ.
     """
     if before["hash"] != now["hash"]:
         raise CheckpointError(
-            f"{checkpoint} holds adapters that were trained on the base in {before['folder']}, and the weights in "
-            f"{now['folder']} are others. Set model.base (for an export --base) to the folder or revision that it was, "
-            "or train in another output_dir"
+            f"{checkpoint} holds what was trained on the base in {before['folder']}, and not that base itself, and the "
+            f"weights in {now['folder']} are others. Set model.base (for an export --base) to the folder or revision "
+            "that it was, or train in another output_dir"
         )
 
 

@@ -249,13 +249,33 @@ def steps_to_keep(
     keep = set(steps if keep_last == 0 else steps[: max(keep_last, 1)])
     if keep_every:
         keep |= {step for step in steps if step % keep_every == 0}
-    if keep_best:
-        name, sign = keep_best.removeprefix("-"), -1 if keep_best.startswith("-") else 1
-        values = [(sign * metrics[name], -step) for step, metrics in checkpoints if name in metrics]
-        values = [pair for pair in values if pair[0] == pair[0]]
-        if values:
-            keep.add(-min(values)[1])
+    if keep_best and (best := best_step(checkpoints, keep_best)) is not None:
+        keep.add(best)
     return keep
+
+
+def best_step(checkpoints: list[tuple[int, dict[str, float]]], keep_best: str) -> int | None:
+    """The best of (step, metrics) pairs, as :func:`steps_to_keep` says; None if none has the metric."""
+    name, sign = keep_best.removeprefix("-"), -1 if keep_best.startswith("-") else 1
+    values = [(sign * metrics[name], -step) for step, metrics in checkpoints if name in metrics]
+    values = [pair for pair in values if pair[0] == pair[0]]
+    return -min(values)[1] if values else None
+
+
+def find_best(checkpoints: Path, keep_best: str) -> tuple[Path, Manifest]:
+    """The best complete checkpoint by a metric, as :func:`steps_to_keep` says.
+
+    Raises CheckpointError if none has it, naming those that there are.
+    """
+    found = {manifest.step: (folder, manifest) for folder, manifest in list_complete(checkpoints)}
+    best = best_step([(step, manifest.metrics) for step, (_, manifest) in found.items()], keep_best)
+    if best is None:
+        known = sorted({name for _, manifest in found.values() for name in manifest.metrics})
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints} has the metric {keep_best.removeprefix('-')}; they have "
+            f"{', '.join(known) or 'none'}"
+        )
+    return found[best]
 
 
 def prunable(

@@ -60,6 +60,7 @@ class Loading:
         parts = [*tensors, "optimizer"]
         read = self._ranks.first(f"reading {path}", lambda: {p: Reader(path / p).read_metadata() for p in parts})
         readers = {part: Reader(path / part, metadata, checksums) for part, metadata in read.items()}
+        self._settle_base(model, tensors, readers["base/model"], documents)
         changed = compat.changed_settings(documents["config.json"], config)
         for key, (before, now) in changed.items():
             self._warn(f"the configuration changed since {path.name}: {key} was {before} and is now {now}")
@@ -81,6 +82,17 @@ class Loading:
         if checksums:
             self._compare(readers, tensor_files)
         return documents["state.json"], self._load_random(config)
+
+    def _settle_base(self, model: JointModel, tensors: dict, reader: Reader, documents: dict) -> None:
+        """Whether the base's weights come from the checkpoint, or stay those of the folder that it was read from."""
+        stored, name = reader.tensors(), self.path.name
+        if not tensors["base/model"] and stored:
+            model.base_stays = False
+            tensors["base/model"] = state.base_tensors(model)
+            self._warn(f"{name} holds the whole base: it is read from there, and saved in checkpoints as before")
+        elif not stored and tensors["base/model"] and compat.FROZEN_BASE in documents:
+            tensors["base/model"] = {}  # it was frozen; whether it still is what it was, its hash says
+            self._warn(f"{name} holds no base, which was frozen: it starts as in its folder")
 
     def _document(self, name: str) -> dict:
         """A JSON file of the checkpoint.
@@ -122,10 +134,10 @@ class Loading:
         if problems:
             keys = [key for key in changed if key.startswith(("model.", "lora.")) and key != "lora.dropout"]
             keys = keys or ["model.base", "model.drafter"]
-            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise CheckpointError(
                 f"{self.path} was saved from other models than {' and '.join(keys)} give now: "
-                f"{'; '.join(problems[:8])}{more}. Set {', '.join(keys)} as they were, or another output_dir"
+                f"{'; '.join(problems[:3])}{more}. Set {', '.join(keys)} as they were, or another output_dir"
             )
         frozen = getattr(model, "frozen_base", None)
         if frozen is not None and compat.FROZEN_BASE in documents:

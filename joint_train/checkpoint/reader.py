@@ -8,6 +8,7 @@ whatever the file says. Here only the classes that describe tensors are let in. 
 import io
 import pathlib
 import pickle
+import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,13 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
         return ALLOWED[module, name]
+
+
+def load_alone(tensors: dict[str, torch.Tensor], reader: "Reader", planner: dcp.DefaultLoadPlanner | None = None) -> None:
+    """Read tensors of a checkpoint in this process, whatever the others do, without torch's warning that it is so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=True)
 
 
 class Reader(dcp.FileSystemReader):

@@ -7,7 +7,6 @@ checkpoint fits any number of ranks. Tied parameters are stored once, under the 
 import io
 import os
 import random
-import warnings
 import zlib
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from joint_train.checkpoint.layout import AVERAGE, hex_checksum
-from joint_train.checkpoint.reader import Reader, Unreadable
+from joint_train.checkpoint.reader import Reader, Unreadable, load_alone
 from joint_train.distributed.lora import ADAPTER
 from joint_train.distributed.ranks import Ranks
 from joint_train.distributed.replicas import Replicas
@@ -47,9 +46,16 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def base_tensors(model: JointModel) -> dict[str, Tensor]:
+    """What a checkpoint holds of the base: nothing, or its adapters, if its weights stay those of its folder."""
+    tensors = named_tensors(model.base)
+    stays = getattr(model, "base_stays", False) and not any(map(ADAPTER.search, tensors))
+    return {} if stays else tensors
+
+
 def pair_tensors(model: JointModel) -> dict[str, dict[str, Tensor]]:
     """Tensors of the two halves, and of the drafter's average if there is one, by the folder that each is stored in."""
-    tensors = {"base/model": named_tensors(model.base), "drafter/model": named_tensors(model.drafter)}
+    tensors = {"base/model": base_tensors(model), "drafter/model": named_tensors(model.drafter)}
     average = getattr(model, "drafter_average", None)
     return tensors if average is None else tensors | {AVERAGE: average}
 
@@ -198,15 +204,9 @@ def load_tensors(reader: Reader, tensors: dict[str, Tensor], ranks: Ranks | None
         if replicas is not None and not replicas.reads:
             return
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-                # Each rank plans what it reads by itself; there is nothing to agree on.
-                dcp.load(
-                    tensors,
-                    storage_reader=reader,
-                    planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                    no_dist=True,
-                )
+            # Each rank plans what it reads by itself; there is nothing to agree on.
+            planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            load_alone(tensors, reader, planner)
         except CheckpointException as error:
             wrapped = "; ".join(str(failure) for failure, _ in error.failures.values())
             raise Unreadable(f"loading {reader.folder} failed: {wrapped}") from None

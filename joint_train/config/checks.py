@@ -1,5 +1,6 @@
 """What can't work is refused here, before a process group is made or a weight is read."""
 
+import difflib
 import math
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -21,8 +22,10 @@ from joint_train.config.values import (
     unroll_limit,
 )
 from joint_train.errors import ConfigError
+from joint_train.metrics import TARGET_METRICS
 
 CHOICES: dict[str, tuple[str | bool | None, ...]] = {
+    "model.quantization": ("none", "as_saved"),
     "model.attn_implementation": ("auto", "by_layer_type", "sdpa", "flex_attention", "eager"),
     "drafter.pairing": ("serving", "same_token"),
     "drafter.rope_position": ("last_kv", "next_token"),
@@ -41,6 +44,7 @@ CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "activation_checkpointing.base": ("auto", "none", "every_n", "selective", "full"),
     "activation_checkpointing.drafter": ("auto", "none", "full", "layers"),
     "loss.compile": ("auto", True, False),
+    "model.export.weights": ("last", "best"),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
 }
 AT_LEAST = {
@@ -80,6 +84,7 @@ AT_LEAST = {
     "eval.generate_every": 0,
     "eval.prompts": 0,
     "eval.max_new_tokens": 1,
+    "eval.patience": 0,
     "tracking.log_every": 1,
     "tracking.diagnose_every": 0,
     "tracking.max_bad_steps": 1,
@@ -173,8 +178,10 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
     rows = cfg.model.resize_vocabulary
     if not isinstance(rows, bool) and not (isinstance(rows, int) and rows > 0):
         raise ConfigError(f"model.resize_vocabulary={rows}: must be true, false or a number of rows.")
+    _check_best(cfg)
     _check_lora(cfg)
     _check_served(cfg)
+    _check_quantization(cfg)
     check_uploads(cfg)
     try:
         parse_drafter_loss(cfg.loss)
@@ -195,6 +202,43 @@ def _check_second_moment(cfg: Config) -> None:
             f"optim.betas={list(cfg.optim.betas)}: {why} keeps the second moment in bfloat16, where times {beta:g} "
             "rounds back to what it was, so that it never falls again. Set "
             f"optim.betas=[{cfg.optim.betas[0]:g}, 0.95] (at most {most:g}), or {others}."
+        )
+
+
+def validation_metrics(cfg: Config) -> list[str]:
+    """Names of the metrics of a run's validations, without those of single sources and adapters."""
+    rounds = range(cfg.drafter.num_steps)
+    plain = [name for name in TARGET_METRICS if "{source}" not in name and "{adapter}" not in name]
+    names = [name for name in plain if "{metric}" not in name]
+    names += [f"dense_{name}" for name in names if name.startswith(("agreement", "acceptance", "accepted"))]
+    each = [name.format(k=k) for name in names for k in (rounds if "{k}" in name else [0])]
+    return [f"val/{name}" for name in dict.fromkeys(each)] + ["val/tokens_per_forward"]
+
+
+def _check_best(cfg: Config) -> None:
+    """``checkpoint.keep_best`` is a metric that the run will have, and what needs it has it."""
+    best = cfg.checkpoint.keep_best
+    for key, wanted in (("eval.patience", cfg.eval.patience), ("model.export.weights", cfg.model.export.weights)):
+        if wanted not in (0, "last") and best is None:
+            raise ConfigError(
+                f"{key}={wanted} needs to know what is better: set checkpoint.keep_best, e.g. to val/base_loss or "
+                "-val/accepted_length_expected (with the minus the highest value is the best)."
+            )
+    if best is None:
+        return
+    name, known = best.removeprefix("-"), validation_metrics(cfg)
+    of_source = name.startswith("val/") and name.count("/") > 1
+    if name not in known and not of_source:
+        meant = difflib.get_close_matches(name if name.startswith("val/") else f"val/{name}", known, 1)
+        hint = f" Did you mean {'-' * best.startswith('-')}{meant[0]}?" if meant else ""
+        raise ConfigError(
+            f"checkpoint.keep_best={best}: a run's validations don't measure that.{hint} Known are {known[0]}, "
+            f"{known[-1]} and the others of docs/metrics.md, each with val/ in front."
+        )
+    if not cfg.data.val:
+        raise ConfigError(
+            f"checkpoint.keep_best={best} is measured on validation data, and data.val is empty: set data.val, or "
+            "checkpoint.keep_best=null."
         )
 
 
@@ -260,3 +304,30 @@ def _check_served(cfg: Config) -> None:
         )
     if cfg.parallel.compile:
         raise ConfigError("parallel.compile=true doesn't work with model.adapters: set parallel.compile=false.")
+
+
+def _check_quantization(cfg: Config) -> None:
+    """Quantised weights can't be trained: the base is frozen or has adapters, and nothing else of it changes."""
+    m, key = cfg.model, f"model.quantization={cfg.model.quantization}"
+    if m.quantization == "none":
+        return
+    if not (cfg.freeze.base or cfg.lora.r or m.continue_adapter):
+        raise ConfigError(
+            f"{key}: quantised weights can't be trained. Set freeze.base=true to train the drafter alone, or lora.r "
+            "(e.g. 16) for adapters on the base."
+        )
+    if not cfg.freeze.towers:
+        raise ConfigError(f"{key}: freeze.towers=false would train the base's towers: set freeze.towers=true.")
+    if m.quantization != "as_saved":
+        return
+    if m.adapter and not (m.continue_adapter and len(parse_adapters(m.adapter)) == 1):
+        raise ConfigError(
+            f"{key}: model.adapter would be merged into a base that isn't exported, since it stays as it is saved. Set "
+            "model.adapters for a drafter of the base under adapters, model.continue_adapter=true to train one on, or "
+            "give the bfloat16 base."
+        )
+    if m.resize_vocabulary is not False:
+        raise ConfigError(f"{key}: the tables of a base that stays as it is saved can't grow: leave out "
+                          "model.resize_vocabulary, or give the bfloat16 base.")  # fmt: skip
+    if m.export.kv_shared_weights:
+        raise ConfigError(f"{key}: no base is exported, so that model.export.kv_shared_weights=true does nothing.")

@@ -18,6 +18,7 @@ def conf_dir() -> Path:
 
 
 SOURCES = ("data.train", "data.val")  # keys that hold lists of sources
+ADDED = ("experiment", "recipe")  # prepared settings of several groups, added to the others with a +
 RUN = "run"  # what the keys that stand in no group are called here
 
 
@@ -58,7 +59,7 @@ def _default(field: dataclasses.Field) -> str:
 def choices() -> dict[str, list[str]]:
     """The files of ``conf/`` by group, as they are chosen on the command line."""
     found = {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in sorted(conf_dir().iterdir())}
-    return {"+" * (group == "experiment") + group: names for group, names in found.items() if names}
+    return {"+" * (group in ADDED) + group: names for group, names in found.items() if names}
 
 
 def help_text(wanted: list[str]) -> str:

@@ -23,6 +23,9 @@ def key(default: Any, help: str) -> Any:
 @dataclass
 class ExportConfig:
     at_end: bool = key(True, "write OUTPUT_DIR/export/{base,drafter} when the run ends")
+    weights: str = key(
+        "last", "what is exported at the end: last: the last step | best: the best checkpoint by checkpoint.keep_best"
+    )
     max_shard_size: str = key("5GB", "largest safetensors file of an export")
     push_to_hub: str | None = key(None, "also push the export at the end to the repositories ID-base and ID-drafter")
     private: bool = key(True, "create the repositories of push_to_hub as private ones")
@@ -47,6 +50,11 @@ class ModelConfig:
         False, "true: grow the tables of both models to what the tokenizer needs | a number of rows | false"
     )
     dtype: str = key("bfloat16", "dtype of loaded and exported weights; only bfloat16, as drafters have no other")
+    quantization: str = key(
+        "none",
+        "none | as_saved: the base's folder holds quantised weights (compressed-tensors, fp8, gemma, gptq, awq, "
+        "modelopt, GGUF), which stay as they are: with freeze.base=true or adapters (lora.r)",
+    )
     revision: str | None = key(None, "hub revision of the base")
     drafter_revision: str | None = key(None, "hub revision of the drafter")
     cache_dir: str | None = key(None, "hub cache folder")
@@ -159,8 +167,10 @@ class OptimConfig:
         "cosine | linear | constant | wsd (constant, then linear), after the warm-up and until freeze.base_after",
     )
     min_lr_ratio: float = key(0.1, "final learning rate as a fraction of the peak")
-    drafter_schedule: str | None = key(None, "the drafter's schedule; null: as schedule")
-    drafter_min_lr_ratio: float | None = key(None, "the drafter's min_lr_ratio; null: as min_lr_ratio")
+    drafter_schedule: str | None = key(
+        "wsd", "the drafter's schedule, which stays up while the base moves; null: as schedule"
+    )
+    drafter_min_lr_ratio: float | None = key(0.0, "the drafter's min_lr_ratio; null: as min_lr_ratio")
     drafter_ema: float = key(
         0.0,
         "decay of an average of the drafter's weights over the steps, such as 0.98, which is validated and exported in "
@@ -237,7 +247,9 @@ class CheckpointConfig:
     keep_last: int = key(3, "number of newest checkpoints to keep; 0 keeps all")
     keep_every: int = key(0, "also keep each checkpoint whose step is a multiple of this; 0: none")
     keep_best: str | None = key(
-        None, "also keep the checkpoint with the lowest (with a leading '-', highest) value of this metric"
+        None,
+        "also keep the checkpoint with the lowest (with a leading '-', highest) value of this metric of the "
+        "validation, e.g. val/base_loss or -val/accepted_length_expected",
     )
     grace_seconds: int = key(120, "seconds to save after SIGTERM, SIGUSR1, SIGHUP or Ctrl-C")
     checksums: bool = key(True, "re-read checksums when choosing the checkpoint to resume from")
@@ -260,6 +272,12 @@ class EvalConfig:
         "validation prompts in an assisted generation; 0: none; null: 8, or none where it would outlast the validation",
     )
     max_new_tokens: int = key(64, "tokens generated for a prompt")
+    own_text: bool = key(
+        True, "at every validation also measure the drafter on what the base wrote in the last assisted generation"
+    )
+    patience: int = key(
+        0, "end the run after so many validations in a row that are no better by checkpoint.keep_best; 0: never"
+    )
 
 
 @dataclass
@@ -267,6 +285,7 @@ class TrackingConfig:
     wandb: str = key("auto", "auto: online with a key, else offline | online | offline | disabled")
     project: str = key("joint-train", "wandb project")
     name: str | None = key(None, "wandb run name; output_dir's last part by default")
+    log_export: bool = key(False, "also upload the folders of the export to wandb, as artifacts of the type model")
     tensorboard: bool = key(False, "also write TensorBoard files (needs the tensorboard package)")
     log_every: int = key(10, "steps between logged metrics; the host waits for the device only then")
     diagnose_every: int = key(0, "steps between the costly diagnostics (base gradient of the drafter's loss, drift)")

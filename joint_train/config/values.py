@@ -148,6 +148,11 @@ def base_of_adapter(cfg) -> str | None:
     return None if merged > 0 else cfg.model.base
 
 
+def as_saved(cfg) -> bool:
+    """Whether the base's weights are used as they are quantised in its folder. An export has no base then."""
+    return cfg.model.quantization == "as_saved"
+
+
 def grown_rows(cfg) -> int | None:
     """Rows that ``model.resize_vocabulary`` gives the vocabulary's tables, where it is a number; None otherwise."""
     rows = cfg.model.resize_vocabulary

@@ -22,7 +22,7 @@ FOREIGN = re.compile(
     re.MULTILINE,
 )
 # Without one of these a text has nothing of that: looking for them takes a twentieth of the time.
-HINTS = ("<", "INST]", "Assistant:", "ASSISTANT:", "### ")
+HINTS = ("<", "INST]", "Assistant:", "ASSISTANT:", "###")
 PLAIN = ("system", "user", "assistant")
 
 

@@ -12,23 +12,28 @@ from joint_train.data.messages import kind_of
 from joint_train.errors import DataError
 
 
-def parse(record: Record, source: SourceConfig) -> dict[str, Any]:
+def parse(record: Record, source: SourceConfig, answered: bool = True) -> dict[str, Any]:
     """The example of a record (see :mod:`joint_train.data.formats`); its images, if there are any, in ``images``.
+
+    Args:
+        answered: False also takes a record that only asks; its answer is then empty.
 
     Raises:
         DataError: what is wrong with it, with file and line.
     """
-    return understand(record, source).example
+    return understand(record, source, answered).example
 
 
-def understand(record: Record, source: SourceConfig) -> Adapted:
-    """The example of a record, with its format and the columns that it was made of.
+def understand(record: Record, source: SourceConfig, answered: bool = True) -> Adapted:
+    """The example of a record, with its format and the columns that it was made of; arguments as :func:`parse` has.
 
     Raises:
         DataError: what is wrong with it, with file and line.
     """
     try:
         row = row_of(record)
+        if not answered:
+            row = _with_an_answer(row, source.columns)
         arrow = not isinstance(record.data, bytes)
         adapted = formats.adapt(row, source.format, source.columns, arrow, source.ignore)
         adapted.where = f"{record.file}:{record.line}"
@@ -46,6 +51,17 @@ def understand(record: Record, source: SourceConfig) -> Adapted:
         return adapted
     except DataError as error:
         raise DataError(f"{record.file}:{record.line}: {error}") from None
+
+
+def _with_an_answer(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """A row that only asks (``{"prompt": …}``), with the empty answer that its format needs; others as they are."""
+    fields = formats.Fields(row, columns, False)
+    if fields.has("messages", "conversations", "conversation", "text"):
+        return row
+    for asked, answered in ((formats.INSTRUCTION, formats.OUTPUT), (formats.PROMPT, formats.RESPONSE)):
+        if fields.has(*asked) and not fields.has(*answered):
+            return {**row, fields.column(answered[0]): ""}
+    return row
 
 
 def row_of(record: Record) -> dict[str, Any]:

@@ -1,23 +1,28 @@
 """Speculative decoding with a base and its drafter, measured against plain decoding.
 
     python -m joint_train.evaluate BASE DRAFTER [options]
+    python -m joint_train.evaluate BASE DRAFTER --against OTHER_DRAFTER    before and after, paired
+    python -m joint_train.evaluate BASE DRAFTER --recommend --gpu h100     how many tokens to draft
     python -m joint_train.evaluate BASE DRAFTER --engine vllm              how to serve this pair
     python -m joint_train.evaluate --engine vllm --url URL [options]       measures a running server
     python -m joint_train.evaluate compare RUN RUN …
 
 Prompt sets: `general` (40 prompts in eight categories), `starter` (held-out docstrings of the standard library), or a
-JSONL file in any format that training data has.
+JSONL file in any format that training data has, also of prompts without answers (`{"prompt": …}`).
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from joint_train.command import start
 from joint_train.errors import ConfigError
+from joint_train.plan.machine import CARDS
 
 SERVING: dict[str, bool | Literal["llamacpp"]] = {"transformers": False, "engine": True, "llamacpp": "llamacpp"}
 
@@ -28,14 +33,32 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("base", metavar="BASE", nargs="?", help="folder or hub id of the base")
     parser.add_argument("drafter", metavar="DRAFTER", nargs="?", help="folder or hub id of its drafter")
-    parser.add_argument("--prompts", default="general", help="general | starter | a JSONL file (default: general)")
-    parser.add_argument("--limit", type=int, help="at most this many prompts")
+    parser.add_argument(
+        "--prompts",
+        action="append",
+        help="general | starter | a JSONL file (default: general); given again: more of them, reported by source",
+    )
+    parser.add_argument("--limit", type=int, help="at most this many prompts of each set")
     parser.add_argument(
         "--chat-template-kwargs",
         type=template_options,
-        default={},
+        action="append",
         metavar="JSON",
-        help="for the chat template, as data.chat_template_kwargs in training, e.g. '{\"enable_thinking\": true}'",
+        help="for the chat template, as data.chat_template_kwargs in training, e.g. '{\"enable_thinking\": true}'; "
+        "given again: measured with each, side by side",
+    )
+    parser.add_argument(
+        "--adapters",
+        action="append",
+        metavar="[NAME=]DIR",
+        help="PEFT LoRA folder or hub id that is served on the base (model.adapters of the run): also measured with "
+        "it; may be given again",
+    )
+    parser.add_argument(
+        "--against", metavar="DRAFTER", help="another drafter of the base, such as the one before tuning"
+    )
+    parser.add_argument(
+        "--write-card", action="store_true", help="put the table of --against into the README.md of DRAFTER's folder"
     )
     parser.add_argument("--num-steps", type=step_list, help="K: 4, 1-8 or 1,2,4 (default 1-8)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens for a prompt (default 128)")
@@ -55,6 +78,18 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], help="auto (default): bfloat16 on GPU")
     parser.add_argument("--device", help="cuda, cpu, … (default: a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of samples and bootstrap (default 0)")
+    advice = parser.add_argument_group("how many tokens to draft")
+    advice.add_argument("--recommend", action="store_true", help="find what makes the most tokens a second")
+    advice.add_argument("--gpu", choices=sorted(CARDS), help="card to serve on (default: this machine's, or h100)")
+    advice.add_argument(
+        "--batch-sizes", type=step_list, default=[1, 8, 64], help="sequences that are decoded together (default 1,8,64)"
+    )
+    advice.add_argument(
+        "--set-drafts",
+        type=int,
+        metavar="BATCH",
+        help="write the best number for this batch size into DRAFTER's generation_config.json (num_assistant_tokens)",
+    )
     server = parser.add_argument_group("a running server")
     server.add_argument(
         "--engine", choices=["vllm", "sglang", "llamacpp"], help="measure this engine; without --url: how to serve"
@@ -112,21 +147,56 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--url needs --engine vllm, --engine sglang or --engine llamacpp.")
     if (args.drafter is None) and (args.base is not None or not args.url):
         raise ConfigError("give the base and its drafter: BASE DRAFTER.")
+    if args.write_card and not args.against:
+        raise ConfigError("--write-card writes the table of --against: give the other drafter.")
+    if args.set_drafts is not None and not args.recommend:
+        raise ConfigError("--set-drafts needs --recommend.")
+    if args.set_drafts is not None and args.set_drafts not in args.batch_sizes and not args.engine:
+        raise ConfigError(f"--set-drafts={args.set_drafts} is none of --batch-sizes.")
     if args.engine:
         given = {"--serving": args.serving, "--device": args.device, "--thresholds": args.thresholds}
         if args.url:  # the server was started with them
             given |= {"--num-steps": args.num_steps, "--dtype": args.dtype}
         if unused := [name for name, value in given.items() if value is not None]:
             raise ConfigError(f"{', '.join(unused)}: the server decides that; leave it out with --engine.")
+        if args.against or args.adapters:
+            raise ConfigError("--against and --adapters: a server has one pair; leave them out with --engine.")
+        if len(args.prompts or []) > 1 or len(args.chat_template_kwargs or []) > 1:
+            raise ConfigError("--prompts and --chat-template-kwargs: give each once with --engine.")
+        if args.recommend and not (args.url and args.drafter):
+            raise ConfigError("--recommend with --engine measures a running server: give BASE DRAFTER and --url.")
 
 
-def run(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class Column:
+    """One way to measure the prompts: with these options of the chat template, and this adapter on the base."""
+
+    name: str
+    options: dict[str, Any]
+    adapter: str | None
+
+
+def columns_of(options: Sequence[dict[str, Any]], adapters: Sequence[str]) -> list[Column]:
+    """Every choice of options without and with each adapter."""
+    made = []
+    for chosen in options:
+        for adapter in (None, *adapters):
+            said = ", ".join(f"{name}={json.dumps(value)}" for name, value in chosen.items())
+            parts = [said or "no options"] if len(options) > 1 else []
+            parts += [adapter or "the base alone"] if adapters else []
+            made.append(Column(", ".join(parts), chosen, adapter))
+    return made
+
+
+def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> int:
     """Evaluate a pair; 1 if speculative decoding gave another text by more than rounding."""
     import torch
     import transformers
 
+    from joint_train.config.values import parse_served
     from joint_train.data.fit import check_ids
     from joint_train.data.tokenizer import read_tokenizer
+    from joint_train.evaluate import against
     from joint_train.evaluate.measure import measure, sampling
     from joint_train.evaluate.prompts import load_prompts, warn_of_template
     from joint_train.evaluate.report import page, text
@@ -134,6 +204,8 @@ def run(args: argparse.Namespace) -> int:
     from joint_train.pair.compatibility import check_pair
     from joint_train.weights.folders import resolve
     from joint_train.weights.loading import load_to_generate
+    from joint_train.weights.peft_folder import read_folders
+    from joint_train.weights.served import put_on_base
 
     args.num_steps, args.serving = args.num_steps or step_list("1-8"), args.serving or "transformers"
     engine = SERVING[args.serving]
@@ -142,18 +214,37 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     automatic = torch.bfloat16 if device.startswith("cuda") else torch.float32
     dtype = automatic if args.dtype in (None, "auto") else getattr(torch, args.dtype)
-    folders = [resolve(args.base), resolve(args.drafter)]
+    drafters = [args.drafter, *([args.against] if args.against else [])]
+    folders = [resolve(path) for path in (args.base, *drafters)]
     configs = [transformers.AutoConfig.from_pretrained(folder) for folder in folders]
-    for folder, config, drafts in zip(folders, configs, (False, True), strict=True):
+    for folder, config, drafts in zip(folders, configs, (False, *[True] * len(drafters)), strict=True):
         if hasattr(config, "backbone_hidden_size") != drafts:
             raise ConfigError(f"{folder} is a {config.model_type}: give the base first, then its drafter.")
-    check_pair(*configs)
+    for config in configs[1:]:
+        check_pair(configs[0], config)
+    specs = parse_served([adapter_spec(text) for text in args.adapters or []])
+    adapter_folders = read_folders(specs, None, "--adapters")
     tokenizer = read_tokenizer(folders[0])
-    prompts = load_prompts(args.prompts, tokenizer, args.limit, args.chat_template_kwargs)
-    check_ids([prompt.ids for prompt in prompts], tokenizer, configs[0])
-    base, drafter = (load_to_generate(folder, dtype, device) for folder in folders)
-    warn_of_template(tokenizer, base.generation_config, args.chat_template_kwargs)
+    columns = columns_of(args.chat_template_kwargs or [{}], [spec.name for spec in specs])
+    prompts_of = [load_prompts(args.prompts or ["general"], tokenizer, args.limit, c.options) for c in columns]
+    check_ids([prompt.ids for prompts in prompts_of for prompt in prompts], tokenizer, configs[0])
+    base, drafter, *others = (load_to_generate(folder, dtype, device) for folder in folders)
+    adapters = put_on_base(base, [s.name for s in specs], adapter_folders, dtype, device, "--adapters")
+    for options in args.chat_template_kwargs or [{}]:
+        warn_of_template(tokenizer, base.generation_config, options)
 
+    def measured(column: int, drafter: transformers.PreTrainedModel, thresholds: Sequence[float], what: str) -> dict:
+        def named(of: str, done: int, total: int) -> None:
+            progress(f"{what}{of}", done, total)
+
+        with adapters.alone(columns[column].adapter):
+            return measure(
+                base, drafter, tokenizer, prompts_of[column], args.num_steps, args.max_new_tokens,
+                ignore_eos=args.ignore_eos, engine=engine, thresholds=thresholds, seed=args.seed, progress=named,
+            )  # fmt: skip
+
+    several = len(columns) > 1
+    prompts = prompts_of[0]
     results = {
         "base": args.base,
         "drafter": args.drafter,
@@ -166,38 +257,161 @@ def run(args: argparse.Namespace) -> int:
             "ignore_eos": args.ignore_eos,
             "serving": args.serving,
             "thresholds": thresholds,
+            "chat_template_kwargs": columns[0].options,
+            "adapters": {spec.name: spec.path for spec in specs},
             "dtype": str(dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
             "seed": args.seed,
         },
-        "prompts": {"name": args.prompts, "count": len(prompts), "turns": bool(tokenizer.chat_template)},
-        **measure(
-            base, drafter, tokenizer, prompts, args.num_steps, args.max_new_tokens,
-            ignore_eos=args.ignore_eos, engine=engine, thresholds=thresholds, seed=args.seed, progress=progress,
-        ),
+        "prompts": {
+            "name": ", ".join(args.prompts or ["general"]),
+            "count": len(prompts),
+            "turns": bool(tokenizer.chat_template),
+        },
+        **measured(0, drafter, thresholds, f"{columns[0].name}: " if several else ""),
         "sampling": None,
-    }  # fmt: skip
-    if args.temperature > 0:
-        k = max(args.num_steps)
-        results["sampling"] = sampling(
-            base, drafter, prompts, k, args.max_new_tokens, args.temperature, args.seed, engine
-        )
+    }
+    if several:
+        made = [results, *(measured(i, drafter, (), f"{columns[i].name}: ") for i in range(1, len(columns)))]
+        keys = ("plain", "speculative", "where")
+        results["columns"] = [
+            {"name": c.name, "chat_template_kwargs": c.options, "adapter": c.adapter, **{k: m[k] for k in keys}}
+            for c, m in zip(columns, made, strict=True)
+        ]
+    with adapters.alone(columns[0].adapter):
+        if args.temperature > 0:
+            k, n, temperature = max(args.num_steps), args.max_new_tokens, args.temperature
+            results["sampling"] = sampling(base, drafter, prompts, k, n, temperature, args.seed, engine, progress)
+        if args.recommend:
+            results["recommend"] = recommended(args, base, drafter, prompts, thresholds, progress)
+    if args.against:
+        other = measured(0, others[0], (), "against: ")
+        rows = against.compare(results, other, args.seed)
+        results["against"] = {"drafter": args.against, "rows": rows, "speculative": other["speculative"]}
     args.out.mkdir(parents=True, exist_ok=True)
-    replace(args.out / "evaluation.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    replace(args.out / "evaluation.html", page(results))
+    written = [args.out / "evaluation.json", args.out / "evaluation.html"]
+    replace(written[0], json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    replace(written[1], page(results))
     print(text(results))
-    print(f"written: {args.out / 'evaluation.json'}, {args.out / 'evaluation.html'}")
-    margins = [d["margin"] for s in results["speculative"] for d in s["differences"]]
+    if args.against:
+        table = against.markdown(results)
+        written.append(args.out / "before_after.md")
+        replace(written[-1], table + "\n")
+        if args.write_card:
+            written.append(against.put_into_card(args.drafter, table))
+    if args.set_drafts is not None:
+        written += set_drafts(args, results["recommend"])
+    print(f"written: {', '.join(map(str, written))}")
+    decoded = [results, *results.get("columns", [])[1:], *([results["against"]] if args.against else [])]
+    margins = [d["margin"] for found in decoded for s in found["speculative"] for d in s["differences"]]
     # Two orders of the same sum differ by a few units in the last place of logits of size 10 to 30. Nothing excuses a
     # text that just ends where the other goes on: it has no margin.
     return int(any(m is None or abs(m) > 256 * torch.finfo(dtype).eps for m in margins))
 
 
-def progress(what: str, done: int, total: int) -> None:
-    """One line that is written over, on a terminal."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r{what}: {done}/{total} prompts" + ("\n" if done == total else ""))
-        sys.stderr.flush()
+def adapter_spec(text: str) -> Any:
+    """``NAME=DIR`` or ``DIR`` as ``model.adapters`` has it."""
+    name, equals, path = text.partition("=")
+    return {"path": path, "name": name} if equals and "/" not in name else text
+
+
+def card_of(args: argparse.Namespace) -> str:
+    """``--gpu``, or this machine's where it is known."""
+    import torch
+
+    found = torch.cuda.get_device_name().lower().replace(" ", "") if torch.cuda.is_available() else ""
+    return args.gpu or next((name for name in sorted(CARDS, key=len, reverse=True) if name in found), "h100")
+
+
+def recommended(args, base, drafter, prompts, thresholds, progress) -> dict[str, Any]:
+    """What :func:`joint_train.evaluate.recommend.recommend` finds, with a pass over the prompts of its own."""
+    from joint_train.evaluate.cost import Roofline
+    from joint_train.evaluate.decoding import decode, pictures_of
+    from joint_train.evaluate.recommend import Trace, recommend
+
+    traces, k, card = [], max(args.num_steps), card_of(args)
+    for i, prompt in enumerate(prompts):
+        progress("drafts at each token", i, len(prompts))
+        options = {"ignore_eos": args.ignore_eos, "engine": True, "scout": True, **pictures_of(prompt)}
+        traces.append(Trace.of(decode(base, drafter, prompt.ids, k, args.max_new_tokens, **options)))
+    progress("drafts at each token", len(prompts), len(prompts))
+    answers = sum(len(trace.matches) / 2 for trace in traces)
+    context = round((sum(len(prompt.ids) for prompt in prompts) + answers) / len(prompts))
+    cost = Roofline(base, drafter, CARDS[card], context)
+    found = recommend(traces, cost, range(1, k + 1), thresholds, args.batch_sizes, args.seed)
+    return {"cost": f"the roofline of one {card} in bfloat16 with a context of {context:,} tokens", **found}
+
+
+def recommended_of_server(args: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
+    """The same from what was measured of a running server, whose times the roofline is fitted to."""
+    import torch
+    import transformers
+
+    from joint_train.evaluate.cost import Roofline, measured_factors
+    from joint_train.evaluate.recommend import recommend_served
+    from joint_train.weights.folders import resolve
+    from joint_train.weights.loading import build_meta
+
+    models = []
+    for path in (args.base, args.drafter):
+        models.append(build_meta(transformers.AutoConfig.from_pretrained(resolve(path)), torch.bfloat16))
+    served, card = results["speculative"][0], card_of(args)
+    measured = {
+        row["concurrency"]: (row["tokens_per_second"], row["tokens_per_forward"])
+        for row in results["concurrency"]
+        if row["tokens_per_forward"]
+    }
+    cost = Roofline(models[0], models[1], CARDS[card], args.max_new_tokens)
+    cost.factors = measured_factors(cost, served["num_steps"], measured)
+    said = ", ".join(f"{factor:.2g} at {batch}" for batch, factor in cost.factors.items())
+    return {
+        "cost": f"the times of {args.url}, split into base and drafter by the roofline of one {card}",
+        "note": f"Measured times are these multiples of the roofline's, by requests at a time: {said}.",
+        **recommend_served(served, cost, measured),
+    }
+
+
+def set_drafts(args: argparse.Namespace, found: dict[str, Any]) -> list[Path]:
+    """Write the best number of drafts for ``--set-drafts`` sequences into the drafter's folder; the file, if any."""
+    from joint_train.evaluate.recommend import set_num_assistant_tokens
+
+    best = found["best_without_threshold"].get(str(args.set_drafts))
+    if best is None:
+        raise ConfigError(f"--set-drafts={args.set_drafts}: measured were {', '.join(map(str, found['batches']))}.")
+    if not best["num_steps"]:
+        print(
+            f"--set-drafts: with {args.set_drafts} sequences plain decoding is the fastest, so nothing is set",
+            file=sys.stderr,
+        )
+        return []
+    return [set_num_assistant_tokens(args.drafter, best["num_steps"])]
+
+
+def run_on_server(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> int:
+    """Measure a running server, or print how to serve the pair."""
+    try:
+        from joint_train.evaluate.served import run as run_served
+    except ModuleNotFoundError as error:
+        if error.name not in ("httpx", "prometheus_client"):
+            raise
+        raise ConfigError(f"--engine needs {error.name}: pip install 'joint-train[serving]'") from None
+    args.prompts = (args.prompts or ["general"])[0]
+    args.chat_template_kwargs = (args.chat_template_kwargs or [{}])[0]
+    code = run_served(args, progress)
+    if args.recommend:
+        from joint_train.evaluate import recommend
+        from joint_train.evaluate.page import html
+        from joint_train.files import replace
+
+        file = args.out / "evaluation.json"
+        results = json.loads(file.read_text(encoding="utf-8"))
+        found = results["recommend"] = recommended_of_server(args, results)
+        replace(file, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        page = args.out / "recommendation.html"
+        replace(page, html("How many tokens to draft", found["cost"], [recommend.section(found)]))
+        written = [page, *(set_drafts(args, found) if args.set_drafts is not None else [])]
+        print("\n".join([*recommend.text(found), f"written: {', '.join(map(str, written))}"]))
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -209,16 +423,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def work() -> int:
+        from joint_train.evaluate.progress import shown_progress
+
         check(args)
-        if not args.engine:
-            return run(args)
-        try:
-            from joint_train.evaluate.served import run as run_served
-        except ModuleNotFoundError as error:
-            if error.name not in ("httpx", "prometheus_client"):
-                raise
-            raise ConfigError(f"--engine needs {error.name}: pip install 'joint-train[serving]'") from None
-        return run_served(args, progress)
+        with shown_progress() as progress:
+            return (run_on_server if args.engine else run)(args, progress)
 
     return start("joint_train.evaluate", work)
 

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import rich.console
+import rich.markup
+import rich.table
+
 from joint_train.config import read_written
 from joint_train.errors import ConfigError
-from joint_train.evaluate.page import Section, Table, figure, html, plots_available
+from joint_train.evaluate.page import Section, Table, figure, html, plots_available, whole_numbers
 from joint_train.files import replace
 from joint_train.metrics import SUMMARY
 
@@ -104,6 +108,16 @@ def result_rows(runs: Sequence[Run]) -> list[list[str]]:
     return rows
 
 
+def in_numbers(run: Run) -> dict[str, Any]:
+    """A run for other programs: first and last value of each metric of the summary, and its settings."""
+    series = {metric: values for metric in SUMMARY if (values := run.series(metric))}
+    return {
+        "steps": run.records[-1]["step"],
+        "metrics": {metric: {"first": values[0][1], "last": values[-1][1]} for metric, values in series.items()},
+        "config": run.config,
+    }
+
+
 def smooth(series: list[tuple[int, float]]) -> list[tuple[float, float]]:
     """Means of consecutive pieces, if there are many points."""
     size = math.ceil(len(series) / SMOOTHING)
@@ -122,6 +136,7 @@ def curve(runs: Sequence[Run], metric: str) -> str | None:
             if points:
                 marker = {"marker": "o", "markersize": 3} if len(points) < 20 else {}
                 axes.plot(*zip(*points, strict=True), label=run.name, linewidth=1.4, **marker)
+        whole_numbers(axes)
 
     return figure(draw, "step", "")
 
@@ -146,12 +161,17 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m joint_train.evaluate compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output folders of runs")
     parser.add_argument("--out", type=Path, default=Path("comparison.html"), help="page to write (comparison.html)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args(argv)
     runs = [load_run(folder, name) for folder, name in zip(args.runs, names(args.runs), strict=True)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     replace(args.out, page(runs))
-    width = max(18, 2 + max(len(run.name) for run in runs))
-    for what, *values in [["", *(run.name for run in runs)], *result_rows(runs), *differences(runs)]:
-        print(f"{what:<34}" + "".join(f"{value:<{width}}" for value in values).rstrip())
+    if args.json:
+        print(json.dumps({run.name: {"folder": str(run.folder), **in_numbers(run)} for run in runs}, indent=1))
+        return 0
+    table = rich.table.Table("", *(run.name for run in runs), box=None, pad_edge=False)
+    for row in [*result_rows(runs), *differences(runs)]:
+        table.add_row(*map(rich.markup.escape, row))
+    rich.console.Console(highlight=False).print(table)
     print(f"written: {args.out}")
     return 0

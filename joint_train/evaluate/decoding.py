@@ -7,7 +7,7 @@ token with any drafter: it is the mean number of tokens of a verification, 1 wit
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,6 +35,7 @@ class Decoded:
         drafted: for each verification (each base forward after the prompt's), the number of drafts it was given.
         settled: for each verification, the tokens it settled: the accepted drafts and one of the base's own.
         confidences: for each verification, the drafter's largest probability for each of its drafts.
+        drafts: for each verification, what was drafted, with ``scout`` alone.
         ended: whether it ended with an end token, rather than with its budget.
         seconds: of the whole generation, the prompt's forward included.
     """
@@ -43,6 +44,7 @@ class Decoded:
     drafted: list[int] = field(default_factory=list)
     settled: list[int] = field(default_factory=list)
     confidences: list[list[float]] = field(default_factory=list)
+    drafts: list[list[int]] = field(default_factory=list)
     ended: bool = False
     seconds: float = 0.0
 
@@ -72,6 +74,8 @@ def decode(
     engine: Engine = False,
     way: str | None = None,
     threshold: float = 0.0,
+    scout: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Decoded:
     """Decode one prompt. ``suppress_tokens`` of both generation configurations hold.
 
@@ -85,6 +89,8 @@ def decode(
         way: what is drafted, and how accepted, see :mod:`joint_train.evaluate.drafting`; by default as it is served:
             ``argmax`` with ``engine``, else ``biased``. Of no account to greedy decoding.
         threshold: stop drafting where the drafter's confidence is below it.
+        scout: draft at each token of plain decoding, and verify nothing.
+        inputs: of the base's first forward, for the prompt's pictures.
     """
     device = input_embedding(base).weight.device
     ids = torch.tensor([list(prompt_ids)], device=device)
@@ -100,7 +106,7 @@ def decode(
         config.temperature, config.top_k, config.top_p = temperature, 0, 1.0
     lengths: list[int] = []
     streamer = SettledTokens()
-    drafting = Drafting(num_steps, way or ("argmax" if engine else "biased"), temperature, engine, threshold)
+    drafting = Drafting(num_steps, way or ("argmax" if engine else "biased"), temperature, engine, threshold, scout)
     assisted: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         if drafter is not None:
@@ -114,6 +120,8 @@ def decode(
         synchronize(device)
         started = time.perf_counter()
         generate = cast("GenerativePreTrainedModel", base).generate
+        for name, value in (inputs or {}).items():
+            assisted[name] = value.to(device, base.dtype if value.is_floating_point() else None)
         out = generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, synced_gpus=False, **assisted)
         synchronize(device)
         seconds = time.perf_counter() - started
@@ -123,9 +131,15 @@ def decode(
         drafted=[length - 1 for length in lengths[1:]],
         settled=streamer.counts[2:],
         confidences=drafting.confidences,
+        drafts=drafting.drafts,
         ended=bool(new) and new[-1] in ends,
         seconds=seconds,
     )
+
+
+def pictures_of(prompt: Prompt) -> dict[str, Any]:
+    """:func:`decode`'s ``inputs`` of a prompt that has pictures."""
+    return {"inputs": prompt.inputs} if prompt.inputs else {}
 
 
 def end_tokens(base: PreTrainedModel) -> list[int]:
@@ -175,6 +189,7 @@ def accepted_length(
     max_new_tokens: int,
     progress: Callable[[], None] = lambda: None,
     adapters: Adapters | None = None,
+    engine: bool = False,
 ) -> dict[str, Any]:
     """Tokens per base forward in greedy assisted generation, with models that may be sharded.
 
@@ -186,11 +201,12 @@ def accepted_length(
         num_steps: K, drafts for a verification.
         progress: is called before each forward of the base, on all ranks as often; it may be collective, and raise.
         adapters: on the base; each prompt is decoded under its own.
+        engine: as for :func:`decode`.
 
     Returns:
         ``tokens_per_forward``; ``by_adapter``: that over the prompts of each adapter, by its name; ``accepted_{k}``:
-        share of verifications whose draft k was accepted, with all before it; ``examples``: dictionaries of prompt,
-        text and tokens per forward, for a table.
+        share of verifications whose draft k was accepted, with all before it; ``answers``: the tokens of each prompt's
+        text; ``examples``: dictionaries of prompt, text and tokens per forward, for a table.
     """
     training = {model: model.training for model in (base, drafter)}
     mine = {}
@@ -200,7 +216,7 @@ def accepted_length(
         with Lockstep(base, drafter, progress):
             for number, prompt in share_of(prompts):
                 with contextlib.nullcontext() if adapters is None else adapters.alone(prompt.adapter):
-                    mine[number] = decode(base, drafter, prompt.ids, num_steps, max_new_tokens)
+                    mine[number] = decode(base, drafter, prompt.ids, num_steps, max_new_tokens, **pictures_of(prompt))
     finally:
         for model, mode in training.items():
             model.train(mode)
@@ -215,6 +231,7 @@ def accepted_length(
         "tokens_per_forward": tokens_per_forward(decoded),
         "by_adapter": {name: tokens_per_forward(of) for name, of in of_adapters.items()},
         **{f"accepted_{k}": sum(accepted > k for _, accepted in steps) / drafted[k] for k in range(num_steps)},
+        "answers": [d.ids for d in decoded],
         "examples": [
             {
                 "prompt": prompt.text,

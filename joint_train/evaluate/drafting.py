@@ -42,7 +42,9 @@ class Drafting:
         engine: what the drafter sees, see :func:`settled_states`.
         threshold: drafting stops before a token that is less probable: the largest probability of q, whatever is
             drafted (``p_min`` of llama.cpp, whose q has the ten most likely tokens and no temperature).
+        scout: draft and keep the drafts from the base: decoding is plain, and has drafts at each of its tokens.
         confidences: for each verification, the largest probability of q for each draft.
+        drafts: with ``scout`` the drafts themselves.
     """
 
     num_steps: int
@@ -50,7 +52,9 @@ class Drafting:
     temperature: float = 0.0
     engine: Engine = False
     threshold: float = 0.0
+    scout: bool = False
     confidences: list[list[float]] = field(default_factory=list)
+    drafts: list[list[int]] = field(default_factory=list)
 
 
 class Drafts(SinglePositionMultiTokenCandidateGenerator):
@@ -105,6 +109,9 @@ class Drafts(SinglePositionMultiTokenCandidateGenerator):
             logits.append(q)
             confidences.append(confidence)
         drafting.confidences.append(torch.stack(confidences).tolist() if tokens else [])
+        if drafting.scout:
+            drafting.drafts.append(torch.cat(tokens, dim=1)[0].tolist() if tokens else [])
+            return input_ids, None
         if not tokens:
             return input_ids, None
         return torch.cat([input_ids, *tokens], dim=1), torch.stack(logits, dim=1)

@@ -1,7 +1,8 @@
 """The measurement: plain greedy decoding against speculative decoding with K = 1, 2, … drafts, and sampling."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -9,11 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from joint_train.evaluate.calibration import reliability, stopped
-from joint_train.evaluate.decoding import Decoded, acceptance_steps, decode
+from joint_train.evaluate.decoding import Decoded, acceptance_steps, decode, pictures_of
 from joint_train.evaluate.drafting import Engine
 from joint_train.evaluate.intervals import interval
 from joint_train.evaluate.prompts import Prompt
+from joint_train.evaluate.report import best
+from joint_train.evaluate.where import where
 from joint_train.pair.halves import input_embedding
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many prompts of it are done, and of how many."""
 
 SUSPICIOUS = 4.0  # standard errors: less than once in 10,000 by chance
 
@@ -31,7 +37,7 @@ def measure(
     engine: Engine = False,
     thresholds: Sequence[float] = (),
     seed: int = 0,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Decode every prompt plainly and with every K in ``num_steps``, greedily; with the last K also once for each of
     ``thresholds``, at which drafting stops.
@@ -40,29 +46,30 @@ def measure(
 
     Args:
         engine: as for :func:`joint_train.evaluate.decoding.decode`.
-        progress: called with what is being done, how many prompts of it are done, and of how many.
 
     Returns:
-        JSON-able: ``plain``, ``speculative`` (one entry for each K), ``calibration``, ``examples``.
+        JSON-able: ``plain``, ``speculative`` (one entry for each K), ``where`` (for the fastest K, see
+        :func:`joint_train.evaluate.where.where`), ``calibration``, ``examples``.
     """
 
     def run(what: str, drafter: PreTrainedModel | None, k: int, **more: float) -> list[Decoded]:
         options: dict[str, Any] = {"ignore_eos": ignore_eos, "engine": engine, **more}
         # A warm-up: the first generation pays for kernels, caches and memory.
-        decode(base, drafter, prompts[0].ids, k, min(8, max_new_tokens))
+        decode(base, drafter, prompts[0].ids, k, min(8, max_new_tokens), **pictures_of(prompts[0]))
         decoded = []
         for i, prompt in enumerate(prompts):
             progress(what, i, len(prompts))
-            decoded.append(decode(base, drafter, prompt.ids, k, max_new_tokens, **options))
+            decoded.append(decode(base, drafter, prompt.ids, k, max_new_tokens, **options, **pictures_of(prompt)))
         progress(what, len(prompts), len(prompts))
         return decoded
 
     plain = run("plain", None, 0)
     tokens, seconds = [len(d.ids) for d in plain], [d.seconds for d in plain]
-    speculative, decoded = [], plain
+    speculative, of_k, decoded = [], {}, plain
     for k in num_steps:
-        decoded = run(f"K = {k}", drafter, k)
+        decoded = of_k[k] = run(f"K = {k}", drafter, k)
         speculative.append(summary(base, tokenizer, prompts, plain, decoded, k, seed))
+    top = best({"speculative": speculative})["num_steps"]
     at = [(t, run(f"K = {k}, threshold {t:g}", drafter, k, threshold=t)) for t in thresholds]
     calibration = {
         "num_steps": num_steps[-1],
@@ -73,9 +80,11 @@ def measure(
         "plain": {
             "tokens": sum(tokens),
             "seconds": sum(seconds),
+            "of_prompts": {"tokens": tokens, "seconds": seconds},
             "tokens_per_second": interval([tokens, seconds], lambda t, s: t / s, seed),
         },
         "speculative": speculative,
+        "where": {"num_steps": top, **where(prompts, of_k[top], tokenizer, seed)},
         "calibration": calibration,
         "examples": [
             {"category": p.category, "prompt": p.text, "text": tokenizer.decode(d.ids, skip_special_tokens=True)}
@@ -113,11 +122,22 @@ def summary(
         difference(base, tokenizer, i, prompt, one, other)
         for i, (prompt, one, other) in enumerate(zip(prompts, plain, decoded, strict=True))
     ]
+    steps = [[step for step in acceptance_steps(d) if step[0]] for d in decoded]
     return {
         "num_steps": num_steps,
         "tokens": sum(tokens),
         "seconds": sum(seconds),
         "verifications": sum(verifications),
+        "of_prompts": {
+            "tokens": tokens,
+            "seconds": seconds,
+            "settled": settled,
+            "verifications": verifications,
+            "drafted": [sum(drafts for drafts, _ in of_one) for of_one in steps],
+            "accepted": [sum(accepted for _, accepted in of_one) for of_one in steps],
+            "first_drafted": [len(of_one) for of_one in steps],
+            "first_accepted": [sum(accepted > 0 for _, accepted in of_one) for of_one in steps],
+        },
         "tokens_per_forward": interval([settled, verifications], lambda s, v: s / v, seed),
         "tokens_per_second": interval([tokens, seconds], lambda t, s: t / s, seed),
         "speedup": interval(
@@ -167,7 +187,8 @@ def difference(
         at = min(len(plain.ids), len(other.ids))
         return {"prompt": index, "position": at, "plain": None, "speculative": None, "margin": None}
     ids = torch.tensor([prompt.ids + plain.ids[:at]], device=input_embedding(base).weight.device)
-    logits = base(input_ids=ids, logits_to_keep=1, use_cache=False).logits[0, -1].float()
+    inputs = whole_inputs(base, prompt.inputs, ids)
+    logits = base(input_ids=ids, logits_to_keep=1, use_cache=False, **inputs).logits[0, -1].float()
     one, two = plain.ids[at], other.ids[at]
     return {
         "prompt": index,
@@ -188,6 +209,7 @@ def sampling(
     temperature: float,
     seed: int = 0,
     engine: Engine = False,
+    progress: Progress = lambda what, done, total: None,
 ) -> list[dict[str, Any]]:
     """Sampled texts: whether they have the base's distribution, and how many drafts are accepted.
 
@@ -211,10 +233,13 @@ def sampling(
         used = drafter if way else None
         totals = torch.zeros(4, dtype=torch.float64)
         decoded = []
-        for prompt in prompts:
+        for i, prompt in enumerate(prompts):
+            progress(f"sampling, {name}", i, len(prompts))
             options: dict[str, Any] = {"temperature": temperature, "engine": engine, "way": way}
+            options |= pictures_of(prompt)
             decoded.append(decode(base, used, prompt.ids, num_steps, max_new_tokens, **options))
-            totals += surprise(base, prompt.ids, decoded[-1].ids, temperature)
+            totals += surprise(base, prompt.ids, decoded[-1].ids, temperature, prompt.inputs)
+        progress(f"sampling, {name}", len(prompts), len(prompts))
         settled, verifications = [sum(d.settled) for d in decoded], [len(d.settled) for d in decoded]
         log_probability, log_variance, hits, hit_variance = totals.tolist()
         deviations = {
@@ -235,10 +260,25 @@ def sampling(
     return results
 
 
-def surprise(base: PreTrainedModel, prompt: Sequence[int], new: Sequence[int], temperature: float) -> Tensor:
+def whole_inputs(base: PreTrainedModel, inputs: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """The pictures of a prompt, for a forward over it and its answer ``[1, S]``."""
+    found = {name: x.to(ids.device, base.dtype if x.is_floating_point() else None) for name, x in inputs.items()}
+    if (types := found.get("mm_token_type_ids")) is not None:
+        found["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, ids.shape[1] - types.shape[1]))
+    return found
+
+
+def surprise(
+    base: PreTrainedModel,
+    prompt: Sequence[int],
+    new: Sequence[int],
+    temperature: float,
+    pictures: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Tensor:
     """Sums over the new tokens: log p + H(p) and its variance, hits of the most likely token minus max p and its."""
     ids = torch.tensor([[*prompt, *new]], device=input_embedding(base).weight.device)
-    logits = base(input_ids=ids, logits_to_keep=len(new) + 1, use_cache=False).logits[0, :-1].double().cpu()
+    inputs = whole_inputs(base, pictures, ids)
+    logits = base(input_ids=ids, logits_to_keep=len(new) + 1, use_cache=False, **inputs).logits[0, :-1].double().cpu()
     if (suppressed := base.generation_config.suppress_tokens) is not None:
         logits[:, suppressed] = -torch.inf
     log_p = (logits / temperature).log_softmax(-1)

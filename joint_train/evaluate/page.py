@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -19,12 +19,19 @@ STYLE: dict[Any, Any] = {  # matplotlib's type for a key is a literal of every n
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#dddddd",
+    "grid.color": "#808080",
+    "grid.alpha": 0.3,
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
+
+
+Interval = Mapping[str, float | None]
+"""``value``, ``low`` and ``high``, as :func:`joint_train.evaluate.intervals.interval` makes them."""
+
+DRAFTS = "K, drafts in a verification"  # label of an axis
 
 
 @dataclass
@@ -69,11 +76,38 @@ def figure(draw: Callable[[Any], None], x: str, y: str) -> str:
         if axes.get_legend_handles_labels()[1]:
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
         out = io.StringIO()
-        fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
+        fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    svg = out.getvalue().replace("#000000", "currentColor")  # black on white, white on black
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     head, rest = svg.split(">", 1)
     return re.sub(r' (width|height)="[^"]*"', "", head) + ' role="img">' + rest
+
+
+def errorbars(axes, points: Sequence[tuple[float, Interval]], **style: Any) -> None:
+    """Points with their intervals."""
+
+    def distance(low: float | None, high: float | None) -> float:
+        return 0.0 if low is None or high is None else high - low
+
+    below = [distance(i["low"], i["value"]) for _, i in points]
+    above = [distance(i["value"], i["high"]) for _, i in points]
+    axes.errorbar(
+        [x for x, _ in points],
+        [i["value"] for _, i in points],
+        yerr=[[max(0, b) for b in below], [max(0, a) for a in above]],
+        fmt="o-",
+        markersize=4,
+        linewidth=1.5,
+        capsize=3,
+        **style,
+    )
+
+
+def whole_numbers(axes: Any) -> None:
+    """Ticks of the x axis at whole numbers only: there are no 1.5 drafts, and no half steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def plots_available() -> bool:
@@ -83,6 +117,15 @@ def plots_available() -> bool:
     except ImportError:
         return False
     return True
+
+
+def format_interval(interval: Interval, digits: int = 2) -> str:
+    """``1.52 [1.45, 1.60]``; a dash where there is no value."""
+    if interval["value"] is None:
+        return "–"
+    if interval["low"] is None:
+        return f"{interval['value']:.{digits}f}"
+    return f"{interval['value']:.{digits}f} [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
 
 
 def html(title: str, lead: str, sections: Sequence[Section]) -> str:

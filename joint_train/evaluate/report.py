@@ -3,9 +3,19 @@
 from collections.abc import Sequence
 from typing import Any
 
-from joint_train.evaluate.page import Section, Table, figure, html, plots_available
-
-Interval = dict[str, float | None]
+from joint_train.evaluate import against, recommend
+from joint_train.evaluate.page import (
+    DRAFTS,
+    Section,
+    Table,
+    errorbars,
+    figure,
+    format_interval,
+    html,
+    plots_available,
+    whole_numbers,
+)
+from joint_train.evaluate.where import WAYS
 
 SAMPLED_WAYS = {
     "plain": "plain",
@@ -14,15 +24,6 @@ SAMPLED_WAYS = {
     "transformers": "as transformers",
 }
 PROBABILISTIC = """vLLM drafts the argmax unless its --speculative-config has "draft_sample_method": "probabilistic"."""
-
-
-def format_interval(interval: Interval, digits: int = 2) -> str:
-    """``1.52 [1.45, 1.60]``; a dash where there is no value."""
-    if interval["value"] is None:
-        return "–"
-    if interval["low"] is None:
-        return f"{interval['value']:.{digits}f}"
-    return f"{interval['value']:.{digits}f} [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
 
 
 def best(results: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +53,9 @@ def text(results: dict[str, Any]) -> str:
                 f"K = {s['num_steps']}, prompt {d['prompt']}: differs at token {d['position']}, "
                 f"{d['plain']!r} and {d['speculative']!r}{margin}"
             )
+    lines += against.text(results) if "against" in results else []
+    lines += recommend.text(results["recommend"]) if "recommend" in results else []
+    lines += columns_text(results.get("columns", [])) + where_text(results.get("where"))
     if not results["prompts"].get("turns", True):
         lines.append("The base has no chat template: the prompts were plain text, without turns.")
     for s in results["sampling"] or []:
@@ -66,6 +70,30 @@ def text(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def columns_text(columns: Sequence[dict[str, Any]]) -> list[str]:
+    """Tokens per base forward of each column, by K."""
+    lines = []
+    for i, s in enumerate(columns[0]["speculative"] if columns else []):
+        lines += ["", f"K = {s['num_steps']:<4}tokens/forward      speed-up"]
+        for column in columns:
+            own = column["speculative"][i]
+            numbers = f"{format_interval(own['tokens_per_forward']):<20}{format_interval(own['speedup'])}"
+            lines.append(f"        {numbers}  {column['name']}")
+    return lines
+
+
+def where_text(found: dict[str, Any] | None) -> list[str]:
+    """Acceptance by where it happens."""
+    lines = []
+    for way, title in WAYS.items():
+        if parts := (found or {}).get(way):
+            lines += ["", f"{title + ', K = ' + str(found['num_steps']):<38}{'tokens/forward':<20}first draft"]  # type: ignore[index]
+            for part in parts:
+                numbers = f"{format_interval(part['tokens_per_forward']):<20}{format_interval(part['first'])}"
+                lines.append(f"{part['name'][:36]:<38}{numbers}")
+    return lines
+
+
 def page(results: dict[str, Any]) -> str:
     """The page."""
     options, prompts, top = results["options"], results["prompts"], best(results)
@@ -74,7 +102,12 @@ def page(results: dict[str, Any]) -> str:
         f"{format_interval(top['speedup'])} times the speed of plain decoding, on {prompts['count']} prompts "
         f"({prompts['name']}). Brackets are 95 % bootstrap intervals over prompts."
     )
-    sections = [decoding_section(results), acceptance_section(results), category_section(top), text_section(results)]
+    columns = results.get("columns", [])
+    sections = [decoding_section(results)]
+    sections += [against.section(results)] if "against" in results else []
+    sections += [recommend.section(results["recommend"])] if "recommend" in results else []
+    sections += [*columns_section(columns), acceptance_section(results)]
+    sections += [category_section(top), *where_section(results.get("where"), columns), text_section(results)]
     sections.append(calibration_section(results["calibration"], results["sampling"]))
     if results["sampling"]:
         sections.append(sampling_section(results["sampling"], options["temperature"]))
@@ -117,29 +150,9 @@ def over_k(speculative: list[dict[str, Any]], key: str, label: str) -> str:
         points = [(s["num_steps"], s[key]) for s in speculative if s[key]["value"] is not None]
         errorbars(axes, points)
         axes.axhline(1, color="#888888", linewidth=1, linestyle="--")
-        axes.set_xticks([k for k, _ in points])
+        whole_numbers(axes)
 
-    return figure(draw, "K, drafts in a verification", label)
-
-
-def errorbars(axes, points: Sequence[tuple[float, Interval]], **style: Any) -> None:
-    """Points with their intervals."""
-
-    def distance(low: float | None, high: float | None) -> float:
-        return 0.0 if low is None or high is None else high - low
-
-    below = [distance(i["low"], i["value"]) for _, i in points]
-    above = [distance(i["value"], i["high"]) for _, i in points]
-    axes.errorbar(
-        [x for x, _ in points],
-        [i["value"] for _, i in points],
-        yerr=[[max(0, b) for b in below], [max(0, a) for a in above]],
-        fmt="o-",
-        markersize=4,
-        linewidth=1.5,
-        capsize=3,
-        **style,
-    )
+    return figure(draw, DRAFTS, label)
 
 
 def acceptance_section(results: dict[str, Any]) -> Section:
@@ -164,7 +177,7 @@ def acceptance_section(results: dict[str, Any]) -> Section:
                 points = [(k + 1, p[key]) for k, p in enumerate(last["acceptance"]) if p[key]["value"] is not None]
                 errorbars(axes, points, label=label)
             axes.set_ylim(0, 1)
-            axes.set_xticks(range(1, last["num_steps"] + 1))
+            whole_numbers(axes)
 
         section.figures = [("Accepted drafts", figure(draw, "draft position", "share accepted"))]
     return section
@@ -190,6 +203,80 @@ def category_section(top: dict[str, Any]) -> Section:
 
         section.figures = [("Tokens per base forward", figure(draw, "tokens per base forward", ""))]
     return section
+
+
+def where_section(found: dict[str, Any] | None, columns: Sequence[dict[str, Any]]) -> list[Section]:
+    """Acceptance by where it happens; with several columns, that of each beside the others."""
+    if not found:
+        return []
+    named = [(column["name"], column["where"]) for column in columns] or [("", found)]
+    section = Section(
+        f"Where drafts are accepted, K = {found['num_steps']}",
+        "A verification counts where the first token is that it settles: at its position in the answer, after the "
+        "context of all tokens before it, in the kind of text that it belongs to.",
+    )
+    for way, title in WAYS.items():
+        parts = list(dict.fromkeys(part["name"] for _, where in named for part in where.get(way, [])))
+        if way in ("position", "context"):  # buckets, which one column may have and another not
+            parts.sort(key=lambda name: int(name.split()[0].replace(",", "")))
+        if not parts:
+            continue
+        of = [{part["name"]: part for part in where.get(way, [])} for _, where in named]
+        heads = [title]
+        for name, _ in named:
+            heads += [f"{name}: {head}" if name else head for head in WHERE_HEADS]
+        rows = [[part, *(cell for one in of for cell in _where_cells(one.get(part)))] for part in parts]
+        section.tables.append(Table(heads, rows))
+        if plots_available() and len(parts) > 1:
+            section.figures.append((f"By {title.partition(',')[0]}", _by_part(named, of, parts, title)))
+    return [section] if section.tables else []
+
+
+WHERE_HEADS = ["tokens per base forward", "first draft accepted", "verifications"]
+
+
+def _where_cells(part: dict[str, Any] | None) -> list[str]:
+    if part is None:
+        return ["–"] * len(WHERE_HEADS)
+    return [format_interval(part["tokens_per_forward"]), format_interval(part["first"]), f"{part['verifications']:,}"]
+
+
+def _by_part(named: Sequence[tuple[str, Any]], of: Sequence[dict[str, Any]], parts: Sequence[str], label: str) -> str:
+    """Tokens per base forward of each part, one series for each column."""
+
+    def draw(axes) -> None:
+        for i, ((name, _), one) in enumerate(zip(named, of, strict=True)):
+            shift = 0.12 * (i - (len(named) - 1) / 2)
+            points = [(x + shift, one[part]["tokens_per_forward"]) for x, part in enumerate(parts) if part in one]
+            points = [(x, y) for x, y in points if y["value"] is not None]
+            errorbars(axes, points, **({"label": name} if name else {}))
+        axes.set_xticks(range(len(parts)))
+        axes.set_xticklabels([part.split(" to ")[-1] if label.endswith("tokens") else part for part in parts])
+        axes.set_xlim(-0.5, len(parts) - 0.5)
+
+    return figure(draw, label.replace(", tokens", ", up to … tokens"), "tokens per base forward")
+
+
+def columns_section(columns: Sequence[dict[str, Any]]) -> list[Section]:
+    """The same prompts under other options of the chat template, or with adapters on the base."""
+    if not columns:
+        return []
+    steps = [s["num_steps"] for s in columns[0]["speculative"]]
+    tables = []
+    for key, note in (("tokens_per_forward", "Tokens per base forward."), ("speedup", "Speed-up over plain decoding.")):
+        rows = [[str(k), *(format_interval(c["speculative"][i][key]) for c in columns)] for i, k in enumerate(steps)]
+        tables.append(Table(["K", *(column["name"] for column in columns)], rows, note))
+    section = Section("Side by side", "The sections that show one column show the first.", tables=tables)
+    if plots_available():
+
+        def draw(axes) -> None:
+            for column in columns:
+                points = [(s["num_steps"], s["tokens_per_forward"]) for s in column["speculative"]]
+                errorbars(axes, [(k, y) for k, y in points if y["value"] is not None], label=column["name"])
+            whole_numbers(axes)
+
+        section.figures = [("Tokens per base forward", figure(draw, DRAFTS, "tokens per base forward"))]
+    return [section]
 
 
 def text_section(results: dict[str, Any]) -> Section:

@@ -193,7 +193,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
 
     if args.base:
         folders = resolve(args.base), resolve(args.drafter)
-        read_configs(*folders)
+        read_configs(*folders, quantized=None)
     if args.url is None:
         num_steps = max(args.num_steps) if args.num_steps else None
         print(serve_command(args.engine, *folders, num_steps, args.dtype, args.temperature))

@@ -178,6 +178,8 @@ class Pass:
         # kernels find them aligned.
         self.valid = [valid.contiguous() for valid in self.targets.valid.unbind(1)]
         self.scales = [valid * weight for valid, weight in zip(self.valid, self.weights.unbind(), strict=True)]
+        if (given := self.targets.token_weights) is not None:
+            self.scales = [scale * given.to(scale.dtype) for scale in self.scales]
         drafts = [(self.targets.rows - self.targets.offset - k).clamp(min=0) for k in range(rounds)]
         self.rows = [self.targets.rows, *drafts]
         self.values: list[list[Tensor]] = [[] for _ in self.rows]  # of each chunk, as `Part.values`
@@ -201,6 +203,12 @@ class Pass:
         base = torch.cat([empty(numbers[0], 0), *self.values[0]], 1) * self.valid[0]  # [LOSSES, P]
         rounds = [torch.cat([empty(sum(numbers), 0), *found], 1)[None] for found in self.values[1:]]
         values = torch.cat([empty(0, sum(numbers), total), *rounds]) * valid[:, None]
+        if (given := self.targets.token_weights) is not None:  # what is minimised has them, the measures don't
+            given = given.to(self.dtype)
+            base[0] *= given
+            values[:, 0] *= given
+            if self.routing:
+                values[:, -len(ROUTING)] *= given
 
         of_rounds, *measures = values.sum(-1).split(numbers, dim=1)
         losses = torch.cat([base.sum(-1)[None], of_rounds])

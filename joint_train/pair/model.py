@@ -10,6 +10,7 @@ both through ``within``, which ``parallelize`` registers with FSDP.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,7 @@ from joint_train.pair.compatibility import check_pair
 from joint_train.pair.halves import input_embedding
 from joint_train.pair.loss import joint_loss
 from joint_train.pair.recompute import REPLAYED, HostCopies, TrainableKernels, checkpointed
+from joint_train.pair.scaled import scale_gradient
 from joint_train.pair.stats import JointStats
 from joint_train.pair.targets import JointTargets, joint_targets, sum_weights
 from joint_train.pair.tied import TiedGradient
@@ -96,7 +98,8 @@ class JointModel(nn.Module):
     """
 
     supports_gradient_checkpointing = True
-    frozen_base: dict[str, str] | None = None  # with adapters: what their checkpoints name their base by
+    frozen_base: dict[str, str] | None = None  # what checkpoints without the base's weights name the base by
+    base_stays: bool = False  # the base's weights are those of its folder, to the end: checkpoints don't hold them
     adapters: Adapters | None = None  # that the base has on it one at a time, for each document its own
     drafter_average: dict[str, Tensor] | None = None  # of its weights over the steps, by name: optim.drafter_ema
 
@@ -197,9 +200,16 @@ class JointModel(nn.Module):
         num_groups: int = 0,
         return_logits: bool | None = None,
         output_hidden_states: bool = False,
+        token_weights: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        shared_kv_states: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        inputs_embeds: Tensor | None = None,
         **base_inputs: Any,
     ) -> Gemma4JointOutput:
         """Base once, drafter K times, all losses in one pass.
+
+        With ``hidden_states`` and ``shared_kv_states``, of a forward that was made elsewhere, the base doesn't run. The
+        loss is then the drafter's, ``lambda * sum_k w_k * L_k``, with the base as a constant: it gets no gradient.
 
         Args:
             input_ids: ``[B, S]`` int64.
@@ -215,20 +225,39 @@ class JointModel(nn.Module):
             groups, num_groups: per-source sums, see :func:`joint_loss`.
             return_logits: also return full-vocabulary logits; by default only without labels.
             output_hidden_states: also return the hidden state of every base layer.
+            token_weights: ``[B, S]`` float, not below 0, with labels: a factor on the losses of the target at each
+                position. The loss is then a weighted mean.
+            hidden_states: ``[B, S, H_b]``, the base's final hidden state of ``input_ids`` (``hidden_states[-1]``).
+            shared_kv_states: the keys and values of the same forward (``return_shared_kv_states=True``), of each layer
+                type ``[B, heads, S, size]`` each.
+            inputs_embeds: ``[B, S, H_b]``, its input embeddings, needed with pictures; by default looked up.
             **base_inputs: ``pixel_values``, ``mm_token_type_ids``, ``input_features``, … go to the base untouched, and
                 never to the drafter.
 
         Raises:
-            ValueError: without ``input_ids``.
+            ValueError: without ``input_ids``; for one of ``hidden_states`` and ``shared_kv_states`` alone, or with
+                what a forward of the base would read; for ``token_weights`` without labels.
         """
         if input_ids is None:
             raise ValueError("Gemma4WithDrafter needs input_ids: the drafter reads the tokens' embeddings.")
+        given = None
+        if token_weights is not None and labels is None:
+            raise ValueError("token_weights are of the labels' targets: give labels, or targets that have them.")
+        if hidden_states is not None or shared_kv_states is not None or inputs_embeds is not None:
+            if hidden_states is None or not shared_kv_states:
+                raise ValueError("give both hidden_states and shared_kv_states of one forward of the base.")
+            if unread := [*base_inputs, *["output_hidden_states"] * output_hidden_states]:
+                raise ValueError(f"{', '.join(unread)}: the base doesn't run where its hidden_states are given.")
+            given = hidden_states, dict(shared_kv_states), inputs_embeds
         if document_ids is None and attention_mask is not None:
             document_ids = attention_mask.long()
         if labels is not None and targets is None:
-            targets = joint_targets(labels, document_ids, self.drafter_num_steps, self.pairing, self.prompt_rows)
+            how = self.drafter_num_steps, self.pairing, self.prompt_rows, token_weights
+            targets = joint_targets(labels, document_ids, *how)
         if targets is not None and weights is None:
-            weights = self.loss_weights(targets.counts)
+            weights = self.loss_weights(targets.mass)
+        if weights is not None and given is not None:  # the policy's own loss is elsewhere
+            weights = torch.cat([torch.zeros_like(weights[:1]), weights[1:]])
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if return_logits is None:
@@ -236,6 +265,8 @@ class JointModel(nn.Module):
         loss_inputs = None if targets is None else (targets, weights, groups, num_groups)
         # Bound to the function, not passed: FSDP rounds a forward's arguments to the dtype of compute.
         joint = partial(self._joint, loss_inputs)
+        if given is not None:
+            joint = partial(self._given, loss_inputs, given)
         with TrainableKernels():
             outputs = self.base.within(
                 joint, input_ids, position_ids, document_ids, base_inputs, return_logits, output_hidden_states
@@ -309,6 +340,24 @@ class JointModel(nn.Module):
         outputs["hidden_states"] = base_out.hidden_states if output_hidden_states else (hidden,)
         return outputs
 
+    def _given(
+        self, loss_inputs, given, input_ids, position_ids, document_ids, _base_inputs, return_logits, _hidden_too
+    ) -> dict[str, Any]:
+        """:meth:`_joint` after a forward of the base that was made elsewhere. Arguments are those, and what it left."""
+        text, (hidden, shared_kv, embedded) = self.drafter.config.get_text_config(), given
+        hidden = hidden.detach()
+        shared_kv = {kind: (k.detach(), v.detach()) for kind, (k, v) in shared_kv.items()}
+        with torch.no_grad():
+            embedded = input_embedding(self.base)(input_ids) if embedded is None else embedded.detach()
+        masks = attention_masks(text, input_ids.shape, hidden.dtype, input_ids.device, document_ids)
+        positions = position_ids + (self.rope_position == "next_token")
+        draft = partial(self._draft, loss_inputs, None, train_base=False)
+        outputs = self.drafter.within(draft, embedded, hidden, shared_kv, masks, positions, return_logits)
+        if return_logits:
+            outputs["logits"] = self.base_logits(hidden)
+        outputs["hidden_states"] = (hidden,)
+        return outputs
+
     def base_logits(self, hidden: Tensor) -> Tensor:
         """The base's logits ``[..., V]`` of final hidden states ``[..., H_b]``; under FSDP2 inside ``base.within``."""
         logits = self.base.lm_head(hidden)
@@ -326,6 +375,7 @@ class JointModel(nn.Module):
         masks: Masks,
         position_ids: Tensor,
         return_logits: bool,
+        train_base: bool = True,
     ) -> dict[str, Any]:
         """K rounds and the losses, inside the drafter's FSDP forward; masks and rotary tables serve every round."""
         drafter, text = self.drafter, self.drafter.model
@@ -374,7 +424,7 @@ class JointModel(nn.Module):
                 softcap=self.base.config.get_text_config().final_logit_softcapping,
                 drafter_softcap=None,  # the drafter's own forward has none, and it is what serving runs
                 centroids=self.centroids(),
-                train_base=not self.freeze_base_for_drafter,
+                train_base=train_base and not self.freeze_base_for_drafter,
                 groups=groups,
                 num_groups=num_groups,
                 tied=tied,
@@ -383,26 +433,6 @@ class JointModel(nn.Module):
         if return_logits:
             outputs["drafter_logits"] = [drafter.lm_head(h) for h in rounds]
         return outputs
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """The same values; the gradient is multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.scale, None
-
-
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """``x``, through which only ``scale`` of a gradient passes; with 0 there is none."""
-    if scale == 1 or not x.requires_grad:
-        return x
-    return x.detach() if scale == 0 else _ScaleGradient.apply(x, scale)
 
 
 def shift_left(x: Tensor, n: int) -> Tensor:

@@ -17,17 +17,27 @@ class JointTargets:
     offset: int  # round k of a target is at row `rows - offset - k`
     batch_rows: int  # B*S
     left_out: Tensor  # int64 [], targets of rounds that aren't valid because decoding never visits their row
+    token_weights: Tensor | None = None  # float32 [P], factors on the losses of each target; None: all are 1
 
     @property
     def counts(self) -> Tensor:
         """int64 `[1+K]`: targets of the base and of each round."""
         return self.valid.sum(0)
 
+    @property
+    def mass(self) -> Tensor:
+        """`[1+K]`: the sums of their weights; :attr:`counts` where they have none."""
+        if self.token_weights is None:
+            return self.counts
+        return (self.valid * self.token_weights[:, None]).sum(0)
+
     def to(self, device: torch.device | str) -> "JointTargets":
         """The same on a device; nothing waits for it."""
         tensors = (self.rows, self.labels, self.valid, self.left_out)
         rows, labels, valid, left_out = (send(x, torch.device(device)) for x in tensors)
-        return JointTargets(rows, labels, valid, self.offset, self.batch_rows, left_out)
+        given = self.token_weights
+        given = None if given is None else send(given, torch.device(device))
+        return JointTargets(rows, labels, valid, self.offset, self.batch_rows, left_out, given)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -39,7 +49,12 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def joint_targets(
-    labels: Tensor, document_ids: Tensor | None, num_steps: int, pairing: str, prompt_rows: bool | None = None
+    labels: Tensor,
+    document_ids: Tensor | None,
+    num_steps: int,
+    pairing: str,
+    prompt_rows: bool | None = None,
+    token_weights: Tensor | None = None,
 ) -> JointTargets:
     """Find the targets of a batch. Run it where the batch is made (CPU): P then is known without waiting for a device.
 
@@ -58,7 +73,13 @@ def joint_targets(
         pairing: ``serving`` or ``same_token``.
         prompt_rows: also train at rows that decoding never visits; by default only with ``same_token``, whose published
             recipe does.
+        token_weights: float `[B, S]`, not below 0: a factor on the losses of the target at each position.
+
+    Raises:
+        ValueError: for another pairing, or weights of another shape than the labels.
     """
+    if token_weights is not None and token_weights.shape != labels.shape:
+        raise ValueError(f"token_weights is {tuple(token_weights.shape)}, and labels are {tuple(labels.shape)}")
     if pairing not in ("serving", "same_token"):
         raise ValueError(f"drafter.pairing={pairing!r}: must be serving or same_token")
     offset = 1 if pairing == "serving" else 0
@@ -86,14 +107,16 @@ def joint_targets(
     left_out = left_out - sum(x.sum() for x in rounds)
     positions = base.flatten().nonzero().squeeze(1)
     valid = torch.stack([base, *rounds], dim=-1).flatten(0, 1)[positions]
-    return JointTargets(positions - 1, labels.flatten()[positions], valid, offset, labels.numel(), left_out)
+    given = None if token_weights is None else token_weights.float().flatten()[positions]
+    return JointTargets(positions - 1, labels.flatten()[positions], valid, offset, labels.numel(), left_out, given)
 
 
 def sum_weights(counts: Tensor, rounds: Sequence[float], loss_weight: float) -> Tensor:
     """What each of the 1+K loss sums is multiplied by: 1/N_0 for the base, lambda·w_k/N_k for round k.
 
     Args:
-        counts: `[1+K]` targets of the whole step (all ranks, all micro-batches). A count of 0 gives a weight of 0.
+        counts: `[1+K]` targets of the whole step (all ranks, all micro-batches), or the sums of their weights. A count
+            of 0 gives a weight of 0.
         rounds: w_k, from :func:`round_weights`.
         loss_weight: lambda.
 
@@ -102,4 +125,4 @@ def sum_weights(counts: Tensor, rounds: Sequence[float], loss_weight: float) -> 
     """
     scale = torch.tensor([1.0, *(loss_weight * w for w in rounds)], dtype=torch.float32)
     scale = send(scale, counts.device)
-    return torch.where(counts > 0, scale / counts.clamp(min=1), 0.0)
+    return torch.where(counts > 0, scale / torch.where(counts > 0, counts, 1), 0.0)

@@ -2,10 +2,11 @@
 
 import argparse
 import gc
+import json
 import sys
 
 from joint_train import config
-from joint_train.command import TOO_LARGE, start
+from joint_train.command import TOO_LARGE, plain_progress, start
 from joint_train.plan.machine import Machine
 
 
@@ -32,13 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pcie-gb-per-second", type=float, default=machine.pcie_gb_per_second, help="of a GPU")
     parser.add_argument("--disk-gb-per-second", type=float, default=machine.disk_gb_per_second, help="of all ranks")
     parser.add_argument("--suggest", action="store_true", help="print the cheapest settings that fit, best first")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "--base-alone", action="store_true", help="plan plain fine-tuning of the base, with whole logits, to compare"
     )
     parsed, more = parser.parse_known_intermixed_args(config.join_options(sys.argv[1:] if argv is None else argv))
     parsed.overrides += more
     args = vars(parsed)
-    overrides, suggesting, alone = (args.pop(name) for name in ("overrides", "suggest", "base_alone"))
+    overrides, suggesting, alone, as_json = (args.pop(name) for name in ("overrides", "suggest", "base_alone", "json"))
 
     def run() -> int:
         # torch and transformers take seconds to import
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from joint_train.plan.fits import pinned
         from joint_train.plan.planner import GIB, make_plan
-        from joint_train.plan.report import report
+        from joint_train.plan.report import in_numbers, report
         from joint_train.plan.suggest import suggest
         from joint_train.weights.folders import resolve
         from joint_train.weights.settle import with_adapter, with_vocabulary
@@ -60,12 +62,19 @@ def main(argv: list[str] | None = None) -> int:
         machine, number = Machine(**args), 0
         if not suggesting:
             plan = make_plan(cfg, machine, base_alone=alone)
+            if as_json:
+                print(json.dumps(in_numbers(plan, machine), indent=1))
+                return 0 if plan.peak <= machine.usable else TOO_LARGE
             after = make_plan(cfg, machine, drafter_alone=True) if cfg.freeze.base_after and not alone else None
             report(cfg, machine, plan, Console(), after)
             return 0 if plan.peak <= machine.usable else TOO_LARGE
         least = make_plan(pinned(cfg), machine)
+        if as_json:
+            found = [{"overrides": one.changes, **in_numbers(one.plan, machine)} for one in suggest(cfg, machine)]
+            print(json.dumps(found, indent=1))
+            return 0 if found else TOO_LARGE
         print(f"As it is: {least.peak / GIB:.2f} GiB of {machine.usable / GIB:.2f} at least.", flush=True)
-        for number, one in enumerate(suggest(cfg, machine), 1):
+        for number, one in enumerate(suggest(cfg, machine, progress=plain_progress("planned")), 1):
             size, tokens = one.plan.peak / GIB, one.plan.tokens / one.plan.seconds(machine)
             print(f"{number}. {size:.2f} GiB, {tokens:,.0f} tokens a second: {one}", flush=True)
         if not number:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from joint_train.checkpoint.state import pair_tensors
 from joint_train.config import Config, with_overrides
-from joint_train.config.values import grown_rows, mesh_shape
+from joint_train.config.values import as_saved, grown_rows, mesh_shape
 from joint_train.distributed.moments import moved_by_muon, state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
 from joint_train.distributed.placement import local_numel, padding
@@ -211,7 +211,14 @@ def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, st
         found = released.released_config(path, {**(overrides or {}), **grown})
         if found is None:
             found, source = (
-                read_config(path, revision=revision, cache_dir=m.cache_dir, text_config=overrides, rows=rows),
+                read_config(
+                    path,
+                    revision=revision,
+                    cache_dir=m.cache_dir,
+                    text_config=overrides,
+                    rows=rows,
+                    quantized=as_saved(cfg),
+                ),
                 f"{path}/config.json",
             )
         else:

@@ -1,5 +1,7 @@
 """A plan as tables and sentences."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -8,6 +10,27 @@ from joint_train.config.values import mesh_sentence, run_length
 from joint_train.plan.fits import longest, savings
 from joint_train.plan.planner import GIB, Machine, Plan
 from joint_train.plan.stages import joint_share, steps_before_frozen
+
+
+def in_numbers(plan: Plan, machine: Machine) -> dict[str, Any]:
+    """A plan for other programs: bytes, seconds and FLOPs of a step on a rank, tokens of a step on all ranks."""
+    return {
+        "fits": plan.peak <= machine.usable,
+        "peak_bytes": plan.peak,
+        "usable_bytes": int(machine.usable),
+        "memory_bytes": plan.memory,
+        "host_bytes": plan.host,
+        "parameters": {part: {"all": every, "trained": trained} for part, (every, trained) in plan.parameters.items()},
+        "ranks": plan.ranks,
+        "tokens": plan.tokens,
+        "seconds": plan.seconds(machine),
+        "seconds_of_parts": {part: time.seconds for part, time in plan.times(machine).items()},
+        "exposed_communication_seconds": plan.exposed_seconds(machine),
+        "flops": plan.flops,
+        "mfu": plan.mfu(machine),
+        "checkpoint_bytes": plan.checkpoint,
+        "chosen": plan.chosen,
+    }
 
 
 def report(cfg: config.Config, machine: Machine, plan: Plan, console: Console, alone: Plan | None = None) -> None:

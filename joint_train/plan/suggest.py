@@ -4,7 +4,7 @@ What only takes time is tried first, together. What changes the training comes o
 change it least first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -71,11 +71,18 @@ def combine_changes(*changes: dict[str, object]) -> dict[str, object]:
     return {key: value for change in changes for key, value in change.items()}
 
 
-def suggest(cfg: Config, machine: Machine, most: int = 3) -> Iterator[Suggestion]:
-    """Up to `most` settings that fit, as they are found, the cheapest first; none has all the changes of another."""
+def suggest(
+    cfg: Config, machine: Machine, most: int = 3, progress: Callable[[], None] = lambda: None
+) -> Iterator[Suggestion]:
+    """Up to `most` settings that fit, as they are found, the cheapest first; none has all the changes of another.
+
+    Args:
+        progress: is called before each plan.
+    """
 
     def plan_pinned(changes: dict[str, object]) -> Suggestion:
         """With as much recomputed as auto can choose."""
+        progress()
         return Suggestion(changes, make_plan(pinned(with_overrides(cfg, changes)), machine))
 
     def fits(found: Suggestion) -> bool:

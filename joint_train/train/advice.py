@@ -1,6 +1,9 @@
 """What a run logs at its start: advice on its settings, from its plan, and what it resumes from."""
 
 import logging
+import math
+import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -10,13 +13,16 @@ from torch.torch_version import TorchVersion
 from joint_train.config import CheckpointConfig, Config, ConfigError, EvalConfig, ParallelConfig
 from joint_train.config.typed import read
 from joint_train.config.values import run_length
-from joint_train.plan.planner import Machine, Plan
+from joint_train.plan.fits import savings
+from joint_train.plan.planner import GIB, Machine, Plan
+from joint_train.train.best import Best
 from joint_train.train.optim import lr_factor
 
 log = logging.getLogger(__name__)
 
 PROMPTS = 8  # validation prompts in an assisted generation
 MOST_PADDING = 0.1  # of the sharded weights
+MOST_CHANGES = 4  # that are named after an out-of-memory
 
 
 def generation_prompts(
@@ -75,18 +81,78 @@ def warn_of_padding(plan: Plan) -> None:
         )  # fmt: skip
 
 
-def log_recomputation(plan: Plan, machine: Machine) -> None:
-    """What ``activation_checkpointing`` is where it is auto, with a warning where even that doesn't fit."""
-    if not plan.chosen:
-        return
-    settings = " ".join(f"{key}={value}" for key, value in plan.chosen.items())
-    fits = plan.peak <= machine.usable
-    log.log(
-        logging.INFO if fits else logging.WARNING,
-        "%s, chosen by the plan: a peak of %.2f GiB of the %.2f that a rank can use%s",
-        settings, plan.peak / 2**30, machine.usable / 2**30,
-        "" if fits else ": it doesn't fit, and python -m joint_train.plan says what would",
+def say_run(cfg: Config, ranks: int, gpu: str | None) -> None:
+    """Log what is run, and on what: GPUs of a kind, or the CPU."""
+    where = f"{ranks} x {gpu}" if gpu else f"{ranks} CPU ranks" if ranks > 1 else "the CPU"
+    what = f"{cfg.model.base} and its drafter {cfg.model.drafter}"
+    if cfg.freeze.base:
+        what = f"the drafter {cfg.model.drafter} for {cfg.model.base}, which stays as it is"
+    elif cfg.model.continue_adapter:
+        what = f"an adapter on {cfg.model.base}, and its drafter {cfg.model.drafter}"
+    elif cfg.lora.r:
+        what = f"adapters of rank {cfg.lora.r} on {cfg.model.base}, and its drafter {cfg.model.drafter}"
+    log.info(
+        "%s, joint-train %s: training %s, on %s; everything is written to %s",
+        time.strftime("%Y-%m-%d %H:%M:%S"), version("joint-train"), what, where, Path(cfg.output_dir).absolute(),
     )  # fmt: skip
+
+
+def warn_of_memory(plan: Plan, machine: Machine) -> None:
+    """Warn, before weights are loaded, that the plan is above what a rank has."""
+    if plan.peak > machine.usable:
+        log.warning(
+            "the planned peak of %.2f GiB is above the %.2f GiB that a rank can use, of %.2f: the run will probably "
+            "run out of memory. python -m joint_train.plan says what would fit",
+            plan.peak / GIB, machine.usable / GIB, machine.gpu_memory_gb,
+        )  # fmt: skip
+
+
+def say_plan(plan: Plan, peak: int, machine: Machine, device_type: str, steps: float) -> None:
+    """Log what the plan says of the steps to come.
+
+    Args:
+        peak: of all of them, in bytes.
+        steps: as many joint steps as all of them take the time of.
+    """
+    chosen = " ".join(f"{key}={value}" for key, value in plan.chosen.items())
+    seconds = plan.seconds(machine)
+    time_of = f", {seconds:.2f} s a step, {steps * seconds / 3600:.1f} h in all" if device_type == "cuda" else ""
+    log.info(
+        "plan: a peak of %.2f GiB of the %.2f that a rank can use%s%s (python -m joint_train.plan shows its parts)",
+        peak / GIB, machine.usable / GIB, time_of, f"; {chosen}, chosen by it" if chosen else "",
+    )  # fmt: skip
+
+
+def say_patience(best: Best, step: int, max_steps: int) -> None:
+    """Log that a run ends before its last step."""
+    log.info(
+        "the run ends at step %d of %d: %d validations in a row were no better than step %s (%s %.4g; eval.patience=%d)",
+        step, max_steps, best.waited, best.step, str(best.metric).removeprefix("-"),
+        math.nan if best.value is None else best.value, best.patience,
+    )  # fmt: skip
+
+
+def warn_of_validation(cfg: Config) -> None:
+    """Warn that nothing can be validated."""
+    if not cfg.data.val:
+        log.warning(
+            "data.val is empty, so that nothing is validated: eval.every=%d has no effect, and the run can't say what "
+            "it gained. Give validation data, e.g. data.val=val.jsonl",
+            cfg.eval.every,
+        )
+
+
+def out_of_memory(cfg: Config, plan: Plan, machine: Machine, error: Exception) -> str:
+    """What to change after an out-of-memory: the settings that take less, those that cost the least time first."""
+    peaks = savings(cfg, machine)
+    least = [f"{change} (planned: {peak / GIB:.1f} GiB)" for change, peak in peaks.items() if peak < 0.97 * plan.peak]
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"out of memory: {reason} The plan was a peak of {plan.peak / GIB:.1f} GiB of the {machine.usable / GIB:.1f} "
+        "that a rank can use. What takes less, the cheapest first: "
+        f"{'; '.join(least[:MOST_CHANGES]) or 'nothing that is known here; use more GPUs or a smaller pair'}. "
+        "python -m joint_train.plan --suggest combines them; a resume goes on from the last checkpoint"
+    )
 
 
 def warn_of_warmup(cfg: Config, max_steps: int) -> None:

@@ -45,7 +45,8 @@ def run_steps(cfg: Config, loader: BatchLoader, ranks: int, step: int) -> int:
 def _warn_of_passes(sequence, max_steps: int, rows: int) -> None:
     """Log how many passes over the data ``max_steps`` makes, and warn of a source that is seen very often."""
     if (epoch := sequence.epoch(round(max_steps * rows * sequence.documents_a_row()))) is not None:
-        log.info("max_steps=%d are about %.1f epochs of %s documents", max_steps, epoch, f"{sequence.size:,}")
+        passes = f"{epoch:.1f} epochs" if epoch >= 1 else f"{100 * epoch:.2g} % of an epoch"
+        log.info("max_steps=%d: about %s of %s documents", max_steps, passes, f"{sequence.size:,}")
     for name, passes in sequence.passes(max_steps * rows):
         if passes > MANY_PASSES:
             log.warning(

@@ -1,10 +1,13 @@
 """The speed of a run, without waiting for the device in each step, its share of what the device can do, and the memory
 that it takes."""
 
+import os
 import resource
 
 import torch
 from torch import Tensor
+
+from joint_train.distributed.ranks import Ranks
 
 TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bfloat16, by the vendor's data sheets
 
@@ -31,6 +34,16 @@ class Since:
         means = self.tokens.item() / self.steps, self.waited / self.steps, self.seconds / self.steps
         self.clear()
         return means
+
+
+def memory_gb(device: torch.device, everyone: Ranks) -> float:
+    """Memory of the device, or on CPU this rank's share of the host's, in GiB: the least that any rank has."""
+    if device.type == "cuda":
+        mine = torch.cuda.get_device_properties(device).total_memory
+    else:
+        pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        mine = pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(everyone.each("reading the size of the memory", lambda: mine)) / 2**30
 
 
 def peak_memory(device: torch.device) -> int:

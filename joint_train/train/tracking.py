@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl always, wandb and TensorBoard if wanted, and the console.
+"""What a run reports: metrics.jsonl and generations.jsonl always, wandb and TensorBoard if wanted, and the console.
 
 Only rank 0 writes. Nothing here may end a run: a tracker that fails is turned off with one warning. The exception is
 ``metrics.jsonl``, which is the record that other tools rely on.
@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from joint_train.config import Config, TrackingConfig, config_to_save, to_yaml
-from joint_train.config.values import run_length
+from joint_train.config import Config, ConfigError, TrackingConfig, config_to_save, to_yaml
+from joint_train.config.values import as_saved, run_length
 from joint_train.files import code_version, naming, replace
 from joint_train.metrics import SUMMARY
 
 log = logging.getLogger(__name__)
 
-WIDTH = 80  # of a line in a log
 CONSOLE_SECONDS = 10  # between lines in a log; a terminal is updated at every step
 CLOSE_SECONDS = 120  # for wandb's last upload: a dead network must not keep a finished run
 
@@ -69,6 +69,7 @@ class Tracker:
         replace(output_dir / "config.yaml", to_yaml(cfg))
         console = ConsoleLines(cfg, step, max_steps, work=work)
         self.sinks = [JsonLines(output_dir / "metrics.jsonl", step, unfinished), console]
+        self.sinks.append(Generations(output_dir / "generations.jsonl", step, unfinished))
         if cfg.tracking.tensorboard:
             self.sinks.append(Guarded("TensorBoard", TensorBoard(output_dir / "tensorboard", step)))
         if cfg.tracking.wandb != "disabled":
@@ -90,6 +91,12 @@ class Tracker:
         for sink in self.sinks:
             if hasattr(sink, "finish"):
                 sink.finish(before, after)
+
+    def exported(self, folder: Path) -> None:
+        """Take note of the run's export, a folder of folders."""
+        for sink in self.sinks:
+            if hasattr(sink, "exported"):
+                sink.exported(folder)
 
     def sync(self) -> None:
         """Sync the records to disk, before a checkpoint that continues after them."""
@@ -132,14 +139,38 @@ class JsonLines:
             self.file = open(path, "a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        record = {"step": step, "time": round(time.time(), 3)} | metrics_to_json(metrics)
+        self.write(step, metrics_to_json(metrics))
+
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
+        """Append an object of a step; its values are as JSON has them."""
+        line = json.dumps({"step": step, "time": round(time.time(), 3)} | dict(record), ensure_ascii=False)
         with naming(self.path, "output_dir"):
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(line + "\n")
             self.file.flush()
 
     def close(self) -> None:
         with naming(self.path, "output_dir"):
             self.file.close()
+
+
+class Generations:
+    """``generations.jsonl``: the texts of each assisted generation, as :class:`JsonLines` keeps metrics: one object a
+    validation, with its ``step``, ``time`` and ``examples``."""
+
+    def __init__(self, path: Path, step: int, unfinished: bool = False) -> None:
+        self.open = partial(JsonLines, path, step, unfinished)
+        self.lines: JsonLines | None = self.open() if path.exists() else None  # what is generated again goes aside
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def examples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        self.lines = self.lines or self.open()
+        self.lines.write(step, {"examples": rows})
+
+    def close(self) -> None:
+        if self.lines is not None:
+            self.lines.close()
 
 
 def recorded_step(line: str) -> int:
@@ -212,6 +243,10 @@ class Wandb:
                 config=self.config | {"versions": code_version()},
                 settings=wandb.Settings(console="off", silent=True, init_timeout=60),
             )
+            if self.run.offline:
+                log.info("wandb is offline; to upload the run later: wandb sync %s", Path(self.run.dir).parent)
+            elif self.run.url:
+                log.info("wandb: %s", self.run.url)
             # Steps go back after a restart, which wandb's own counter can't.
             self.run.define_metric("step")
             self.run.define_metric("*", step_metric="step")
@@ -226,6 +261,16 @@ class Wandb:
         run = self.start()
         run.log({"step": step, "examples": wandb.Table(list(rows[0]), [list(row.values()) for row in rows])})
 
+    def exported(self, folder: Path) -> None:
+        if not self.cfg.log_export:
+            return
+        import wandb
+
+        for part in sorted(path for path in folder.iterdir() if (path / "config.json").exists()):
+            artifact = wandb.Artifact(f"{self.start().name}-{part.name}".replace("/", "-"), type="model")
+            artifact.add_dir(str(part))
+            self.start().log_artifact(artifact)
+
     def close(self) -> None:
         if self.run is not None:
             finish = threading.Thread(target=self.run.finish, daemon=True)
@@ -235,19 +280,37 @@ class Wandb:
                 log.warning("wandb didn't finish in %d s; `wandb sync` its folder later", CLOSE_SECONDS)
 
 
+def check_wandb(cfg: TrackingConfig) -> None:
+    """Refuse ``tracking.wandb=online`` without a key, before anything takes time.
+
+    Raises:
+        ConfigError: saying what to set.
+    """
+    if cfg.wandb == "online" and not has_key():
+        raise ConfigError(
+            "tracking.wandb=online, and there is no key of wandb here: run `wandb login` or set WANDB_API_KEY; "
+            "tracking.wandb=auto writes an offline run instead, which `wandb sync` uploads later"
+        )
+
+
 def wandb_mode(mode: str) -> Any:
     """``tracking.wandb`` without ``auto``: ``WANDB_MODE`` if set, else online where there is a key, else offline."""
     if mode != "auto":
         return mode
     if given := os.environ.get("WANDB_MODE"):
         return given
+    return "online" if has_key() else "offline"
+
+
+def has_key() -> bool:
+    """Whether wandb would find a key: in the environment, or in the file that ``wandb login`` writes."""
     if os.environ.get("WANDB_API_KEY"):
-        return "online"
+        return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
     try:
-        return "online" if netrc.netrc(os.environ.get("NETRC")).authenticators(host) else "offline"
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
-        return "offline"
+        return False
 
 
 class TensorBoard:
@@ -276,7 +339,7 @@ class TensorBoard:
 
 
 class ConsoleLines:
-    """Progress for people: a bar and the newest numbers on a terminal, a line now and then in a log; 80 columns."""
+    """Progress for people: a bar and the newest numbers on a terminal, a line with its time now and then in a log."""
 
     def __init__(
         self,
@@ -290,7 +353,12 @@ class ConsoleLines:
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.total, self.output_dir = max_steps or run_length(cfg)[0] or 0, Path(cfg.output_dir)
         export = cfg.model.export
-        parts = {"base": True, "drafter": True, "drafter_last": export.drafter_last, "adapter": cfg.lora.r > 0}
+        parts = {
+            "base": not as_saved(cfg),
+            "drafter": True,
+            "drafter_last": export.drafter_last,
+            "adapter": cfg.lora.r > 0,
+        }
         self.exports = [part for part, is_written in parts.items() if export.at_end and is_written]
         self.first: tuple[int, float] | None = None  # the first step that was reported, and when
         self.printed = -math.inf
@@ -319,16 +387,18 @@ class ConsoleLines:
         if self.live:
             self.bar.update(self.task, completed=step, numbers=numbers)
         elif step == self.total or time.monotonic() - self.printed >= CONSOLE_SECONDS:
-            head, epoch = f"step {step} of {self.total}", epoch_of(metrics)
-            fits = len(head) + len(epoch) + 2 + len(numbers) <= WIDTH
-            self.console.print(f"{head}{epoch if fits else ''}  {numbers}")
+            now = time.strftime("%m-%d %H:%M:%S")
+            self.console.print(f"{now}  step {step} of {self.total}{epoch_of(metrics)}  {numbers}")
             self.printed = time.monotonic()
         if metrics.get("loss_spike"):
             self.console.print(f"step {step}: the loss jumped; see metrics.jsonl")
 
     def progress_text(self, step: int, metrics: Mapping[str, float]) -> str:
-        """Both losses, speed and time left, in under 60 columns."""
+        """Both losses, speed and time left, in under 60 columns; in a log also learning rates and gradient norm."""
         text = f"base {format_metric(metrics, 'base_loss')}  drafter {format_metric(metrics, 'drafter_loss')}"
+        if not self.live:
+            text += learning_rates(metrics)
+            text += f"  grad {metrics['grad_norm']:.3g}" if "grad_norm" in metrics else ""
         if speed := metrics.get("tokens_per_second"):
             text += f"  {short_number(speed)} tok/s"
         self.first = self.first or (step, time.monotonic())
@@ -365,7 +435,7 @@ COUNTED = {"base_loss": "base_accuracy", "drafter_loss": "agreement_0", "drafter
 def format_metric(metrics: Mapping[str, float], name: str) -> str:
     """A metric with three digits; "–" where there was nothing to measure, "nan" where the loss isn't a number."""
     prefix, slash, metric = name.rpartition("/")
-    counted = metric if metric.startswith("accepted_length") else COUNTED.get(metric, "")
+    counted = metric if metric.startswith(("accepted_length", "own_accepted_length")) else COUNTED.get(metric, "")
     if name not in metrics or math.isnan(metrics.get(f"{prefix}{slash}{counted}", 0.0)):
         return "–"
     return f"{metrics[name]:.3f}"
@@ -395,12 +465,26 @@ def validation_line(step: int, metrics: Mapping[str, float]) -> str:
             text += f"  {name} {format_metric(metrics, key)}"
     if (value := metrics.get("val/tokens_per_forward")) is not None:
         text += f"  {value:.2f} tokens/forward"
+    elif "val/own_accepted_length" in metrics:
+        text += f"  {format_metric(metrics, 'val/own_accepted_length')} expected"
     return text
+
+
+def learning_rates(metrics: Mapping[str, float]) -> str:
+    """``  lr 1.0e-5, 1.0e-4`` of base and drafter; one where they are the same, or the base is frozen."""
+    rates = {metrics[name]: None for name in ("lr", "drafter_lr") if name in metrics}
+    shown = [f"{rate:.1e}".replace("e-0", "e-") for rate in rates if rate or len(rates) == 1]
+    return f"  lr {', '.join(shown)}" if shown else ""
 
 
 def epoch_of(metrics: Mapping[str, float]) -> str:
     """``, epoch 1.4`` where the data has epochs."""
-    return f", epoch {metrics['epoch']:.1f}" if "epoch" in metrics else ""
+    return f", epoch {short_epoch(metrics['epoch'])}" if "epoch" in metrics else ""
+
+
+def short_epoch(epoch: float) -> str:
+    """One digit behind the point, or as many as a small number needs: ``1.4``, ``0.002``."""
+    return f"{epoch:.1f}" if epoch >= 0.1 or epoch == 0 else f"{epoch:.1g}"
 
 
 def short_number(number: float) -> str:

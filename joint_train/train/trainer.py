@@ -4,7 +4,6 @@ config → mesh → models → data → step → checkpoint, in this order, once
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,12 +17,13 @@ from joint_train.checkpoint import Checkpointer
 from joint_train.config import Config, with_overrides
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
 from joint_train.data.fit import check_fit
+from joint_train.data.overview import overview
 from joint_train.data.tokenizer import end_token_ids, load_tokenizer
 from joint_train.distributed import parallelize
 from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
 from joint_train.distributed.preemption import Preemption
 from joint_train.distributed.ranks import Ranks
-from joint_train.errors import TooManyBadSteps
+from joint_train.errors import OutOfMemory, TooManyBadSteps
 from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.model_card import model_cards
 from joint_train.pair.attention import check_backward
@@ -33,13 +33,15 @@ from joint_train.pair.targets import JointTargets, joint_targets, send
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.train import advice
 from joint_train.train.agreement import agree_on_configuration, agree_on_data
+from joint_train.train.best import Best
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.length import is_due, run_steps
 from joint_train.train.optim import build_optimizer, update
-from joint_train.train.pace import Since, peak_memory, utilisation
+from joint_train.train.own_text import OwnText
+from joint_train.train.pace import Since, memory_gb, peak_memory, utilisation
 from joint_train.train.stages import Stages
-from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
+from joint_train.train.tracking import Tracker, check_wandb, metrics_from_json, metrics_to_json
 from joint_train.weights.average import averaged, start_average, update_average
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import run_configs
@@ -68,15 +70,18 @@ class Trainer:
         self.memory_at_start = peak_memory(self.device)
         torch.manual_seed(cfg.seed + self.rank)
 
+        if self.rank == 0:
+            check_wandb(cfg.tracking)
         check_backward(cfg.model.attn_implementation, self.device.type)
         cfg = with_adapter(cfg)
+        advice.say_run(cfg, self.ranks, torch.cuda.get_device_name() if self.device.type == "cuda" else None)
         self.tokenizer = load_tokenizer(cfg)
         self.cfg = cfg = with_vocabulary(cfg, self.tokenizer)
         everyone = Ranks(cfg.parallel.timeout_seconds)
         agree_on_configuration(cfg, everyone)
-        machine = Machine(gpus=self.ranks, gpu_memory_gb=self.memory_gb(everyone))
+        self.machine = machine = Machine(gpus=self.ranks, gpu_memory_gb=memory_gb(self.device, everyone))
         self.plan = make_plan(cfg, machine, self.device.type)
-        advice.log_recomputation(self.plan, machine)
+        advice.warn_of_memory(self.plan, machine)
         check_fit(cfg, self.tokenizer, *run_configs(cfg))
         self.model = load_pair(with_overrides(cfg, self.plan.chosen), self.mesh, self.device).train()
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.parallel.cpu_offload == "optimizer")
@@ -107,6 +112,7 @@ class Trainer:
         self.loader = self.build_train_loader(position)
         agree_on_data(cfg, "train", self.loader, everyone)
         self.max_steps = run_steps(cfg, self.loader, self.ranks, self.step)
+        self.best = Best(cfg.checkpoint.keep_best, cfg.eval.patience, saved.get("best") if found else None)
         self.last_step = min(self.max_steps, cfg.stop_after or self.max_steps)  # of this process
         self.stages = Stages(cfg, self.max_steps, self.plan, machine, self.device.type, found and found[1])
         if found:
@@ -117,26 +123,25 @@ class Trainer:
         if self.device.type == "cuda":
             self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = advice.generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
+        # What the base wrote in the last assisted generation.
+        self.own_text: OwnText | None = None
+        if found and cfg.eval.own_text:
+            self.own_text = OwnText.saved(saved.get("own_text"), cfg.data, self.tokenizer, self.model.adapters)
         advice.warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
         advice.warn_of_padding(self.plan)
         advice.warn_of_torchrun(cfg.checkpoint)
         advice.warn_of_warmup(cfg, self.stages.joint_steps)
         advice.warn_of_base_after(cfg, self.max_steps)
-        log.info("planned peak memory of a rank: %.2f GiB (joint_train.plan shows its parts)", self.stages.peak / 2**30)
+        advice.warn_of_validation(cfg)
+        loaders = {"train": self.loader} | ({} if self.val_loader is None else {"val": self.val_loader})
+        log.info("%s", overview(loaders))
+        left = self.stages.work(self.max_steps) - self.stages.work(self.step)
+        advice.say_plan(self.plan, self.stages.peak, machine, self.device.type, left)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
         self.watchdog = Watchdog(cfg.parallel.timeout_seconds, self.rank)
         self.bad_steps = BadSteps(cfg.tracking.max_bad_steps, self.device, bad_steps)
         self.spikes = LossSpikes()
         self.since = Since(self.device)
-
-    def memory_gb(self, everyone: Ranks) -> float:
-        """Memory of the device, or on CPU this rank's share of the host's, in GiB: the least that any rank has."""
-        if self.device.type == "cuda":
-            mine = torch.cuda.get_device_properties(self.device).total_memory
-        else:
-            pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            mine = pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return min(everyone.each("reading the size of the memory", lambda: mine)) / 2**30
 
     def go_on_from(self, saved: dict | None) -> None:
         """Where the run is, by the ``state`` of a checkpoint; at its beginning without one."""
@@ -173,7 +178,7 @@ class Trainer:
         with self.watchdog:
             with self.preemption.ends_at_once():
                 self.first_validation()
-            while self.step < self.last_step:
+            while self.step < self.last_step and not self.best.exhausted:
                 self.watchdog.beat()
                 with self.profiler.step(self.step + 1):
                     metrics = self.train_step(batches)
@@ -187,6 +192,7 @@ class Trainer:
                     stop = stop or not self.validate(metrics, generate)
                     if stop and self.val_loader is not None:
                         self.unfinished = {"metrics": metrics_to_json(metrics), "generate": generate}
+                    last = last or self.best.exhausted
                 if metrics and not self.unfinished:
                     self.tracker.log(self.step, metrics)
                 if stop or is_due(self.step, cfg.checkpoint.every) or last:
@@ -195,7 +201,8 @@ class Trainer:
                     self.close()
                     self.preemption.exit()
         if cfg.model.export.at_end:
-            self.export(self.output_dir / "export")
+            step, measured = self.load_best() if cfg.model.export.weights == "best" else (self.step, self.measured)
+            self.export(self.output_dir / "export", step, measured or {})
             self.publish(self.output_dir / "export")
         self.tracker.finish(self.before or {}, self.measured or {})
         peak, planned = (peak_memory(self.device) - self.memory_at_start) / 2**30, self.stages.peak / 2**30
@@ -208,10 +215,12 @@ class Trainer:
         """What is measured before the first step: all of it in a new run, what was interrupted in a resumed one."""
         if self.before is None:
             self.before = self.measured = self.evaluate(generate=True)
+            self.best.observe(self.step, self.before)
             self.tracker.log(self.step, self.before)
         elif self.unfinished is not None:
             metrics, generate = self.unfinished["metrics"], self.unfinished["generate"]
             self.measured = self.evaluate(generate)
+            self.best.observe(self.step, self.measured)
             self.tracker.log(
                 self.step, {k: float("nan") if x is None else x for k, x in metrics.items()} | self.measured
             )
@@ -224,6 +233,9 @@ class Trainer:
         except Interrupted:
             return False
         metrics |= self.measured
+        self.best.observe(self.step, self.measured)
+        if self.best.exhausted:
+            advice.say_patience(self.best, self.step, self.max_steps)
         return True
 
     def check(self) -> None:
@@ -334,6 +346,12 @@ class Trainer:
     def evaluate_on(self, val_loader: BatchLoader, generate: bool, progress: Callable[[], None]) -> dict[str, float]:
         """:meth:`evaluate` of the drafter as its weights are."""
         cfg, measured = self.cfg, dict[str, float]()
+
+        def stats_of(batch: dict[str, Tensor], *sources: str) -> JointStats:
+            progress()
+            inputs, targets, _ = self.prepare(batch, list(sources))
+            return self.model(**inputs, targets=targets).stats
+
         self.model.eval()
         try:
             with torch.random.fork_rng(devices=[]):  # making an iterator draws from it
@@ -341,9 +359,7 @@ class Trainer:
                 for i, batch in enumerate(val_loader):
                     if i == cfg.eval.batches:
                         break
-                    progress()
-                    inputs, targets, _ = self.prepare(batch, val_loader.source_names)
-                    found = self.model(**inputs, targets=targets).stats
+                    found = stats_of(batch, *val_loader.source_names)
                     stats = found if stats is None else stats + found
             assert stats is not None, "every rank has a batch of validation"
             means = stats.reduced(dist.all_reduce).means(val_loader.source_names, val_loader.source_adapters)
@@ -352,12 +368,16 @@ class Trainer:
                 prompts = validation_prompts(cfg.data, self.tokenizer, self.prompts)
                 accepted = accepted_length(
                     self.model.base, self.model.drafter, self.tokenizer, prompts, cfg.drafter.num_steps,
-                    cfg.eval.max_new_tokens, progress, self.model.adapters,
+                    cfg.eval.max_new_tokens, progress, self.model.adapters, cfg.drafter.rope_position == "last_kv",
                 )  # fmt: skip
-                for name, value in accepted["by_adapter"].items():
-                    measured[f"val/adapter/{name}/tokens_per_forward"] = value
+                of = accepted["by_adapter"].items()
+                measured |= {f"val/adapter/{name}/tokens_per_forward": value for name, value in of}
                 measured["val/tokens_per_forward"] = accepted["tokens_per_forward"]
                 self.tracker.examples(self.step, accepted["examples"])
+                if cfg.eval.own_text:
+                    self.own_text = OwnText(prompts, accepted["answers"], cfg.data, self.model.adapters)
+            if self.own_text is not None:
+                measured |= self.own_text.measure(stats_of, dist.all_reduce, self.rank, self.ranks)
         finally:
             parallelize.reshard(self.model)
             self.model.train()
@@ -385,17 +405,29 @@ class Trainer:
             "measured": measured,
             **self.bad_steps.read(),
         }
-        state |= {"data": loader_position(self.loader), "unfinished": self.unfinished}
+        state |= {"data": loader_position(self.loader), "unfinished": self.unfinished, "best": self.best.state()}
+        state["own_text"] = self.own_text and self.own_text.answers
         self.tracker.sync()
         self.checkpointer.save(
             self.step, self.model, self.optimizer, state, config=self.cfg, metrics=self.measured, block=block
         )
 
-    def export(self, folder: Path) -> None:
-        """Both models as Hugging Face folders."""
+    def load_best(self) -> tuple[int, dict[str, float]]:
+        """The weights of the best checkpoint, in place of the last step's; its step, and what was measured then."""
+        path, manifest = self.checkpointer.best()
+        if manifest.step != self.step:
+            self.checkpointer.load(path, self.model, config=self.cfg)
+        log.info(
+            "export of step %d, the best of the checkpoints by checkpoint.keep_best=%s: %.4g",
+            manifest.step, self.best.metric, manifest.metrics[str(self.best.metric).removeprefix("-")],
+        )  # fmt: skip
+        return manifest.step, manifest.metrics
+
+    def export(self, folder: Path, step: int, measured: dict[str, float]) -> None:
+        """Both models as Hugging Face folders, and what was measured of them."""
         export, sources = self.cfg.model.export, self.model.sources
         assert sources is not None, "the pair was loaded from folders"
-        cards = model_cards(self.cfg, sources, self.step, self.before or {}, self.measured or {})
+        cards = model_cards(self.cfg, sources, step, self.before or {}, measured)
         self.model.save_pretrained(
             folder,
             tokenizer=self.tokenizer,
@@ -409,6 +441,7 @@ class Trainer:
     def publish(self, folder: Path) -> None:
         """Start uploading an export as configured."""
         self.checkpointer.upload(folder)
+        self.tracker.exported(folder)
         export = self.cfg.model.export
         if export.push_to_hub and dist.get_rank() == 0:
             self.push = Push(folder, export.push_to_hub, export.private)
@@ -434,4 +467,7 @@ def run(cfg: Config) -> None:
     with Preemption(cfg.checkpoint.grace_seconds, cfg.parallel.timeout_seconds) as preemption:
         with preemption.ends_at_once():
             trainer = Trainer(cfg, preemption)
-        trainer.train()
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(advice.out_of_memory(trainer.cfg, trainer.plan, trainer.machine, error)) from error

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
+
+from joint_train.weights.stored import Stored
 
 # The ends of the names of the tensors that have a row for each token.
 TABLES = ("embed_tokens.weight", "embed_tokens_per_layer.weight", "lm_head.weight", "token_ordering")
@@ -62,15 +63,14 @@ class Changes:
         grows = self.rows is not None and key.endswith(TABLES) and shape[0] < self.rows
         return (self.rows or 0, *shape[1:]) if grows else shape
 
-    def view(self, weights: Any, key: str, name: str, saved: str) -> "View":
+    def view(self, stored: Stored, key: str, name: str) -> "View":
         """What reads slices of a tensor as the model gets it.
 
         Args:
-            weights: an open safetensors file of the folder.
-            key, name, saved: the folder's name of the tensor as transformers writes it today, the model's, and the
-                file's own.
+            stored: the tensor in the folder.
+            key, name: the folder's name of the tensor as transformers writes it today, and the model's.
         """
-        source = self.wholes[name] if name in self.wholes else weights.get_slice(saved)
+        source = self.wholes[name] if name in self.wholes else stored.slices()
         return View(source, self.shape(key, shape_of(source)), self.deltas.get(name, []), self.new_rows.get(key))
 
 
@@ -113,29 +113,28 @@ def shape_of(source: Any) -> tuple[int, ...]:
     return tuple(source.shape if isinstance(source, Tensor) else source.get_shape())
 
 
-def mean_rows(files: Mapping[str, tuple[Path, str]], rows: int, wholes: Mapping[str, Any]) -> dict[str, Tensor]:
+def mean_rows(tables: Mapping[str, Stored], rows: int, wholes: Mapping[str, Any]) -> dict[str, Tensor]:
     """For each table with less than so many rows the mean of its rows, ``[H]`` float32, by its key.
 
     transformers draws new rows around that mean with a billionth of the rows' covariance (``mean_resizing``), which
     bfloat16 can't hold beside it.
 
     Args:
-        files: the file of each tensor of a folder and its name there, by key.
+        tables: tensors of a folder, by key; others are passed over.
         wholes: what stands in the place of a table, by key.
     """
     means = {}
-    for key, (file, saved) in files.items():
+    for key, stored in tables.items():
         if not key.endswith(TABLES) or key.endswith("token_ordering"):
             continue
-        with safe_open(file, framework="pt") as weights:
-            table = wholes[key] if key in wholes else weights.get_slice(saved)
-            there, width = shape_of(table)
-            if there >= rows:
-                continue
-            total, step = torch.zeros(width, dtype=torch.float64), max(1, 2**24 // width)
-            for start in range(0, there, step):
-                total += table[start : min(start + step, there)].double().sum(0)
-            means[key] = (total / there).float()
+        table = wholes[key] if key in wholes else stored.slices()
+        there, width = shape_of(table)
+        if there >= rows:
+            continue
+        total, step = torch.zeros(width, dtype=torch.float64), max(1, 2**24 // width)
+        for start in range(0, there, step):
+            total += table[start : min(start + step, there)].double().sum(0)
+        means[key] = (total / there).float()
     return means
 
 

@@ -27,7 +27,7 @@ from joint_train.config import (
     PrecisionConfig,
     group_of,
 )
-from joint_train.config.values import base_of_adapter, grown_rows
+from joint_train.config.values import as_saved, base_of_adapter, grown_rows
 from joint_train.distributed.agreement import agree
 from joint_train.distributed.lora import adapted_modules, initialise_adapters, inject_adapters, peft_config_of
 from joint_train.distributed.mesh import check_mesh
@@ -35,6 +35,7 @@ from joint_train.distributed.parallelize import DTYPES, compute_dtype, paralleli
 from joint_train.distributed.ranks import Ranks
 from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
+from joint_train.weights import quantised
 from joint_train.weights.adapter import export_adapter, load_adapter
 from joint_train.weights.average import averaged
 from joint_train.weights.changes import UNCHANGED, Changes, file_digest
@@ -75,10 +76,12 @@ class Gemma4WithDrafter(JointModel):
     Attributes:
         sources: the folders of base and drafter that the pair was loaded from, if it was.
         changes: what was changed in their weights at the load.
+        base_as_saved: whether the base's weights are those of a quantised folder, which stays what is served.
     """
 
     sources: tuple[Path, Path] | None = None
     changes: tuple[Changes, Changes] = (UNCHANGED, UNCHANGED)
+    base_as_saved: bool = False
 
     @classmethod
     def from_pretrained(
@@ -233,7 +236,8 @@ class Gemma4WithDrafter(JointModel):
         Where there is an average of the drafter's weights, ``drafter/`` has that.
 
         With adapters on the base, ``base/`` has them merged into its weights, and ``adapter/`` has them alone, for
-        peft's ``PeftModel.from_pretrained``.
+        peft's ``PeftModel.from_pretrained``. A base that is used as it is quantised in its folder isn't written: that
+        folder is what is served, with ``adapter/`` if there is one.
 
         Under a process group all ranks call it; no rank gathers a model. ``checkpointer`` isn't needed and ignored.
 
@@ -257,16 +261,18 @@ class Gemma4WithDrafter(JointModel):
                     "and load it from there."
                 )
         folder = Path(save_directory)
-        parts = ["base", "drafter", *(["adapter"] if adapted_modules(self.base) else [])]
+        parts = ["base"] * (not self.base_as_saved) + ["drafter"] + ["adapter"] * bool(adapted_modules(self.base))
         parts += ["drafter_last"] if drafter_last and self.drafter_average is not None else []
         outs = [folder / part for part in parts]
         files = {part: RunFiles(tokenizer, tuple(end_token_ids), (cards or {}).get(part)) for part in parts}
         try:
-            export_model(
-                self.base, sources[0], outs[0], max_shard_size, kv_shared_weights=kv_shared_weights, in_place=False,
-                files=files["base"], changes=self.changes[0],
-            )  # fmt: skip
-            for out in outs[1:]:
+            for out in outs:
+                if out.name == "base":
+                    export_model(
+                        self.base, sources[0], out, max_shard_size, kv_shared_weights=kv_shared_weights,
+                        in_place=False, files=files["base"], changes=self.changes[0],
+                    )  # fmt: skip
+                    continue
                 if out.name == "adapter":
                     export_adapter(self.base, out, in_place=False, card=files["adapter"].card)
                     continue
@@ -275,7 +281,7 @@ class Gemma4WithDrafter(JointModel):
                         self.drafter, sources[1], out, max_shard_size, num_assistant_tokens=self.drafter_num_steps,
                         in_place=False, files=files[out.name], changes=self.changes[1],
                     )  # fmt: skip
-            place(outs)
+            place(outs, whole=True)
         except BaseException:
             discard(outs)
             raise
@@ -295,15 +301,15 @@ class Gemma4WithDrafter(JointModel):
         if all((folder / part / "model").is_dir() for part in ("base", "drafter")):
             checkpoint.load_model(folder, self.base, "base", frozen=self.frozen_base)
             checkpoint.load_model(folder, self.drafter, "drafter")
-        elif all((folder / part / "config.json").is_file() for part in ("base", "drafter")):
-            for part in ("base", "drafter"):
+        elif all((folder / part / "config.json").is_file() for part in ("base", "drafter")[self.base_as_saved :]):
+            for part in ("base", "drafter")[self.base_as_saved :]:
                 check_folder(folder / part)
             lora = bool(adapted_modules(self.base))
             if lora:
                 if not (folder / "adapter").is_dir():
                     raise FileNotFoundError(f"{folder} has no adapter/, and this pair's base has adapters to fill.")
                 load_adapter(self.base, folder / "adapter")
-            for part, model in self.parts()[lora:]:
+            for part, model in self.parts()[lora or self.base_as_saved :]:
                 materialize(model, folder / part, next(model.parameters()).device)
         else:
             raise FileNotFoundError(
@@ -332,14 +338,18 @@ def load_pair(
     m = cfg.model
     base_dir = resolve(m.base, m.revision, m.cache_dir, hub)
     drafter_dir = resolve(m.drafter, m.drafter_revision, m.cache_dir, hub)
-    configs = read_configs(base_dir, drafter_dir, text_config=m.text_config, rows=grown_rows(cfg))
+    configs = read_configs(
+        base_dir, drafter_dir, text_config=m.text_config, rows=grown_rows(cfg), quantized=as_saved(cfg)
+    )
     device = torch.device(device)
     model = meta_pair(cfg, *configs, DTYPES[cfg.precision.params], device.type, peft_config)
     text = model.base.config.get_text_config()
     compute = compute_dtype(cfg.precision, device.type)
     check_flex(text, compute, device.type)
     log.info("attention: %s", kernels(text, compute, device.type))
-    model.sources = (base_dir, drafter_dir)
+    model.sources, model.base_as_saved = (base_dir, drafter_dir), as_saved(cfg)
+    if model.base_as_saved:
+        log.info("%s", quantised.sentence(base_dir))
     if mesh is not None:
         parallelize(model, mesh, cfg)
     ranks = Ranks(cfg.parallel.timeout_seconds) if mesh is not None else None
@@ -373,8 +383,9 @@ def load_pair(
                 "the merged base/, or on that merged base",
                 " and ".join(str(adapter.folder) for adapter in merged), m.base,
             )  # fmt: skip
-        base_changes = model.changes[0]
-        model.frozen_base = everyone.first(f"reading {base_dir}", lambda: frozen_base(base_dir, base_changes))
+    base_changes = model.changes[0]
+    model.frozen_base = everyone.first(f"reading {base_dir}", lambda: frozen_base(base_dir, base_changes))
+    model.base_stays = cfg.freeze.base or bool(adapted_modules(model.base))
     if served:
         dtype = DTYPES[cfg.precision.params] if mesh is None else compute
         model.adapters = put_served(model, cfg, served, dtype, device)

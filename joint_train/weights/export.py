@@ -21,12 +21,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from joint_train.checkpoint.reader import Reader
+from joint_train.checkpoint.reader import Reader, load_alone
 from joint_train.distributed.lora import Merged, adapted_modules, merged_weight
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import WeightsError
@@ -34,7 +32,7 @@ from joint_train.files import naming
 from joint_train.weights.changes import UNCHANGED, Changes
 from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.kv_shared import absent_copies
-from joint_train.weights.loading import FLOATS, Stored, match, stored_tensors
+from joint_train.weights.loading import match, stored_tensors
 from joint_train.weights.placing import MANIFEST, discard, place, staged
 from joint_train.weights.run_files import (
     NOTHING,
@@ -53,6 +51,7 @@ from joint_train.weights.shards import (
     slots_of,
     write_headers,
 )
+from joint_train.weights.stored import FLOATS, Stored
 from joint_train.weights.writing import Slot, Written, check_written, write_tensors
 
 log = logging.getLogger(__name__)
@@ -144,7 +143,8 @@ def export_checkpoint(
     """
     source = Path(source)
     stored, names = _contents(model, source, kv_shared_weights, changes)
-    saved = None if adapted_modules(model) else _saved_names(checkpoint, model, names)
+    frozen = adapted_modules(model) or not Reader(Path(checkpoint)).read_metadata().state_dict_metadata
+    saved = None if frozen else _saved_names(checkpoint, model, names)
     value = _values(checkpoint, model, source, stored, names, changes)
 
     def fill(slots: dict[str, Slot]) -> None:
@@ -155,7 +155,7 @@ def export_checkpoint(
         # The checkpoint's reader copies into the tensors that it is given, converting their dtype: here, the files.
         files = {key: mapped(slots[key]) for key in saved}
         wanted = {name: files[key] for key, name in saved.items()}
-        dcp.load(wanted, storage_reader=Reader(Path(checkpoint)), no_dist=True)
+        load_alone(wanted, Reader(Path(checkpoint)))
         for key, name in saved.items():
             if files[key] is not wanted[name]:  # a tied tensor that the source holds under both names
                 files[key].copy_(wanted[name])
@@ -180,8 +180,7 @@ def compare_checkpoint(
     value, ours = _values(checkpoint, model, Path(source), stored, names, changes), stored_tensors(out)
     problems = []
     for key in sorted(names.keys() & ours.keys()):
-        with safe_open(ours[key].file, framework="pt") as weights:
-            found = weights.get_tensor(ours[key].key)
+        found = ours[key].whole()
         wanted = value(key, found.dtype)
         if found.shape != wanted.shape or not torch.equal(_bytes(found), _bytes(wanted)):
             problems.append(f"values of {key}")
@@ -202,14 +201,14 @@ def _values(
     changes: Changes,
 ) -> Callable[[str, torch.dtype], Tensor]:
     """A tensor of the checkpoint by the source's key, rounded to a dtype; with adapters, theirs added to the source's
-    weight in float32."""
-    if modules := {f"{name}.weight": module for name, module in adapted_modules(model).items()}:
+    weight in float32; of a base that was frozen, the source's."""
+    modules = {f"{name}.weight": module for name, module in adapted_modules(model).items()}
+    if modules or not Reader(Path(checkpoint)).read_metadata().state_dict_metadata:
         copied = absent_copies(model.config, stored_tensors(source))
 
         def merge(key: str, dtype: torch.dtype) -> Tensor:
-            with safe_open(stored[key].file, framework="pt") as weights:
-                source_key = copied.get(key, key)
-                weight = changes.view(weights, source_key, names[key], stored[source_key].key).whole()
+            source_key = copied.get(key, key)
+            weight = changes.view(stored[source_key], source_key, names[key]).whole()
             return (merged_weight(modules[names[key]], weight) if names[key] in modules else weight).to(dtype)
 
         return merge
@@ -217,7 +216,7 @@ def _values(
 
     def read(key: str, dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(stored[key].shape, dtype=dtype)
-        dcp.load({saved[key]: tensor}, storage_reader=reader, no_dist=True)
+        load_alone({saved[key]: tensor}, reader)
         return tensor
 
     return read
@@ -314,8 +313,7 @@ def _export(
 
     def finish() -> None:
         for key in stored.keys() - names.keys():  # unused, but in the source, and so in the export
-            with safe_open(stored[key].file, framework="pt") as weights:
-                mapped(slots[key]).copy_(weights.get_tensor(stored[key].key))
+            mapped(slots[key]).copy_(stored[key].whole())
         _copy_other_files(source, partial)
         _write_configs(model, source, partial, dtype, num_assistant_tokens)
         write_run_files(files, model.config, source, partial)

@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from joint_train.config import Config
-from joint_train.config.values import grown_rows
+from joint_train.config.values import as_saved, grown_rows
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import ConfigError
 from joint_train.pair.compatibility import check_pair
-from joint_train.weights import placing
+from joint_train.weights import placing, quantised
 
 BASES = {
     "gemma4": Gemma4ForConditionalGeneration,
@@ -37,6 +37,8 @@ DRAFTERS = {
     "gemma4_assistant": Gemma4AssistantForCausalLM,
     "gemma4_unified_assistant": Gemma4UnifiedAssistantForCausalLM,
 }
+# The text model alone of a base with towers.
+TEXT_MODELS = {"gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text"}
 # Text settings that the configuration classes take apart when they are built, so that no attribute shows them.
 TEXT_INPUTS = {"global_head_dim", "num_global_key_value_heads", "rope_theta"}
 # Further options of a download; they are in no run's configuration, which is written to files.
@@ -121,7 +123,7 @@ def other_weights(folder: Path) -> str:
         r"global_step\d+$": "it has DeepSpeed's shards: its zero_to_fp32.py puts them together, with "
         "--safe_serialization",
         r"\.distcp$": "it has torch.distributed.checkpoint's shards: export the model with the program that wrote them",
-        r"\.gguf$": "it has GGUF files, which are made from a model: give the folder that they were made from",
+        r"mmproj.*\.gguf$": "it has a GGUF file of the towers alone (mmproj): give that of the language model",
     }
     for pattern, what in advice.items():
         if inner := next((name for name in names if re.search(pattern, name)), None):
@@ -136,16 +138,18 @@ def read_config(
     cache_dir: str | None = None,
     text_config: dict[str, Any] | None = None,
     rows: int | None = None,
+    quantized: bool | None = False,
 ) -> PreTrainedConfig:
-    """Configuration of one model from its folder or hub id.
+    """Configuration of one model from its folder or hub id, without how its weights are quantised.
 
     Args:
         text_config: values that replace those of the folder's text configuration.
         rows: of the vocabulary's tables, where they are to be others than the folder's.
+        quantized: whether its weights must be quantised (``model.quantization=as_saved``), or mustn't; None: either.
 
     Raises:
-        ConfigError: if there is none, its weights are quantised, or `text_config` has a key that Gemma 4's text
-            configuration hasn't.
+        ConfigError: if there is none, its weights are quantised where they mustn't be, or in a way that isn't known, or
+            `text_config` has a key that Gemma 4's text configuration hasn't.
     """
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision, cache_dir=cache_dir)
@@ -161,11 +165,8 @@ def read_config(
         raise ConfigError(
             f"{path} is a {kind} model; a base is one of {', '.join(BASES)}, a drafter one of {', '.join(DRAFTERS)}."
         )
-    if any(part.get("quantization_config") for part in (raw, raw.get("text_config") or {})):
-        raise ConfigError(
-            f"{path} holds quantised weights (quantization_config in its config.json), which can't be trained: give "
-            "the bfloat16 folder that it was made from, and quantise the export after training."
-        )
+    raw = _without_quantization(raw, path, quantized)
+    kind = raw["model_type"]
     if rows is not None:
         text_config = {**(text_config or {}), **vocabulary_settings(kind, rows)}
     config_class = CONFIG_MAPPING[kind]
@@ -181,6 +182,41 @@ def read_config(
             raise ConfigError(f"model.text_config={text_config} doesn't fit {path}: {e}") from e
     config._name_or_path = os.fspath(path)
     return config
+
+
+def _without_quantization(raw: dict[str, Any], path: str | os.PathLike, wanted: bool | None) -> dict[str, Any]:
+    """A configuration without how the weights are quantised; of a GGUF file, that of the text model, which it holds.
+
+    Raises:
+        ConfigError: if they are quantised and mustn't be, or the other way round, or in a way that isn't known.
+    """
+    raw = copy.deepcopy(raw)
+    inner = raw.get("text_config") or {}
+    found = [part.pop("quantization_config", None) for part in (raw, inner)]
+    local = quantised.quantization_config(Path(path)) if Path(path).is_dir() else None
+    config = next((part for part in (*found, local) if part), None)
+    drafter = raw["model_type"] in DRAFTERS
+    if config is None:
+        if wanted and not drafter:
+            raise ConfigError(
+                f"model.quantization=as_saved, and {path} holds no quantised weights (its config.json has no "
+                "quantization_config): leave out model.quantization, or give the quantised folder."
+            )
+        return raw
+    if drafter or wanted is False:
+        advice = (
+            "give the bfloat16 folder that it was made from"
+            if drafter
+            else "set model.quantization=as_saved, with freeze.base=true or adapters (lora.r), to train its drafter; "
+            "or give the bfloat16 folder that it was made from, and quantise the export after training"
+        )
+        raise ConfigError(
+            f"{path} holds quantised weights ({quantised.describe(config)}), which can't be trained: {advice}."
+        )
+    quantised.check_format(config, path)
+    if config["quant_method"] == "gguf" and raw["model_type"] in TEXT_MODELS:
+        raw = {**inner, "model_type": TEXT_MODELS[raw["model_type"]]}
+    return raw
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -216,17 +252,21 @@ def read_configs(
     cache_dir: str | None = None,
     text_config: dict[str, Any] | None = None,
     rows: int | None = None,
+    quantized: bool | None = False,
 ) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """Configurations of a pair, checked to fit together; reads no weight.
 
     Args:
         rows: as for :func:`read_config`, of both.
+        quantized: as for :func:`read_config`, of the base; a drafter's weights never are.
 
     Raises:
         ConfigError: for a model of another family, a drafter that was made for another base, and a drafter whose
             logits serving would cap.
     """
-    base_config = read_config(base, revision=revision, cache_dir=cache_dir, text_config=text_config, rows=rows)
+    base_config = read_config(
+        base, revision=revision, cache_dir=cache_dir, text_config=text_config, rows=rows, quantized=quantized
+    )
     drafter_config = read_config(drafter, revision=drafter_revision, cache_dir=cache_dir, rows=rows)
     for key, config, path, known in (
         ("model.base", base_config, base, BASES),
@@ -248,4 +288,4 @@ def run_configs(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """:func:`read_configs` of a run's pair, downloaded if need be. Collective under a process group."""
     m = cfg.model
     folders = resolve(m.base, m.revision, m.cache_dir), resolve(m.drafter, m.drafter_revision, m.cache_dir)
-    return read_configs(*folders, text_config=m.text_config, rows=grown_rows(cfg))
+    return read_configs(*folders, text_config=m.text_config, rows=grown_rows(cfg), quantized=as_saved(cfg))

@@ -1,5 +1,5 @@
-"""``model.export.push_to_hub``: an export as repositories of the Hugging Face hub: ``ID-base``, ``ID-drafter`` and, of
-a run with adapters, ``ID-adapter``.
+"""``model.export.push_to_hub``: an export as repositories of the Hugging Face hub: ``ID-base``, ``ID-drafter`` and, where
+the run has them, ``ID-drafter_last`` and ``ID-adapter``.
 
 One for each, as released pairs are: an engine takes it by its id alone.
 """
@@ -11,9 +11,11 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from joint_train.weights.placing import PARTS
+
 log = logging.getLogger(__name__)
 
-PARTS = ("base", "drafter", "adapter")
+OPTIONAL = ("base", "drafter_last", "adapter")  # a base that stays as it is saved isn't exported
 ATTEMPTS = 3
 PAUSE_SECONDS = 5.0  # after the first failure, and twice as long after each further one
 
@@ -29,7 +31,7 @@ def push(folder: Path, repo_id: str, private: bool) -> list[str]:
     """
     api, urls = HfApi(), []
     for part in PARTS:
-        if part == "adapter" and not (folder / part).is_dir():
+        if part in OPTIONAL and not (folder / part).is_dir():
             continue
         for attempt in range(1, ATTEMPTS + 1):
             try:

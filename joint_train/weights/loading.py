@@ -10,17 +10,16 @@ safetensors file in the folder whatever the index says, and knows nothing of tra
 """
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -34,9 +33,11 @@ from joint_train.distributed.ranks import Ranks, run_on_all_ranks
 from joint_train.distributed.replicas import Replicas
 from joint_train.errors import WeightsError
 from joint_train.torch_private import local_shape_and_offset
-from joint_train.weights import placing
+from joint_train.weights import placing, quantised
 from joint_train.weights.changes import UNCHANGED, Changes, View
 from joint_train.weights.folders import BASES, DRAFTERS, model_type, other_weights, read_config, resolve
+from joint_train.weights.gguf_file import stored_in_gguf
+from joint_train.weights.stored import FLOATS, Stored, close_files, opened
 
 READ_BYTES = 64 * 2**20
 SAMPLE_BYTES = 4096
@@ -46,18 +47,6 @@ WRAPPERS = re.compile(
 )
 OLDER = re.compile(r"language_model\.model\.")
 TEXT_ALONE = re.compile(r"model\.(layers|norm|embed_tokens|embed_tokens_per_layer|per_layer_\w+)\.")
-# safetensors' names of the dtypes that a floating-point weight may be read from.
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file, as its header tells: nothing of it is read."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name, e.g. "BF16"
-    key: str  # its name in the file
 
 
 def build_meta(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -134,13 +123,12 @@ def _fill(
 
     tensors = folder_tensors(model)
     filled = set()
-    for file in sorted({stored[key].file for key in names}) if values else ():
-        with safe_open(file, framework="pt") as weights:
-            for key, name in names.items():
-                target = tensors.get(name)
-                if stored[key].file == file and target is not None and id(target) not in filled:
-                    _read_slice(changes.view(weights, key, name, stored[key].key), target)
-                    filled.add(id(target))
+    for key, name in sorted(names.items(), key=lambda item: stored[item[0]].file) if values else ():
+        target = tensors.get(name)
+        if target is not None and id(target) not in filled:
+            _read_slice(changes.view(stored[key], key, name), target)
+            filled.add(id(target))
+    close_files()
     if (Path(folder) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
@@ -165,19 +153,20 @@ def load_model(
     """A whole model on one device: what ``from_pretrained`` gives, with this module's checks."""
     folder = resolve(path)
     check_weights(folder)
-    model = build_meta(read_config(folder), dtype, attn_implementation)
+    model = build_meta(read_config(folder, quantized=None), dtype, attn_implementation)
     materialize(model, folder, device)
     return model
 
 
 def load_to_generate(path: str | os.PathLike, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-    """A whole model to generate with: that of :func:`load_model`, or of transformers if its weights are quantised.
+    """A whole model to generate with: that of :func:`load_model`, or of transformers if its weights are quantised in a
+    way that transformers reads here: it also rounds activations as the folder says.
 
     transformers would take a folder with a forgotten ``adapter_config.json`` for an adapter.
     """
     folder = resolve(path)
-    raw, _ = PreTrainedConfig.get_config_dict(folder)
-    if not any(part.get("quantization_config") for part in (raw, raw.get("text_config") or {})):
+    config = quantised.quantization_config(folder)
+    if config is None or not quantised.read_by_transformers(config):
         return load_model(folder, dtype, device)
     check_weights(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -185,7 +174,8 @@ def load_to_generate(path: str | os.PathLike, dtype: torch.dtype, device: torch.
 
 
 def stored_tensors(folder: str | os.PathLike, changes: Changes = UNCHANGED) -> dict[str, Stored]:
-    """The tensors of a folder by name: of ``model.safetensors``, else of the files that the index names.
+    """The tensors of a folder by name: of ``model.safetensors``, else of the files that the index names. Those of a
+    quantised folder are what the model has before it is quantised, see :mod:`joint_train.weights.quantised`.
 
     Names that transformers wouldn't know are given as it writes them today, see :func:`current_name`.
 
@@ -194,9 +184,26 @@ def stored_tensors(folder: str | os.PathLike, changes: Changes = UNCHANGED) -> d
 
     Raises:
         WeightsError: if there is neither, a file of the index is missing, a header can't be read, or two tensors have
-            one name.
+            one name; if a quantised layer isn't what the folder's format says.
+        ConfigError: if it is quantised in a way that isn't known.
+    """
+    stored = stored_in_files(folder)
+    config = quantised.quantization_config(Path(folder))
+    if config is not None and config.get("quant_method") != "gguf":
+        stored = quantised.combine(config, stored, folder)
+    shapes = {name: changes.shape(name, entry.shape) for name, entry in stored.items()}
+    return {name: dataclasses.replace(entry, shape=shapes[name]) for name, entry in stored.items()}
+
+
+def stored_in_files(folder: str | os.PathLike) -> dict[str, Stored]:
+    """The tensors of a folder's files, safetensors or GGUF, by the names of :func:`stored_tensors`, quantised or not.
+
+    Raises:
+        WeightsError: as there.
     """
     folder = Path(folder)
+    if files_of_gguf := quantised.gguf_files(folder):
+        return stored_in_gguf(files_of_gguf)
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
         files = {"model.safetensors"}
@@ -211,13 +218,12 @@ def stored_tensors(folder: str | os.PathLike, changes: Changes = UNCHANGED) -> d
     kind, stored, twice = model_type(folder), dict[str, Stored](), list[str]()
     for file in sorted(files):
         try:
-            with safe_open(folder / file, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118 - not a dict
-                    view, name = weights.get_slice(key), current_name(key, kind)
-                    if name in stored and key != stored[name].key:
-                        twice.append(f"{stored[name].key} and {key}")
-                    shape = changes.shape(name, tuple(view.get_shape()))
-                    stored[name] = Stored(folder / file, shape, view.get_dtype(), key)
+            weights = opened(folder / file)
+            for key in weights.keys():  # noqa: SIM118 - not a dict
+                view, name = weights.get_slice(key), current_name(key, kind)
+                if name in stored and key != stored[name].key:
+                    twice.append(f"{stored[name].key} and {key}")
+                stored[name] = Stored(folder / file, tuple(view.get_shape()), view.get_dtype(), key)
         except Exception as e:
             raise WeightsError(f"can't read {folder / file}: {e}") from e
     if twice:
@@ -256,8 +262,7 @@ def check_token_ordering(stored: dict[str, Stored], folder: str | os.PathLike) -
     for name, entry in stored.items():
         if not name.endswith("token_ordering"):
             continue
-        with safe_open(entry.file, framework="pt") as weights:
-            order = weights.get_tensor(entry.key).flatten()
+        order = entry.whole().flatten()
         if not torch.equal(order.sort().values, torch.arange(order.numel(), dtype=order.dtype)):
             raise WeightsError(
                 f"{name} in {entry.file} is no permutation of the {order.numel()} tokens: it has "
@@ -286,7 +291,10 @@ def fingerprints(folder: Path) -> dict[str, str]:
     """What tells the files of a model from others, by name: of weights the header, and bytes from the start, the middle
     and the end of every tensor; of ``config.json`` all."""
     found = {"config.json": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()}
-    for path in sorted({entry.file for entry in stored_tensors(folder).values()}):
+    for path in sorted({entry.file for entry in stored_in_files(folder).values()}):
+        if path.suffix == ".gguf":
+            found[str(path.relative_to(folder))] = _samples(path)
+            continue
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(length)
@@ -300,6 +308,17 @@ def fingerprints(folder: Path) -> dict[str, str]:
                     digest.update(file.read(min(SAMPLE_BYTES, end - offset)))
         found[str(path.relative_to(folder))] = digest.hexdigest()
     return found
+
+
+def _samples(path: Path, count: int = 1024) -> str:
+    """A hash of a file's size and of pieces of it that lie evenly apart."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for number in range(count):
+            file.seek(number * size // count)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def check_weights(folder: Path, ranks: Ranks | None = None) -> None:
@@ -325,14 +344,10 @@ def frozen_base(folder: str | os.PathLike, changes: Changes = UNCHANGED) -> dict
     merged into them do, and rows that were added.
     """
     digest = hashlib.sha256(changes.digest.encode())
-    for key, entry in sorted(stored_tensors(folder).items()):
+    for key, entry in sorted(stored_in_files(folder).items()):
         digest.update(f"{key} {entry.shape} {entry.dtype}".encode())
-        with safe_open(entry.file, framework="pt") as weights:
-            row = (
-                weights.get_tensor(entry.key)
-                if len(entry.shape) < 2
-                else weights.get_slice(entry.key)[(slice(0, 1),) * (len(entry.shape) - 1)]
-            )
+        few = len(entry.shape) < 2
+        row = entry.whole() if few else entry.slices()[(slice(0, 1),) * (len(entry.shape) - 1)]
         digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {"folder": os.fspath(folder), "hash": digest.hexdigest()}
 

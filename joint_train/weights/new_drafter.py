@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -195,17 +194,13 @@ class BaseWeights:
 
     def query_norm(self, kind: str) -> Tensor:
         """``[head_dim]``, of the last layer of this attention type that computes its own keys."""
-        entry = self.stored[self.norms[kind]]
-        with safe_open(entry.file, framework="pt") as weights:
-            return weights.get_tensor(entry.key).float()
+        return self.stored[self.norms[kind]].whole().float()
 
     def rows(self) -> Iterator[tuple[int, Tensor]]:
         """The embedding in pieces: (first row, ``[rows, H_b]`` in float32)."""
-        entry = self.stored[self.embedding]
-        with safe_open(entry.file, framework="pt") as weights:
-            view = weights.get_slice(entry.key)
-            for first in range(0, view.get_shape()[0], CHUNK):
-                yield first, view[first : first + CHUNK].float()
+        table = self.stored[self.embedding].slices()
+        for first in range(0, table.get_shape()[0], CHUNK):
+            yield first, table[first : first + CHUNK].float()
 
     def principal_directions(self, count: int) -> Tensor:
         """The orthonormal directions ``[H_b, count]`` along which the embedding's rows are largest."""

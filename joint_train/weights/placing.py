@@ -22,7 +22,7 @@ import torch.distributed as dist
 from joint_train.checkpoint import layout
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import WeightsError
-from joint_train.files import naming
+from joint_train.files import naming, replace
 
 MANIFEST = "joint_train_export.json"
 MARK = "EXPORT_INCOMPLETE"
@@ -35,12 +35,12 @@ def staged(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
-def place(outs: Sequence[Path]) -> None:
+def place(outs: Sequence[Path], whole: bool = False) -> None:
     """Give complete staged folders of one export their names. Collective.
 
     Args:
-        outs: the names, in one folder. An older export's ``adapter`` or ``drafter_last`` that the new one
-            doesn't have goes as well.
+        outs: the names, in one folder.
+        whole: they are a whole export: a folder that an older one had and the new one doesn't goes as well.
 
     Raises:
         OSError: on every rank alike.
@@ -69,18 +69,19 @@ def place(outs: Sequence[Path]) -> None:
             layout.write_file(staged(out) / MANIFEST, text.encode())
             for folder in {staged(out), *(file.parent for file in files[out])}:
                 layout.fsync_folder(folder)
-        put_in_place(outs)
+        put_in_place(outs, whole)
 
     run_on_all_ranks(lambda: finish() if rank == 0 else None)
 
 
-def put_in_place(outs: Sequence[Path]) -> None:
+def put_in_place(outs: Sequence[Path], whole: bool = False) -> None:
     """Rename staged folders to their names, in one process; older ones are moved away before and removed after."""
     folder = outs[0].parent
     mark, gone = folder / MARK, list(outs)
     with naming(folder):
-        if len(outs) > 1:
-            for name, file in (("adapter", "adapter_config.json"), ("drafter_last", "config.json")):
+        if whole:
+            for name in PARTS:
+                file = "adapter_config.json" if name == "adapter" else "config.json"
                 if (folder / name / file).exists() and folder / name not in outs:
                     gone.append(folder / name)
             names = [out.name for out in gone]
@@ -96,7 +97,7 @@ def put_in_place(outs: Sequence[Path]) -> None:
         layout.fsync_folder(folder)
         mark.unlink(missing_ok=True)
         layout.fsync_folder(folder)
-    for name in {out.name for out in gone} | (set(PARTS) if len(outs) > 1 else set()):  # also what a killed one left
+    for name in {out.name for out in gone} | (set(PARTS) if whole else set()):  # also what a killed one left
         shutil.rmtree(_old(folder / name), ignore_errors=True)
 
 
@@ -149,6 +150,20 @@ def verify(folder: Path) -> list[str]:
             f"{folder} has no {MANIFEST}: no export of this version wrote it, so nothing can be compared."
         )
     return layout.compare_files(folder, files)
+
+
+def replace_file(folder: Path, name: str, text: str) -> None:
+    """Change a file beside the weights, and what the folder's checksums say of it, if it has any.
+
+    Raises:
+        WriteError: naming what can't be written.
+        WeightsError: if the file that holds the checksums is damaged.
+    """
+    files = read_manifest(folder)
+    replace(folder / name, text)
+    if files is not None:
+        body = {"layout": 1, "files": {**files, name: list(layout.file_checksum(folder / name))}}
+        replace(folder / MANIFEST, json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n")
 
 
 def refuse_changed(folder: Path, problems: list[str]) -> None:

@@ -4,6 +4,7 @@ import logging
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from joint_train.config import Config
 from joint_train.config.values import parse_served
@@ -39,22 +40,45 @@ def put_served(
     Raises:
         WeightsError: for one that doesn't fit the base, or has more than linear layers of its language model.
     """
-    adapters = Adapters([spec.name for spec in parse_served(cfg.model.adapters)])
-    named = {module: name for name, module in model.base.named_modules()}
-    linear = {named[module]: module for module in text_model(model.base).modules() if isinstance(module, nn.Linear)}
+    names = [spec.name for spec in parse_served(cfg.model.adapters)]
+    adapters = put_on_base(model.base, names, folders, dtype, device)
+    adapters.put_on_pair(model)
+    log.info("the base as it is, under each of %s in turn", ", ".join(adapters.names))
+    return adapters
+
+
+def put_on_base(
+    base: PreTrainedModel,
+    names: list[str],
+    folders: list[PeftFolder],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    key: str = KEY,
+) -> Adapters:
+    """Put adapters of these names on a base alone; none is in use until :meth:`Adapters.alone` says so.
+
+    Args:
+        key: what the user named them by, for errors.
+
+    Raises:
+        WeightsError: as :func:`put_served`.
+    """
+    adapters = Adapters(names)
+    named = {module: name for name, module in base.named_modules()}
+    linear = {named[module]: module for module in text_model(base).modules() if isinstance(module, nn.Linear)}
     layers: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for number, folder in enumerate(folders):
-        deltas, wholes = folder.changes(model.base)
+        deltas, wholes = folder.changes(base)
         if wholes:
             raise WeightsError(
-                f"{KEY}: {folder.folder} holds a whole {min(wholes)}, and an adapter that shares its base with others "
+                f"{key}: {folder.folder} holds a whole {min(wholes)}, and an adapter that shares its base with others "
                 "can only add to linear layers. Give it with model.adapter, which merges it into the base."
             )
         for name, delta in deltas.items():
             layer = name.removesuffix(".weight")
             if layer not in linear:
                 raise WeightsError(
-                    f"{KEY}: {folder.folder} has an adapter on {layer}, which is no linear layer of the language "
+                    f"{key}: {folder.folder} has an adapter on {layer}, which is no linear layer of the language "
                     "model: only those can have another adapter for each document. Give it with model.adapter, which "
                     "merges it into the base."
                 )
@@ -62,6 +86,4 @@ def put_served(
             layers.setdefault(layer, {})[number] = (a.to(device, dtype), b.to(device, dtype))
     for layer, found in layers.items():
         adapters.put(linear[layer], found)
-    adapters.put_on_pair(model)
-    log.info("the base as it is, under each of %s in turn", ", ".join(adapters.names))
     return adapters

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from joint_train.config import Config, SourceConfig, with_overrides
-from joint_train.config.values import AdapterSpec, adapter_index, grown_rows, parse_adapters, parse_served
+from joint_train.config.values import AdapterSpec, adapter_index, as_saved, grown_rows, parse_adapters, parse_served
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import ConfigError
 from joint_train.weights.changes import Changes, file_digest, mean_rows
@@ -141,7 +141,8 @@ def with_vocabulary(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     m = cfg.model
     if m.resize_vocabulary is False:
         return cfg
-    base = read_config(resolve(m.base, m.revision, m.cache_dir), text_config=m.text_config)
+    folder = resolve(m.base, m.revision, m.cache_dir)
+    base = read_config(folder, text_config=m.text_config, quantized=as_saved(cfg))
     drafter = read_config(resolve(m.drafter, m.drafter_revision, m.cache_dir))
     used = highest_id(tokenizer) + 1
     needed = rows_needed(base, drafter, max([used, *(adapter.table_rows for adapter in merged_adapters(cfg))]))
@@ -177,7 +178,7 @@ def changes_of_base(
     names = match(base, stored, folder)
     if changes.rows is not None:
         wholes = {key: changes.wholes[name] for key, name in names.items() if name in changes.wholes}
-        files = {key: (stored[key].file, stored[key].key) for key in names}
+        files = {key: stored[key] for key in names}
         mean = functools.partial(mean_rows, files, changes.rows, wholes)
         changes.new_rows = ranks.first(f"reading the tables of {folder}", mean)
     if adapters:
@@ -202,7 +203,7 @@ def changes_of_drafter(cfg: Config, drafter: PreTrainedModel, folder: Any, ranks
     names = match(drafter, stored, folder)
 
     def grow() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        means = mean_rows({key: (stored[key].file, stored[key].key) for key in names}, rows, {})
+        means = mean_rows({key: stored[key] for key in names}, rows, {})
         ordering = drafter_ordering(folder, rows, next(iter(means.values()))) if means else {}
         return means, {names[key]: value for key, value in ordering.items()}
 
@@ -220,7 +221,8 @@ def load_merged(cfg: Config, dtype: torch.dtype, device: torch.device | str) -> 
     cfg = with_overrides(cfg, {"model.continue_adapter": False})
     folder = resolve(m.base, m.revision, m.cache_dir)
     check_weights(folder)
-    model = build_meta(read_config(folder, text_config=m.text_config, rows=grown_rows(cfg)), dtype)
+    config = read_config(folder, text_config=m.text_config, rows=grown_rows(cfg), quantized=as_saved(cfg))
+    model = build_meta(config, dtype)
     changes = changes_of_base(cfg, model, folder, Ranks(cfg.parallel.timeout_seconds), merged_adapters(cfg))
     materialize(model, folder, device, changes=changes)
     model.name_or_path = f"{folder} {changes.digest}"

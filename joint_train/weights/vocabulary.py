@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -86,11 +85,7 @@ def drafter_ordering(folder: Path, rows: int, mean: Tensor) -> dict[str, Tensor]
     if key is None:
         return {}
 
-    def read(key: str) -> Tensor:
-        with safe_open(stored[key].file, framework="pt") as weights:
-            return weights.get_tensor(stored[key].key)
-
-    ordering, centroids = read(key), read(key.replace("token_ordering", "centroids.weight"))
+    ordering, centroids = (stored[name].whole() for name in (key, key.replace("token_ordering", "centroids.weight")))
     if not torch.equal(ordering.long().sort().values, torch.arange(len(ordering))) or rows % len(centroids):
         raise WeightsError(
             f"{folder}: token_ordering must hold each of its {len(ordering)} tokens once, and {len(centroids)} "

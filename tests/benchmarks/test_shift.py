@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 from browser import BROWSER, browse
 
@@ -11,7 +12,7 @@ from joint_train.config import load
 
 def test_the_table_and_the_page(starter_dir, tmp_path, capsys):
     """Untrained pairs: the stale pair is the new base with the old drafter, and the page is in one piece."""
-    for run in ("run", "shifted"):
+    for run in ("run", "detached", "shifted"):
         for part in ("base", "drafter"):
             shutil.copytree(starter_dir / part, tmp_path / run / "export" / part)
         (tmp_path / run / "config.yaml").write_text("optim: {lr: 0.004}\n")
@@ -24,8 +25,13 @@ def test_the_table_and_the_page(starter_dir, tmp_path, capsys):
     assert shift.main([str(tmp_path), "report", "--prompts", "3"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == f"report: {tmp_path / 'report.html'}"
-    rows = {line.split("  ")[0]: line.split() for line in said[-5:-2]}
-    assert list(rows) == ["before fine-tuning", "base fine-tuned, drafter as it was (stale)", "both fine-tuned (joint)"]
+    rows = {line.split("  ")[0]: line.split() for line in said[-6:-2]}
+    assert list(rows) == [
+        "before fine-tuning",
+        "base fine-tuned, drafter as it was (stale)",
+        "both fine-tuned, base_grad_scale=0 (detached)",
+        "both fine-tuned, base_grad_scale=0.1 (joint)",
+    ]
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 5 and "Go on with" in page
     if BROWSER:
@@ -33,8 +39,9 @@ def test_the_table_and_the_page(starter_dir, tmp_path, capsys):
         assert "CONSOLE" not in done.stderr
 
 
-def test_the_settings_leave_the_base_alone():
+def test_the_settings_of_the_two_runs():
     cfg = load(["+experiment=starter_shift", "pair=OUT/run/export"])
-    assert cfg.drafter.base_grad_scale == 0 and cfg.optim.clip == "separate"
+    assert cfg.drafter.base_grad_scale == 0.1 and cfg.optim.clip == "separate"
+    assert "drafter.base_grad_scale=0 output_dir=$(OUT)/detached" in Path("Makefile").read_text()
     assert cfg.model.base == "OUT/run/export/base" and cfg.data.train[0].path == "OUT/run/export/../../code/train.jsonl"
     assert cfg.eval.prompts == 0

@@ -265,3 +265,44 @@ def test_the_pair_trains_on_packed_images_as_on_unpacked_ones(tmp_path, tokenize
     for name, gradient in sums[0][1].items():
         error = (gradient - sums[1][1][name]).norm() / gradient.norm().clamp(min=1e-6)
         assert error < 1e-4, f"{name}: {error}"
+
+
+def test_a_measured_prompt_has_the_tokens_and_pictures_of_training_and_its_text_is_the_bases(tmp_path, tokenizer):
+    """What `evaluate` gives the base is the beginning of the trained row; plain and assisted decoding see the picture."""
+    from transformers import GenerationConfig
+
+    from joint_train.evaluate.decoding import decode, pictures_of
+    from joint_train.evaluate.measure import measure
+    from joint_train.evaluate.prompts import load_prompts
+
+    example = {**ask({"type": "image"}), "images": [str(tmp_path / "p.png")]}
+    (tmp_path / "p.png").write_bytes(png(picture(3)))
+    path = write_jsonl(tmp_path / "a.jsonl", [example])
+    (prompt,) = load_prompts(str(path), tokenizer)
+    (batch,) = batches(tmp_path, tokenizer, [example])
+    length = len(prompt.ids)
+    assert batch["input_ids"][0, :length].tolist() == prompt.ids
+    assert (batch["labels"][0, :length] == -100).all() and batch["labels"][0, length] != -100
+    assert torch.equal(batch["mm_token_type_ids"][:, :length], prompt.inputs["mm_token_type_ids"])
+    for name in ("pixel_values", "image_position_ids"):
+        assert torch.equal(batch[name], prompt.inputs[name])
+
+    base, drafter = build_pair("31b", vocab_size=len(tokenizer) + 8)
+    base.config.image_token_id = base.model.config.image_token_id = tokenizer.image_token_id
+    base.generation_config, drafter.generation_config = GenerationConfig(pad_token_id=0), GenerationConfig()
+    seen = []
+    hook = base.register_forward_hook(lambda module, args, out: seen.append(out.logits[0, -1]))
+    plain = decode(base, None, prompt.ids, 0, 4, **pictures_of(prompt))
+    blind = decode(base, None, prompt.ids, 0, 4)
+    with_picture, without = seen[: len(plain.ids)], seen[len(plain.ids) : len(plain.ids) + len(blind.ids)]
+    hook.remove()
+    for step, logits in enumerate(with_picture):  # against whole forwards, without a cache
+        ids = torch.tensor([prompt.ids + plain.ids[:step]])
+        types = torch.nn.functional.pad(prompt.inputs["mm_token_type_ids"], (0, step))
+        pixels = {name: prompt.inputs[name] for name in ("pixel_values", "image_position_ids")}
+        with torch.no_grad():
+            out = base(input_ids=ids, mm_token_type_ids=types, use_cache=False, **pixels)
+        assert torch.allclose(out.logits[0, -1], logits, atol=1e-4)
+    assert (with_picture[0] - without[0]).abs().max() > 0.1  # the picture matters
+    found = measure(base, drafter, tokenizer, [prompt], [2], 6, ignore_eos=True)
+    assert found["speculative"][0]["differences"] == [] and found["speculative"][0]["tokens"] == 6

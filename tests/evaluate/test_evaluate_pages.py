@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from browser import BROWSER, WIDTHS, browse
 
-from joint_train.evaluate import compare, page, report
+from joint_train.evaluate import against, compare, page, recommend, report
 from joint_train.evaluate.__main__ import main
 
 
@@ -90,6 +90,52 @@ SAMPLING = [
     )
 ]
 DIFFERENCE = {"prompt": 7, "position": 31, "plain": " the", "speculative": " a", "margin": 0.001}
+
+
+def parts(names: list[str], start: float) -> list[dict]:
+    return [
+        {"name": name, "verifications": 900 - 100 * i}
+        | {"tokens_per_forward": near(start - 0.2 * i, 0.1 + 0.05 * i), "first": near(0.8 - 0.06 * i, 0.05)}
+        for i, name in enumerate(names)
+    ]
+
+
+def where_of(start: float) -> dict:
+    return {
+        "num_steps": 6,
+        "position": parts(["1 to 16", "17 to 32", "33 to 64", "65 to 128", "129 to 256"], start),
+        "context": parts(["1 to 128", "129 to 256", "257 to 512", "1,025 to 2,048"], start),
+        "span": parts(["thinking", "tool calls", "code blocks", "plain text"], start),
+        "language": parts(["de", "en"], start),
+    }
+
+
+def all_results() -> dict:
+    """With everything that an evaluation can be asked for."""
+    found = results(sampling=SAMPLING, where=where_of(3.0))
+    names = [("enable_thinking=true", 3.0), ("enable_thinking=false", 2.5)]
+    found["columns"] = [{"name": n, "speculative": found["speculative"], "where": where_of(s)} for n, s in names]
+    del found["columns"][1]["where"]["position"][4]
+    policies = []
+    for k in range(9):
+        for threshold in (0.0, 0.4) if k else (0.0,):
+            tokens, cost = 1 + 2.2 * (1 - 0.68**k), 0.05 * k * (1 - threshold / 2)
+            speeds = {str(b): b * tokens / (1 + cost * b**0.5) for b in (1, 8, 64)}
+            drafts = near(k * (1 - threshold), 0.1)
+            policy = {"num_steps": k, "threshold": threshold, "tokens_per_forward": near(tokens, 0.08)}
+            policies.append(policy | {"drafts_per_forward": drafts, "tokens_per_second": speeds})
+    found["recommend"] = {"cost": "the roofline of one h100", **recommend.chosen(policies, [1, 8, 64])}
+    rows, before = [], {"tokens_per_forward": 1.6, "first": 0.3, "accepted": 0.2, "speedup": 1.2}
+    for k in range(1, 9):
+        row = {
+            name: {"before": near(a, 0.1), "after": near(a + 0.5, 0.1), "difference": near(0.5, 0.05)}
+            for name, a in before.items()
+        }
+        row["speedup"]["ratio"] = near(1.3, 0.04)
+        rows.append({"num_steps": k, **row})
+    found["against"] = {"drafter": "/models/stale/drafter", "rows": rows}
+    found["options"]["device"] = "cpu"
+    return found
 
 
 class Text(HTMLParser):
@@ -183,6 +229,46 @@ def test_every_number_is_in_its_own_place():
     assert [("sampling. Mean distance of the two: 0.012" in text) for text in pages] == [False, True]
 
 
+def test_the_parts_that_are_asked_for_have_their_numbers():
+    found = all_results()
+    shown = rows(report.page(found))
+    assert ["33 to 64", "2.60 [2.40, 2.80]", "0.68 [0.63, 0.73]", "700"] == shown_part(shown, "33 to 64")[:4]
+    assert shown_part(shown, "129 to 256")[4:] == ["–"] * 3  # the other column has no answer so long
+    assert shown_part(shown, "code blocks")[:2] == ["code blocks", "2.60 [2.40, 2.80]"]
+    assert ["1", "1.70 [1.62, 1.78]", "1.70 [1.62, 1.78]"] in shown  # side by side
+    best = found["recommend"]["best_without_threshold"]
+    assert [best[b]["num_steps"] for b in ("1", "8", "64")] == [5, 3, 1]
+    one = shown_part(shown, "K = 5")
+    plain, policy = (recommend.find(found["recommend"], {"num_steps": k, "threshold": 0.0}) for k in (0, 5))
+    assert one[4] == f"{policy['tokens_per_second']['8'] / plain['tokens_per_second']['8']:.2f}"
+    top = [row for row in shown if row[0].startswith("K = ") and any(cell.endswith("*") for cell in row)]
+    assert {row[0] for row in top} == {recommend.name_of(p) for p in found["recommend"]["best"].values()}
+    change = ["tokens per base forward", "1.60 [1.50, 1.70]", "2.10 [2.00, 2.20]", "+0.50 [+0.45, +0.55]"]
+    row = against.best_row(found["against"]["rows"])
+    assert row["num_steps"] == 1 and shown_part(shown, "tokens per base forward") == change
+    assert max(map(len, (line for line in report.text(found).splitlines() if not line.startswith("sampling")))) <= 110
+    table = against.markdown(found)
+    assert table.splitlines()[0] == "| K = 1 | before | after | difference |"
+    assert "Before: stale/drafter; after: gemma-4-E4B-it-assistant" not in table  # as short as tells them apart
+    assert "Before: drafter; after: gemma-4-E4B-it-assistant" in table
+
+
+def shown_part(shown: list[list[str]], name: str) -> list[str]:
+    return next(row for row in shown if row[0] == name)
+
+
+def test_no_axis_has_half_drafts_or_half_steps(runs):
+    found = all_results()
+    for result in (found, {**results(), "speculative": results()["speculative"][:2]}):
+        for label, svg in re.findall(r"<figcaption>(.*?)</figcaption>(<svg.*?</svg>)", report.page(result), re.DOTALL):
+            if "K, drafts" not in svg and "draft position" not in svg:
+                continue
+            texts = re.findall(
+                r"<text[^>]*>(.*?)</text>", svg[: svg.index("K, drafts" if "K, d" in svg else "draft p")]
+            )
+            assert texts and all("." not in text for text in texts), (label, texts)
+
+
 def test_error_bars_reach_from_low_to_high():
     drawn = {}
     axes = SimpleNamespace(errorbar=lambda x, y, yerr, **style: drawn.update(x=x, y=y, yerr=yerr))
@@ -247,6 +333,11 @@ def test_runs_side_by_side(runs, tmp_path, capsys):
         assert "optim.lr" not in shown  # the same in both
     assert "11.100 → 3.153" in said  # base validation loss of the first: 8 + 3.1, 8 * 0.99**500 + 3.1
     assert (tmp_path / "page.html").read_text().count("<svg") == 8
+    assert all(len(line) <= 80 for line in said.splitlines() if not line.startswith("written: "))
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "page.html"), "--json"]) == 0
+    found = list(json.loads(capsys.readouterr().out).values())
+    assert found[0]["metrics"]["val/base_loss"]["first"] == pytest.approx(11.1)
+    assert found[0]["config"]["drafter.pairing"] != found[1]["config"]["drafter.pairing"]
 
 
 def test_results_of_runs_by_their_meaning():
@@ -311,7 +402,7 @@ def test_curves_are_thinned_without_bending_them():
 def test_in_a_browser_nothing_is_cut_off_or_tiny_and_the_console_is_clean(runs, tmp_path, which, width):
     file = tmp_path / "page.html"
     if which == "evaluation":
-        file.write_text(report.page(results(sampling=SAMPLING)))
+        file.write_text(report.page(all_results()))
     else:
         assert main(["compare", *map(str, runs), "--out", str(file)]) == 0
     probe = """<iframe id="frame" style="border:0;width:%dpx;height:900px"></iframe><pre id="found"></pre><script>

@@ -1,6 +1,7 @@
 """Submission, the job script's text, failure reports and the table over runs; jobs themselves run in tests/slurm."""
 
 import itertools
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from joint_train.errors import DataError
 from launch import node, submit, summary
@@ -183,7 +185,7 @@ def test_the_first_failure_is_the_one_that_others_followed(tmp_path):
     assert node.first_failure(tmp_path).startswith("first failure: rank 2 on n2, killed by SIGKILL")
 
 
-def test_summary(tmp_path):
+def test_summary(tmp_path, monkeypatch, capsys):
     for name, lr, lines in [
         ("0", 1e-5, [{"step": 1, "base_loss": 3.0}, {"step": 2, "base_loss": 2.0, "val/base_loss": None}]),
         ("1", 3e-5, [{"step": 1, "base_loss": 2.5}, {"step": 2, "base_loss": 1.5}]),
@@ -204,6 +206,17 @@ def test_summary(tmp_path):
         "base_loss": ["1.5", "2", ""],
         "val/base_loss": ["", "not finite", ""],
     }
+    assert summary.fitting(table, Console(width=80)) == [table]
+    turned = summary.fitting(table, Console(width=35))
+    assert [[column.header for column in one.columns] for one in turned] == [["run", "1", "0"], ["run", "10"]]
+    assert list(turned[1].columns[1].cells) == ["3e-05", "not begun", "", ""]
+    for one in turned:
+        (out := Console(width=35, file=io.StringIO())).print(one)
+        assert "…" not in out.file.getvalue() and "val/base_loss" in out.file.getvalue()
+    monkeypatch.setattr(sys, "argv", ["summary", str(tmp_path), "--json"])
+    assert summary.main() == 0
+    (first, *_), names = json.loads(capsys.readouterr().out), {"0", "1", "10"}
+    assert Path(first["run"]).name in names and first["config"]["optim.lr"] == 1e-5 and first["base_loss"] == 2.0
     (tmp_path / "0" / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
     with pytest.raises(DataError, match="metrics.jsonl, line 2"):
         summary.summarize(tmp_path)

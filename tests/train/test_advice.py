@@ -12,11 +12,16 @@ from joint_train.config import config_to_save, load
 from joint_train.plan.planner import Machine, make_plan, meta_pair, read
 from joint_train.train.advice import (
     generation_prompts,
+    out_of_memory,
     say_frozen,
+    say_plan,
     say_resumed,
+    say_run,
     warn_of_base_after,
     warn_of_grace,
+    warn_of_memory,
     warn_of_padding,
+    warn_of_validation,
     warn_of_warmup,
 )
 from joint_train.train.optim import lr_factor
@@ -94,8 +99,10 @@ def composed(*overrides: str):
     "change, changed",
     [
         ([], []),
-        (["max_steps=200"], ["base", "drafter"]),
-        (["optim.schedule=constant"], ["base", "drafter"]),
+        (["max_steps=200"], ["base"]),  # the drafter's rate is still at its peak
+        (["max_steps=75"], ["base", "drafter"]),
+        (["optim.schedule=constant"], ["base"]),
+        (["optim.drafter_schedule=null"], ["drafter"]),
         (["optim.warmup_steps=80"], ["base", "drafter"]),
         (["optim.drafter_lr=2e-4"], ["drafter"]),
         (["optim.weight_decay=0.5", "data.max_length=96"], []),
@@ -116,7 +123,7 @@ def test_a_resume_says_where_it_goes_on_and_what_a_change_does_to_the_learning_r
         key = "lr" if part == "base" else "drafter_lr"
         for cfg, said in ((old, before), (new, now)):
             assert float(said) == pytest.approx(
-                getattr(cfg.optim, key) * lr_factor(72, cfg.optim, cfg.max_steps), rel=5e-3
+                getattr(cfg.optim, key) * lr_factor(72, cfg.optim, cfg.max_steps, part), rel=5e-3
             )
 
 
@@ -166,6 +173,43 @@ def test_a_resume_across_the_freeze_says_what_becomes_of_the_base(tmp_path, capl
         "the base was frozen after step 50, and is trained again from step 61 to 70, with new optimizer state"
     ]
     caplog.clear()
-    longer = composed("max_steps=200", "freeze.base_after=0.5", "optim.warmup_steps=10")  # both schedules are stretched
-    say_resumed(longer, tmp_path, 40, (200, 100), (100, 50))
-    assert [re.search(r"of the (\w+) at step 41", line)[1] for line in caplog.messages] == ["base", "drafter"]
+    longer = composed("max_steps=200", "freeze.base_after=0.5", "optim.warmup_steps=10")
+    say_resumed(longer, tmp_path, 40, (200, 100), (100, 50))  # the base's schedule is stretched; the drafter's is flat
+    assert [re.search(r"of the (\w+) at step 41", line)[1] for line in caplog.messages] == ["base"]
+
+
+def test_the_first_line_names_what_is_run(caplog):
+    caplog.set_level(logging.INFO)
+    say_run(composed("output_dir=/runs/a"), 8, "NVIDIA H100")
+    say_run(composed("freeze.base=true"), 1, None)
+    say_run(composed("lora.r=8"), 2, None)
+    whole, frozen, adapters = caplog.messages
+    pair = "google/gemma-4-E2B-it and its drafter google/gemma-4-E2B-it-assistant, on 8 x NVIDIA H100; "
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d, joint-train [\d.]+: training ", whole)
+    assert whole.endswith(f"{pair}everything is written to /runs/a")
+    assert "which stays as it is, on the CPU;" in frozen and "adapters of rank 8 on" in adapters
+
+
+def test_a_plan_above_the_memory_is_a_warning_before_the_load_and_an_out_of_memory_names_changes(plans, caplog):
+    cfg, plan, machine = plans["e2b"]
+    warn_of_memory(plan, machine)
+    assert not caplog.messages
+    small = Machine(gpus=1, gpu_memory_gb=40)
+    warn_of_memory(plan, small)
+    assert f"peak of {plan.peak / 2**30:.2f} GiB is above the 37.60 GiB" in caplog.text
+    caplog.clear()
+    caplog.set_level(logging.INFO)
+    say_plan(plan, plan.peak, machine, "cuda", 1800.0)
+    hours = 1800 * plan.seconds(machine) / 3600
+    assert f"{plan.seconds(machine):.2f} s a step, {hours:.1f} h in all; activation_checkpointing.base" in caplog.text
+    text = out_of_memory(cfg, plan, small, RuntimeError("CUDA out of memory. Tried to allocate 2 GiB."))
+    assert text.startswith("out of memory: CUDA out of memory. Tried to allocate 2 GiB. The plan was a peak of")
+    named = re.findall(r"([\w.]+=\w+)(?: [\w.=]+)* \(planned: ([\d.]+) GiB\)", text)
+    assert named and all(float(peak) < 0.97 * plan.peak / 2**30 for _, peak in named)
+
+
+def test_a_run_without_validation_data_is_named(caplog):
+    warn_of_validation(composed("data.val=val.jsonl"))
+    assert not caplog.messages
+    warn_of_validation(composed())
+    assert "data.val is empty" in caplog.text

@@ -98,7 +98,7 @@ def test_many_passes_are_warned_of_by_source(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     cfg, loader = loader_of(tmp_path, max_steps=20)
     assert run_steps(cfg, loader, 1, 0) == 20
-    assert "passes over" not in caplog.text and "epochs of 60 documents" in caplog.text
+    assert "passes over" not in caplog.text and "of 60 documents" in caplog.text
     cfg.max_steps = 2000
     run_steps(cfg, loader, 1, 0)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

@@ -190,7 +190,7 @@ def test_a_weight_that_no_target_reaches_does_not_decay(model, name):
 
 
 def test_the_drafter_follows_a_schedule_of_its_own():
-    """Against the shapes written out, step by step; unset keys follow the base's."""
+    """Against the shapes written out, step by step; keys that are null follow the base's."""
     steps, warmup = 50, 5
     cfg = config(
         warmup_steps=warmup, min_lr_ratio=0.1, drafter_schedule="wsd", drafter_min_lr_ratio=0.0, decay_share=0.2
@@ -201,7 +201,8 @@ def test_the_drafter_follows_a_schedule_of_its_own():
     ]
     expected = [(step + 1) / 6 for step in range(5)] + [1.0] * 35 + [1 - step / 10 for step in range(1, 11)]
     assert rates["drafter"] == pytest.approx(expected)
-    same = config(warmup_steps=warmup, schedule="linear", min_lr_ratio=0.3)
+    unset = {"drafter_schedule": None, "drafter_min_lr_ratio": None}
+    same = config(warmup_steps=warmup, schedule="linear", min_lr_ratio=0.3, **unset)
     assert [lr_factor(step, same, steps, "drafter") for step in range(steps)] == [
         lr_factor(step, same, steps) for step in range(steps)
     ]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from joint_train.train.best import Best
 from joint_train.train.guards import StepProfiler
 from joint_train.train.tracking import JsonLines, Tracker
 from joint_train.train.trainer import Trainer
@@ -60,11 +61,12 @@ class Run(Trainer):
             max_steps=STEPS, checkpoint=SimpleNamespace(every=every), output_dir=str(folder),
             tracking=SimpleNamespace(diagnose_every=0, log_every=2),
             eval=SimpleNamespace(every=3, generate_every=4, batches=1),
-            model=SimpleNamespace(export=SimpleNamespace(at_end=True)),
+            model=SimpleNamespace(export=SimpleNamespace(at_end=True, weights="last")),
         )  # fmt: skip
         self.preemption, self.loader, self.val_loader = Signalled(), [], True
         self.checkpointer = SimpleNamespace(restore_random_state=lambda: None, poll=lambda: None, close=lambda: None)
-        self.watchdog, self.max_steps = Watchdog(), STEPS
+        self.watchdog, self.max_steps, self.last_step = Watchdog(), STEPS, STEPS
+        self.best = Best(None, 0)
         self.profiler = StepProfiler(None, folder, 0)
         self.stages = SimpleNamespace(peak=0, joint_steps=STEPS)
         self.device, self.memory_at_start = torch.device("cpu"), 0
@@ -92,7 +94,7 @@ class Run(Trainer):
         self.disk["newest"] = json.dumps(state)
         self.event()
 
-    def export(self, folder):
+    def export(self, folder, step, measured):
         self.event()
 
     def publish(self, folder):

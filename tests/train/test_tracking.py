@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from joint_train import command, files
-from joint_train.config import load, with_overrides
+from joint_train.config import ConfigError, load, with_overrides
 from joint_train.train import tracking
 from joint_train.train.tracking import ConsoleLines, JsonLines, Tracker
 
@@ -118,7 +118,10 @@ def test_records_are_on_disk_as_soon_as_they_are_logged(tmp_path):
 
 
 class FakeRun:
+    offline, dir, name = True, "/runs/wandb/offline-run-1/files", "run"
+
     def __init__(self):
+        self.artifacts = []
         self.logged, self.defined, self.finished = [], {}, False
 
     def define_metric(self, name, step_metric=None):
@@ -126,6 +129,9 @@ class FakeRun:
 
     def log(self, values):
         self.logged.append(values)
+
+    def log_artifact(self, artifact):
+        self.artifacts.append(artifact)
 
     def finish(self):
         self.finished = True
@@ -135,8 +141,9 @@ class FakeRun:
 def wandb(monkeypatch):
     """A wandb that remembers how it was used."""
     fake = types.SimpleNamespace(
-        inits=[], runs=[], Settings=lambda **kw: kw, Table=lambda columns, data: (columns, data)
-    )
+        inits=[], runs=[], Settings=lambda **kw: kw, Table=lambda columns, data: (columns, data),
+        Artifact=lambda name, type: types.SimpleNamespace(name=name, type=type, add_dir=lambda folder: None),
+    )  # fmt: skip
 
     def init(**kwargs):
         fake.inits.append(kwargs)
@@ -216,6 +223,40 @@ def test_wandb_is_online_only_with_a_key(monkeypatch, tmp_path, wandb):
     assert tracking.wandb_mode("auto") == "disabled"
 
 
+def test_wandb_says_how_to_upload_and_takes_the_export_where_asked(tmp_path, wandb, caplog):
+    caplog.set_level(logging.INFO)
+    for part in ("base", "drafter"):
+        (tmp_path / "export" / part).mkdir(parents=True)
+        (tmp_path / "export" / part / "config.json").touch()
+    for wanted in (False, True):
+        overrides = ("tracking.wandb=auto", f"tracking.log_export={str(wanted).lower()}")
+        tracker = Tracker(config(tmp_path, *overrides), 0)
+        tracker.log(1, STEP)
+        tracker.exported(tmp_path / "export")
+        names = [(artifact.name, artifact.type) for artifact in wandb.runs[-1].artifacts]
+        assert names == ([("run-base", "model"), ("run-drafter", "model")] if wanted else [])
+    assert "wandb is offline; to upload the run later: wandb sync /runs/wandb/offline-run-1" in caplog.text
+    with pytest.raises(ConfigError, match="no key of wandb here"):
+        tracking.check_wandb(config(tmp_path, "tracking.wandb=online").tracking)
+    tracking.check_wandb(config(tmp_path, "tracking.wandb=offline").tracking)
+
+
+@pytest.mark.parametrize("resumed, kept", [(0, []), (4, [0, 4])])
+def test_generated_texts_are_in_a_file_each_step_once(tmp_path, resumed, kept):
+    tracker = Tracker(config(tmp_path), 0)
+    file = tmp_path / "run" / "generations.jsonl"
+    assert not file.exists()
+    for step in (0, 4, 8):
+        tracker.examples(step, [{"prompt": "p", "text": "größer", "tokens_per_forward": 1.5}])
+    tracker.close()
+    tracker = Tracker(config(tmp_path), 0, resumed)
+    tracker.examples(9, [{"prompt": "q"}])
+    tracker.close()
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["step"] for record in found] == [*kept, 9] and found[-1]["examples"] == [{"prompt": "q"}]
+    assert len((tmp_path / "run" / "generations.dropped.jsonl").read_text().splitlines()) == 3 - len(kept)
+
+
 def test_wandb_isnt_imported_where_it_is_off(tmp_path):
     code = f"""
 import sys
@@ -283,36 +324,39 @@ def lines(cfg, terminal: bool = False, first: int = 0) -> tuple[ConsoleLines, io
     return ConsoleLines(cfg, first, console=console), out
 
 
-def test_a_log_has_plain_lines_of_80_columns_with_what_matters(tmp_path):
+def test_a_log_has_plain_lines_with_what_matters(tmp_path):
     more = ("lora.r=4", "optim.drafter_ema=0.9", "model.export.drafter_last=true")
     console, out = lines(config(tmp_path, "max_steps=100000", *more))
     console.log(0, {"val/base_loss": 8.34, "val/drafter_loss": 8.1, "val/tokens_per_forward": 1.0})
     console.log(99_998, STEP)
     console.printed = -math.inf
-    console.log(99_999, {**STEP, "tokens_per_second": 98_765_432.0, "bad_steps": 12})
+    rates = {"lr": 1e-5, "drafter_lr": 1e-4, "grad_norm": 1.234, "epoch": 1.43}
+    console.log(99_999, {**STEP, **rates, "tokens_per_second": 98_765_432.0, "bad_steps": 12})
     console.log(100_000, {"base_loss": 123.456, "drafter_loss": 234.567, "tokens_per_second": 1.0})
     console.finish({"val/base_loss": 8.34}, {"val/base_loss": 2.5})
     text = out.getvalue()
-    assert all(len(line) <= 80 for line in text.splitlines() if "Hugging Face" not in line)
+    assert all(len(line) <= 80 for line in text.splitlines() if "Hugging Face" not in line and " of 100000" not in line)
     assert "\x1b" not in text
-    assert "step 99999 of 100000  base 5.250  drafter 6.500  98.8M tok/s  0:00 left  bad 12" in text
+    numbers = r"base 5\.250  drafter 6\.500  lr 1\.0e-5, 1\.0e-4  grad 1\.23  98\.8M tok/s  0:00 left  bad 12"
+    assert re.search(rf"^\d\d-\d\d \d\d:\d\d:\d\d  step 99999 of 100000, epoch 1\.4  {numbers}$", text, re.M)
     assert "step 0: validation  base 8.340  drafter 8.100  1.00 tokens/forward" in text
     assert re.search(r"base loss +8\.340 +2\.500", text)
     for part in ("base", "drafter", "drafter_last", "adapter"):
         assert f"Hugging Face {part}: {tmp_path / 'run' / 'export' / part}\n" in text
 
 
-def test_a_log_says_the_epoch_where_it_fits(tmp_path):
-    console, out = lines(config(tmp_path, "max_steps=460"))
-    console.log(120, {**STEP, "epoch": 1.43})
-    assert out.getvalue().startswith("step 120 of 460, epoch 1.4  base 5.250")
+def test_a_log_says_a_beginning_epoch_and_the_drafters_rate_alone(tmp_path):
+    for epoch, shown in ((0.0023, "0.002"), (0.0, "0.0"), (1.43, "1.4")):
+        console, out = lines(config(tmp_path, "max_steps=460"))
+        console.log(120, {**STEP, "epoch": epoch, "lr": 0.0, "drafter_lr": 2e-4})
+        assert f"  step 120 of 460, epoch {shown}  base 5.250" in out.getvalue() and "  lr 2.0e-4  " in out.getvalue()
 
 
 def test_a_log_isnt_flooded_but_gets_its_last_step(tmp_path):
     console, out = lines(config(tmp_path, "max_steps=100"))
     for step in range(1, 101):
         console.log(step, STEP)
-    assert [line.split()[1:4] for line in out.getvalue().splitlines()] == [["1", "of", "100"], ["100", "of", "100"]]
+    assert [line.split()[3:6] for line in out.getvalue().splitlines()] == [["1", "of", "100"], ["100", "of", "100"]]
 
 
 def test_a_jump_of_the_loss_is_said_at_once(tmp_path):

@@ -31,8 +31,8 @@ def settings(pair, data, output_dir, *more: str) -> list[str]:
         "optim.max_grad_norm=0.1", "optim.clip=joint", "drafter.base_grad_scale=1",
         f"drafter.num_steps={K}", f"drafter.loss_weight={LOSS_WEIGHT}",
         f"loss.round_weights={ROUND_WEIGHTS}", "loss.drafter={ce: 0.25, kl: 0.75}", "eval.batches=2",
-        "eval.prompts=1", "eval.max_new_tokens=4", "tracking.wandb=disabled", "tracking.diagnose_every=1",
-        "model.export.at_end=false", f"max_steps={STEPS}", *more,
+        "eval.prompts=3", "eval.max_new_tokens=10", "eval.every=1", "tracking.wandb=disabled",
+        "tracking.diagnose_every=1", "model.export.at_end=false", f"max_steps={STEPS}", *more,
     ]  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def recorded_run(rank: int, overrides: list[str]) -> tuple[list, list, int]:
     class Recorded(trainer.Trainer):
         def prepare(self, batch, sources):
             what = "fixed" if not hasattr(self, "loader") else "train" if self.model.training else "val"
+            what = what if sources else "own"
             batches.append((what, getattr(self, "step", 0), dict(batch)))
             return super().prepare(batch, sources)
 
@@ -244,6 +245,23 @@ def test_validation_metrics_are_means_over_all_ranks_too(run, step):
     batches = run.batches("val", step)
     assert len(batches) == 4
     assert_close(run.records[step], expected_losses(tally(run.at(step), batches)), prefix="val/")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", range(STEPS + 1))
+def test_every_validation_measures_the_drafter_on_what_the_base_wrote_last(run, step):
+    batches = run.batches("own", step)
+    assert len(batches) == 2  # 3 prompts: two on one rank, one on the other
+    found = tally(run.at(step), [batch | {"source": torch.zeros_like(batch["labels"])} for batch in batches])
+    expected = {f"own_agreement_{k}": mean(found.rounds[1 + k][4]) for k in range(K)}
+    assert_close(run.records[step], expected | {"own_accepted_length": 1 + mean(found.walked)}, prefix="val/")
+    written = step if "val/tokens_per_forward" in run.records[step] else 0  # by the base as it was then
+    assert written == (0 if step < STEPS else STEPS)
+    model = run.at(written)
+    for batch in batches:
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            for p in labels.ge(0).nonzero()[:, 0].tolist():
+                assert labels[p] == model.base(input_ids=ids[None, :p]).logits[0, -1].argmax()
 
 
 def test_the_first_steps_are_as_long_as_the_warm_up_says(run):

@@ -231,7 +231,7 @@ def test_folders_that_only_an_older_export_has_go_with_it(tmp_path):
     outs = [tmp_path / "base", tmp_path / "drafter"]
     for out in outs:
         placing.staged(out).mkdir()
-    placing.put_in_place(outs)
+    placing.put_in_place(outs, whole=True)
     assert sorted(os.listdir(tmp_path)) == ["base", "drafter", "mine"]
 
 

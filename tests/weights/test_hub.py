@@ -137,6 +137,8 @@ def test_an_export_is_pushed_as_two_private_repositories(hub, tmp_path):
     assert all(value in (True, "private") for value in Hub.visibility.values())
     assert {hashlib.sha256(data).hexdigest() for data in Hub.objects.values()} == set(Hub.objects)
 
+    (tmp_path / "drafter_last").mkdir()
+    (tmp_path / "drafter_last" / "config.json").write_bytes(b"{}")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_bytes(b"{}")
     push(hub, tmp_path)
