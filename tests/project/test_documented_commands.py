@@ -22,7 +22,7 @@ from launch import submit
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docker" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = ("torchrun", "python", "joint-train", "make", "pip", "launch/local.sh", ".venv/bin/python")
-OTHERS = re.compile(r"python (-|\w+\.py)( |$)")  # a script of another project, or of the page itself
+OTHERS = re.compile(r"python (-|[\w./]+\.py)( |$)")  # a script of another project, or of the page itself
 PAIR = ["model.base=b", "model.drafter=d", "data.train=x"]
 
 
