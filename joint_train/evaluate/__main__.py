@@ -278,7 +278,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
     }
     if several:
         made = [results, *(measured(i, drafter, (), f"{columns[i].name}: ") for i in range(1, len(columns)))]
-        keys = ("plain", "speculative", "where")
+        keys = ("plain", "speculative", "where", "examples")
         results["columns"] = [
             {"name": c.name, "chat_template_kwargs": c.options, "adapter": c.adapter, **{k: m[k] for k in keys}}
             for c, m in zip(columns, made, strict=True)
