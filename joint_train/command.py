@@ -75,6 +75,7 @@ def start_logging(rank: int) -> None:
     line = "%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"
     level = logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format=line, handlers=[StderrLines()], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
 
 
 def start(name: str, main: Callable[[], int | None], rank: int = 0) -> int:

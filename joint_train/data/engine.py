@@ -70,12 +70,8 @@ class Engine:
         concurrency: int = 64,
         timeout: float = 1800.0,
     ) -> None:
-        self.url, self.tokenizer, self.sampling, self.name = (
-            url.rstrip("/").removesuffix("/v1"),
-            tokenizer,
-            sampling,
-            name,
-        )
+        self.url, self.name = url.rstrip("/").removesuffix("/v1"), name
+        self.tokenizer, self.sampling = tokenizer, sampling
         self.ends, self.suppressed, self.concurrency = list(ends), frozenset(suppressed), concurrency
         key = os.environ.get("OPENAI_API_KEY")
         self.client = httpx.Client(
@@ -90,9 +86,8 @@ class Engine:
             names = ", ".join(m["id"] for m in served)
             raise DataError(f"{self.url} serves {names}: name the one that is to answer with --model")
         self.model: str = found["id"]
-        self.served = (
-            f"{self.model} (from {found['root']})" if found.get("root") not in (None, self.model) else self.model
-        )
+        root = found.get("root")
+        self.served = self.model if root in (None, self.model) else f"{self.model} (from {root})"
         self.most: int | None = found.get("max_model_len")
 
     def _models(self) -> list[dict]:
@@ -144,8 +139,8 @@ class Engine:
             "seed": sampling.seed + index,
             "stop_token_ids": self.ends,
             "skip_special_tokens": False,
-            "return_token_ids": True,  # vLLM
-            "no_stop_trim": True,  # SGLang
+            "return_token_ids": True,
+            "no_stop_trim": True,  # SGLang, where it has the text only
         }
         if chat is None:
             answer = self._post("/v1/completions", {**body, "prompt": prompt, "max_tokens": most})

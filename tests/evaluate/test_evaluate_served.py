@@ -16,16 +16,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from joint_train.evaluate.__main__ import main
-from joint_train.evaluate.engines import VLLM, EngineError, Request, SGLang
+from joint_train.evaluate.engines import VLLM, EngineError, LlamaCpp, Request, SGLang
 
 K = 3
 
 
 class Server(ThreadingHTTPServer):
-    """Drafts K tokens at a time and accepts a number of them that the prompt decides; counts as vLLM or as SGLang.
+    """Drafts K tokens at a time and accepts a number that the prompt decides; counts as vLLM, SGLang or llama.cpp do.
 
     An answer of ``max_tokens`` tokens takes one forward for the first and a verification for each further piece. The
     last one is cut short by the limit, as servers do: its accepted drafts past the limit are counted, and thrown away.
+    llama.cpp drafts no more than fit, and doesn't count a forward without drafts.
     """
 
     daemon_threads = True
@@ -45,6 +46,8 @@ class Server(ThreadingHTTPServer):
         generator, left, steps = random.Random(str(prompt)), most - 1, []
         while left:
             accepted = generator.randint(0, K)
+            if self.engine == "llamacpp":
+                accepted = min(accepted, left - 1)
             steps.append((accepted, min(left, accepted + 1)))
             left -= steps[-1][1]
         return steps
@@ -59,17 +62,22 @@ class Server(ThreadingHTTPServer):
             self.busy -= 1
             self.tokens += most + self.others_tokens
             self.drafts += len(steps)
+            if self.engine == "llamacpp":  # one token left: nothing to draft
+                self.drafts -= sum(settled for _, settled in steps[:-1]) == most - 2
             for k in range(K):
                 self.accepted[k] += sum(accepted > k for accepted, _ in steps)
         return steps
 
     def metrics(self) -> str:
-        lines = ["# TYPE vllm:generation_tokens counter", f'vllm:generation_tokens_total{{engine="0"}} {self.tokens}.0']
-        lines += ["# TYPE vllm:num_requests_running gauge", f'vllm:num_requests_running{{engine="0"}} {self.busy}']
-        name = "vllm:spec_decode_num_drafts"
+        name = {"vllm": "vllm:generation_tokens"}.get(self.engine, "llamacpp:tokens_predicted")
+        lines = [f"# TYPE {name} counter", f'{name}_total{{engine="0"}} {self.tokens}.0']
+        prefix = name.partition(":")[0]
+        name = f"{prefix}:num_requests_running"
+        lines += [f"# TYPE {name} gauge", f'{name}{{engine="0"}} {self.busy}']
+        name = f"{prefix}:spec_decode_num_drafts"
         lines += [f"# TYPE {name} counter", f'{name}_total{{engine="0"}} {self.drafts - 2}']
         lines += [f'{name}_total{{engine="1"}} 2', f'{name}_created{{engine="0"}} 1.7e9']  # two engines behind it
-        name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+        name = f"{prefix}:spec_decode_num_accepted_tokens_per_pos"
         lines += [f"# TYPE {name} counter"]
         lines += [f'{name}_total{{engine="0",position="{k}"}} {count}' for k, count in enumerate(self.accepted)]
         return "\n".join(line for line in lines if not any(word in line for word in self.hidden)) + "\n"
@@ -89,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         if self.path == "/v1/models":
             self.reply({"data": [{"id": "served-name", "root": "/nowhere/base"}]})
-        elif self.path == "/metrics" and server.engine == "vllm":
+        elif self.path == "/metrics" and server.engine != "sglang":
             self.reply(server.metrics())
         elif self.path == "/server_info" and server.engine == "sglang":
             self.reply({} if server.hidden else {"speculative_num_steps": K})
@@ -106,6 +114,9 @@ class Handler(BaseHTTPRequestHandler):
             server.answer(body["prompt"], body["max_tokens"])
             usage = {"completion_tokens": body["max_tokens"]}
             self.reply({"choices": [{"text": f"text of {len(body['prompt'])}"}], "usage": usage})
+        elif self.path == "/completion" and server.engine == "llamacpp":
+            server.answer(body["prompt"], body["n_predict"])
+            self.reply({"content": f"text of {len(body['prompt'])}", "tokens_predicted": body["n_predict"]})
         elif self.path == "/generate" and server.engine == "sglang":
             most = body["sampling_params"]["max_new_tokens"]
             steps = server.answer(body["input_ids"], most)
@@ -148,7 +159,7 @@ def folders(tmp_path_factory):
 PROMPTS = [[3] * i + [4, 5] for i in range(1, 7)]
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llamacpp"])
 def test_the_command_measures_what_the_server_did(engine, serve, folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     base, drafter, prompts = folders
@@ -186,6 +197,9 @@ def test_the_command_measures_what_the_server_did(engine, serve, folders, tmp_pa
     _, _, body = server.requests[-1]
     if engine == "vllm":
         assert body["model"] == "served-name" and body["temperature"] == 0 and body["prompt"] in PROMPTS
+    elif engine == "llamacpp":
+        assert any(step == (0, 1) for steps in alone for step in steps[-1:]), "one of them ends without drafts"
+        assert (body["top_k"], body["min_p"], body["temperature"]) == (0, 0, 0) and body["prompt"] in PROMPTS
     else:
         assert body["sampling_params"]["temperature"] == 0 and body["input_ids"] in PROMPTS
 
@@ -203,7 +217,7 @@ def test_requests_are_made_so_many_at_a_time(serve):
 
 
 def test_an_answer_of_one_token_has_no_verification(serve):
-    for engine, client in (("vllm", VLLM), ("sglang", SGLang)):
+    for engine, client in (("vllm", VLLM), ("sglang", SGLang), ("llamacpp", LlamaCpp)):
         phase = client(serve(engine).url).run(PROMPTS[:1], Request(1), 1)
         assert (phase.tokens, phase.settled, phase.verifications, phase.accepted) == (1, 0, 0, [0] * K)
 
@@ -244,6 +258,12 @@ def test_what_is_wrong_with_a_server_is_said(serve, monkeypatch):
     server = serve("sglang")
     with pytest.raises(EngineError, match="HTTP 404"):
         VLLM(server.url)
+    with pytest.raises(EngineError, match="no llama.cpp server"):
+        LlamaCpp(serve("vllm").url)
+    drafting = serve("llamacpp")
+    drafting.accepted, drafting.tokens, drafting.hidden = [0] * K, 0, ("per_pos",)
+    with pytest.raises(EngineError, match="has drafted nothing: start it with -md and --spec-type draft-mtp"):
+        LlamaCpp(drafting.url)
     engine = SGLang(server.url)
     server.status = 500
     with pytest.raises(EngineError, match=r"POST .*/generate: HTTP 500: out of memory"):
@@ -312,6 +332,13 @@ def test_the_printed_command_serves_this_pair(folders, tmp_path, capsys):
         "--speculative-eagle-topk": "1",
         "--dtype": "float32",
     }
+
+    assert main([base, drafter, "--engine", "llamacpp", "--num-steps", "3", "--dtype", "float32"]) == 0
+    *convert, serve = map(shlex.split, capsys.readouterr().out.splitlines())
+    for folder, file, words in zip((base, drafter), ("base.gguf", "drafter.gguf"), convert, strict=True):
+        assert words == ["python", "convert_hf_to_gguf.py", folder, "--outfile", file, "--outtype", "f32"]
+    assert serve[:5] == ["llama-server", "-m", "base.gguf", "-md", "drafter.gguf"]
+    assert serve[serve.index("--spec-draft-n-max") + 1] == "3" and "--metrics" in serve
 
     # The drafter's own number of drafts; towers without a processor; a configuration that only has room for towers.
     base, drafter = make_pair(tmp_path / "31b", "31b")

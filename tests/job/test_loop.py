@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,35 +25,35 @@ def started(monkeypatch):
     The main job's train from whatever step the run is at, and leave an export that names its step.
     """
     calls = []
-    state = {"step": 0, "interrupt": None}
+    state = {"step": 0, "interrupt": None, "commands": []}
 
     def run(command, may_say_no=False):
         words = command[command.index("-m") + 1 :]
+        given = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("--"))
+        paths = [Path(path.strip("'")) for path in re.findall(r"path: ([^,}]+)", given["data.train"])]
         if state["interrupt"] == len(calls):
             state["interrupt"] = None
             raise Interrupted
+        state["commands"].append(words)
         if words[0] == "joint_train.data":
             assert words[1] == "regenerate"
-            cfg = load([word for word in words[3:] if "=" in word and not word.startswith("--")], check=False)
-            base = Path(cfg.model.base)
+            base = Path(given.get("model.base", f"{given['pair']}/base").strip("'"))
             assert (base / "config.json").exists()
             by = (base / "step").read_text() if (base / "step").exists() else "start"
-            prompts = [json.loads(line) for line in Path(cfg.data.train[0].path).read_text().splitlines()]
             Path(words[2]).write_text(json.dumps({"by": by}) + "\n")
-            calls.append(("answer", by, len(prompts), "--url" in words))
+            calls.append(("answer", by, len(paths[0].read_text().splitlines()), "--url" in words))
         else:
-            cfg = load(words[1:])
-            answers, *originals = cfg.data.train
-            assert [(source.weight, Path(source.path).name) for source in originals] in ([], [(0.5, "data.jsonl")])
-            answers = json.loads(Path(answers.path).read_text())
-            assert cfg.data.train_on == "last_assistant"
-            calls.append(("train", answers["by"], state["step"], cfg.stop_after, cfg.max_steps))
-            state["step"] = cfg.stop_after
+            answers, *originals = paths
+            assert [path.name for path in originals] in ([], ["data.jsonl"])
+            answers = json.loads(answers.read_text())
+            last, steps = int(given["stop_after"]), int(given["max_steps"])
+            calls.append(("train", answers["by"], state["step"], last, steps))
+            state["step"] = last
             for part in ("base", "drafter"):
-                folder = Path(cfg.output_dir) / "export" / part
+                folder = Path(given["output_dir"].strip("'")) / "export" / part
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "config.json").write_text("{}")
-                (folder / "step").write_text(str(cfg.stop_after))
+                (folder / "step").write_text(str(last))
         return 0
 
     monkeypatch.setattr(loop, "run", run)
@@ -75,9 +76,15 @@ ROUNDS = [
 
 
 def test_each_round_trains_on_what_the_base_says_by_then(started, words, tmp_path, capsys):
-    calls, _ = started
-    assert loop.main(words) == 0
+    calls, state = started
+    assert loop.main([*words, "--original", "0.5"]) == 0
     assert calls == ROUNDS
+    *_, answering, training = state["commands"]
+    cfg = load([word for word in answering[3:] if "=" in word], check=False)
+    assert cfg.model.base == f"{tmp_path}/out/export/base" and cfg.model.adapter is None
+    cfg = load(training[1:])  # as the job composes it
+    assert [source.weight for source in cfg.data.train] == [1.0, 0.5] and cfg.data.train_on == "last_assistant"
+    assert cfg.model.base == words[-1].removeprefix("pair=") + "/base", "it is one run"
     files = [(tmp_path / f"out/rounds/{number}/prompts.jsonl").read_text().splitlines() for number in range(3)]
     asked = [row for rows in files for row in rows]
     assert len(asked) == len(set(asked)) == 9 and asked != sorted(asked)
@@ -87,7 +94,7 @@ def test_each_round_trains_on_what_the_base_says_by_then(started, words, tmp_pat
     assert "was made from other data, or for other rounds" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("interrupt", range(6))
+@pytest.mark.parametrize("interrupt", [1, 2, 5])
 def test_it_goes_on_wherever_it_was_interrupted(started, words, interrupt):
     calls, state = started
     state["interrupt"] = interrupt

@@ -61,8 +61,7 @@ def with_tokenizer(folders: tuple[Path, Path], tokenizer) -> tuple[Path, Path]:
         config = json.loads((folder / "config.json").read_text())
         if config["model_type"].startswith("gemma4_unified"):
             # The converter takes a model with this key for a mixture of experts unless it is null.
-            for part in (config, config.get("text_config", {})):
-                part.setdefault("moe_intermediate_size", None)
+            config["text_config"].setdefault("moe_intermediate_size", None)
             (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folders
 
@@ -142,8 +141,9 @@ def read_log(text: str) -> tuple[list[int], list[list[tuple[int, float]]]]:
             if int(found[1]) == 0:
                 drafts.append([])
             drafts[-1].append((int(found[2]), float(found[3])))
-        elif found := re.search(r"accepted\s+(\d+)/\s*(\d+) draft tokens", line):
-            settled.append(int(found[1]) + 1)
+        elif found := re.search(r"add accepted tokens: .*ids.size=(\d+), n_draft=(\d+)", line):
+            settled.append(int(found[1]))
+            del drafts[-1][int(found[2]) :]  # near the limit not all of them are verified
     return settled, drafts
 
 
@@ -191,7 +191,7 @@ def test_text_acceptance_and_probabilities_are_those_of_evaluate(name, pairs, se
         drafted.clear()
         one = decode(base, drafter, prompt, K, TOKENS, engine="llamacpp")
         decoded.append(one)
-        # Its log has no line for a forward without drafts, and counts accepted drafts behind an end token.
+        # Its log leaves out a forward without drafts, and counts accepted drafts behind an end token.
         expected = [count for count, drafts in zip(one.settled, one.drafted, strict=True) if drafts]
         if one.ended:
             assert settled[:-1] == expected[:-1] and settled[-1] >= expected[-1]
@@ -263,7 +263,7 @@ def test_a_quantised_base_accepts_about_as_many(pairs, tmp_path):
             command = [sys.executable, HERE / "quantise.py", library, f"{part}.gguf", f"{part}-{kind}.gguf", kind]
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
             assert done.returncode == 0, done.stderr[-2000:]
-            assert int(done.stdout.split()[-1]) > 3
+            assert int(done.stdout.split()[-1]) >= 1
     found = {}
     for base, drafter in (("f32", "f32"), ("q8_0", "f32"), ("q4_k", "f32"), ("q8_0", "q8_0"), ("q4_k", "q4_k")):
         files = [
