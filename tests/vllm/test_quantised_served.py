@@ -9,10 +9,12 @@ import subprocess
 import pytest
 import torch
 from quantised_folders import quantise
-from test_served import ENVIRONMENT, HERE, OPTIONS, PYTHON, K, options_of, prompts_of, serve_command, texts, train
+from test_served import ENVIRONMENT, HERE, OPTIONS, PYTHON, options_of
+from trained_pairs import K, prompts, texts, train
 
 from joint_train import Gemma4WithDrafter
 from joint_train.evaluate.decoding import decode, tokens_per_forward
+from joint_train.evaluate.served import serve_command
 from joint_train.weights.loading import load_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
@@ -41,9 +43,9 @@ def test_an_int4_base_and_its_drafter(tmp_path):
     base = shutil.copytree(exported, tmp_path / "int4", ignore=shutil.ignore_patterns("joint_train_export.json"))
     quantise(base, "int4")
     drafter = tuned(base, drafter, tmp_path / "tuned")
-    prompts = prompts_of("31b", base)
+    asked = prompts("31b")
     options = options_of(serve_command("vllm", base, drafter, K, None)) | OPTIONS | {"dtype": "bfloat16"}
-    jobs = {"int4": {"options": options, "prompts": prompts, "max_tokens": 48, "ignore_eos": False}}
+    jobs = {"int4": {"options": options, "prompts": asked, "max_tokens": 48, "ignore_eos": False}}
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     with open(tmp_path / "log", "w") as log:
         subprocess.run(
@@ -54,10 +56,10 @@ def test_an_int4_base_and_its_drafter(tmp_path):
     found = json.loads((tmp_path / "results.json").read_text())["int4"]
     assert "error" not in found, found["error"]
     models = [load_model(folder, torch.bfloat16) for folder in (base, drafter)]
-    ours = [decode(*models, prompt, K, 48, engine=True) for prompt in prompts]
+    ours = [decode(*models, prompt, K, 48, engine=True) for prompt in asked]
     theirs = [[token for step in steps for token in step] for steps in found["steps"]]
     equal = [a == b.ids for a, b in zip(theirs, ours, strict=True)]
-    formula = (found["generation_tokens"] - len(prompts)) / found["spec_decode_num_drafts"]
+    formula = (found["generation_tokens"] - len(asked)) / found["spec_decode_num_drafts"]
     expected = tokens_per_forward(ours)
     print(f"{sum(equal)} of {len(equal)} texts, {formula:.3f} tokens per base forward, ours {expected:.3f}")
     assert sum(equal) >= len(equal) - 1
