@@ -62,5 +62,5 @@ def test_an_int4_base_and_its_drafter(tmp_path):
     formula = (found["generation_tokens"] - len(asked)) / found["spec_decode_num_drafts"]
     expected = tokens_per_forward(ours)
     print(f"{sum(equal)} of {len(equal)} texts, {formula:.3f} tokens per base forward, ours {expected:.3f}")
-    assert sum(equal) >= len(equal) - 1
+    assert sum(equal) >= len(equal) - 2
     assert formula == pytest.approx(expected, rel=0.05) and 1.2 < formula < 4.9
