@@ -136,7 +136,10 @@ def text(recipe: Recipe, settings: dict[str, Any], plan: Plan) -> str:
         groups.setdefault(group, []).append(f"{'  ' if group else ''}{name}: {value}{comment}")
     for group in sorted(groups, key=list(groups).index):
         if group == "data":
-            lines += ["data:", "  # train: train.jsonl  # a file, or a list of sources with their keys: --help data.train"]
+            lines += [
+                "data:",
+                "  # train: train.jsonl  # a file, or a list of sources: --help data.train",
+            ]
             lines += ["  # val: val.jsonl", *groups[group]]
         else:
             lines += [*([f"{group}:"] if group else []), *groups[group]]

@@ -1,6 +1,6 @@
 """What the pages take from the code and from measurements.
 
-A page's line ``{{ configuration }}``, ``{{ elsewhere }}`` or ``{{ metrics }}`` becomes tables, and
+A page's line ``{{ configuration }}``, ``{{ elsewhere }}``, ``{{ metrics }}`` or ``{{ recipes }}`` becomes tables, and
 ``{{ results NAME }}`` the table of ``docs/results/NAME.json`` with the command that made it; names of columns behind
 NAME choose among them. mkdocs calls ``on_page_markdown`` for each page.
 """
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import results
 from joint_train.config import choices, groups, keys
-from joint_train.config.help import source_keys
+from joint_train.config.help import conf_dir, source_keys
 from joint_train.config.mistakes import ELSEWHERE
 from joint_train.metrics import METRICS
 
@@ -33,14 +33,30 @@ def configuration() -> str:
             lines += ["| key | default | meaning |", "| --- | --- | --- |"]
             lines += [f"| `{key}` | `{cell(default)}` | {cell(help)} |" for key, default, help in source_keys()]
     lines += ["", "## Prepared settings", "", "Files of `conf/`, chosen by name on the command line.", ""]
-    return "\n".join(
-        lines + [f"- `{group}=` " + ", ".join(f"`{name}`" for name in names) for group, names in choices().items()]
-    )
+    for group, names in choices().items():
+        listed = ", ".join(f"`{name}`" for name in names)
+        lines.append(f"- `{group}=` {listed if group != '+recipe' else 'each of [the recipes](recipes.md)'}")
+    return "\n".join(lines)
 
 
 def elsewhere() -> str:
     lines = ["| elsewhere | here |", "| --- | --- |"]
     return "\n".join(lines + [f"| `{theirs}` | `{ours}` |" for theirs, ours in ELSEWHERE.items() if theirs != ours])
+
+
+def recipes() -> str:
+    """Of each file of ``conf/recipe/`` what its head says."""
+    lines = ["| recipe | trains | memory of a GPU, planned | step, planned | 100 million tokens |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for name in choices()["+recipe"]:
+        what, memory, time = (
+            line[2:] for line in (conf_dir() / "recipe" / f"{name}.yaml").read_text().split("\n")[1:4]
+        )
+        peak = re.search(r"a peak of ([\d.]+ GiB)", memory)[1]
+        step, tokens, hours = re.search(r"([\d.]+ s) for a step of ([\d,]+) tokens, ([\d.]+ h)", time).groups()
+        what = what.partition(", ")[2].rpartition(", on ")[0]
+        lines.append(f"| `{name}` | {what} | {peak} | {step} of {tokens} tokens | {hours} |")
+    return "\n".join(lines)
 
 
 def metrics() -> str:
@@ -61,7 +77,8 @@ def measured(name: str, columns: list[str]) -> str:
 
 def on_page_markdown(markdown: str, **_) -> str:
     markdown = re.sub(r"^\{\{ results (\S+)(.*) \}\}$", lambda m: measured(m[1], m[2].split()), markdown, flags=re.M)
-    for name, made in {"configuration": configuration, "elsewhere": elsewhere, "metrics": metrics}.items():
+    made_of = {"configuration": configuration, "elsewhere": elsewhere, "metrics": metrics, "recipes": recipes}
+    for name, made in made_of.items():
         if f"{{{{ {name} }}}}" in markdown:
             markdown = markdown.replace(f"{{{{ {name} }}}}", made())
     return markdown

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import runpy
+import shlex
 import sys
 
 # The module, the arguments that stand before the user's, and what the command does.
@@ -22,7 +23,7 @@ COMMANDS = {
     "retune": ("joint_train.retune", [], "train the drafter of a fine-tune again, and say what it gained"),
     "loop": ("joint_train.loop", [], "train in rounds, each on answers of the base as it is then"),
     "starter": ("joint_train.starter", [], "make the starter pair and its data"),
-    "submit": ("launch.submit", [], "submit a run to Slurm"),
+    "submit": ("launch.submit", [], "submit a run to Slurm, or write it for Kubernetes or SkyPilot"),
     "preflight": ("launch.preflight", [], "check hosts and network before a run"),
     "summary": ("launch.summary", [], "say how the runs below a folder went"),
 }
@@ -34,7 +35,10 @@ def main() -> None:
     if name in ("--help", "-h", "help"):
         print("joint-train COMMAND [ARGUMENTS], and joint-train COMMAND --help\n")
         print("\n".join(f"  {command:<12} {does}" for command, (_, _, does) in COMMANDS.items()))
-        print("\njoint-train --version prints this version and those of torch and transformers.")
+        print("\njoint-train --version prints this version and those of torch and transformers;")
+        print('eval "$(joint-train --completion)" in ~/.bashrc completes commands and keys.')
+    elif name == "--completion":
+        print(completion())
     elif name == "--version":
         print(versions())
     elif name not in COMMANDS:
@@ -49,6 +53,23 @@ def versions() -> str:
     """What ``--version`` prints."""
     ours, *others = (f"{name} {importlib.metadata.version(name)}" for name in ("joint-train", "torch", "transformers"))
     return f"{ours} ({', '.join(others)})"
+
+
+def completion() -> str:
+    """What bash (and zsh, after ``bashcompinit``) evaluates to complete commands, keys and prepared settings."""
+    from joint_train.config import choices, groups, keys
+
+    words = [*COMMANDS, *(f"{key}=" for group in groups() for key, _, _ in keys(group))]
+    words += [f"{group}={name}" for group, names in choices().items() for name in names]
+    # Words are broken at "=": of one that has it, what stands after it is completed.
+    return f"""_joint_train() {{
+    local word=${{COMP_LINE:0:$COMP_POINT}}
+    word=${{word##* }}
+    mapfile -t COMPREPLY < <(compgen -W {shlex.quote(" ".join(words))} -- "$word")
+    [[ $word == *=* ]] && COMPREPLY=("${{COMPREPLY[@]#*=}}")
+    return 0
+}}
+complete -o nospace -o default -F _joint_train joint-train"""
 
 
 def _unknown(name: str) -> int:

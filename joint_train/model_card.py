@@ -37,7 +37,7 @@ SETTINGS = (
     "lora.r", "lora.alpha", "data.max_length", "data.micro_batch_size", "data.packing", "data.train_on", "data.mixture",
     "data.chat_template_kwargs", "optim.name", "optim.lr", "optim.drafter_lr", "optim.schedule", "optim.warmup_steps",
     "optim.grad_accum", "optim.weight_decay", "optim.drafter_ema", "precision.compute", "precision.params",
-    "model.text_config", "model.resize_vocabulary",
+    "model.text_config", "model.resize_vocabulary", "model.quantization",
 )  # fmt: skip
 LICENCE = ("license", "license_name", "license_link", "language")
 
@@ -96,6 +96,8 @@ def _origin(cfg: Config, step: int, part: str) -> list[str]:
     of_base = f"trained by adapters of rank {cfg.lora.r}" if cfg.lora.r else "frozen" if cfg.freeze.base else "trained"
     if as_saved(cfg):
         of_base += ", with the weights as they are quantised there"
+    elif cfg.model.quantization != "none":
+        of_base += f", with its weights kept as {cfg.model.quantization}; the export has those of the original"
     if cfg.freeze.base_after is not None:
         of_base += f", until it was frozen by freeze.base_after={cfg.freeze.base_after}"
     rows = [

@@ -3,8 +3,8 @@
     BASE     the tuned base; or the base that ADAPTER is for; or a PEFT folder, which names its base
     OUT/data/         the examples, those that are held out, and with --regenerate the tuned base's own answers
     OUT/              a run: config.yaml, metrics.jsonl, checkpoints/, export/base and export/drafter
-    OUT/stale tuned/  what the evaluation of the old and of the new drafter wrote
-    OUT/retune.json   the table, and as a page OUT/retune.html
+    OUT/evaluation/   what the evaluation of the old against the new drafter wrote
+    OUT/retune.json   the table, and as a page OUT/retune.html; it is in the new drafter's model card, too
 
 The same command goes on where it was interrupted. Overrides of the main job may follow, e.g. ``data.max_length=4096``.
 """
@@ -23,7 +23,8 @@ from joint_train.config import Config, SourceConfig, read
 from joint_train.config.values import as_saved, quoted
 from joint_train.data.readers import read_records
 from joint_train.errors import ConfigError, JointTrainError
-from joint_train.evaluate.page import Section, Table, html
+from joint_train.evaluate.against import cells
+from joint_train.evaluate.page import Section, Table, format_interval, html
 from joint_train.files import replace
 
 STALE, TUNED = "stale", "tuned"
@@ -85,15 +86,10 @@ def retune(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     tuned = out / "export"
     if not (tuned / "drafter/config.json").is_file():
         raise ConfigError(f"{tuned} has no export: the run was stopped, or model.export.at_end=false. Run it again.")
-    drafters = {STALE: cfg.model.drafter, TUNED: str(tuned / "drafter")}
-    if type(cfg.model.resize_vocabulary) is int:
-        del drafters[STALE]  # it doesn't fit a base with more rows
-    base = cfg.model.base if as_saved(cfg) else tuned / "base"
-    differs, found = False, {}
-    for name, drafter in drafters.items():
-        differs |= bool(evaluate(base, drafter, cfg, held_out, args.eval_tokens, out / name))
-        found[name] = json.loads((out / name / "evaluation.json").read_text())
-    write_results(out, cfg, found)
+    fits = type(cfg.model.resize_vocabulary) is not int  # else the old one has fewer rows than the base
+    base, before = cfg.model.base if as_saved(cfg) else tuned / "base", cfg.model.drafter if fits else None
+    differs = evaluate(base, tuned / "drafter", before, cfg, held_out, args.eval_tokens, out / "evaluation")
+    write_results(out, cfg, json.loads((out / "evaluation/evaluation.json").read_text()))
     return NO if differs else DONE
 
 
@@ -206,51 +202,52 @@ def run(command: Sequence[str], may_say_no: bool = False) -> int:
     return code
 
 
-def evaluate(base: Path | str, drafter: str, cfg: Config, prompts: Path, tokens: int, out: Path) -> int:
-    """Measure a drafter on the tuned base; 1 if a text differs by more than rounding."""
+def evaluate(
+    base: Path | str, drafter: Path, before: str | None, cfg: Config, prompts: Path, tokens: int, out: Path
+) -> int:
+    """Measure a drafter on the tuned base, against the one before it; 1 if a text differs by more than rounding."""
     command = [
-        sys.executable, "-m", "joint_train.evaluate", str(base), drafter, "--prompts", str(prompts), "--num-steps",
+        sys.executable, "-m", "joint_train.evaluate", str(base), str(drafter), "--prompts", str(prompts), "--num-steps",
         str(cfg.drafter.num_steps), "--max-new-tokens", str(tokens), "--thresholds", "0", "--out", str(out),
     ]  # fmt: skip
+    if before is not None:
+        command += ["--against", before, "--write-card"]
     if cfg.data.chat_template_kwargs:
         command += ["--chat-template-kwargs", json.dumps(cfg.data.chat_template_kwargs)]
     return run(command, may_say_no=True)
 
 
-def write_results(out: Path, cfg: Config, found: dict[str, dict[str, Any]]) -> None:
+def write_results(out: Path, cfg: Config, found: dict[str, Any]) -> None:
     """The table: printed, as JSON and as a page."""
-    rows = {name: evaluation["speculative"][-1] for name, evaluation in found.items()}
-    heads = ["", "tokens per base forward", "first draft accepted", "speed-up"]
-    table = []
-    for name, row in rows.items():
-        first = row["acceptance"][0]["share"]
-        table.append([WHAT[name], *(_interval(value) for value in (row["tokens_per_forward"], first, row["speedup"]))])
+    rows, note = {TUNED: found["speculative"][-1]}, ""
+    if "against" in found:
+        rows = {STALE: found["against"]["speculative"][-1], **rows}
+        compared = found["against"]["rows"][-1]
+        heads, table = ["", WHAT[STALE], WHAT[TUNED], "difference"], cells(compared)
+    else:
+        heads, one = ["", WHAT[TUNED]], rows[TUNED]
+        values = one["tokens_per_forward"], one["acceptance"][0]["share"], one["speedup"]
+        names = "tokens per base forward", "first draft accepted", "speed-up over plain decoding"
+        table = [[name, format_interval(value)] for name, value in zip(names, values, strict=True)]
+        note = " The drafter as it was doesn't fit the grown vocabulary."
     what = f"{cfg.model.base}" + (f" with {cfg.model.adapter}" if cfg.model.adapter else "")
     facts = {"base": cfg.model.base, "adapter": cfg.model.adapter, "drafter": cfg.model.drafter, "results": rows}
     replace(out / "retune.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     note = (
-        f"K = {cfg.drafter.num_steps}, {next(iter(found.values()))['prompts']['count']} held-out prompts, greedy; in "
+        f"K = {cfg.drafter.num_steps}, {found['prompts']['count']} held-out prompts, greedy; in brackets 95 % "
+        f"intervals over prompts, of the difference paired.{note}"
     )
-    note += "brackets 95 % intervals over prompts."
-    if STALE not in rows:
-        note += " The drafter as it was doesn't fit the grown vocabulary."
     folders = [["the tuned base", str(out / "export/base")], ["its drafter", str(out / "export/drafter")]]
     sections = [
         Section("Speculative decoding", tables=[Table(heads, table, note)]),
         Section("To serve", tables=[Table(["", "folder"], folders)]),
-        Section("More", "evaluation.html in stale/ and tuned/ has each measurement, metrics.jsonl the run."),
+        Section("More", "evaluation/evaluation.html has the measurement, metrics.jsonl the run."),
     ]
     replace(out / "retune.html", html("A drafter retuned", what, sections))
     widths = [max(len(line[i]) for line in [heads, *table]) + 2 for i in range(len(heads))]
     for line in [heads, *table]:
         print("".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     print(f"{note}\nwritten: {out / 'retune.json'}, {out / 'retune.html'}; to serve: {out / 'export'}")
-
-
-def _interval(value: dict[str, float | None]) -> str:
-    if value["value"] is None or value["low"] is None:
-        return "–" if value["value"] is None else f"{value['value']:.2f}"
-    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
 
 
 if __name__ == "__main__":

@@ -98,7 +98,9 @@ def export_run(
                 export_adapter(model, out / "adapter", in_place=False, card=cards["adapter"])
             elif part == "base" and (document := checkpoint / FROZEN_BASE).exists():
                 changes = changes_of_base(cfg, model, source, Ranks(cfg.parallel.timeout_seconds), merged_adapters(cfg))
-                check_frozen_base(checkpoint, json.loads(document.read_bytes()), frozen_base(source, changes))
+                check_frozen_base(
+                    checkpoint, json.loads(document.read_bytes()), frozen_base(source, changes, cfg.model.quantization)
+                )
             export_checkpoint(
                 checkpoint / weights[part], model, source, out / part,
                 max_shard_size or cfg.model.export.max_shard_size, num_assistant_tokens=tokens,

@@ -2,6 +2,7 @@
 
     python -m launch.submit nodes=2 gpus_per_node=8 time=24:00:00 partition=gpu -- model=gemma4_e4b data=mine
     python -m launch.submit --multirun nodes=1 -- optim.lr=1e-5,3e-5 drafter.loss_weight=0.5,1
+    python -m launch.submit --to kubernetes|trainjob|skypilot --help
 
 Before ``--`` stand the options below, after it the overrides of ``python -m joint_train``. The training configuration
 is composed and validated here, on the login node: a mistake costs seconds, not hours in the queue. ``--dry-run`` prints
@@ -22,29 +23,24 @@ import sys
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from jinja2 import Environment, StrictUndefined
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from joint_train import config
 from joint_train.command import EXPLAINED_ERROR
 from joint_train.config.values import mesh_sentence, quoted
-from joint_train.errors import JointTrainError
+from launch import elsewhere
+from launch.options import Plain, SubmitError, option, parse_options
 
 LAUNCH = Path(__file__).resolve().parent
 SIGNAL_MARGIN_SECONDS = 30
 
 
-def option(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
 @dataclass
-class Options:
+class Options(Plain):
     nodes: int = option(1, "nodes of the job")
     gpus_per_node: int = option(8, "GPUs and ranks of a node; 0: one rank a node, on CPU")
     time: str = option("24:00:00", "time limit, as sbatch reads it; the run is requeued when it is reached")
@@ -72,36 +68,6 @@ class Run:
     directory: str
     overrides: list[str]
     cfg: config.Config
-
-
-class SubmitError(JointTrainError):
-    """A job that is refused; the message says what to set instead."""
-
-
-def parse_options(arguments: list[str]) -> Options:
-    """``key=value`` arguments as options.
-
-    Raises:
-        SubmitError: naming the unknown option or the value of a wrong type.
-    """
-    names = [field.name for field in dataclasses.fields(Options)]
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        if not equals or name not in names:
-            raise SubmitError(
-                f"{argument}: not an option of the job; it has {', '.join(names)}. Overrides of the training "
-                "configuration stand after a lone --"
-            )
-    try:
-        # Split at the first "=" only, and taken as text: OmegaConf's own parser would read 1:30:00 as a number.
-        values = dict(argument.split("=", 1) for argument in arguments)
-        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.create(values))
-        options = cast(Options, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise SubmitError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    if options.nodes < 1 or options.gpus_per_node < 0 or options.max_restarts < 0:
-        raise SubmitError("nodes must be at least 1, gpus_per_node and max_restarts at least 0")
-    return options
 
 
 def time_limit_seconds(text: str) -> int:
@@ -272,22 +238,38 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+def _where(words: list[str]) -> tuple[str | None, list[str]]:
+    """What ``--to`` names, None for Slurm; and the other words."""
+    for index, word in enumerate(words):
+        if word == "--to" or word.startswith("--to="):
+            inside = word.startswith("--to=")
+            to = word.removeprefix("--to=") if inside else "".join(words[index + 1 : index + 2])
+            return None if to == "slurm" else to, words[:index] + words[index + 2 - inside :]
+    return None, words
+
+
 def main(arguments: list[str]) -> int:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     before, overrides = arguments[:split], arguments[split + 1 :]
+    to, before = _where(before)
     flags = {argument for argument in before if argument.startswith("-")}
     if flags & {"-h", "--help"}:
-        print(usage())
+        print(elsewhere.usage() if to else usage())
         return 0
     multirun = bool(flags & {"-m", "--multirun"})
     try:
         if unknown := flags - {"-m", "--multirun", "--dry-run"}:
             raise SubmitError(f"{' '.join(sorted(unknown))}: unknown; see --help")
-        options = parse_options([argument for argument in before if argument not in flags])
+        if to is not None:
+            if multirun:
+                raise SubmitError("--multirun submits to Slurm; elsewhere write a file for each run")
+            given = [argument for argument in before if argument not in flags]
+            return elsewhere.main(to, given, overrides, "--dry-run" in flags)
+        options = parse_options([argument for argument in before if argument not in flags], Options)
         runs = plan_runs(options, overrides, multirun)
         output_dir = Path(runs[0].directory).parent if multirun else Path(runs[0].directory)
         script = render(options, runs, output_dir, multirun)
-    except SubmitError as error:
+    except (SubmitError, config.ConfigError) as error:
         print(f"refused, nothing was submitted: {error}", file=sys.stderr)
         return EXPLAINED_ERROR
     if "--dry-run" in flags:

@@ -29,6 +29,11 @@ def integers(bits: int, **more) -> dict:
     return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP} | more
 
 
+def with_activations(config: dict, **scheme) -> dict:
+    group = config["config_groups"]["group_0"] | {"input_activations": {"symmetric": True, **scheme}}
+    return config | {"config_groups": {"group_0": group}}
+
+
 CONFIGS = {
     "int4": compressed_config("pack-quantized", integers(4)),
     "int4_asymmetric": compressed_config("pack-quantized", integers(4, symmetric=False)),
@@ -54,6 +59,10 @@ CONFIGS = {
     "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     "modelopt_fp8": {"quant_method": "modelopt", "quant_algo": "FP8"},
 }  # fmt: skip
+
+
+FP8_FP8 = with_activations(CONFIGS["fp8"], num_bits=8, type="float", strategy="token", dynamic=True)
+INT8_INT8 = with_activations(CONFIGS["int8"], num_bits=8, type="int", strategy="token", dynamic=True)
 
 
 def quantise(folder: Path, how: str, per_expert: bool = True) -> dict[str, Tensor]:

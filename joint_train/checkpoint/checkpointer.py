@@ -159,16 +159,6 @@ class Checkpointer:
         if self._random is not None:
             state.set_random_state(self._random)
 
-    def best(self) -> tuple[Path, layout.Manifest]:
-        """The best complete checkpoint here by ``checkpoint.keep_best``, the same on every rank.
-
-        Raises CheckpointError if none has that metric.
-        """
-        self.wait()
-        return self._ranks.first(
-            "looking for the best checkpoint", lambda: layout.find_best(self.folder, self.cfg.keep_best or "")
-        )
-
     def save(
         self,
         step: int,

@@ -90,11 +90,17 @@ def check_frozen_base(checkpoint: Path, before: dict[str, str], now: dict[str, s
     """Adapters belong to the base that they were trained on, as a drafter to the frozen base.
 
     Raises:
-        CheckpointError: if the weights in the two folders differ.
+        CheckpointError: if the weights in the two folders differ, or how they are quantised.
     """
+    ways = [found.get("quantization", "none") for found in (before, now)]
+    if ways[0] != ways[1]:
+        raise CheckpointError(
+            f"{checkpoint} was trained with model.quantization={ways[0]}, and it is {ways[1]} now, which is another "
+            f"base: set model.quantization={ways[0]}, or train in another output_dir"
+        )
     if before["hash"] != now["hash"]:
         raise CheckpointError(
-            f"{checkpoint} holds what was trained on the base in {before['folder']}, and not that base itself, and the "
+            f"{checkpoint} holds what was trained on the base in {before['folder']}, not that base itself; and the "
             f"weights in {now['folder']} are others. Set model.base (for an export --base) to the folder or revision "
             "that it was, or train in another output_dir"
         )

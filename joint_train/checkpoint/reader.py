@@ -54,7 +54,9 @@ class _Unpickler(pickle.Unpickler):
         return ALLOWED[module, name]
 
 
-def load_alone(tensors: dict[str, torch.Tensor], reader: "Reader", planner: dcp.DefaultLoadPlanner | None = None) -> None:
+def load_alone(
+    tensors: dict[str, torch.Tensor], reader: "Reader", planner: dcp.DefaultLoadPlanner | None = None
+) -> None:
     """Read tensors of a checkpoint in this process, whatever the others do, without torch's warning that it is so."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

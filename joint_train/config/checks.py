@@ -25,7 +25,8 @@ from joint_train.errors import ConfigError
 from joint_train.metrics import TARGET_METRICS
 
 CHOICES: dict[str, tuple[str | bool | None, ...]] = {
-    "model.quantization": ("none", "as_saved"),
+    "model.quantization": ("none", "as_saved", "nf4", "int8", "fp8"),
+    "model.quantization_activations": ("none", "as_saved"),
     "model.attn_implementation": ("auto", "by_layer_type", "sdpa", "flex_attention", "eager"),
     "drafter.pairing": ("serving", "same_token"),
     "drafter.rope_position": ("last_kv", "next_token"),
@@ -309,6 +310,11 @@ def _check_served(cfg: Config) -> None:
 def _check_quantization(cfg: Config) -> None:
     """Quantised weights can't be trained: the base is frozen or has adapters, and nothing else of it changes."""
     m, key = cfg.model, f"model.quantization={cfg.model.quantization}"
+    if m.quantization_activations != "none" and m.quantization != "as_saved":
+        raise ConfigError(
+            f"model.quantization_activations={m.quantization_activations} rounds as a quantised folder says: set "
+            "model.quantization=as_saved with such a folder, or leave it out."
+        )
     if m.quantization == "none":
         return
     if not (cfg.freeze.base or cfg.lora.r or m.continue_adapter):

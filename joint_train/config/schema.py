@@ -52,8 +52,14 @@ class ModelConfig:
     dtype: str = key("bfloat16", "dtype of loaded and exported weights; only bfloat16, as drafters have no other")
     quantization: str = key(
         "none",
-        "none | as_saved: the base's folder holds quantised weights (compressed-tensors, fp8, gemma, gptq, awq, "
-        "modelopt, GGUF), which stay as they are: with freeze.base=true or adapters (lora.r)",
+        "with freeze.base=true or adapters (lora.r): none | as_saved: the base's folder holds quantised weights "
+        "(compressed-tensors, fp8, gemma, gptq, awq, modelopt, GGUF), which stay as they are | nf4, int8, fp8: keep "
+        "the weights of a bfloat16 folder so in memory",
+    )
+    quantization_activations: str = key(
+        "none",
+        "with quantization=as_saved: none | as_saved: also round what goes into the base's linear layers as its "
+        "engines do (W8A8, W4A4, static ranges), straight through",
     )
     revision: str | None = key(None, "hub revision of the base")
     drafter_revision: str | None = key(None, "hub revision of the drafter")

@@ -8,14 +8,16 @@ from joint_train.data.pieces import Pieces
 HEADINGS = ("data", "source", "documents", "tokens", "trained", "longest", "cut", "share")
 
 
-def overview(loaders: Mapping[str, BatchLoader]) -> str:
+def overview(loaders: Mapping[str, BatchLoader | None]) -> str:
     """A line for each source, with columns that stand one below the other.
 
     Args:
-        loaders: by split, ``train`` and ``val``.
+        loaders: by split, ``train`` and ``val``; None: there is none.
     """
     rows = [HEADINGS]
     for split, loader in loaders.items():
+        if loader is None:
+            continue
         sequence = loader.sequence
         for source, share in zip(sequence.sources, sequence.shares.tolist(), strict=True):
             part = f"{share:.1%}" if len(sequence.sources) > 1 else ""

@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from joint_train.config import LoraConfig
 from joint_train.distributed.placement import local_tensor, part_of, sharded_like
+from joint_train.distributed.quantised import stores
 from joint_train.errors import ConfigError
 from joint_train.torch_private import local_shape_and_offset
 
@@ -113,8 +114,14 @@ def adapter_parameters(base: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def folder_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by the names that they have without adapters, and without the adapters'."""
+    """Parameters and persistent buffers by the names that they have without adapters, and without the adapters'.
+
+    What stands for a weight that is kept in codes is its :attr:`joint_train.distributed.quantised.Store.dense`.
+    """
     tensors = model.state_dict(keep_vars=True)
+    for name, store in stores(model).items():
+        del tensors[f"{name}_codes"], tensors[f"{name}_scales"]
+        tensors[name] = store.dense
     return {name.replace(".base_layer.", "."): t for name, t in tensors.items() if not ADAPTER.search(name)}
 
 
@@ -154,9 +161,12 @@ def delta_weight(module: Any) -> Tensor:
 
     Collective where the adapters are sharded.
     """
-    weight = module.base_layer.weight
+    weight, store = module.base_layer.weight, getattr(module.base_layer, "store", None)
     a, b = (gather_full(part["default"].weight).float() for part in (module.lora_A, module.lora_B))
-    if isinstance(weight, DTensor):
+    if store is not None:
+        rows, columns = store.part()
+        a, b = a[:, columns], b[rows]
+    elif isinstance(weight, DTensor):
         shape, (row, column) = local_shape_and_offset(weight.shape, weight.device_mesh, weight.placements)
         a, b = a[:, column : column + shape[1]], b[row : row + shape[0]]
     return module.scaling["default"] * (b @ a)
@@ -168,7 +178,7 @@ def merged_weight(module: Any, weight: Tensor | None = None) -> Tensor:
 
     Args:
         module: of :func:`adapted_modules`.
-        weight: the whole W, where the layer's own isn't there.
+        weight: W, where the layer's own isn't there, or is kept in codes: whole, or sharded as they are.
     """
     weight = module.base_layer.weight.detach() if weight is None else weight
     shard = local_tensor(weight)
@@ -181,15 +191,26 @@ class Merged(Mapping[str, Tensor]):
 
     Args:
         names: the names that the tensors have without adapters, by the keys of this mapping.
+        read: a part of a weight that is kept in codes here, from the folder that it was read from, by its key.
     """
 
-    def __init__(self, model: nn.Module, names: Mapping[str, str]):
-        self.names, self.tensors = names, folder_tensors(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Mapping[str, str],
+        read: Callable[[str, tuple[slice, ...]], Tensor] | None = None,
+    ):
+        self.names, self.tensors, self.read = names, folder_tensors(model), read
         self.modules = {f"{name}.weight": module for name, module in adapted_modules(model).items()}
 
     def __getitem__(self, key: str) -> Tensor:
         name = self.names[key]
-        return merged_weight(self.modules[name]) if name in self.modules else self.tensors[name]
+        weight, module = self.tensors[name], self.modules.get(name)
+        if (store := getattr(weight, "store", None)) is not None:
+            assert self.read is not None, "of codes no export is made"
+            weight = store.sharded(self.read(key, store.part()).float().to(local_tensor(store.codes).device))
+            return weight if module is None else merged_weight(module, weight)
+        return weight if module is None else merged_weight(module)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -31,6 +31,7 @@ from joint_train.config import Config, FreezeConfig, ParallelConfig, PrecisionCo
 from joint_train.config.schema import ActivationCheckpointingConfig
 from joint_train.distributed.mesh import fsdp_mesh
 from joint_train.distributed.placement import placement
+from joint_train.distributed.quantised import QuantisedEmbedding
 from joint_train.distributed.rows import Lookup, RowShardedEmbedding, shard_rows
 from joint_train.errors import ConfigError
 from joint_train.pair.fused import ATTENTION, fuse
@@ -165,7 +166,7 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: Config) -> None:
     text = text_model(model.base)
     params, compute = DTYPES[cfg.precision.params], compute_dtype(cfg.precision, mesh.device_type)
     whole = set(whole_parameters(model.base))
-    for parameter in rounded_parameters(model.base):
+    for parameter in filter(torch.is_floating_point, rounded_parameters(model.base)):
         parameter.data = parameter.data.to(compute)
     options: dict = {
         "mesh": fsdp_mesh(mesh),
@@ -180,9 +181,11 @@ def parallelize(model: JointModel, mesh: DeviceMesh, cfg: Config) -> None:
     for layer in text.layers:
         fully_shard(layer, reshard_after_forward=cfg.parallel.reshard_after_forward, **options)
     table, ignored = per_layer_table(model.base), whole
+    if isinstance(table, QuantisedEmbedding):
+        table.compute_dtype = compute
     if table is not None and exchanges_rows(model.base, cfg.parallel):
         shard_rows(table, options["mesh"], compute, cfg.parallel.timeout_seconds)
-        ignored = whole | {cast(nn.Parameter, table.weight)}
+        ignored = whole | set(table.parameters())
         model.register_forward_pre_hook(_hand_over_lookup, with_kwargs=True)
     elif table is not None:
         sharded = fully_shard(table, reshard_after_forward=True, **options)

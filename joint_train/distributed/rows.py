@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextScaledWordEmbedding
 
 from joint_train.distributed.placement import sharded_like
+from joint_train.distributed.quantised import QuantisedEmbedding, Store
 from joint_train.pair.targets import send
 from joint_train.torch_private import local_shape_and_offset
 
@@ -174,6 +175,19 @@ class _Picked(torch.autograd.Function):
         return sums.to(grad.dtype), None, None
 
 
+class QuantisedRows(RowShardedEmbedding):
+    """The same of a table that is kept in codes: rows are dequantised where they are, and sent as numbers."""
+
+    store: Store
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        return self.store.codes
+
+    def read(self, wanted: Tensor) -> Tensor:
+        return self.store.numbers(self.compute_dtype, wanted)
+
+
 def shard_rows(table: nn.Embedding, mesh: DeviceMesh, compute_dtype: torch.dtype, timeout_seconds: int) -> None:
     """Make a :class:`RowShardedEmbedding` of a table in place; works on the meta device.
 
@@ -183,16 +197,16 @@ def shard_rows(table: nn.Embedding, mesh: DeviceMesh, compute_dtype: torch.dtype
         compute_dtype: of the rows that are exchanged, and so of what a forward returns.
         timeout_seconds: longest wait for the other ranks' ids.
     """
-    weight = table.weight
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
-    shape, offset = local_shape_and_offset(weight.shape, mesh, placements)
-    local = weight.detach()[offset[0] : offset[0] + shape[0]].clone()
-    table.__class__ = RowShardedEmbedding
+    for name, weight in dict(table.named_parameters()).items():
+        shape, offset = local_shape_and_offset(weight.shape, mesh, placements)
+        local = weight.detach()[offset[0] : offset[0] + shape[0]].clone()
+        table._parameters[name] = nn.Parameter(
+            DTensor.from_local(local, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()),
+            requires_grad=weight.requires_grad,
+        )
+    table.__class__ = QuantisedRows if isinstance(table, QuantisedEmbedding) else RowShardedEmbedding
     table = cast(RowShardedEmbedding, table)
-    table.weight = nn.Parameter(
-        DTensor.from_local(local, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()),
-        requires_grad=weight.requires_grad,
-    )
     table.compute_dtype = compute_dtype
     table.cpu_group = _cpu_group(mesh, timeout_seconds)
 

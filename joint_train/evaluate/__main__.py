@@ -149,10 +149,15 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("give the base and its drafter: BASE DRAFTER.")
     if args.write_card and not args.against:
         raise ConfigError("--write-card writes the table of --against: give the other drafter.")
+    if args.against and Path(args.against) == Path(args.drafter or ""):
+        raise ConfigError(f"--against={args.against} is DRAFTER itself: give the other one.")
     if args.set_drafts is not None and not args.recommend:
         raise ConfigError("--set-drafts needs --recommend.")
     if args.set_drafts is not None and args.set_drafts not in args.batch_sizes and not args.engine:
         raise ConfigError(f"--set-drafts={args.set_drafts} is none of --batch-sizes.")
+    writes = {"--write-card": args.write_card, "--set-drafts": args.set_drafts is not None}
+    if (asked := [name for name, given in writes.items() if given]) and not Path(args.drafter or "").is_dir():
+        raise ConfigError(f"{asked[0]}: {args.drafter} is no folder of this machine; give the export's.")
     if args.engine:
         given = {"--serving": args.serving, "--device": args.device, "--thresholds": args.thresholds}
         if args.url:  # the server was started with them
@@ -230,7 +235,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
     check_ids([prompt.ids for prompts in prompts_of for prompt in prompts], tokenizer, configs[0])
     base, drafter, *others = (load_to_generate(folder, dtype, device) for folder in folders)
     adapters = put_on_base(base, [s.name for s in specs], adapter_folders, dtype, device, "--adapters")
-    for options in args.chat_template_kwargs or [{}]:
+    for options in (args.chat_template_kwargs or [{}])[: None if tokenizer.chat_template else 1]:
         warn_of_template(tokenizer, base.generation_config, options)
 
     def measured(column: int, drafter: transformers.PreTrainedModel, thresholds: Sequence[float], what: str) -> dict:
@@ -335,6 +340,8 @@ def recommended(args, base, drafter, prompts, thresholds, progress) -> dict[str,
         options = {"ignore_eos": args.ignore_eos, "engine": True, "scout": True, **pictures_of(prompt)}
         traces.append(Trace.of(decode(base, drafter, prompt.ids, k, args.max_new_tokens, **options)))
     progress("drafts at each token", len(prompts), len(prompts))
+    if not any(trace.matches for trace in traces):
+        raise ConfigError("--recommend: no answer has more than one token, so there is nothing to draft.")
     answers = sum(len(trace.matches) / 2 for trace in traces)
     context = round((sum(len(prompt.ids) for prompt in prompts) + answers) / len(prompts))
     cost = Roofline(base, drafter, CARDS[card], context)

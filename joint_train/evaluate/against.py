@@ -57,11 +57,13 @@ def compare(results: Mapping[str, Any], other: Mapping[str, Any], seed: int) -> 
         for name, (_, part, whole) in QUANTITIES.items():
             ratios = [before[part], before[whole]], [after[part], after[whole]]
             row[name] = _paired(*ratios, lambda p, w: p / w, seed)
-        times = []
-        for of_one, measured in ((before, other), (after, results)):
+
+        def times(of: Mapping[str, Any], measured: Mapping[str, Any]) -> list[list[float]]:
             plain = measured["plain"]["of_prompts"]
-            times.append([of_one["tokens"], of_one["seconds"], plain["tokens"], plain["seconds"]])
-        row["speedup"] = _paired(*times, lambda t, s, pt, ps: (t / s) / (pt / ps), seed)
+            return [of["tokens"], of["seconds"], plain["tokens"], plain["seconds"]]
+
+        faster = times(before, other), times(after, results)
+        row["speedup"] = _paired(*faster, lambda t, s, pt, ps: (t / s) / (pt / ps), seed)
         columns = [after["tokens"], after["seconds"], before["tokens"], before["seconds"]]
         row["speedup"]["ratio"] = interval(columns, lambda t, s, bt, bs: (t / s) / (bt / bs), seed)
         rows.append(row)
@@ -112,9 +114,10 @@ def best_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def note(results: Mapping[str, Any]) -> str:
     """What the numbers are of."""
     prompts, options = results["prompts"], results["options"]
+    sets = ", ".join(Path(name).name for name in prompts["name"].split(", "))  # a card is published
     shown = names([Path(results["against"]["drafter"]), Path(results["drafter"])])
     return (
-        f"Greedy, {prompts['count']} prompts ({prompts['name']}), at most {options['max_new_tokens']} tokens each, "
+        f"Greedy, {prompts['count']} prompts ({sets}), at most {options['max_new_tokens']} tokens each, "
         f"{options['dtype']} on {options['device']}. Before: {shown[0]}; after: {shown[1]}, on the same base. In "
         "brackets 95 % bootstrap intervals over prompts, of the difference paired."
     )
@@ -131,8 +134,10 @@ def markdown(results: Mapping[str, Any]) -> str:
 def text(results: Mapping[str, Any]) -> list[str]:
     """The table for a terminal."""
     row = best_row(results["against"]["rows"])
-    lines = ["", f"{'K = ' + str(row['num_steps']):<30}{'before':<20}{'after':<20}difference"]
-    return lines + [f"{label:<30}{before:<20}{after:<20}{change}" for label, before, after, change in cells(row)]
+    lines = ["", f"{'K = ' + str(row['num_steps']):<24}{'before':<18}{'after':<18}difference"]
+    for label, before, after, change in cells(row):
+        lines.append(f"{label.removesuffix(' decoding'):<24}{before:<18}{after:<18}{change}")
+    return lines
 
 
 def section(results: Mapping[str, Any]) -> Section:

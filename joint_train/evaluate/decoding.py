@@ -216,7 +216,8 @@ def accepted_length(
         with Lockstep(base, drafter, progress):
             for number, prompt in share_of(prompts):
                 with contextlib.nullcontext() if adapters is None else adapters.alone(prompt.adapter):
-                    mine[number] = decode(base, drafter, prompt.ids, num_steps, max_new_tokens, **pictures_of(prompt))
+                    how = {"engine": True} | pictures_of(prompt) if engine else pictures_of(prompt)
+                    mine[number] = decode(base, drafter, prompt.ids, num_steps, max_new_tokens, **how)
     finally:
         for model, mode in training.items():
             model.train(mode)

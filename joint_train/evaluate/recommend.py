@@ -174,6 +174,16 @@ def chosen(policies: list[dict[str, Any]], batches: Sequence[int]) -> dict[str, 
     }
 
 
+def still_rising(found: Mapping[str, Any]) -> str:
+    """A sentence on the batch sizes at which the most drafts that were measured are the best; empty without any."""
+    most = max(policy["num_steps"] for policy in found["policies"])
+    batches = [b for b in found["batches"] if found["best_without_threshold"][str(b)]["num_steps"] == most > 0]
+    if not batches:
+        return ""
+    at = " and ".join(map(str, batches))
+    return f"At batch {at} it still rises at K = {most}, the most that was measured."
+
+
 def find(found: Mapping[str, Any], policy: Mapping[str, Any]) -> dict[str, Any]:
     """All that is known of a policy."""
     keys = ("num_steps", "threshold")
@@ -195,7 +205,7 @@ def speed(found: Mapping[str, Any], policy: Mapping[str, Any], batch: int) -> fl
 
 def text(found: Mapping[str, Any]) -> list[str]:
     """The table for a terminal."""
-    lines = ["", f"drafts that make the most tokens a second, {found['cost']}"]
+    lines = ["", "drafts that make the most tokens a second, by", found["cost"]]
     lines.append(f"{'batch':>5}  {'vLLM, SGLang':<14}{'speed-up':<10}{'with a threshold':<24}speed-up")
     for batch in found["batches"]:
         cells = []
@@ -203,7 +213,7 @@ def text(found: Mapping[str, Any]) -> list[str]:
             policy = found[key][str(batch)]
             cells += [name_of(policy), f"{speed(found, find(found, policy), batch):.2f}"]
         lines.append(f"{batch:>5}  {cells[0]:<14}{cells[1]:<10}{cells[2]:<24}{cells[3]}")
-    return lines
+    return lines + [line for line in (still_rising(found), found.get("note")) if line]
 
 
 def section(found: Mapping[str, Any]) -> Section:
@@ -224,21 +234,18 @@ def section(found: Mapping[str, Any]) -> Section:
         f"Tokens a second against plain decoding at the same batch size: measured acceptance in greedy decoding, and "
         f"what a verification and a draft cost by {found['cost']}. * is the most at that batch size. A threshold stops "
         f"drafting at a confidence below it, as llama.cpp's --draft-p-min does; vLLM and SGLang draft K each time. "
-        f"{found.get('note', '')}",
+        f"{still_rising(found)} {found.get('note', '')}",
         tables=[Table(heads, rows, "Of the thresholds, those that are best at a batch size.")],
     )
     if plots_available():
 
         def draw(axes: Any) -> None:
             for batch in batches:
-                points = [
-                    (p["num_steps"], {"value": speed(found, p, batch), "low": None, "high": None})
-                    for p in found["policies"]
-                    if not p["threshold"]
-                ]
+                speeds = {p["num_steps"]: speed(found, p, batch) for p in found["policies"] if not p["threshold"]}
+                points = [(n, {"value": value, "low": None, "high": None}) for n, value in speeds.items()]
                 errorbars(axes, points, label=f"batch {batch}")
-                top = max(points, key=lambda point: point[1]["value"])
-                axes.plot(top[0], top[1]["value"], "o", markersize=10, fillstyle="none", color="#888888")
+                top = max(speeds, key=speeds.__getitem__)
+                axes.plot(top, speeds[top], "o", markersize=10, fillstyle="none", color="#888888")
             axes.axhline(1, color="#888888", linewidth=1, linestyle="--")
             whole_numbers(axes)
 

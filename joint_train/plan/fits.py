@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from importlib.util import find_spec
 
+import torch
+
 from joint_train.config import Config, select, with_overrides
+from joint_train.distributed.quantised import LEAST_TORCH
 from joint_train.pair.loss import memory_budget_mb
 from joint_train.plan.ladder import rungs
 from joint_train.plan.machine import Machine
@@ -61,6 +64,12 @@ def can_adapt(cfg: Config) -> bool:
     return not cfg.lora.r and not cfg.freeze.base and cfg.freeze.towers and find_spec("peft") is not None
 
 
+def can_quantise(cfg: Config) -> bool:
+    """Whether a frozen base, or one under adapters, could be kept in codes."""
+    version = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    return cfg.model.quantization == "none" and cfg.freeze.towers and version >= LEAST_TORCH
+
+
 def savings(cfg: Config, machine: Machine) -> dict[str, int]:
     """Settings that take less memory, those that cost the least time first, and the peak with each alone."""
     smaller_loss, cfg = min(256, memory_budget_mb(cfg.loss, "cuda")), pinned(cfg)
@@ -80,6 +89,7 @@ def savings(cfg: Config, machine: Machine) -> dict[str, int]:
         {"precision.params": "bfloat16"},
         *([{"lora.r": 16}] if can_adapt(cfg) else []),
         *([{"freeze.base": True}] if not cfg.lora.r else []),
+        *([{"model.quantization": "nf4"}] if (cfg.lora.r or cfg.freeze.base) and can_quantise(cfg) else []),
         {"parallel.cpu_offload": "optimizer"},
         *([] if cfg.eval.prompts else [{"parallel.cpu_offload": "all"}]),
     ]

@@ -7,6 +7,7 @@ which unit's weights are gathered when, and what a gradient's reduction holds. F
 The weights of a released pair needn't be there: its sizes are in :mod:`joint_train.weights.released`.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -18,6 +19,7 @@ from joint_train.config.values import as_saved, grown_rows, mesh_shape
 from joint_train.distributed.moments import moved_by_muon, state_bytes
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, rounded_parameters, whole_parameters
 from joint_train.distributed.placement import local_numel, padding
+from joint_train.distributed.quantised import stores
 from joint_train.pair.attention import kernels
 from joint_train.pair.compatibility import check_pair
 from joint_train.pair.loss import memory_budget_mb
@@ -231,11 +233,13 @@ def read(cfg: Config) -> tuple[PreTrainedConfig, PreTrainedConfig, tuple[str, st
 
 
 def count_parameters(model: Gemma4WithDrafter) -> dict[str, tuple[int, int]]:
-    """(all, trained) of each part; a tied weight counts once."""
+    """(all, trained) of each part; a tied weight counts once, one that is kept in codes as if it weren't."""
     parts = {part: [0, 0] for part, *_ in PARTS}
+    kept = stores(model).values()
+    numbers = {id(store.codes): math.prod(store.shape) for store in kept} | {id(store.scales): 0 for store in kept}
     for name, parameter in model.named_parameters():
         part = next(p for p, prefix, marks in PARTS if name.startswith(prefix) and any(mark in name for mark in marks))
-        parts[part][0] += parameter.numel()
+        parts[part][0] += numbers.get(id(parameter), parameter.numel())
         parts[part][1] += parameter.numel() * parameter.requires_grad
     return {part: (every, trained) for part, (every, trained) in parts.items() if every}
 

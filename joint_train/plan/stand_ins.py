@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
+from joint_train.distributed import quantised
 from joint_train.pair import attention as attention_module
 from joint_train.pair import heads, loss, terms, visibility
 from joint_train.pair import model as model_module
@@ -131,6 +132,8 @@ def stand_ins(meter: Meter, device_type: str = "cpu", flex_head_dim: int | None 
         (model_module, "joint_loss", joint_loss),
     ]
     played += [(nn.functional, "scaled_dot_product_attention", attention), (Gemma4TextExperts, "forward", experts)]
+    # Of experts in codes: all of them are dequantised, and each token passes through as many as it has.
+    played += [(quantised, "_grouped_mm", lambda rows, experts, ends: rows @ experts[0])]
     played += [(loss.Pass, "walk_chunks", _chunks(meter))]
     if flex_head_dim is not None:
         takes = visibility.flex_takes

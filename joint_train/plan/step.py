@@ -17,6 +17,7 @@ from joint_train.distributed.parallelize import (
     whole_parameters,
 )
 from joint_train.distributed.placement import local_numel
+from joint_train.distributed.quantised import QuantisedEmbedding, Store
 from joint_train.distributed.rows import RowShardedEmbedding, even_lookup
 from joint_train.pair.recompute import HostCopies
 from joint_train.pair.targets import joint_targets
@@ -133,6 +134,16 @@ class _PlannedRows(RowShardedEmbedding):
         rows.to(self.params_dtype)
 
 
+class _PlannedQuantisedRows(_PlannedRows):
+    """The same of a table that is kept in codes."""
+
+    store: Store
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.store.dense
+
+
 class _PlannedCopies(HostCopies):
     """Inputs that wait on the host: what is copied, without a host."""
 
@@ -203,7 +214,7 @@ def simulate(
     late = []
     table = per_layer_table(model.base)
     if table is not None and exchanges_rows(model.base, cfg.parallel):
-        table.__class__ = _PlannedRows
+        table.__class__ = _PlannedQuantisedRows if isinstance(table, QuantisedEmbedding) else _PlannedRows
         rows = cast(_PlannedRows, table)
         rows.meter, rows.compute_dtype, rows.params_dtype = meter, rows.weight.dtype, DTYPES[cfg.precision.params]
         rows.gradient = 0 if cfg.optim.grad_accum > 1 else local_bytes(list(rows.parameters()), shard, cfg)

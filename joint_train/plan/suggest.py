@@ -10,7 +10,7 @@ from itertools import product
 
 from joint_train.config import Config, select, with_overrides
 from joint_train.pair.loss import memory_budget_mb
-from joint_train.plan.fits import can_adapt, pinned
+from joint_train.plan.fits import can_adapt, can_quantise, pinned
 from joint_train.plan.planner import Machine, Plan, make_plan
 
 
@@ -54,10 +54,18 @@ def changes_training(cfg: Config) -> list[list[tuple[int, dict[str, object]]]]:
     ]
     if cfg.precision.params != "bfloat16":
         groups.append([(16, {"precision.params": "bfloat16"})])
-    # With adapters the base learns less than in full; frozen it learns nothing.
-    instead: list[tuple[int, dict[str, object]]] = [(32, {"lora.r": 16})] if can_adapt(cfg) else []
-    if not cfg.freeze.base and not cfg.lora.r:
-        instead.append((64, {"freeze.base": True}))
+    # With adapters the base learns less than in full; frozen it learns nothing. In codes it also is a little another.
+    codes = can_quantise(cfg)
+    instead: list[tuple[int, dict[str, object]]] = []
+    wanted: list[tuple[int, bool, dict[str, object]]] = [
+        (32, can_adapt(cfg), {"lora.r": 16}),
+        (64, not cfg.freeze.base and not cfg.lora.r, {"freeze.base": True}),
+        (32, bool(cfg.freeze.base or cfg.lora.r) and codes, {}),
+    ]
+    for cost, possible, change in wanted:
+        if possible:
+            instead += [(cost, change)] if change else []
+            instead += [(cost + 8, {**change, "model.quantization": "nf4"})] if codes else []
     groups.append(instead)
     if cfg.parallel.cpu_offload == "none":
         # It changes nothing in what is learnt, but a step waits for PCIe and, with all, for an update on the CPU.

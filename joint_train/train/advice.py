@@ -25,6 +25,21 @@ MOST_PADDING = 0.1  # of the sharded weights
 MOST_CHANGES = 4  # that are named after an out-of-memory
 
 
+def warn(cfg: Config, plan: Plan, machine: Machine, device_type: str, steps: tuple[int, int]) -> None:
+    """Warn of what can't be meant.
+
+    Args:
+        steps: the run's last step, and that after which the base is frozen.
+    """
+    max_steps, joint_steps = steps
+    warn_of_grace(cfg.checkpoint, plan, machine, device_type)
+    warn_of_padding(plan)
+    warn_of_torchrun(cfg.checkpoint)
+    warn_of_warmup(cfg, joint_steps)
+    warn_of_base_after(cfg, max_steps)
+    warn_of_validation(cfg)
+
+
 def generation_prompts(
     cfg: EvalConfig, parallel: ParallelConfig, plan: Plan, machine: Machine, device_type: str
 ) -> int:
@@ -126,7 +141,8 @@ def say_plan(plan: Plan, peak: int, machine: Machine, device_type: str, steps: f
 def say_patience(best: Best, step: int, max_steps: int) -> None:
     """Log that a run ends before its last step."""
     log.info(
-        "the run ends at step %d of %d: %d validations in a row were no better than step %s (%s %.4g; eval.patience=%d)",
+        "the run ends at step %d of %d: %d validations in a row were no better than step %s (%s %.4g; "
+        "eval.patience=%d)",
         step, max_steps, best.waited, best.step, str(best.metric).removeprefix("-"),
         math.nan if best.value is None else best.value, best.patience,
     )  # fmt: skip

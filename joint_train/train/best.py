@@ -1,8 +1,16 @@
 """The best validation of a run: what ``checkpoint.keep_best`` names, and when ``eval.patience`` is over."""
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
+
+from joint_train.checkpoint import Checkpointer, layout
+from joint_train.config import Config
+from joint_train.distributed.ranks import Ranks
+from joint_train.pair.model import JointModel
+
+log = logging.getLogger(__name__)
 
 
 class Best:
@@ -40,3 +48,29 @@ class Best:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"metric": self.metric, "step": self.step, "value": self.value, "waited": self.waited}
+
+
+def load_best(cfg: Config, checkpointer: Checkpointer, model: JointModel, step: int) -> tuple[int, dict[str, float]]:
+    """The weights of the best checkpoint by ``checkpoint.keep_best``, in place of those of the last step. Collective.
+
+    Args:
+        step: of the weights that are there.
+
+    Returns:
+        The best checkpoint's step, and what was measured then.
+
+    Raises:
+        CheckpointError: no checkpoint has that metric.
+    """
+    metric = str(cfg.checkpoint.keep_best)
+    ranks = Ranks(cfg.parallel.timeout_seconds)
+    path, manifest = ranks.first(
+        "looking for the best checkpoint", lambda: layout.find_best(checkpointer.folder, metric)
+    )
+    if manifest.step != step:
+        checkpointer.load(path, model, config=cfg)
+    log.info(
+        "export of step %d, the best of the checkpoints by checkpoint.keep_best=%s: %.4g",
+        manifest.step, metric, manifest.metrics[metric.removeprefix("-")],
+    )  # fmt: skip
+    return manifest.step, manifest.metrics

@@ -7,6 +7,7 @@ from torch import Tensor
 from joint_train.distributed.lora import ADAPTER, adapted_modules, delta_weight
 from joint_train.distributed.parallelize import reshard
 from joint_train.distributed.placement import counts_here, local_tensor
+from joint_train.distributed.quantised import stores
 from joint_train.pair.model import JointModel
 from joint_train.pair.targets import JointTargets
 from joint_train.train.optim import total_norm
@@ -29,8 +30,11 @@ class BaseDrift:
     def __init__(self, model: JointModel, inputs: dict, targets: JointTargets) -> None:
         self.model, self.inputs, self.rows = model, inputs, targets.rows[:POSITIONS]
         named = model.base.named_parameters()
-        counted = [p for name, p in named if not ADAPTER.search(name) and counts_here(p)]
+        counted = [p for name, p in named if not ADAPTER.search(name) and counts_here(p) and p.is_floating_point()]
         self.size = sum(local_tensor(p).detach().bfloat16().float().square().sum().double().cpu() for p in counted)
+        for store in stores(model.base).values():
+            if counts_here(store.codes):
+                self.size += store.numbers(torch.float32).square().sum().double().cpu()
         self.start = {
             p: local_tensor(p).detach().to("cpu", torch.bfloat16, copy=True) for p in counted if p.requires_grad
         }
@@ -55,7 +59,9 @@ class BaseDrift:
             sums[0] += (local_tensor(parameter).detach().float().cpu() - start.float()).square().sum()
         for module in adapted_modules(self.model.base).values():
             change = delta_weight(module)  # on every rank: it is collective
-            sums[0] += counts_here(module.base_layer.weight) * change.square().sum().cpu()
+            layer = module.base_layer
+            cut = layer.store.codes if hasattr(layer, "store") else layer.weight
+            sums[0] += counts_here(cut) * change.square().sum().cpu()
         sums[1] = self.size
         log_probs = self._log_probs()
         sums[2] = (self.log_probs.exp() * (self.log_probs - log_probs)).sum()

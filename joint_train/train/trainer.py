@@ -24,7 +24,6 @@ from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
 from joint_train.distributed.preemption import Preemption
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import OutOfMemory, TooManyBadSteps
-from joint_train.evaluate import accepted_length, validation_prompts
 from joint_train.model_card import model_cards
 from joint_train.pair.attention import check_backward
 from joint_train.pair.loss import run_budget_mb
@@ -33,15 +32,16 @@ from joint_train.pair.targets import JointTargets, joint_targets, send
 from joint_train.plan.planner import Machine, make_plan
 from joint_train.train import advice
 from joint_train.train.agreement import agree_on_configuration, agree_on_data
-from joint_train.train.best import Best
+from joint_train.train.best import Best, load_best
 from joint_train.train.diagnostics import BaseDrift, base_gradient_from_drafter
 from joint_train.train.guards import BadSteps, LossSpikes, StepProfiler, Watchdog, dump, flight_recorder
 from joint_train.train.length import is_due, run_steps
 from joint_train.train.optim import build_optimizer, update
-from joint_train.train.own_text import OwnText
 from joint_train.train.pace import Since, memory_gb, peak_memory, utilisation
 from joint_train.train.stages import Stages
-from joint_train.train.tracking import Tracker, check_wandb, metrics_from_json, metrics_to_json
+from joint_train.train.trackers import check_wandb
+from joint_train.train.tracking import Tracker, metrics_from_json, metrics_to_json
+from joint_train.train.validation import Validation
 from joint_train.weights.average import averaged, start_average, update_average
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import run_configs
@@ -70,8 +70,7 @@ class Trainer:
         self.memory_at_start = peak_memory(self.device)
         torch.manual_seed(cfg.seed + self.rank)
 
-        if self.rank == 0:
-            check_wandb(cfg.tracking)
+        check_wandb(cfg.tracking, self.rank)
         check_backward(cfg.model.attn_implementation, self.device.type)
         cfg = with_adapter(cfg)
         advice.say_run(cfg, self.ranks, torch.cuda.get_device_name() if self.device.type == "cuda" else None)
@@ -123,18 +122,12 @@ class Trainer:
         if self.device.type == "cuda":
             self.model.loss_budget_mb = run_budget_mb(cfg.loss, "cuda", machine.usable - self.plan.peak)
         self.prompts = advice.generation_prompts(cfg.eval, cfg.parallel, self.plan, machine, self.device.type)
-        # What the base wrote in the last assisted generation.
-        self.own_text: OwnText | None = None
-        if found and cfg.eval.own_text:
-            self.own_text = OwnText.saved(saved.get("own_text"), cfg.data, self.tokenizer, self.model.adapters)
-        advice.warn_of_grace(cfg.checkpoint, self.plan, machine, self.device.type)
-        advice.warn_of_padding(self.plan)
-        advice.warn_of_torchrun(cfg.checkpoint)
-        advice.warn_of_warmup(cfg, self.stages.joint_steps)
-        advice.warn_of_base_after(cfg, self.max_steps)
-        advice.warn_of_validation(cfg)
-        loaders = {"train": self.loader} | ({} if self.val_loader is None else {"val": self.val_loader})
-        log.info("%s", overview(loaders))
+        self.validation: Validation | None = None
+        if self.val_loader is not None:
+            how = self.tokenizer, self.val_loader, self.prompts, (self.rank, self.ranks)
+            self.validation = Validation(cfg, self.model, *how, saved.get("own_text") if found else None)
+        advice.warn(cfg, self.plan, machine, self.device.type, (self.max_steps, self.stages.joint_steps))
+        log.info("%s", overview({"train": self.loader, "val": self.val_loader}))
         left = self.stages.work(self.max_steps) - self.stages.work(self.step)
         advice.say_plan(self.plan, self.stages.peak, machine, self.device.type, left)
         self.profiler = StepProfiler(cfg.profile.steps, self.output_dir / "profile", self.rank)
@@ -201,7 +194,9 @@ class Trainer:
                     self.close()
                     self.preemption.exit()
         if cfg.model.export.at_end:
-            step, measured = self.load_best() if cfg.model.export.weights == "best" else (self.step, self.measured)
+            step, measured = self.step, self.measured
+            if cfg.model.export.weights == "best":
+                step, measured = load_best(cfg, self.checkpointer, self.model, self.step)
             self.export(self.output_dir / "export", step, measured or {})
             self.publish(self.output_dir / "export")
         self.tracker.finish(self.before or {}, self.measured or {})
@@ -338,49 +333,12 @@ class Trainer:
             progress: called before each batch and each forward of a generation; by default it only says that this
                 isn't a hang.
         """
-        if self.val_loader is None:
+        if self.validation is None:
             return {}
         with averaged(self.model):
-            return self.evaluate_on(self.val_loader, generate, progress or self.watchdog.beat)
-
-    def evaluate_on(self, val_loader: BatchLoader, generate: bool, progress: Callable[[], None]) -> dict[str, float]:
-        """:meth:`evaluate` of the drafter as its weights are."""
-        cfg, measured = self.cfg, dict[str, float]()
-
-        def stats_of(batch: dict[str, Tensor], *sources: str) -> JointStats:
-            progress()
-            inputs, targets, _ = self.prepare(batch, list(sources))
-            return self.model(**inputs, targets=targets).stats
-
-        self.model.eval()
-        try:
-            with torch.random.fork_rng(devices=[]):  # making an iterator draws from it
-                stats: JointStats | None = None
-                for i, batch in enumerate(val_loader):
-                    if i == cfg.eval.batches:
-                        break
-                    found = stats_of(batch, *val_loader.source_names)
-                    stats = found if stats is None else stats + found
-            assert stats is not None, "every rank has a batch of validation"
-            means = stats.reduced(dist.all_reduce).means(val_loader.source_names, val_loader.source_adapters)
-            measured |= {f"val/{name}": value for name, value in means.items()}
-            if generate and self.prompts > 0:
-                prompts = validation_prompts(cfg.data, self.tokenizer, self.prompts)
-                accepted = accepted_length(
-                    self.model.base, self.model.drafter, self.tokenizer, prompts, cfg.drafter.num_steps,
-                    cfg.eval.max_new_tokens, progress, self.model.adapters, cfg.drafter.rope_position == "last_kv",
-                )  # fmt: skip
-                of = accepted["by_adapter"].items()
-                measured |= {f"val/adapter/{name}/tokens_per_forward": value for name, value in of}
-                measured["val/tokens_per_forward"] = accepted["tokens_per_forward"]
-                self.tracker.examples(self.step, accepted["examples"])
-                if cfg.eval.own_text:
-                    self.own_text = OwnText(prompts, accepted["answers"], cfg.data, self.model.adapters)
-            if self.own_text is not None:
-                measured |= self.own_text.measure(stats_of, dist.all_reduce, self.rank, self.ranks)
-        finally:
-            parallelize.reshard(self.model)
-            self.model.train()
+            measured, examples = self.validation.measure(generate, self.prepare, progress or self.watchdog.beat)
+        if examples:
+            self.tracker.examples(self.step, examples)
         self.watchdog.beat()
         return measured
 
@@ -406,22 +364,11 @@ class Trainer:
             **self.bad_steps.read(),
         }
         state |= {"data": loader_position(self.loader), "unfinished": self.unfinished, "best": self.best.state()}
-        state["own_text"] = self.own_text and self.own_text.answers
+        state["own_text"] = self.validation and self.validation.answers
         self.tracker.sync()
         self.checkpointer.save(
             self.step, self.model, self.optimizer, state, config=self.cfg, metrics=self.measured, block=block
         )
-
-    def load_best(self) -> tuple[int, dict[str, float]]:
-        """The weights of the best checkpoint, in place of the last step's; its step, and what was measured then."""
-        path, manifest = self.checkpointer.best()
-        if manifest.step != self.step:
-            self.checkpointer.load(path, self.model, config=self.cfg)
-        log.info(
-            "export of step %d, the best of the checkpoints by checkpoint.keep_best=%s: %.4g",
-            manifest.step, self.best.metric, manifest.metrics[str(self.best.metric).removeprefix("-")],
-        )  # fmt: skip
-        return manifest.step, manifest.metrics
 
     def export(self, folder: Path, step: int, measured: dict[str, float]) -> None:
         """Both models as Hugging Face folders, and what was measured of them."""

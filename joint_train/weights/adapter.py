@@ -129,4 +129,4 @@ def fill_from_checkpoint(
     for module in adapted_modules(base).values():
         for part in (module.lora_A, module.lora_B):
             part.to(dtype=DTYPES[cfg.precision.params]).to_empty(device="cpu")
-    load_model(checkpoint, base, "base", frozen=frozen_base(source, changes))
+    load_model(checkpoint, base, "base", frozen=frozen_base(source, changes, cfg.model.quantization))

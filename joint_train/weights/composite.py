@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,13 +29,21 @@ from joint_train.config import (
 )
 from joint_train.config.values import as_saved, base_of_adapter, grown_rows
 from joint_train.distributed.agreement import agree
-from joint_train.distributed.lora import adapted_modules, initialise_adapters, inject_adapters, peft_config_of
+from joint_train.distributed.lora import (
+    adapted_modules,
+    folder_tensors,
+    initialise_adapters,
+    inject_adapters,
+    peft_config_of,
+)
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
+from joint_train.distributed.quantised import KINDS, Store, keep_quantised, stores
 from joint_train.distributed.ranks import Ranks
 from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights import quantised
+from joint_train.weights.activations import round_activations, roundings
 from joint_train.weights.adapter import export_adapter, load_adapter
 from joint_train.weights.average import averaged
 from joint_train.weights.changes import UNCHANGED, Changes, file_digest
@@ -48,6 +56,8 @@ from joint_train.weights.loading import (
     fingerprints,
     frozen_base,
     materialize,
+    renamer,
+    stored_in_files,
     stored_tensors,
 )
 from joint_train.weights.peft_folder import FILE as ADAPTER_FILE
@@ -77,11 +87,14 @@ class Gemma4WithDrafter(JointModel):
         sources: the folders of base and drafter that the pair was loaded from, if it was.
         changes: what was changed in their weights at the load.
         base_as_saved: whether the base's weights are those of a quantised folder, which stays what is served.
+        quantization_error: how far the base's weights are from their folder's, as a share of them, where they are kept
+            in codes; the export has the folder's.
     """
 
     sources: tuple[Path, Path] | None = None
     changes: tuple[Changes, Changes] = (UNCHANGED, UNCHANGED)
     base_as_saved: bool = False
+    quantization_error: float | None = None
 
     @classmethod
     def from_pretrained(
@@ -116,6 +129,8 @@ class Gemma4WithDrafter(JointModel):
         base_grad_scale: float = 1.0,
         prompt_rows: bool | None = None,
         loss: LossConfig | dict | None = None,
+        quantization: str = "none",
+        quantization_activations: str = "none",
         **kwargs: Any,
     ) -> Gemma4WithDrafter:
         """Load a base and its drafter, sharded over a mesh if there is one.
@@ -140,6 +155,8 @@ class Gemma4WithDrafter(JointModel):
             freeze_config: the ``freeze`` configuration group, or a dictionary of its keys, for the base; the drafter is
                 trained whole.
             cache_dir, revision, drafter_revision: of the hub.
+            quantization, quantization_activations: of the base, as in the ``model`` configuration group; with
+                ``freeze_base_for_drafter`` or ``peft_config``.
             use_sdpa_patching: ``None`` or ``False``: nothing is patched here.
             peft_config: a ``LoraConfig`` of the peft library: the base is frozen, and adapters on linear layers of its
                 decoder are trained; with ``target_modules=None`` on those of the ``lora`` configuration group.
@@ -183,6 +200,13 @@ class Gemma4WithDrafter(JointModel):
             check_mesh(device_mesh)
         if peft_config is not None and freeze_base_for_drafter:
             raise ValueError("peft_config trains adapters on the base, and freeze_base_for_drafter=True nothing of it.")
+        if quantization != "none" and peft_config is None and not freeze_base_for_drafter:
+            raise ValueError(
+                f"quantization={quantization!r}: quantised weights can't be trained. Give a peft_config, or "
+                "freeze_base_for_drafter=True."
+            )
+        if quantization not in (*KINDS, "none", "as_saved"):
+            raise ValueError(f"quantization={quantization!r}: choose one of none, as_saved, {', '.join(KINDS)}.")
         base_path = base_path or pretrained_model_name_or_path
         if base_path is None or drafter_path is None:
             raise ValueError("from_pretrained needs base_path (or pretrained_model_name_or_path) and drafter_path.")
@@ -197,6 +221,8 @@ class Gemma4WithDrafter(JointModel):
                 cache_dir=cache_dir,
                 revision=revision,
                 drafter_revision=drafter_revision,
+                quantization=quantization,
+                quantization_activations=quantization_activations,
             ),
             drafter=DrafterConfig(
                 num_steps=drafter_num_steps,
@@ -349,7 +375,10 @@ def load_pair(
     log.info("attention: %s", kernels(text, compute, device.type))
     model.sources, model.base_as_saved = (base_dir, drafter_dir), as_saved(cfg)
     if model.base_as_saved:
-        log.info("%s", quantised.sentence(base_dir))
+        log.info("%s. Activations are %s", quantised.sentence(base_dir), {
+            "none": "not rounded, as engines of W8A8 and W4A4 would (model.quantization_activations=as_saved)",
+            "as_saved": "rounded as its engines round them",
+        }[m.quantization_activations])  # fmt: skip
     if mesh is not None:
         parallelize(model, mesh, cfg)
     ranks = Ranks(cfg.parallel.timeout_seconds) if mesh is not None else None
@@ -384,8 +413,21 @@ def load_pair(
                 " and ".join(str(adapter.folder) for adapter in merged), m.base,
             )  # fmt: skip
     base_changes = model.changes[0]
-    model.frozen_base = everyone.first(f"reading {base_dir}", lambda: frozen_base(base_dir, base_changes))
-    model.base_stays = cfg.freeze.base or bool(adapted_modules(model.base))
+    model.frozen_base = everyone.first(
+        f"reading {base_dir}", lambda: frozen_base(base_dir, base_changes, m.quantization)
+    )
+    if kept := stores(model.base):
+        model.quantization_error = rounding(kept.values(), everyone)
+        log.info(
+            "%d weights of the base are kept as %s: they differ from those in %s by %.2f %% (root mean square). The "
+            "export will have the folder's own", len(kept), m.quantization, base_dir, 100 * model.quantization_error,
+        )  # fmt: skip
+    if m.quantization_activations == "as_saved":
+        rename = renamer(model.base, folder_tensors(model.base))
+        found = roundings(quantised.quantization_config(base_dir) or {}, stored_in_files(base_dir))
+        named = {rename(f"{layer}.weight").removesuffix(".weight"): of_layer for layer, of_layer in found.items()}
+        done = round_activations(model.base, named, base_dir)
+        log.info("the inputs of %d layers of the base are rounded; of experts they aren't", done)
     if served:
         dtype = DTYPES[cfg.precision.params] if mesh is None else compute
         model.adapters = put_served(model, cfg, served, dtype, device)
@@ -394,6 +436,13 @@ def load_pair(
     if cfg.drafter.share_embedding_with_base:
         model.share_embedding()
     return model
+
+
+def rounding(kept: Iterable[Store], ranks: Ranks) -> float:
+    """How far weights that are kept in codes are from what they were, as a share of them. Collective."""
+    mine = sum((store.errors for store in kept), torch.zeros(2, dtype=torch.float64)).tolist()
+    changed, size = (sum(of_rank) for of_rank in zip(*ranks.each("comparing weights", lambda: mine), strict=True))
+    return (changed / size) ** 0.5 if size else 0.0
 
 
 def meta_pair(
@@ -418,6 +467,8 @@ def meta_pair(
         inject_adapters(base, peft_config, text_model(base))
         injected = cast("peft.LoraConfig", base.peft_config["default"])
         injected.base_model_name_or_path, injected.revision = base_of_adapter(cfg), cfg.model.revision
+    if cfg.model.quantization in KINDS:
+        keep_quantised(text_model(base), cfg.model.quantization)
     model = Gemma4WithDrafter(
         base,
         build_meta(drafter_config, dtype, attention),
@@ -431,5 +482,6 @@ def meta_pair(
         prompt_rows=cfg.drafter.prompt_rows,
         loss=cfg.loss,
     )
+    model.base_stays = cfg.freeze.base or bool(adapted_modules(base))
     prepare(model, cfg)
     return model

@@ -85,7 +85,8 @@ def export_model(
 ) -> None:
     """Write a model as a Hugging Face folder; under a process group, all ranks must call it, and share `out`'s disk.
 
-    Adapters are added to the weights that they belong to, in float32, before these are rounded to `dtype`.
+    Adapters are added to the weights that they belong to, in float32, before these are rounded to `dtype`. Of weights
+    that are kept in codes, those of `source` are taken.
 
     The folder is written beside `out` and renamed when it is complete: an older export in `out` stays whole until then.
 
@@ -106,7 +107,11 @@ def export_model(
     """
     source = resolve(source)
     stored, names = _contents(model, source, kv_shared_weights, changes)
-    tensors = Merged(model, names)
+
+    def read(key: str, part: tuple[slice, ...]) -> Tensor:
+        return changes.view(stored[key], key, names[key])[part]
+
+    tensors = Merged(model, names, read)
 
     def fill(slots: dict[str, Slot]) -> None:
         written: list[Written] = []

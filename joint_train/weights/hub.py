@@ -1,5 +1,5 @@
-"""``model.export.push_to_hub``: an export as repositories of the Hugging Face hub: ``ID-base``, ``ID-drafter`` and, where
-the run has them, ``ID-drafter_last`` and ``ID-adapter``.
+"""``model.export.push_to_hub``: an export as repositories of the Hugging Face hub: ``ID-base``, ``ID-drafter`` and,
+where the run has them, ``ID-drafter_last`` and ``ID-adapter``.
 
 One for each, as released pairs are: an engine takes it by its id alone.
 """

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +30,7 @@ from transformers.utils.generic import ContextManagers
 
 from joint_train.checkpoint.layout import stays_inside
 from joint_train.distributed.lora import folder_tensors
+from joint_train.distributed.quantised import KINDS, Store, dequantise, quantise
 from joint_train.distributed.ranks import Ranks, run_on_all_ranks
 from joint_train.distributed.replicas import Replicas
 from joint_train.errors import WeightsError
@@ -126,7 +128,8 @@ def _fill(
     for key, name in sorted(names.items(), key=lambda item: stored[item[0]].file) if values else ():
         target = tensors.get(name)
         if target is not None and id(target) not in filled:
-            _read_slice(changes.view(stored[key], key, name), target)
+            view, store = changes.view(stored[key], key, name), getattr(target, "store", None)
+            _read_slice(view, target) if store is None else _quantise_slice(view, store)
             filled.add(id(target))
     close_files()
     if (Path(folder) / "generation_config.json").exists():
@@ -336,12 +339,15 @@ def check_weights(folder: Path, ranks: Ranks | None = None) -> None:
     placing.refuse_changed(folder, sorted(problem for of_rank in problems for problem in of_rank))
 
 
-def frozen_base(folder: str | os.PathLike, changes: Changes = UNCHANGED) -> dict[str, str]:
+def frozen_base(folder: str | os.PathLike, changes: Changes = UNCHANGED, quantization: str = "none") -> dict[str, str]:
     """A folder and what tells its weights from others: a checkpoint of adapters names them so.
 
     The hash is over the headers (names, shapes, dtypes) and the first row of every tensor, since fine-tuned models have
     the headers of what they were made from. How the tensors are spread over files doesn't count. Adapters that were
     merged into them do, and rows that were added.
+
+    Args:
+        quantization: ``model.quantization``.
     """
     digest = hashlib.sha256(changes.digest.encode())
     for key, entry in sorted(stored_in_files(folder).items()):
@@ -349,7 +355,7 @@ def frozen_base(folder: str | os.PathLike, changes: Changes = UNCHANGED) -> dict
         few = len(entry.shape) < 2
         row = entry.whole() if few else entry.slices()[(slice(0, 1),) * (len(entry.shape) - 1)]
         digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return {"folder": os.fspath(folder), "hash": digest.hexdigest()}
+    return {"folder": os.fspath(folder), "hash": digest.hexdigest(), "quantization": quantization}
 
 
 def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.PathLike) -> dict[str, str]:
@@ -433,6 +439,42 @@ def _read_slice(view: View, target: Tensor) -> None:
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
         target[start:stop].copy_(view[(slice(offset[0] + start, offset[0] + stop), *rest)])
+
+
+def _quantise_slice(view: View, store: Store) -> None:
+    """Fill this rank's part of a weight that is kept in codes, quantised as it is read."""
+    store.errors = torch.zeros(2, dtype=torch.float64)
+    both = [_place(store.codes), _place(store.scales)]
+    for group in ([0, 1],) if both[0][1][:-1] == both[1][1][:-1] else ([0], [1]):
+        # Whole blocks, of the columns that either needs.
+        per_byte = KINDS[store.kind].values, store.block / 4
+        ends = [(both[i][1][-1].start * per_byte[i], both[i][1][-1].stop * per_byte[i]) for i in group]
+        first = int(min(start for start, _ in ends)) // store.block * store.block
+        last = min(store.shape[-1], math.ceil(max(stop for _, stop in ends) / store.block) * store.block)
+        rows, *rest = both[group[0]][1][:-1]
+        if any(both[i][0].numel() == 0 for i in group):
+            continue
+        width = math.prod(of.stop - of.start for of in rest) * (last - first)
+        step = max(1, READ_BYTES // (width * 8))
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            numbers = view[(slice(start, stop), *rest, slice(first, last))].float().to(both[0][0].device)
+            made = quantise(numbers, store.kind, store.block)
+            for i in group:
+                target, part = both[i]
+                skipped = part[-1].start - int(first / per_byte[i])
+                target[start - rows.start : stop - rows.start].copy_(made[i].narrow(-1, skipped, target.shape[-1]))
+            if 0 in group:
+                rounded = dequantise(*made, store.kind, store.block, torch.float32)
+                store.errors += torch.stack([(rounded - numbers).square().sum(), numbers.square().sum()]).cpu()
+
+
+def _place(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """This rank's part of a tensor, and where in it that lies."""
+    if not isinstance(tensor, DTensor):
+        return tensor, tuple(slice(0, size) for size in tensor.shape)
+    shape, offset = local_shape_and_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
 
 
 def _fill_computed_buffers(model: PreTrainedModel) -> None:

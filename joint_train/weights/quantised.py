@@ -114,7 +114,7 @@ def _check_compressed_tensors(config: dict[str, Any]) -> None:
         raise ValueError(f"quantization_status={status}: only compressed weights are read")
 
 
-def _group(layer: Layer) -> dict[str, Any]:
+def group_of_layer(layer: Layer) -> dict[str, Any]:
     """The group of ``config_groups`` that a layer belongs to: by its name, else by its class."""
     groups = list(layer.config["config_groups"].values())
     named = [g for g in groups if any(_names(target, layer) for target in g["targets"])]
@@ -135,7 +135,7 @@ def _names(target: str, layer: Layer) -> bool:
 
 
 def _compressed_tensors(layer: Layer) -> Weight:
-    group = _group(layer)
+    group = group_of_layer(layer)
     return COMPRESSED[group["format"]](layer, group["weights"])
 
 
@@ -385,8 +385,7 @@ def sentence(folder: Path) -> str:
     """What a run says of a base that it uses as it is saved."""
     return (
         f"the base's weights are those of {folder}, quantised as {describe(quantization_config(folder) or {})}: they "
-        "are dequantised as they are read, stay as they are, and aren't exported. Activations aren't rounded, as some "
-        "engines do with it (W8A8, W4A4)"
+        "are dequantised as they are read, stay as they are, and aren't exported"
     )
 
 
@@ -434,10 +433,7 @@ def combine(config: dict[str, Any], stored: Mapping[str, Stored], folder: Any) -
     """
     check_format(config, folder)
     form = FORMATS[config["quant_method"]]
-    layers: dict[str, dict[str, Stored]] = {}
-    for name, entry in stored.items():
-        layer, leaf = _split(name)
-        layers.setdefault(layer, {})[leaf] = entry
+    layers = _by_layer(stored)
     found: dict[str, Stored] = {}
     wrong = list[str]()
     for name, tensors in layers.items():
@@ -468,6 +464,23 @@ def combine(config: dict[str, Any], stored: Mapping[str, Stored], folder: Any) -
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise WeightsError(f"{folder} can't be read as {describe(config)}: {'; '.join(wrong[:5])}{more}")
     return with_experts(found)
+
+
+def layers_of(form: Format, config: dict[str, Any], stored: Mapping[str, Stored]) -> list[Layer]:
+    """The layers that have codes, with all their tensors, those for activations among them."""
+    found = []
+    for name, tensors in _by_layer(stored).items():
+        if codes := [leaf for leaf in form.codes if leaf in tensors and _is_codes(tensors[leaf])]:
+            found.append(Layer(name, tensors[codes[0]].key.removesuffix(f".{codes[0]}"), tensors, config))
+    return found
+
+
+def _by_layer(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
+    layers: dict[str, dict[str, Stored]] = {}
+    for name, entry in stored.items():
+        layer, leaf = _split(name)
+        layers.setdefault(layer, {})[leaf] = entry
+    return layers
 
 
 def _split(name: str) -> tuple[str, str]:

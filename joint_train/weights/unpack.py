@@ -98,7 +98,7 @@ class Bits:
         count = columns.stop - columns.start
         if 8 % self.bits:
             return self._straddling(words, columns.start * self.bits - first * self.word, count)
-        octets = words.contiguous().view(torch.uint8)
+        octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8)
         values = ((octets.unsqueeze(-1) >> shifts) & (2**self.bits - 1)).flatten(-2)
         if self.order is not None:

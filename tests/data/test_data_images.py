@@ -268,7 +268,7 @@ def test_the_pair_trains_on_packed_images_as_on_unpacked_ones(tmp_path, tokenize
 
 
 def test_a_measured_prompt_has_the_tokens_and_pictures_of_training_and_its_text_is_the_bases(tmp_path, tokenizer):
-    """What `evaluate` gives the base is the beginning of the trained row; plain and assisted decoding see the picture."""
+    """What `evaluate` gives the base is the beginning of the trained row, and decoding sees the picture."""
     from transformers import GenerationConfig
 
     from joint_train.evaluate.decoding import decode, pictures_of

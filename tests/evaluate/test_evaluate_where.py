@@ -1,5 +1,6 @@
 """Where drafts are accepted, how many to draft, before and after: against plain loops and a simulated engine."""
 
+import io
 import json
 import random
 import shutil
@@ -10,9 +11,10 @@ import torch
 from adapters import make_adapter, merged_by_peft
 from pairs import build_pair, make_pair
 from test_evaluate import FakeTokenizer, Gemma4AssistantDouble, folders, pair, prompts  # noqa: F401
+from test_evaluate_served import serve  # noqa: F401
 from transformers import AutoConfig
 
-from joint_train.evaluate import against, recommend
+from joint_train.evaluate import against, cost, recommend
 from joint_train.evaluate.__main__ import columns_of, main
 from joint_train.evaluate.cost import Roofline, measured_factors
 from joint_train.evaluate.decoding import Decoded, decode, tokens_per_forward
@@ -209,6 +211,9 @@ def test_the_recommendation_is_that_of_brute_force_on_a_simulated_engine():
     plain = found["best_without_threshold"]
     assert plain["1"]["threshold"] == 0 and 1 < plain["1"]["num_steps"] < 8  # it turns
     assert found["best"]["1"]["threshold"] > 0
+    assert recommend.still_rising(found) == ""
+    fewer = recommend.recommend(traces, clock, range(1, plain["1"]["num_steps"]), (), [1], 0)
+    assert recommend.still_rising(fewer).startswith("At batch 1 it still rises at K = ")
 
 
 class Gemma4AssistantMoody(Gemma4AssistantDouble):
@@ -421,7 +426,7 @@ def test_the_whole_command(folders, tmp_path, capsys):  # noqa: F811
         assert title in texts
     card = (mine / "README.md").read_text()
     assert card.startswith(f"## {against.TITLE}") and "| tokens per base forward |" in card
-    assert str(tmp_path) not in card.replace(str(tmp_path / "p.jsonl"), "")
+    assert str(tmp_path) not in card and "2 prompts (p.jsonl, general)" in card
     assert "K = 2: 2/2 prompts" in said.err and "drafts at each token: 2/2 prompts" in said.err
     assert "plain decoding is the fastest" in said.err  # with a random drafter; so nothing is set
     assert json.loads((mine / "generation_config.json").read_text()) == {"num_assistant_tokens": 9}
@@ -446,10 +451,32 @@ def _tokenizer(base):
     return AutoTokenizer.from_pretrained(base)
 
 
+def test_a_running_server_is_told_how_many_to_draft(folders, serve, tmp_path, capsys):  # noqa: F811
+    server, mine = serve("sglang"), shutil.copytree(folders[1], tmp_path / "mine")
+    server.delay = 0.02
+    arguments = ["--engine", "sglang", "--url", server.url, "--concurrency", "1,4", "--limit", "4"]
+    arguments += ["--max-new-tokens", "9", "--recommend", "--gpu", "l4", "--out", str(tmp_path / "out")]
+    assert main([str(folders[0]), str(mine), *arguments, "--set-drafts", "4"]) == 0
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    rows = {row["concurrency"]: row for row in found["concurrency"]}
+    assert found["recommend"]["batches"] == [1, 4]
+    for batch, row in rows.items():  # with the server's own number, what was measured of it
+        policy = recommend.find(found["recommend"], {"num_steps": 3, "threshold": 0.0})
+        forward = 1 + sum(p["share"]["value"] for p in found["speculative"][0]["acceptance"])
+        expected = row["tokens_per_second"] * forward / row["tokens_per_forward"]
+        assert policy["tokens_per_second"][str(batch)] == pytest.approx(expected, rel=1e-6)
+    set_to = found["recommend"]["best_without_threshold"]["4"]["num_steps"]
+    assert json.loads((mine / "generation_config.json").read_text())["num_assistant_tokens"] == set_to > 0
+    said = capsys.readouterr().out
+    assert "Measured times are these multiples of the roofline's" in said
+    assert "How many drafts" in (tmp_path / "out/recommendation.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--write-card"], "give the other drafter"),
+        (["--against", "{drafter}"], "is DRAFTER itself"),
         (["--set-drafts", "1"], "needs --recommend"),
         (["--recommend", "--set-drafts", "3"], "none of --batch-sizes"),
         (["--engine", "vllm", "--against", "x"], "a server has one pair"),
@@ -457,8 +484,11 @@ def _tokenizer(base):
     ],
 )
 def test_options_that_dont_go_together(folders, arguments, said, capsys):  # noqa: F811
+    arguments = [argument.format(drafter=folders[1]) for argument in arguments]
     assert main([*map(str, folders), *arguments]) == 2
     assert said in capsys.readouterr().err
+    assert main(["google/base", "google/drafter", "--recommend", "--set-drafts", "1"]) == 2  # before anything is read
+    assert "--set-drafts: google/drafter is no folder of this machine" in capsys.readouterr().err
 
 
 def test_progress_in_a_log_is_a_line_when_something_is_done_or_takes_long(capsys, monkeypatch):
@@ -472,6 +502,30 @@ def test_progress_in_a_log_is_a_line_when_something_is_done_or_takes_long(capsys
     assert capsys.readouterr().err.splitlines() == ["plain: 2/4 prompts, 11 s", "plain: 4/4 prompts, 13 s"]
 
 
+def test_progress_on_a_terminal_is_a_bar_for_each_thing_that_is_measured(monkeypatch):
+    from rich.console import Console
+
+    from joint_train.evaluate import progress
+
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=out, force_terminal=True, width=80))
+    with progress.shown_progress() as show:
+        for what, total in (("plain", 2), ("K = 1", 3)):
+            for done in range(total + 1):
+                show(what, done, total)
+    assert all(text in out.getvalue() for text in ("plain", "2/2", "K = 1", "3/3"))
+
+
 def test_configs_of_a_pair_are_enough_for_the_roofline(folders):  # noqa: F811
     models = [build_meta(AutoConfig.from_pretrained(folder), torch.bfloat16) for folder in folders]
     assert Roofline(*models, CARDS["h100"], 64).verify(1, 1) > 0
+
+
+def test_experts_are_read_as_rows_choose_them():
+    """A forward that does nothing but read experts takes the time of those that its rows chose, in the mean."""
+    machine, rng, weights = CARDS["h100"], random.Random(0), 10**8
+    for rows in (1, 4, 40):
+        chosen = [{e for _ in range(rows) for e in rng.sample(range(128), 8)} for _ in range(400)]
+        expected = sum(map(len, chosen)) / 400 * weights * 2 / machine.hbm_gb_per_second / 1e9
+        found = cost._Work(experts=[(128, 8, weights)]).seconds(rows, 1, machine)
+        assert found == pytest.approx(expected, rel=0.01), rows

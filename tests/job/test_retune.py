@@ -12,16 +12,20 @@ from transformers import AutoTokenizer
 
 from joint_train import retune
 from joint_train.config import load, to_yaml
+from joint_train.evaluate.against import compare
 from joint_train.weights.released import CONFIGS
 
 
-def evaluation(settled: list[int], forwards: list[int]) -> dict:
+def evaluation(better: int) -> dict:
     from joint_train.evaluate.intervals import interval
 
-    found = interval([settled, forwards], lambda s, v: s / v, 0)
-    share = {"value": 0.5, "low": None, "high": None}
+    settled, share = [30 + 10 * better, 31 + 9 * better], {"value": 0.5, "low": None, "high": None}
+    found = interval([settled, [20, 20]], lambda s, v: s / v, 0)
+    sums = {"settled": settled, "verifications": [20, 20], "tokens": settled, "seconds": [1.0, 1.0]}
+    sums |= {"first_accepted": [10, 10], "first_drafted": [20, 20], "accepted": [20, 20], "drafted": [80, 80]}
     row = {"num_steps": 4, "tokens_per_forward": found, "speedup": found, "acceptance": [{"share": share}]}
-    return {"speculative": [row], "prompts": {"name": "held_out", "count": len(settled)}}
+    plain = {"of_prompts": {"tokens": settled, "seconds": [2.0, 2.0]}}
+    return {"speculative": [row | {"of_prompts": sums}], "plain": plain, "prompts": {"name": "held_out", "count": 2}}
 
 
 @pytest.fixture
@@ -41,8 +45,11 @@ def commands(monkeypatch):
         elif words[0] == "joint_train.evaluate":
             out = retune.Path(words[words.index("--out") + 1])
             out.mkdir(parents=True)
-            better = "export" in words[2]
-            (out / "evaluation.json").write_text(json.dumps(evaluation([30 + 10 * better, 31 + 9 * better], [20, 20])))
+            found, other = evaluation(1), evaluation(0)
+            if "--against" in words:
+                rows = compare(found, other, 0)
+                found["against"] = {"drafter": "x", "rows": rows, "speculative": other["speculative"]}
+            (out / "evaluation.json").write_text(json.dumps(found))
         return 0
 
     monkeypatch.setattr(retune, "run", run)
@@ -58,7 +65,7 @@ def test_it_regenerates_trains_and_compares(commands, adapter, starter_dir, tmp_
     out, drafter = tmp_path / "out", str(starter_dir / "drafter")
     words = [str(adapter), "--drafter", drafter, "--data", str(starter_dir / "val.jsonl"), "--out", str(out)]
     assert retune.main([*words, "--regenerate", "--nproc-per-node", "1", "data.max_length=96"]) == 0
-    first, second, job, *measured = commands
+    first, second, job, measured = commands
     for command, part in ((first, "train"), (second, "held_out")):
         assert command[1:5] == ["-m", "joint_train.data", "regenerate", f"{out}/data/{part}.answers.jsonl"]
         cfg = load([word for word in command[7:]], check=False)
@@ -68,14 +75,14 @@ def test_it_regenerates_trains_and_compares(commands, adapter, starter_dir, tmp_
     assert cfg.freeze.base and cfg.data.train_on == "last_assistant" and cfg.data.mixture == "epoch"
     assert cfg.model.adapter == str(adapter) and cfg.model.drafter == drafter and cfg.output_dir == str(out)
     assert [cfg.data.train[0].path, cfg.data.val[0].path] == [first[4], second[4]]
-    assert [command[3:5] for command in measured] == [
-        [f"{out}/export/base", drafter], [f"{out}/export/base", f"{out}/export/drafter"],
-    ]  # fmt: skip
+    assert measured[3:5] == [f"{out}/export/base", f"{out}/export/drafter"]
+    assert measured[measured.index("--against") + 1] == drafter and "--write-card" in measured
     found = json.loads((out / "retune.json").read_text())["results"]
     assert [found[name]["tokens_per_forward"]["value"] for name in ("stale", "tuned")] == [61 / 40, 2.0]
     said, page = capsys.readouterr().out, (out / "retune.html").read_text()
     for text in (said, page):
         assert "the drafter as it was" in text and "1.5" in text and "2.00 [2.00, 2.00]" in text
+        assert "difference" in text and "[+0.45, +0.50]" in text  # of the same prompts
     # The split: each example once, by its text alone.
     parts = [(out / f"data/{part}.jsonl").read_text().splitlines() for part in ("train", "held_out")]
     whole = (starter_dir / "val.jsonl").read_text().splitlines()

@@ -1,7 +1,7 @@
 """Submission, the job script's text, failure reports and the table over runs; jobs themselves run in tests/slurm."""
 
-import itertools
 import io
+import itertools
 import json
 import os
 import shutil

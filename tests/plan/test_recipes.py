@@ -23,7 +23,9 @@ def planned(name: str) -> None:
     assert plan.peak <= recipe.machine.usable
     for line in head(recipe, plan):
         written = next(one for one in lines if one.startswith(f"# {line[:14]}"))
-        numbers = [[float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?:\.\d+)?", text)] for text in (line, written)]
+        numbers = [
+            [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?:\.\d+)?", text)] for text in (line, written)
+        ]
         assert numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=0.06), f"python -m benchmarks.recipes {name}"
 
 

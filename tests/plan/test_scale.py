@@ -85,3 +85,9 @@ def test_31b_in_full_at_32k_fits_on_eight_gpus_of_80_gb(setting):
     found = measured("gemma4_31b", 8, 32768, "activation_checkpointing.offload=true", *setting)
     compare(found)
     assert found["peak"] <= Machine().usable
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gemma4_31b", "gemma4_26b_a4b", "gemma4_e4b"])
+def test_a_base_in_codes(model):
+    compare(measured(model, 8, 2048, "lora.r=16", "model.quantization=nf4"))

@@ -53,6 +53,22 @@ def test_an_unknown_command_and_a_mistake_behind_a_known_one():
     assert done.returncode == 2 and done.stderr.startswith("joint_train: optim.lrr is not a key.")
 
 
+@pytest.mark.parametrize(
+    "typed, expected",
+    [
+        ("joint-train eva", ["evaluate"]),
+        ("joint-train train optim.l", ["optim.lr="]),
+        ("joint-train train model=gemma4_e", ["gemma4_e2b", "gemma4_e4b"]),
+        ("joint-train plan +recipe=gemma4_31b_full_8", ["gemma4_31b_full_8gpu"]),
+    ],
+)
+def test_completion_of_commands_keys_and_prepared_settings(typed, expected):
+    asked = f"COMP_LINE='{typed}' COMP_POINT={len(typed)}\n_joint_train\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
+    script = f"{cli.completion()}\n{asked}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == expected
+
+
 def test_torchao_is_imported_only_where_it_is_asked_for():
     code = (
         "import sys; from joint_train.command import start, let_torchao_in\n"

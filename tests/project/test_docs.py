@@ -31,11 +31,11 @@ def site(tmp_path_factory):
 
 
 def test_the_references_have_every_key_and_metric(site):
-    configuration = (site / "configuration" / "index.html").read_text()
+    configuration = (site / "configuration.html").read_text()
     for group in groups():
         for name, _, _ in keys(group):
             assert f"<code>{name}</code>" in configuration
-    metrics = (site / "metrics" / "index.html").read_text()
+    metrics = (site / "metrics.html").read_text()
     assert all(f"<code>{name}</code>" in metrics for name in METRICS)
 
 
@@ -48,7 +48,7 @@ def test_a_page_names_only_keys_modules_and_files_that_exist(page):
         if word.split(".")[0] in groups() and not re.search(r"\.(md|py|sh|json|jsonl|yaml|html|svg|toml|txt|gguf)$", word):
             inside = word.rpartition(".")[0] in dictionaries
             assert word in known or inside or any(key.startswith(word + ".") for key in known), word
-    for group, name in re.findall(r"[\s`](model|data|\+experiment)=([a-z]\w+)", text):
+    for group, name in re.findall(r"[\s`](model|data|\+experiment|\+recipe)=([a-z]\w+)", text):
         assert name in choices()[group], name
     for module in re.findall(r"-m ((?:joint_train|launch|benchmarks)[\w.]*)", text):
         assert find_spec(module), module
@@ -58,13 +58,13 @@ def test_a_page_names_only_keys_modules_and_files_that_exist(page):
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 def test_in_a_browser_no_page_is_cut_off_and_the_console_is_clean(site, tmp_path):
-    names = [str(file.parent.relative_to(site)) for file in site.rglob("index.html")]
+    names = [file.stem for file in site.glob("*.html") if file.stem != "404"]
     probe = """<body><pre id="found"></pre><script>
     const found = {};
     for (const name of %s) for (const width of %s) {
         const frame = document.createElement("iframe");
         frame.style = `border:0;height:900px;width:${width}px`;
-        frame.src = `/${name}/`;
+        frame.src = `/${name}.html`;
         frame.onload = () => {
             const page = frame.contentDocument.documentElement;
             found[`${name} ${width}`] = [page.scrollWidth - page.clientWidth, page.querySelectorAll("h1").length];
@@ -84,3 +84,18 @@ def test_in_a_browser_no_page_is_cut_off_and_the_console_is_clean(site, tmp_path
     found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1])
     assert len(found) == len(names) * len(WIDTHS) >= 20
     assert all(overflow <= 0 and titles == 1 for overflow, titles in found.values()), found
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_search_and_links_work_in_pages_that_are_opened_as_files(site, tmp_path):
+    done = browse(
+        f"file://{site}/index.html?q=iframe", tmp_path / "a", 1300, "--virtual-time-budget=9000", "--dump-dom"
+    )
+    assert not re.findall(r'(?:src|href)="(https?://(?!squidfunk)[^"]+\.(?:js|css|woff2?))', done.stdout)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    found = browse(
+        f"file://{site}/index.html?q=watchdog", tmp_path / "b", 1300, "--virtual-time-budget=9000", "--dump-dom"
+    ).stdout
+    assert re.search(r'href="[^"]+\.html[^"]*" class="md-search-result__link"', found)
+    links = re.findall(r'href="([^"#]+\.html)', (site / "index.html").read_text())
+    assert links and all((site / link).exists() for link in links if "://" not in link)

@@ -26,7 +26,9 @@ def texts(source: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):  # docstrings, those of attributes too
-            skipped |= {id(one.value) for one in body if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)}
+            skipped |= {
+                id(one.value) for one in body if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)
+            }
         if isinstance(node, ast.JoinedStr):
             skipped |= {id(part) for part in ast.walk(node) if isinstance(part, ast.Constant)}
     for node in ast.walk(tree):
@@ -45,8 +47,13 @@ def found(source: str) -> list[tuple[int, str, str]]:
 
 
 def test_the_lint_sees_plain_strings_and_f_strings_and_no_docstring():
-    source = 'def f(x):\n    """It is said here."""\n    raise E("it is said " f"that {x} is bad")\nlog("what bounds it")\n'
-    assert sorted((line, text) for line, text, _ in found(source)) == [(3, "it is said that … is bad"), (4, "what bounds it")]
+    source = (
+        'def f(x):\n    """It is said here."""\n    raise E("it is said " f"that {x} is bad")\nlog("what bounds it")\n'
+    )
+    assert sorted((line, text) for line, text, _ in found(source)) == [
+        (3, "it is said that … is bad"),
+        (4, "what bounds it"),
+    ]
 
 
 def test_no_text_for_users_has_a_phrase_of_the_list():

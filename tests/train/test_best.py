@@ -45,7 +45,11 @@ def test_a_run_ends_when_patience_is_over_and_exports_its_best_checkpoint(starte
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2]
     generations = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
-    assert generations[0]["step"] == 0 and set(generations[0]["examples"][0]) == {"prompt", "text", "tokens_per_forward"}
+    assert generations[0]["step"] == 0 and set(generations[0]["examples"][0]) == {
+        "prompt",
+        "text",
+        "tokens_per_forward",
+    }
     for part in ("base", "drafter"):
         with safe_open(out / "export" / part / "model.safetensors", "pt") as exported:
             with safe_open(out / "first" / part / "model.safetensors", "pt") as first:

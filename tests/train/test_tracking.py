@@ -15,7 +15,7 @@ from rich.console import Console
 
 from joint_train import command, files
 from joint_train.config import ConfigError, load, with_overrides
-from joint_train.train import tracking
+from joint_train.train import trackers, tracking
 from joint_train.train.tracking import ConsoleLines, JsonLines, Tracker
 
 STEP = {"base_loss": 5.25, "drafter_loss": 6.5, "tokens_per_second": 12345.6, "bad_steps": 0}
@@ -199,7 +199,7 @@ def test_a_wandb_that_fails_is_turned_off_and_the_run_goes_on(tmp_path, wandb, m
 def test_a_wandb_that_never_finishes_is_left_behind(tmp_path, wandb, monkeypatch, caplog):
     import threading
 
-    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.1)
     monkeypatch.setattr(FakeRun, "finish", lambda self: threading.Event().wait(30))
     tracker = Tracker(config(tmp_path, "tracking.wandb=online"), 0)
     tracker.log(1, STEP)
@@ -209,18 +209,18 @@ def test_a_wandb_that_never_finishes_is_left_behind(tmp_path, wandb, monkeypatch
 
 
 def test_wandb_is_online_only_with_a_key(monkeypatch, tmp_path, wandb):
-    assert tracking.wandb_mode("auto") == "offline"
-    assert tracking.wandb_mode("online") == "online"
+    assert trackers.wandb_mode("auto") == "offline"
+    assert trackers.wandb_mode("online") == "online"
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
     (tmp_path / "netrc").chmod(0o600)
-    assert tracking.wandb_mode("auto") == "online"
+    assert trackers.wandb_mode("auto") == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert tracking.wandb_mode("auto") == "offline"
+    assert trackers.wandb_mode("auto") == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert tracking.wandb_mode("auto") == "online"
+    assert trackers.wandb_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert tracking.wandb_mode("auto") == "disabled"
+    assert trackers.wandb_mode("auto") == "disabled"
 
 
 def test_wandb_says_how_to_upload_and_takes_the_export_where_asked(tmp_path, wandb, caplog):
@@ -237,8 +237,8 @@ def test_wandb_says_how_to_upload_and_takes_the_export_where_asked(tmp_path, wan
         assert names == ([("run-base", "model"), ("run-drafter", "model")] if wanted else [])
     assert "wandb is offline; to upload the run later: wandb sync /runs/wandb/offline-run-1" in caplog.text
     with pytest.raises(ConfigError, match="no key of wandb here"):
-        tracking.check_wandb(config(tmp_path, "tracking.wandb=online").tracking)
-    tracking.check_wandb(config(tmp_path, "tracking.wandb=offline").tracking)
+        trackers.check_wandb(config(tmp_path, "tracking.wandb=online").tracking, 0)
+    trackers.check_wandb(config(tmp_path, "tracking.wandb=offline").tracking, 0)
 
 
 @pytest.mark.parametrize("resumed, kept", [(0, []), (4, [0, 4])])

@@ -160,10 +160,10 @@ def export_and_die(arguments, stop):
             if count == stop:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def putting(outs):
+    def putting(outs, *whole):
         nonlocal placing_began
         placing_began = True
-        put(outs)
+        put(outs, *whole)
 
     placing.put_in_place = putting
     sys.addaudithook(hook)

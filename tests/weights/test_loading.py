@@ -164,7 +164,7 @@ def test_a_quantised_folder_is_refused(e2b, part, inside):
     (config["text_config"] if inside else config)["quantization_config"] = method
     file.write_text(json.dumps(config))
     with pytest.raises(
-        ConfigError, match=r"quantised weights \(quantization_config .*give the bfloat16 folder"
+        ConfigError, match=r"quantised weights \(compressed-tensors \(float-quantized\)\), .*give the bfloat16 folder"
     ) as error:
         read_configs(*e2b)
     assert str(e2b[part]) in str(error.value)
