@@ -89,8 +89,7 @@ class JointModel(nn.Module):
         rope_position: ``last_kv``: row t rotates at its own position; ``next_token``: at the next.
         base_grad_scale: what the drafter's gradient is multiplied by where it enters the base: at its keys and values,
             its input embeddings and its final hidden state. The drafter's own gradient doesn't depend on it.
-        prompt_rows: also train the drafter at rows before an answer, which decoding never visits; by default only with
-            ``same_token``. See :func:`joint_train.pair.targets.joint_targets`.
+        prompt_rows: as for :func:`joint_train.pair.targets.joint_targets`; by default only with ``same_token``.
         loss: the ``loss`` configuration group; its defaults otherwise.
 
     Raises:
