@@ -229,13 +229,12 @@ class JointModel(nn.Module):
             hidden_states: ``[B, S, H_b]``, the base's final hidden state of ``input_ids`` (``hidden_states[-1]``).
             shared_kv_states: the keys and values of the same forward (``return_shared_kv_states=True``), of each layer
                 type ``[B, heads, S, size]`` each.
-            inputs_embeds: ``[B, S, H_b]``, its input embeddings, needed with pictures; by default looked up.
+            inputs_embeds: ``[B, S, H_b]``, its input embeddings, for pictures; by default looked up.
             **base_inputs: ``pixel_values``, ``mm_token_type_ids``, ``input_features``, … go to the base untouched, and
                 never to the drafter.
 
         Raises:
-            ValueError: without ``input_ids``; for one of ``hidden_states`` and ``shared_kv_states`` alone, or with
-                what a forward of the base would read; for ``token_weights`` without labels.
+            ValueError: without ``input_ids``, or for arguments that don't go together, which it names.
         """
         if input_ids is None:
             raise ValueError("Gemma4WithDrafter needs input_ids: the drafter reads the tokens' embeddings.")

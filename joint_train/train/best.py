@@ -25,7 +25,9 @@ class Best:
 
     def __init__(self, metric: str | None, patience: int, saved: Mapping[str, Any] | None = None) -> None:
         self.metric, self.patience = metric, patience
-        known = saved if saved and saved["metric"] == metric else {"step": None, "value": None, "waited": 0}
+        known: Mapping[str, Any] = {"step": None, "value": None, "waited": 0}
+        if saved and saved["metric"] == metric:
+            known = saved
         self.step: int | None = known["step"]
         self.value: float | None = known["value"]
         self.waited: int = known["waited"]

@@ -51,6 +51,7 @@ def spans(answer: str, prompt: str = "") -> list[str]:
         ("…<|channel>thought\n<channel|>", [("xy", PLAIN)]),
         ("", [("a\n", PLAIN), ("```py\nx\n```", CODE), ("\nb", PLAIN)]),
         ("", [("a ``` b", PLAIN)]),
+        ("", [("<think>\n```\nx\n```\n</think>", THINKING), ("\n", PLAIN), ("```\ny\n```", CODE)]),
         ("", [("a", PLAIN), ("<|tool_call>call:f{x", CALLS)]),
         ("", [("~~~\n```\n~~~", CODE), ("\nc", PLAIN)]),
     ],
@@ -437,6 +438,10 @@ def test_the_whole_command(folders, tmp_path, capsys):  # noqa: F811
     plain = [decode(merged, None, row, 0, 6, ignore_eos=True).ids for row in ids]
     unchanged = [decode(merged_by_peft(base), None, row, 0, 6, ignore_eos=True).ids for row in ids]
     assert plain != unchanged
+    texts = [[e["text"] for e in column["examples"]] for column in found["columns"]]
+    assert texts == [
+        [_tokenizer(base).decode(row, skip_special_tokens=True) for row in of] for of in (unchanged, plain)
+    ]
     column = found["columns"][1]["speculative"][0]["of_prompts"]
     assert column["tokens"] == [6] * 2
     from joint_train.weights.loading import load_model
