@@ -198,9 +198,10 @@ def run_regenerate(cfg: Config, options: argparse.Namespace) -> int:
     make = load_base if options.url is None else connect
     answerer = make(cfg, options, tokenizer, rank)
     counts = regenerate(examples, answerer, options.output, rank=rank, world_size=world_size)
-    rows = None if counts["missing"] else sum(1 for _ in open(options.output, "rb"))
-    left = f"{counts['missing']} are still to be answered"
-    state = left if rows is None else f"{options.output} is complete ({rows:,} rows)"
+    rows, state = None, f"{counts['missing']} are still to be answered"
+    if not counts["missing"] and Path(options.output).exists():  # another rank may be about to put it together
+        rows = sum(1 for _ in open(options.output, "rb"))
+        state = f"{options.output} is complete ({rows:,} row{'s' * (rows != 1)})"
     speed = (
         f" ({counts['tokens']:,} tokens, {counts['tokens'] / counts['seconds']:,.1f} a second)"
         if counts["tokens"]
