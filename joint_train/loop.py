@@ -31,7 +31,9 @@ from joint_train.files import replace
 from joint_train.retune import launcher, read_rows, run, sources
 
 VLLM = "vllm"
-OWN = ("output_dir", "max_steps", "epochs", "stop_after", "resume", "data.train", "model.export.at_end")
+OWN = (
+    "output_dir", "max_steps", "epochs", "stop_after", "resume", "eval.patience", "data.train", "model.export.at_end",
+)  # fmt: skip
 
 
 class EngineFailed(JointTrainError):

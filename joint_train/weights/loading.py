@@ -28,6 +28,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils.generic import ContextManagers
 
 from joint_train.checkpoint.layout import stays_inside
+from joint_train.command import tracked
 from joint_train.distributed.lora import folder_tensors
 from joint_train.distributed.quantised import KINDS, Store, dequantise, quantise
 from joint_train.distributed.ranks import Ranks, run_on_all_ranks
@@ -123,7 +124,8 @@ def _fill(
 
     tensors = folder_tensors(model)
     filled = set()
-    for key, name in sorted(names.items(), key=lambda item: stored[item[0]].file) if values else ():
+    in_files = sorted(names.items(), key=lambda item: stored[item[0]].file) if values else []
+    for key, name in tracked(f"reading {folder}, tensors", in_files):
         target = tensors.get(name)
         if target is not None and id(target) not in filled:
             view, store = changes.view(stored[key], key, name), getattr(target, "store", None)

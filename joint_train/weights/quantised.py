@@ -1,8 +1,8 @@
 """Folders whose weights are quantised: which of their tensors make up a weight, and how it is read.
 
 The formats are in :mod:`joint_train.weights.formats`. The reader of slices in :mod:`joint_train.weights.loading` asks
-for a part of a weight, and gets it dequantised from that part of the codes and scales alone: no rank reads more than its
-share.
+for a part of a weight, and gets it dequantised from that part of the codes and scales alone: no rank reads more than
+its share.
 
 How engines round *activations* (W8A8, W4A4, static ranges) isn't part of a weight: those scales are left out.
 """
