@@ -249,7 +249,7 @@ def test_a_trace_of_a_drafter_that_is_right_for_a_while(monkeypatch):
     assert trace.matches == [2] * 10 + [1, 1] or trace.matches[:10] == [2] * 10
     assert [r.settled for r in walk(trace, K, 0.0)] == [3, 3, 3, 3]
     assert [r.settled for r in walk(trace, 1, 0.0)] == [2] * 6
-    ended = Trace.of(Decoded([5, 6, 7], [0, 0], [1, 1], [[0.9] * 2] * 2, [[6, 7], [7, 9]], ended=True))
+    ended = Trace.of(Decoded([5, 6, 7], [0, 0], [1, 1], [[0.9] * 2] * 2, ended=True, drafts=[[6, 7], [7, 9]]))
     assert ended.matches == [2, 1] and [r.settled for r in walk(ended, 2, 0.0)] == [2]
 
 

@@ -225,7 +225,9 @@ def test_the_starters_tokenizer_is_llamacpps(starter, tmp_path):
             assert found.json()["tokens"] == tokenizer.encode(text, add_special_tokens=False), text
         messages = json.loads(lines[0])["messages"][:1]
         prompt = httpx.post(f"{url}/apply-template", json={"messages": messages}).json()["prompt"]
-        assert prompt == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        found = httpx.post(f"{url}/tokenize", json={"content": prompt, "add_special": True, "parse_special": True})
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert found.json()["tokens"] == ids, "the template's tokens, with the one that begins a text"
 
 
 def test_a_running_server_has_evaluates_acceptance_and_text(starter, tmp_path):

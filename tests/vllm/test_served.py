@@ -15,17 +15,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 import transformers
+from pairs import make_pair
 from trained_pairs import GROWN, NEW, SHAPES, K, job, prompts, train
 
 from joint_train.evaluate.decoding import decode, tokens_per_forward
 from joint_train.evaluate.served import serve_command
+from joint_train.starter import build as starter_pair
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -152,11 +154,9 @@ main()
 """
 
 
-@pytest.fixture(scope="session")
-def server(starter, tmp_path_factory):
-    """`vllm serve` of the second stage, by the command that `evaluate --engine vllm` prints for it."""
-    pair = list(map(str, starter["second stage"]))
-    log = tmp_path_factory.mktemp("server") / "log"
+@contextlib.contextmanager
+def serving(pair: list[str], log: Path) -> Iterator[str]:
+    """`vllm serve` of a pair, by the command that `evaluate --engine vllm` prints for it; its address."""
     arguments = ["-m", "joint_train.evaluate", *pair, "--engine", "vllm", "--num-steps", str(K), "--dtype", "float32"]
     printed = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True, timeout=120)
     with socket.socket() as free:
@@ -188,6 +188,13 @@ def server(starter, tmp_path_factory):
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.fixture(scope="session")
+def server(starter, tmp_path_factory):
+    """`vllm serve` of the second stage."""
+    with serving(list(map(str, starter["second stage"])), tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
+
+
 def test_a_running_server_has_evaluates_acceptance_and_text(server, starter, tmp_path):
     from joint_train.evaluate.__main__ import main
 
@@ -210,23 +217,43 @@ def test_a_running_server_has_evaluates_acceptance_and_text(server, starter, tmp
     assert re.search("vllm at .* with K = 4 drafts", (tmp_path / "served/evaluation.html").read_text())
 
 
-def test_its_answers_to_a_dataset_are_the_local_ones_token_for_token(server, starter, tmp_path, monkeypatch):
+# A server that answers prompts
+
+
+@pytest.fixture(scope="session")
+def lively(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """A pair with random weights, which says something else to each prompt; and a file of prompts."""
+    folder = tmp_path_factory.mktemp("lively")
+    starter_pair(folder / "starter")
+    sizes = {"vocab_size": 2048, "vocab_size_per_layer_input": 2048, "head_dim": 32, "global_head_dim": 64}
+    pair = make_pair(folder, "text", drafter_overrides={"use_ordered_embeddings": False}, **sizes)
+    for part in pair:
+        transformers.AutoTokenizer.from_pretrained(folder / "starter/base").save_pretrained(part)
+    return *pair, folder / "starter/val.jsonl"
+
+
+@pytest.fixture(scope="session")
+def answering(lively, tmp_path_factory):
+    with serving(list(map(str, lively[:2])), tmp_path_factory.mktemp("answering") / "log") as url:
+        yield url
+
+
+def test_its_answers_to_a_dataset_are_the_local_ones_token_for_token(answering, lively, tmp_path, monkeypatch):
     """Some answers have an end and others don't; the engine is asked 8 at a time, and writes the same file."""
     from joint_train.data.engine import Engine
     from joint_train.data.regenerate import Base, Sampling, regenerate
     from joint_train.data.thinking import prompt_ids
 
-    folder = starter["second stage"][0]
-    tokenizer, base = transformers.AutoTokenizer.from_pretrained(folder), load(folder)
-    lines = (folder.parents[2] / "pair/val.jsonl").read_text().splitlines()[:16]
+    tokenizer, base = transformers.AutoTokenizer.from_pretrained(lively[0]), load(lively[0])
+    lines = lively[2].read_text().splitlines()[:16]
     examples = [{"messages": json.loads(line)["messages"][:1]} for line in lines]
     base.generation_config.eos_token_id, written = None, []
     for example in examples:
         prompt = prompt_ids(tokenizer, example["messages"])
         out = base.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False, pad_token_id=0)
         written.append(out[0, len(prompt) :].tolist())
-    counts = Counter(token for row in written for token in set(row[4:]))
-    ends = [1, min(counts, key=lambda token: abs(counts[token] - len(examples) / 2))]  # ends about half of them
+    assert len({tuple(row) for row in written}) > 12
+    ends = [1, *{row[10 + i] for i, row in enumerate(written[::2])}]
     expected = [row[: min([i + 1 for i, token in enumerate(row) if token in ends], default=32)] for row in written]
     base.generation_config.eos_token_id = ends
 
@@ -239,7 +266,7 @@ def test_its_answers_to_a_dataset_are_the_local_ones_token_for_token(server, sta
         return answer
 
     monkeypatch.setattr(Engine, "_post", recording)
-    engine = Engine(server, tokenizer, Sampling(32), name=base.name_or_path, ends=ends, concurrency=8)
+    engine = Engine(answering, tokenizer, Sampling(32), name=base.name_or_path, ends=ends, concurrency=8)
     found = regenerate(examples, engine, tmp_path / "served.jsonl")
     assert (tmp_path / "served.jsonl").read_text() == (tmp_path / "local.jsonl").read_text()
     assert [received[i] for i in range(len(examples))] == expected
@@ -247,11 +274,22 @@ def test_its_answers_to_a_dataset_are_the_local_ones_token_for_token(server, sta
     assert 0 < found["unfinished"] == counts["unfinished"] < len(examples) and not found["refused"]
 
 
-def test_the_benchmark_of_both_ways(server, starter, tmp_path):
+def test_the_benchmark_of_both_ways(answering, lively, tmp_path):
     from benchmarks.regenerate import main
 
-    base = str(starter["second stage"][0])
-    words = [base, "--url", server, "--limit", "32", "--max-new-tokens", "64", "--concurrency", "1,16"]
+    words = [
+        str(lively[0]),
+        "--url",
+        answering,
+        "--data",
+        str(lively[2]),
+        "--limit",
+        "32",
+        "--max-new-tokens",
+        "64",
+        "--concurrency",
+        "1,16",
+    ]
     assert main([*words, "--results", str(tmp_path / "found.json")]) == 0
     local, one, many = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert local["tokens"] == one["tokens"] == many["tokens"] and many["equal"] == 1
