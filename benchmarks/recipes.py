@@ -28,9 +28,13 @@ PAIRS = {
 }
 MACHINES = {"1gpu": (1, "one GPU"), "2gpu": (2, "2 GPUs"), "8gpu": (8, "8 GPUs"), "2x8gpu": (16, "two nodes of 8 GPUs")}
 # What is trained, and the settings of it.
+JOINT = {"epochs": 2, "freeze.base_after": "auto"}
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "full": ("base and drafter in full", {"optim.lr": 1e-5}),
-    "lora": ("adapters on the base, and the drafter in full", {"lora.r": 16, "lora.alpha": 32, "optim.lr": 1e-4}),
+    "full": ("base and drafter in full", {"optim.lr": 1e-5, **JOINT}),
+    "lora": (
+        "adapters on the base, and the drafter in full",
+        {"lora.r": 16, "lora.alpha": 32, "optim.lr": 1e-4, **JOINT},
+    ),
     "drafter": ("the drafter alone; the base stays as it is", {"freeze.base": True}),
 }
 # Tried in turn: the first that fits is taken.
@@ -44,6 +48,7 @@ SAVINGS: list[dict[str, Any]] = [
 ]
 ROWS = 64  # of a step, on all GPUs
 COMMENTS = {
+    "freeze.base_after": "then the drafter alone, for what joint training saves (docs/losses.md)",
     "optim.name": "moments in bfloat16, for memory",
     "parallel.cpu_offload": "optimizer states in the host's memory",
     "parallel.dp_replicate": "a copy of the pair on each node, sharded inside it",

@@ -31,7 +31,8 @@ from joint_train.weights.adapter import export_adapter, fill_from_checkpoint
 from joint_train.weights.changes import Changes
 from joint_train.weights.export import compare_checkpoint, export_checkpoint, verify
 from joint_train.weights.folders import read_config, resolve
-from joint_train.weights.loading import build_meta, frozen_base, stored_tensors
+from joint_train.weights.identity import frozen_base
+from joint_train.weights.loading import build_meta, stored_tensors
 from joint_train.weights.placing import MANIFEST, PARTS, discard, place
 from joint_train.weights.placing import verify as verify_files
 from joint_train.weights.run_files import RunFiles, list_of_ids

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from joint_train.command import start
 from joint_train.config import read_written
+from joint_train.config.values import shown_setting
 from joint_train.errors import DataError
 
 METRICS = (
@@ -104,7 +105,7 @@ def summarize(folder: Path, metrics: tuple[str, ...] = METRICS, sort: str | None
         of = settings[run].get("max_steps")
         epochs = settings[run].get("epochs")
         row = [str(run.relative_to(folder)) if run != folder else run.name]
-        row += [str(settings[run].get(key)) for key in differing]
+        row += [shown_setting(settings[run].get(key)) for key in differing]
         if step is None:
             row.append("not begun")
         elif epochs and newest[run].get("epoch") is not None:

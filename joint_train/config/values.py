@@ -311,3 +311,10 @@ def mesh_sentence(parallel: ParallelConfig, world_size: int, node: int | None = 
             "smaller and every gather crosses the whole network. parallel.dp_shard and parallel.dp_replicate choose"
         )
     return said
+
+
+def shown_setting(value: Any) -> str:
+    """A setting in a table: of a list of sources their paths alone."""
+    if isinstance(value, list) and value and all(isinstance(one, Mapping) and "path" in one for one in value):
+        return ", ".join(str(one["path"]) for one in value)
+    return str(value)

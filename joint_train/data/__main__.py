@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from joint_train.command import start
+from joint_train.command import DONE, NO, start
 from joint_train.config import Config, ModelConfig, join_options, load
 from joint_train.errors import ConfigError, DataError
 from joint_train.files import replace
@@ -94,7 +94,9 @@ def main(arguments: list[str]) -> int:
             cfg = load_config(options.overrides + more)
         if cfg.data.tokenizer is None and not cfg.model.base:
             raise ConfigError("model.base is not set (or data.tokenizer, for show)")
-        {"show": run_show, "regenerate": run_regenerate}[options.command](cfg, options)
+        if options.command == "regenerate":
+            return run_regenerate(cfg, options)
+        run_show(cfg, options)
         return None
 
     return start("joint_train.data", run, int(os.environ.get("RANK", 0)))
@@ -177,7 +179,7 @@ def run_show(cfg: Config, options: argparse.Namespace) -> None:
     show(Console(), cfg.drafter, sequence, tokenizer, options.row, options.rows, options.at)
 
 
-def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
+def run_regenerate(cfg: Config, options: argparse.Namespace) -> int:
     """``regenerate``, on each rank."""
     from joint_train.data.readers import sources_of
     from joint_train.data.regenerate import prompts, regenerate
@@ -196,7 +198,10 @@ def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     make = load_base if options.url is None else connect
     answerer = make(cfg, options, tokenizer, rank)
     counts = regenerate(examples, answerer, options.output, rank=rank, world_size=world_size)
-    state = f"{options.output} is whole" if not counts["missing"] else f"{counts['missing']} are still to be answered"
+    rows, state = None, f"{counts['missing']} are still to be answered"
+    if not counts["missing"] and Path(options.output).exists():  # another rank may be about to put it together
+        rows = sum(1 for _ in open(options.output, "rb"))
+        state = f"{options.output} is complete ({rows:,} row{'s' * (rows != 1)})"
     speed = (
         f" ({counts['tokens']:,} tokens, {counts['tokens'] / counts['seconds']:,.1f} a second)"
         if counts["tokens"]
@@ -204,10 +209,11 @@ def run_regenerate(cfg: Config, options: argparse.Namespace) -> None:
     )
     print(
         f"[rank {rank}] {counts['answered']} of {len(examples)} prompts answered now{speed}; {counts['unfinished']} "
-        f"answers without an end are left out; {state}"
+        f"answers hit --max-new-tokens={options.max_new_tokens} before their end and are left out; {state}"
     )
     for reason, count in counts["refused"].items():
         print(f"[rank {rank}] {count} prompts were refused and are left out: {reason}")
+    return NO if rows == 0 else DONE
 
 
 def sampling_of(generation: Any, options: argparse.Namespace, seed: int) -> "Sampling":

@@ -10,8 +10,9 @@ The linear layers of the decoder, the experts and the per-layer embeddings are k
 head as well, which the losses read chunk by chunk. Nor are the router, the norms and the towers.
 """
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,8 +23,11 @@ from transformers.integrations.moe import _grouped_mm
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts, Gemma4TextScaledWordEmbedding
 
 from joint_train.distributed.placement import local_tensor
+from joint_train.distributed.ranks import Ranks
 from joint_train.errors import ConfigError
 from joint_train.torch_private import local_shape_and_offset
+
+log = logging.getLogger(__name__)
 
 # NormalFloat of 4 bits: quantiles of the normal distribution, symmetric, with a zero (the paper's appendix E).
 NF4 = (
@@ -308,3 +312,16 @@ def stores(model: nn.Module) -> dict[str, Store]:
         of_module = getattr(module, "stores", None) or ({"weight": module.store} if hasattr(module, "store") else {})
         found |= {f"{name}.{part}": store for part, store in of_module.items()}
     return found
+
+
+def rounding(kept: Iterable[Store], ranks: Ranks) -> float:
+    """How far weights that are kept in codes are from what they were, as a share of them; it is logged. Collective."""
+    kept = list(kept)
+    mine = sum((store.errors for store in kept), torch.zeros(2, dtype=torch.float64)).tolist()
+    changed, size = (sum(of_rank) for of_rank in zip(*ranks.each("comparing weights", lambda: mine), strict=True))
+    error = (changed / size) ** 0.5 if size else 0.0
+    log.info(
+        "%d weights of the base are kept as %s: they differ from their folder's by %.2f %% (root mean square). An "
+        "export has the folder's own", len(kept), kept[0].kind, 100 * error,
+    )  # fmt: skip
+    return error

@@ -201,7 +201,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
     from joint_train.config.values import parse_served
     from joint_train.data.fit import check_ids
     from joint_train.data.tokenizer import read_tokenizer
-    from joint_train.evaluate import against
+    from joint_train.evaluate import advice, against
     from joint_train.evaluate.measure import measure, sampling
     from joint_train.evaluate.prompts import load_prompts, warn_of_template
     from joint_train.evaluate.report import page, text
@@ -278,7 +278,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
     }
     if several:
         made = [results, *(measured(i, drafter, (), f"{columns[i].name}: ") for i in range(1, len(columns)))]
-        keys = ("plain", "speculative", "where")
+        keys = ("plain", "speculative", "where", "examples")
         results["columns"] = [
             {"name": c.name, "chat_template_kwargs": c.options, "adapter": c.adapter, **{k: m[k] for k in keys}}
             for c, m in zip(columns, made, strict=True)
@@ -288,7 +288,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
             k, n, temperature = max(args.num_steps), args.max_new_tokens, args.temperature
             results["sampling"] = sampling(base, drafter, prompts, k, n, temperature, args.seed, engine, progress)
         if args.recommend:
-            results["recommend"] = recommended(args, base, drafter, prompts, thresholds, progress)
+            results["recommend"] = advice.of_pair(args, base, drafter, prompts, thresholds, progress)
     if args.against:
         other = measured(0, others[0], (), "against: ")
         rows = against.compare(results, other, args.seed)
@@ -305,7 +305,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
         if args.write_card:
             written.append(against.put_into_card(args.drafter, table))
     if args.set_drafts is not None:
-        written += set_drafts(args, results["recommend"])
+        written += advice.set_drafts(args, results["recommend"])
     print(f"written: {', '.join(map(str, written))}")
     decoded = [results, *results.get("columns", [])[1:], *([results["against"]] if args.against else [])]
     margins = [d["margin"] for found in decoded for s in found["speculative"] for d in s["differences"]]
@@ -320,80 +320,6 @@ def adapter_spec(text: str) -> Any:
     return {"path": path, "name": name} if equals and "/" not in name else text
 
 
-def card_of(args: argparse.Namespace) -> str:
-    """``--gpu``, or this machine's where it is known."""
-    import torch
-
-    found = torch.cuda.get_device_name().lower().replace(" ", "") if torch.cuda.is_available() else ""
-    return args.gpu or next((name for name in sorted(CARDS, key=len, reverse=True) if name in found), "h100")
-
-
-def recommended(args, base, drafter, prompts, thresholds, progress) -> dict[str, Any]:
-    """What :func:`joint_train.evaluate.recommend.recommend` finds, with a pass over the prompts of its own."""
-    from joint_train.evaluate.cost import Roofline
-    from joint_train.evaluate.decoding import decode, pictures_of
-    from joint_train.evaluate.recommend import Trace, recommend
-
-    traces, k, card = [], max(args.num_steps), card_of(args)
-    for i, prompt in enumerate(prompts):
-        progress("drafts at each token", i, len(prompts))
-        options = {"ignore_eos": args.ignore_eos, "engine": True, "scout": True, **pictures_of(prompt)}
-        traces.append(Trace.of(decode(base, drafter, prompt.ids, k, args.max_new_tokens, **options)))
-    progress("drafts at each token", len(prompts), len(prompts))
-    if not any(trace.matches for trace in traces):
-        raise ConfigError("--recommend: no answer has more than one token, so there is nothing to draft.")
-    answers = sum(len(trace.matches) / 2 for trace in traces)
-    context = round((sum(len(prompt.ids) for prompt in prompts) + answers) / len(prompts))
-    cost = Roofline(base, drafter, CARDS[card], context)
-    found = recommend(traces, cost, range(1, k + 1), thresholds, args.batch_sizes, args.seed)
-    return {"cost": f"the roofline of one {card} in bfloat16 with a context of {context:,} tokens", **found}
-
-
-def recommended_of_server(args: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
-    """The same from what was measured of a running server, whose times the roofline is fitted to."""
-    import torch
-    import transformers
-
-    from joint_train.evaluate.cost import Roofline, measured_factors
-    from joint_train.evaluate.recommend import recommend_served
-    from joint_train.weights.folders import resolve
-    from joint_train.weights.loading import build_meta
-
-    models = []
-    for path in (args.base, args.drafter):
-        models.append(build_meta(transformers.AutoConfig.from_pretrained(resolve(path)), torch.bfloat16))
-    served, card = results["speculative"][0], card_of(args)
-    measured = {
-        row["concurrency"]: (row["tokens_per_second"], row["tokens_per_forward"])
-        for row in results["concurrency"]
-        if row["tokens_per_forward"]
-    }
-    cost = Roofline(models[0], models[1], CARDS[card], args.max_new_tokens)
-    cost.factors = measured_factors(cost, served["num_steps"], measured)
-    said = ", ".join(f"{factor:.2g} at {batch}" for batch, factor in cost.factors.items())
-    return {
-        "cost": f"the times of {args.url}, split into base and drafter by the roofline of one {card}",
-        "note": f"Measured times are these multiples of the roofline's, by requests at a time: {said}.",
-        **recommend_served(served, cost, measured),
-    }
-
-
-def set_drafts(args: argparse.Namespace, found: dict[str, Any]) -> list[Path]:
-    """Write the best number of drafts for ``--set-drafts`` sequences into the drafter's folder; the file, if any."""
-    from joint_train.evaluate.recommend import set_num_assistant_tokens
-
-    best = found["best_without_threshold"].get(str(args.set_drafts))
-    if best is None:
-        raise ConfigError(f"--set-drafts={args.set_drafts}: measured were {', '.join(map(str, found['batches']))}.")
-    if not best["num_steps"]:
-        print(
-            f"--set-drafts: with {args.set_drafts} sequences plain decoding is the fastest, so nothing is set",
-            file=sys.stderr,
-        )
-        return []
-    return [set_num_assistant_tokens(args.drafter, best["num_steps"])]
-
-
 def run_on_server(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> int:
     """Measure a running server, or print how to serve the pair."""
     try:
@@ -406,18 +332,9 @@ def run_on_server(args: argparse.Namespace, progress: Callable[[str, int, int], 
     args.chat_template_kwargs = (args.chat_template_kwargs or [{}])[0]
     code = run_served(args, progress)
     if args.recommend:
-        from joint_train.evaluate import recommend
-        from joint_train.evaluate.page import html
-        from joint_train.files import replace
+        from joint_train.evaluate import advice
 
-        file = args.out / "evaluation.json"
-        results = json.loads(file.read_text(encoding="utf-8"))
-        found = results["recommend"] = recommended_of_server(args, results)
-        replace(file, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        page = args.out / "recommendation.html"
-        replace(page, html("How many tokens to draft", found["cost"], [recommend.section(found)]))
-        written = [page, *(set_drafts(args, found) if args.set_drafts is not None else [])]
-        print("\n".join([*recommend.text(found), f"written: {', '.join(map(str, written))}"]))
+        print(advice.written_for_server(args))
     return code
 
 

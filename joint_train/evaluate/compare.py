@@ -13,6 +13,7 @@ import rich.markup
 import rich.table
 
 from joint_train.config import read_written
+from joint_train.config.values import shown_setting
 from joint_train.errors import ConfigError
 from joint_train.evaluate.page import Section, Table, figure, html, plots_available, whole_numbers
 from joint_train.files import replace
@@ -88,7 +89,7 @@ def names(folders: Sequence[Path]) -> list[str]:
 def differences(runs: Sequence[Run]) -> list[list[str]]:
     """Rows of [key, each run's value] for the settings that aren't the same; the output folder is no setting."""
     keys = sorted({key for run in runs for key in run.config} - {"output_dir", "tracking.name"})
-    rows = [[key, *(str(run.config.get(key, "–")) for run in runs)] for key in keys]
+    rows = [[key, *(shown_setting(run.config.get(key, "–")) for run in runs)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 

@@ -35,18 +35,18 @@ class Decoded:
         drafted: for each verification (each base forward after the prompt's), the number of drafts it was given.
         settled: for each verification, the tokens it settled: the accepted drafts and one of the base's own.
         confidences: for each verification, the drafter's largest probability for each of its drafts.
-        drafts: for each verification, what was drafted, with ``scout`` alone.
         ended: whether it ended with an end token, rather than with its budget.
         seconds: of the whole generation, the prompt's forward included.
+        drafts: for each verification, what was drafted, with ``scout`` alone.
     """
 
     ids: list[int]
     drafted: list[int] = field(default_factory=list)
     settled: list[int] = field(default_factory=list)
     confidences: list[list[float]] = field(default_factory=list)
-    drafts: list[list[int]] = field(default_factory=list)
     ended: bool = False
     seconds: float = 0.0
+    drafts: list[list[int]] = field(default_factory=list)
 
 
 class SettledTokens(BaseStreamer):

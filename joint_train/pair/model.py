@@ -89,8 +89,7 @@ class JointModel(nn.Module):
         rope_position: ``last_kv``: row t rotates at its own position; ``next_token``: at the next.
         base_grad_scale: what the drafter's gradient is multiplied by where it enters the base: at its keys and values,
             its input embeddings and its final hidden state. The drafter's own gradient doesn't depend on it.
-        prompt_rows: also train the drafter at rows before an answer, which decoding never visits; by default only with
-            ``same_token``. See :func:`joint_train.pair.targets.joint_targets`.
+        prompt_rows: as for :func:`joint_train.pair.targets.joint_targets`; by default only with ``same_token``.
         loss: the ``loss`` configuration group; its defaults otherwise.
 
     Raises:
@@ -230,13 +229,12 @@ class JointModel(nn.Module):
             hidden_states: ``[B, S, H_b]``, the base's final hidden state of ``input_ids`` (``hidden_states[-1]``).
             shared_kv_states: the keys and values of the same forward (``return_shared_kv_states=True``), of each layer
                 type ``[B, heads, S, size]`` each.
-            inputs_embeds: ``[B, S, H_b]``, its input embeddings, needed with pictures; by default looked up.
+            inputs_embeds: ``[B, S, H_b]``, its input embeddings, for pictures; by default looked up.
             **base_inputs: ``pixel_values``, ``mm_token_type_ids``, ``input_features``, … go to the base untouched, and
                 never to the drafter.
 
         Raises:
-            ValueError: without ``input_ids``; for one of ``hidden_states`` and ``shared_kv_states`` alone, or with
-                what a forward of the base would read; for ``token_weights`` without labels.
+            ValueError: without ``input_ids``, or for arguments that don't go together, which it names.
         """
         if input_ids is None:
             raise ValueError("Gemma4WithDrafter needs input_ids: the drafter reads the tokens' embeddings.")

@@ -6,7 +6,7 @@ import json
 import sys
 
 from joint_train import config
-from joint_train.command import TOO_LARGE, plain_progress, start
+from joint_train.command import TOO_LARGE, counted, start
 from joint_train.plan.machine import Machine
 
 
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(found, indent=1))
             return 0 if found else TOO_LARGE
         print(f"As it is: {least.peak / GIB:.2f} GiB of {machine.usable / GIB:.2f} at least.", flush=True)
-        for number, one in enumerate(suggest(cfg, machine, progress=plain_progress("planned")), 1):
+        for number, one in enumerate(suggest(cfg, machine, progress=counted("plans made")), 1):
             size, tokens = one.plan.peak / GIB, one.plan.tokens / one.plan.seconds(machine)
             print(f"{number}. {size:.2f} GiB, {tokens:,.0f} tokens a second: {one}", flush=True)
         if not number:

@@ -25,10 +25,11 @@ class Best:
 
     def __init__(self, metric: str | None, patience: int, saved: Mapping[str, Any] | None = None) -> None:
         self.metric, self.patience = metric, patience
-        known = saved if saved and saved["metric"] == metric else {"step": None, "value": None, "waited": 0}
-        self.step: int | None = known["step"]
-        self.value: float | None = known["value"]
-        self.waited: int = known["waited"]
+        self.step: int | None = None
+        self.value: float | None = None
+        self.waited = 0
+        if saved and saved["metric"] == metric:
+            self.step, self.value, self.waited = (saved[name] for name in ("step", "value", "waited"))
 
     def observe(self, step: int, measured: Mapping[str, float]) -> None:
         """Take note of a validation; one that hasn't the metric, or has NaN, is no better than the ones before."""

@@ -7,18 +7,25 @@ token from its largest number (dynamic), or from the folder (static). Under an a
 rounded, as servers do it. The experts' inputs aren't: an expert is no layer of its own here.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from joint_train.distributed.lora import adapted_modules
+from joint_train.distributed.lora import adapted_modules, folder_tensors
 from joint_train.errors import ConfigError
-from joint_train.weights.quantised import FORMATS, Layer, group_of_layer, layers_of
+from joint_train.weights.formats import FORMATS, Layer, group_of_layer
+from joint_train.weights.loading import renamer, stored_in_files
+from joint_train.weights.quantised import layers_of, quantization_config
 from joint_train.weights.stored import Stored
 from joint_train.weights.unpack import E2M1
+
+log = logging.getLogger(__name__)
 
 LARGEST_FP8, LARGEST_FP4 = 448.0, 6.0
 # Where FP4's values round up: halfway, and at a tie to the one whose mantissa is even.
@@ -173,15 +180,15 @@ def _modelopt(layer: Layer) -> OfLayer | None:
 MAKERS = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "gemma": _gemma, "modelopt": _modelopt}
 
 
-def round_activations(base: nn.Module, found: Mapping[str, OfLayer], folder: Any) -> int:
-    """Put roundings on a base's linear layers; returns how many layers have one.
-
-    Args:
-        found: by the name of the layer in the model.
+def round_activations(base: PreTrainedModel, folder: Path) -> None:
+    """Let a base's linear layers round as the folder that its weights are from says.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if it says nothing of any, or names a scheme that isn't known.
     """
+    rename = renamer(base, folder_tensors(base))
+    of_folder = roundings(quantization_config(folder) or {"quant_method": None}, stored_in_files(folder))
+    found = {rename(f"{name}.weight").removesuffix(".weight"): of_layer for name, of_layer in of_folder.items()}
     adapted, done = adapted_modules(base), 0
     for name, module in base.named_modules():
         layer = module.base_layer if name in adapted else module
@@ -197,4 +204,4 @@ def round_activations(base: nn.Module, found: Mapping[str, OfLayer], folder: Any
             f"model.quantization_activations=as_saved, and {folder} says of no linear layer that its engines round "
             "activations: set model.quantization_activations=none."
         )
-    return done
+    log.info("the inputs of %d layers of the base are rounded; those of experts aren't", done)

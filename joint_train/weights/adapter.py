@@ -32,7 +32,7 @@ from joint_train.errors import WeightsError
 from joint_train.files import naming
 from joint_train.weights.changes import UNCHANGED, Changes
 from joint_train.weights.export import sync_files
-from joint_train.weights.loading import frozen_base
+from joint_train.weights.identity import frozen_base
 from joint_train.weights.peft_folder import FILE, Names
 from joint_train.weights.placing import discard, place, staged
 from joint_train.weights.run_files import CARD

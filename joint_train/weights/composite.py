@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,48 +28,29 @@ from joint_train.config import (
 )
 from joint_train.config.values import as_saved, base_of_adapter, grown_rows
 from joint_train.distributed.agreement import agree
-from joint_train.distributed.lora import (
-    adapted_modules,
-    folder_tensors,
-    initialise_adapters,
-    inject_adapters,
-    peft_config_of,
-)
+from joint_train.distributed.lora import adapted_modules, initialise_adapters, inject_adapters, peft_config_of
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
-from joint_train.distributed.quantised import KINDS, Store, keep_quantised, stores
+from joint_train.distributed.quantised import KINDS, keep_quantised, rounding, stores
 from joint_train.distributed.ranks import Ranks
+from joint_train.errors import ConfigError
 from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights import quantised
-from joint_train.weights.activations import round_activations, roundings
+from joint_train.weights.activations import round_activations
 from joint_train.weights.adapter import export_adapter, load_adapter
 from joint_train.weights.average import averaged
 from joint_train.weights.changes import UNCHANGED, Changes, file_digest
 from joint_train.weights.export import export_model
 from joint_train.weights.folders import HUB_OPTIONS, read_configs, resolve
-from joint_train.weights.loading import (
-    build_meta,
-    check_token_ordering,
-    check_weights,
-    fingerprints,
-    frozen_base,
-    materialize,
-    renamer,
-    stored_in_files,
-    stored_tensors,
-)
+from joint_train.weights.identity import check_folders, frozen_base
+from joint_train.weights.loading import build_meta, materialize
 from joint_train.weights.peft_folder import FILE as ADAPTER_FILE
 from joint_train.weights.placing import check as check_folder
 from joint_train.weights.placing import discard, place
 from joint_train.weights.run_files import RunFiles
 from joint_train.weights.served import put_served, read_served
-from joint_train.weights.settle import (
-    changes_of_base,
-    changes_of_drafter,
-    read_adapters,
-    split_adapters,
-)
+from joint_train.weights.settle import changes_of_base, changes_of_drafter, read_adapters, split_adapters
 
 if TYPE_CHECKING:
     import peft
@@ -200,13 +180,6 @@ class Gemma4WithDrafter(JointModel):
             check_mesh(device_mesh)
         if peft_config is not None and freeze_base_for_drafter:
             raise ValueError("peft_config trains adapters on the base, and freeze_base_for_drafter=True nothing of it.")
-        if quantization != "none" and peft_config is None and not freeze_base_for_drafter:
-            raise ValueError(
-                f"quantization={quantization!r}: quantised weights can't be trained. Give a peft_config, or "
-                "freeze_base_for_drafter=True."
-            )
-        if quantization not in (*KINDS, "none", "as_saved"):
-            raise ValueError(f"quantization={quantization!r}: choose one of none, as_saved, {', '.join(KINDS)}.")
         base_path = base_path or pretrained_model_name_or_path
         if base_path is None or drafter_path is None:
             raise ValueError("from_pretrained needs base_path (or pretrained_model_name_or_path) and drafter_path.")
@@ -375,20 +348,11 @@ def load_pair(
     log.info("attention: %s", kernels(text, compute, device.type))
     model.sources, model.base_as_saved = (base_dir, drafter_dir), as_saved(cfg)
     if model.base_as_saved:
-        log.info("%s. Activations are %s", quantised.sentence(base_dir), {
-            "none": "not rounded, as engines of W8A8 and W4A4 would (model.quantization_activations=as_saved)",
-            "as_saved": "rounded as its engines round them",
-        }[m.quantization_activations])  # fmt: skip
+        log.info("%s", quantised.sentence(base_dir, m.quantization_activations))
     if mesh is not None:
         parallelize(model, mesh, cfg)
     ranks = Ranks(cfg.parallel.timeout_seconds) if mesh is not None else None
-    for part, folder in (("base", base_dir), ("drafter", drafter_dir)):
-        if ranks is not None:
-            files = ranks.all(f"reading {folder}", functools.partial(fingerprints, folder))
-            mine = {f"{part}/{name}": fingerprint for name, fingerprint in files.items()}
-            agree(ranks, "weights", mine, {f"{part}/{name}": str(folder / name) for name in files})
-        check_weights(folder, ranks)
-        check_token_ordering(stored_tensors(folder), folder)
+    check_folders({"base": base_dir, "drafter": drafter_dir}, ranks)
     everyone = Ranks(cfg.parallel.timeout_seconds)
     adapters, served = read_adapters(cfg), read_served(cfg)
     if ranks is not None and (read := [*adapters, *served]):
@@ -416,18 +380,10 @@ def load_pair(
     model.frozen_base = everyone.first(
         f"reading {base_dir}", lambda: frozen_base(base_dir, base_changes, m.quantization)
     )
-    if kept := stores(model.base):
-        model.quantization_error = rounding(kept.values(), everyone)
-        log.info(
-            "%d weights of the base are kept as %s: they differ from those in %s by %.2f %% (root mean square). The "
-            "export will have the folder's own", len(kept), m.quantization, base_dir, 100 * model.quantization_error,
-        )  # fmt: skip
+    if kept := stores(model.base).values():
+        model.quantization_error = rounding(kept, everyone)
     if m.quantization_activations == "as_saved":
-        rename = renamer(model.base, folder_tensors(model.base))
-        found = roundings(quantised.quantization_config(base_dir) or {}, stored_in_files(base_dir))
-        named = {rename(f"{layer}.weight").removesuffix(".weight"): of_layer for layer, of_layer in found.items()}
-        done = round_activations(model.base, named, base_dir)
-        log.info("the inputs of %d layers of the base are rounded; of experts they aren't", done)
+        round_activations(model.base, base_dir)
     if served:
         dtype = DTYPES[cfg.precision.params] if mesh is None else compute
         model.adapters = put_served(model, cfg, served, dtype, device)
@@ -436,13 +392,6 @@ def load_pair(
     if cfg.drafter.share_embedding_with_base:
         model.share_embedding()
     return model
-
-
-def rounding(kept: Iterable[Store], ranks: Ranks) -> float:
-    """How far weights that are kept in codes are from what they were, as a share of them. Collective."""
-    mine = sum((store.errors for store in kept), torch.zeros(2, dtype=torch.float64)).tolist()
-    changed, size = (sum(of_rank) for of_rank in zip(*ranks.each("comparing weights", lambda: mine), strict=True))
-    return (changed / size) ** 0.5 if size else 0.0
 
 
 def meta_pair(
@@ -467,6 +416,8 @@ def meta_pair(
         inject_adapters(base, peft_config, text_model(base))
         injected = cast("peft.LoraConfig", base.peft_config["default"])
         injected.base_model_name_or_path, injected.revision = base_of_adapter(cfg), cfg.model.revision
+    if cfg.model.quantization != "none" and peft_config is None and not cfg.freeze.base:
+        raise ConfigError("quantised weights can't be trained: freeze the base, or give it adapters.")
     if cfg.model.quantization in KINDS:
         keep_quantised(text_model(base), cfg.model.quantization)
     model = Gemma4WithDrafter(

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from joint_train.checkpoint.reader import Reader, load_alone
+from joint_train.command import tracked
 from joint_train.distributed.lora import Merged, adapted_modules, merged_weight
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import WeightsError
@@ -154,7 +155,7 @@ def export_checkpoint(
 
     def fill(slots: dict[str, Slot]) -> None:
         if saved is None:
-            for key in names:
+            for key in tracked(f"writing {out}, tensors", names):
                 mapped(slots[key]).copy_(value(key, slots[key].dtype))
             return
         # The checkpoint's reader copies into the tensors that it is given, converting their dtype: here, the files.
@@ -184,7 +185,7 @@ def compare_checkpoint(
     stored, names = _contents(model, Path(source), False, changes)
     value, ours = _values(checkpoint, model, Path(source), stored, names, changes), stored_tensors(out)
     problems = []
-    for key in sorted(names.keys() & ours.keys()):
+    for key in tracked(f"comparing {out}, tensors", sorted(names.keys() & ours.keys())):
         found = ours[key].whole()
         wanted = value(key, found.dtype)
         if found.shape != wanted.shape or not torch.equal(_bytes(found), _bytes(wanted)):

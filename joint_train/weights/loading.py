@@ -11,7 +11,6 @@ safetensors file in the folder whatever the index says, and knows nothing of tra
 
 import copy
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils.generic import ContextManagers
 
 from joint_train.checkpoint.layout import stays_inside
+from joint_train.command import tracked
 from joint_train.distributed.lora import folder_tensors
 from joint_train.distributed.quantised import KINDS, Store, dequantise, quantise
 from joint_train.distributed.ranks import Ranks, run_on_all_ranks
@@ -42,7 +42,6 @@ from joint_train.weights.gguf_file import stored_in_gguf
 from joint_train.weights.stored import FLOATS, Stored, close_files, opened
 
 READ_BYTES = 64 * 2**20
-SAMPLE_BYTES = 4096
 COMPOSITES, TEXTS = ("gemma4", "gemma4_unified"), ("gemma4_text", "gemma4_unified_text")
 WRAPPERS = re.compile(
     r"^(module\.|base_model\.model\.(?=model\.|lm_head\.))|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."
@@ -125,7 +124,8 @@ def _fill(
 
     tensors = folder_tensors(model)
     filled = set()
-    for key, name in sorted(names.items(), key=lambda item: stored[item[0]].file) if values else ():
+    in_files = sorted(names.items(), key=lambda item: stored[item[0]].file) if values else []
+    for key, name in tracked(f"reading {folder}, tensors", in_files):
         target = tensors.get(name)
         if target is not None and id(target) not in filled:
             view, store = changes.view(stored[key], key, name), getattr(target, "store", None)
@@ -290,40 +290,6 @@ def _index(path: Path) -> set[str]:
     return files
 
 
-def fingerprints(folder: Path) -> dict[str, str]:
-    """What tells the files of a model from others, by name: of weights the header, and bytes from the start, the middle
-    and the end of every tensor; of ``config.json`` all."""
-    found = {"config.json": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()}
-    for path in sorted({entry.file for entry in stored_in_files(folder).values()}):
-        if path.suffix == ".gguf":
-            found[str(path.relative_to(folder))] = _samples(path)
-            continue
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
-            digest = hashlib.sha256(header)
-            for key, entry in sorted(json.loads(header).items()):
-                if key == "__metadata__":
-                    continue
-                start, end = entry["data_offsets"]
-                for offset in sorted({start, (start + end) // 2, max(start, end - SAMPLE_BYTES)}):
-                    file.seek(8 + length + offset)
-                    digest.update(file.read(min(SAMPLE_BYTES, end - offset)))
-        found[str(path.relative_to(folder))] = digest.hexdigest()
-    return found
-
-
-def _samples(path: Path, count: int = 1024) -> str:
-    """A hash of a file's size and of pieces of it that lie evenly apart."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for number in range(count):
-            file.seek(number * size // count)
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
 def check_weights(folder: Path, ranks: Ranks | None = None) -> None:
     """Compare an export's weights with its checksums, where it has them; with `ranks` each reads its share. Collective
     with them.
@@ -337,25 +303,6 @@ def check_weights(folder: Path, ranks: Ranks | None = None) -> None:
         rank, size = ranks.rank, ranks.size
         problems = ranks.each(f"verifying {folder}", lambda: placing.check_contents(folder, rank, size))
     placing.refuse_changed(folder, sorted(problem for of_rank in problems for problem in of_rank))
-
-
-def frozen_base(folder: str | os.PathLike, changes: Changes = UNCHANGED, quantization: str = "none") -> dict[str, str]:
-    """A folder and what tells its weights from others: a checkpoint of adapters names them so.
-
-    The hash is over the headers (names, shapes, dtypes) and the first row of every tensor, since fine-tuned models have
-    the headers of what they were made from. How the tensors are spread over files doesn't count. Adapters that were
-    merged into them do, and rows that were added.
-
-    Args:
-        quantization: ``model.quantization``.
-    """
-    digest = hashlib.sha256(changes.digest.encode())
-    for key, entry in sorted(stored_in_files(folder).items()):
-        digest.update(f"{key} {entry.shape} {entry.dtype}".encode())
-        few = len(entry.shape) < 2
-        row = entry.whole() if few else entry.slices()[(slice(0, 1),) * (len(entry.shape) - 1)]
-        digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return {"folder": os.fspath(folder), "hash": digest.hexdigest(), "quantization": quantization}
 
 
 def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.PathLike) -> dict[str, str]:

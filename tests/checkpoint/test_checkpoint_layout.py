@@ -292,6 +292,10 @@ def test_ls_and_verify(run, capsys):
     assert run_cli(capsys, "ls", run)[0] == 0  # sizes only
     code, out, _ = run_cli(capsys, "verify", run)
     assert code == 1 and out.count("verified") == 3 and "optimizer/data has checksum" in out
+    code, out, _ = run_cli(capsys, "verify", run, "--json")
+    rows = json.loads(out)
+    assert code == 1 and [row["good"] for row in rows].count(True) == 3
+    assert {row.get("step") for row in rows if row["good"]} == {100, 200, 400} and all(row["path"] for row in rows)
     assert run_cli(capsys, "verify", run / "checkpoints/step_00000400")[0] == 0
     assert run_cli(capsys, "verify", victim.parents[1])[0] == 1
     code, _, err = run_cli(capsys, "ls", run / "nowhere")

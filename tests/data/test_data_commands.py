@@ -384,13 +384,17 @@ def test_regenerated_answers_end_as_the_template_ends_them(base, tmp_path, monke
 
     def regenerating(examples, answerer, *args, **options):
         found.append(answerer.model.generation_config.eos_token_id)
+        (tmp_path / "o").write_text("{}\n" * (len(found) == 1))
         return {"answered": 0, "tokens": 0, "unfinished": 0, "refused": {}, "missing": 0}
 
     monkeypatch.setattr(module, "regenerate", regenerating)
     arguments = ["regenerate", f"{tmp_path}/o", f"model.base={tmp_path}/base", f"data.train=[{{path: {path}}}]"]
     assert command.main(arguments) == 0
     assert found == [[7, END, TOKENIZER.eos_token_id]]
-    assert "answers also end with <turn|>, <eos>" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "answers also end with <turn|>, <eos>" in out and "is complete (1 row)" in out
+    assert command.main(arguments) == 1  # no answer was kept: there is nothing to train on
+    assert "0 answers hit --max-new-tokens=" in (out := capsys.readouterr().out) and "is complete (0 rows)" in out
 
 
 def test_the_commands(base, tmp_path, capsys):

@@ -359,6 +359,9 @@ def test_differences_are_of_any_run_and_of_keys_that_one_lacks():
     configs = [{"x": 1, "same": 0, "output_dir": "a"}, {"x": 2, "same": 0}, {"x": 1, "same": 0, "new": True}]
     runs = [compare.Run(str(i), Path("r"), config, []) for i, config in enumerate(configs)]
     assert compare.differences(runs) == [["new", "–", "–", "True"], ["x", "1", "2", "1"]]
+    configs = [{"data.val": [{"path": name, "weight": 1.0}]} for name in ("a.jsonl", "b.jsonl")]
+    runs = [compare.Run(str(i), Path("r"), config, []) for i, config in enumerate(configs)]
+    assert compare.differences(runs) == [["data.val", "a.jsonl", "b.jsonl"]]
 
 
 def test_curves_are_of_the_metric_that_they_name(runs, monkeypatch):

@@ -51,6 +51,7 @@ def spans(answer: str, prompt: str = "") -> list[str]:
         ("…<|channel>thought\n<channel|>", [("xy", PLAIN)]),
         ("", [("a\n", PLAIN), ("```py\nx\n```", CODE), ("\nb", PLAIN)]),
         ("", [("a ``` b", PLAIN)]),
+        ("", [("<think>\n```\nx\n```\n</think>", THINKING), ("\n", PLAIN), ("```\ny\n```", CODE)]),
         ("", [("a", PLAIN), ("<|tool_call>call:f{x", CALLS)]),
         ("", [("~~~\n```\n~~~", CODE), ("\nc", PLAIN)]),
     ],
@@ -248,7 +249,7 @@ def test_a_trace_of_a_drafter_that_is_right_for_a_while(monkeypatch):
     assert trace.matches == [2] * 10 + [1, 1] or trace.matches[:10] == [2] * 10
     assert [r.settled for r in walk(trace, K, 0.0)] == [3, 3, 3, 3]
     assert [r.settled for r in walk(trace, 1, 0.0)] == [2] * 6
-    ended = Trace.of(Decoded([5, 6, 7], [0, 0], [1, 1], [[0.9] * 2] * 2, [[6, 7], [7, 9]], ended=True))
+    ended = Trace.of(Decoded([5, 6, 7], [0, 0], [1, 1], [[0.9] * 2] * 2, ended=True, drafts=[[6, 7], [7, 9]]))
     assert ended.matches == [2, 1] and [r.settled for r in walk(ended, 2, 0.0)] == [2]
 
 
@@ -437,6 +438,10 @@ def test_the_whole_command(folders, tmp_path, capsys):  # noqa: F811
     plain = [decode(merged, None, row, 0, 6, ignore_eos=True).ids for row in ids]
     unchanged = [decode(merged_by_peft(base), None, row, 0, 6, ignore_eos=True).ids for row in ids]
     assert plain != unchanged
+    texts = [[e["text"] for e in column["examples"]] for column in found["columns"]]
+    assert texts == [
+        [_tokenizer(base).decode(row, skip_special_tokens=True) for row in of] for of in (unchanged, plain)
+    ]
     column = found["columns"][1]["speculative"][0]["of_prompts"]
     assert column["tokens"] == [6] * 2
     from joint_train.weights.loading import load_model

@@ -23,10 +23,10 @@ def finished(rank: int, overrides: list[str]):
     run, found = trainer.Trainer(load(overrides), Preemption(60)), {}
     export = run.export
 
-    def kept(folder):
+    def kept(*args):
         trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
         found.update({name: full(p.detach()).clone() for name, p in trained.items()})
-        export(folder)
+        export(*args)
 
     run.export = kept
     run.train()

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import json
 import re
 import threading
 from dataclasses import replace
@@ -348,6 +349,10 @@ def test_command_line(pairs, capsys):
     assert main(["--gpu-memory-gb", "0.001", *folders]) == 3
     said = capsys.readouterr().out
     assert "It does not fit" in said and "Change first: " in said
+    assert main([*folders, "--gpus", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["peak_bytes"] == sum(found["memory_bytes"].values()) and found["seconds"] > 0
+    assert found["tokens"] == 128 and sum(part["all"] for part in found["parameters"].values()) > 1000
 
 
 @pytest.mark.parametrize(

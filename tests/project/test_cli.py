@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from joint_train import cli
+from joint_train import cli, command
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +56,7 @@ def test_an_unknown_command_and_a_mistake_behind_a_known_one():
 @pytest.mark.parametrize(
     "typed, expected",
     [
-        ("joint-train eva", ["evaluate"]),
+        ("joint-train evalu", ["evaluate"]),
         ("joint-train train optim.l", ["optim.lr="]),
         ("joint-train train model=gemma4_e", ["gemma4_e2b", "gemma4_e4b"]),
         ("joint-train plan +recipe=gemma4_31b_full_8", ["gemma4_31b_full_8gpu"]),
@@ -77,3 +77,19 @@ def test_torchao_is_imported_only_where_it_is_asked_for():
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+
+
+def test_long_work_logs_how_far_it_is_and_quick_work_nothing(caplog, monkeypatch):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+    caplog.set_level("INFO")
+    assert list(command.tracked("reading x, tensors", "abcdefg")) == list("abcdefg")
+    assert caplog.messages == ["reading x, tensors: 2 of 7 in 12 s", "reading x, tensors: 5 of 7 in 24 s"]
+    caplog.clear()
+    one_more = command.counted("plans made")
+    for _ in range(4):
+        one_more()
+    assert caplog.messages == ["plans made: 3 in 12 s"]
+    caplog.clear()
+    monkeypatch.setattr(command.time, "monotonic", lambda: 0.0)
+    assert list(command.tracked("reading x, tensors", range(9))) == list(range(9)) and not caplog.messages

@@ -45,9 +45,8 @@ def test_a_page_names_only_keys_modules_and_files_that_exist(page):
     known = {name for group in groups() for name, _, _ in keys(group)}
     dictionaries = {name for group in groups() for name, default, _ in keys(group) if default == "{}"}
     for word in re.findall(r"[`\s'\[{(](\w+(?:\.\w+)+)=?", text):
-        if word.split(".")[0] in groups() and not re.search(
-            r"\.(md|py|sh|json|jsonl|yaml|html|svg|toml|txt|gguf)$", word
-        ):
+        is_file = re.search(r"\.(md|py|sh|json|jsonl|yaml|html|svg|toml|txt|gguf|ipynb)$", word)
+        if word.split(".")[0] in groups() and not is_file:
             inside = word.rpartition(".")[0] in dictionaries
             assert word in known or inside or any(key.startswith(word + ".") for key in known), word
     for group, name in re.findall(r"[\s`](model|data|\+experiment|\+recipe)=([a-z]\w+)", text):

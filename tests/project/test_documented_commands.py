@@ -22,6 +22,7 @@ from launch import submit
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docker" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = ("torchrun", "python", "joint-train", "make", "pip", "launch/local.sh", ".venv/bin/python")
+OTHERS = re.compile(r"python (-|[\w./]+\.py)( |$)")  # a script of another project, or of the page itself
 PAIR = ["model.base=b", "model.drafter=d", "data.train=x"]
 
 
@@ -33,7 +34,7 @@ def commands(page: Path) -> Iterator[str]:
         for line in re.sub(r"\\\n\s*", " ", body).splitlines():
             line = re.sub(r"\s#\s.*$", "", line).strip()
             line = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line)
-            if line.split(" ")[0] in OURS:
+            if line.split(" ")[0] in OURS and not OTHERS.match(line):
                 yield line
     for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)):
         code = " ".join(code.replace("\\|", "|").split())

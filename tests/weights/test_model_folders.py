@@ -165,7 +165,8 @@ def test_a_folder_of_checkpoints_names_the_models_in_it(e2b, tmp_path, inside, w
         ("pytorch_model_fsdp_0/__0_0.distcp", "accelerate merge-weights .*pytorch_model_fsdp_0 OUT"),
         ("global_step500/mp_rank_00_model_states.pt", "zero_to_fp32.py"),
         ("__0_0.distcp", "export the model with the program that wrote them"),
-        ("model.gguf", "give the folder that they were made from"),
+        ("model.gguf", "model.gguf can't be read as GGUF"),
+        ("mmproj-model.gguf", "of the towers alone"),
     ],
 )
 def test_weights_in_another_format_are_named_with_what_to_do(e2b, tmp_path, name, words):

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from joint_train.errors import ConfigError, WeightsError
 from joint_train.weights import composite, unpack
 from joint_train.weights.folders import read_config, read_configs
-from joint_train.weights.loading import frozen_base, load_model, stored_tensors
+from joint_train.weights.identity import frozen_base
+from joint_train.weights.loading import load_model, stored_tensors
 
 
 @pytest.fixture(scope="module")
