@@ -73,7 +73,7 @@ def help_text(wanted: list[str]) -> str:
         lines += [f"  {name:<26} {meaning}" for name, meaning in groups().items()]
         lines += ["", "Prepared settings, in conf/:"]
         for name, names in choices().items():
-            some = names if len(names) < 10 else [*names[:2], f"… ({len(names)}, see docs/recipes.md)"]
+            some = names if len(names) < 10 else [names[-1], f"… ({len(names)}, see docs/recipes.md)"]
             lines.append(f"  {name:<26} {' | '.join(some)}")
     for name in groups() if wanted == ["all"] else wanted:
         lines += ["", *_lines(name)]
