@@ -23,7 +23,6 @@ from joint_train.config import Config, SourceConfig, read
 from joint_train.config.values import as_saved, quoted
 from joint_train.data.readers import read_records
 from joint_train.errors import ConfigError, JointTrainError
-from joint_train.evaluate.against import cells
 from joint_train.evaluate.page import Section, Table, format_interval, html
 from joint_train.files import replace
 
@@ -219,6 +218,8 @@ def evaluate(
 
 def write_results(out: Path, cfg: Config, found: dict[str, Any]) -> None:
     """The table: printed, as JSON and as a page."""
+    from joint_train.evaluate.against import cells  # with torch, which the help does without
+
     rows, note = {TUNED: found["speculative"][-1]}, ""
     if "against" in found:
         rows = {STALE: found["against"]["speculative"][-1], **rows}

@@ -143,7 +143,7 @@ class Store:
         self.dense = torch.empty(self.shape, dtype=self.dtype, device="meta")
         self.dense.store = self  # type: ignore[attr-defined]
         *rows, columns = self.shape
-        del module._parameters[name]
+        delattr(module, name)
         for part, size in (("codes", columns // KINDS[kind].values), ("scales", 4 * columns // self.block)):
             data = torch.empty(*rows, size, dtype=torch.uint8, device="meta")
             module.register_parameter(f"{name}_{part}", nn.Parameter(data, requires_grad=False))

@@ -201,10 +201,10 @@ def shard_rows(table: nn.Embedding, mesh: DeviceMesh, compute_dtype: torch.dtype
     for name, weight in dict(table.named_parameters()).items():
         shape, offset = local_shape_and_offset(weight.shape, mesh, placements)
         local = weight.detach()[offset[0] : offset[0] + shape[0]].clone()
-        table._parameters[name] = nn.Parameter(
-            DTensor.from_local(local, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()),
-            requires_grad=weight.requires_grad,
+        sharded = DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()
         )
+        table.register_parameter(name, nn.Parameter(sharded, requires_grad=weight.requires_grad))
     table.__class__ = QuantisedRows if isinstance(table, QuantisedEmbedding) else RowShardedEmbedding
     table = cast(RowShardedEmbedding, table)
     table.compute_dtype = compute_dtype
