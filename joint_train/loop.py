@@ -89,6 +89,11 @@ def loop(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     out = args.out.absolute()
     check(args, overrides)
     cfg = load([*overrides, *sources("train", Path(args.data[0])), f"output_dir={quoted(out)}"])
+    if args.url is not None and cfg.model.adapter is not None:
+        raise ConfigError(
+            "--url with model.adapter: before the first round there is no folder of the merged base that an engine "
+            "could serve. Merge the adapter into a folder and give that as model.base, or leave out --url."
+        )
     write_prompts(args, out / "rounds")
     for number in range(args.rounds):
         folder = out / "rounds" / str(number)

@@ -265,8 +265,12 @@ def _check_storage(cfg: Config, given: str | None, key: str, mount: str) -> None
             f"{key}= is not set and checkpoint.mirror neither: what the run writes would be gone with its node. Give a "
             f"volume with {key}=, or an object storage with checkpoint.mirror=s3://…"
         )
+    if given is None:
+        return
+    if not os.path.isabs(mount):
+        raise SubmitError(f"mount={mount}: give the path in the pod, from the root, such as /data")
     inside = os.path.commonpath([os.path.abspath(cfg.output_dir), mount]) == os.path.normpath(mount)
-    if given is not None and not inside:
+    if not inside:
         raise SubmitError(f"output_dir={cfg.output_dir} is not below mount={mount}, where {key}={given} is")
 
 

@@ -10,7 +10,7 @@ both through ``within``, which ``parallelize`` registers with FSDP.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -98,6 +98,7 @@ class JointModel(nn.Module):
 
     supports_gradient_checkpointing = True
     frozen_base: dict[str, str] | None = None  # what checkpoints without the base's weights name the base by
+    read_base: Callable[[], None] | None = None  # reads the base's weights from its folder again
     base_stays: bool = False  # the base's weights are those of its folder, to the end: checkpoints don't hold them
     adapters: Adapters | None = None  # that the base has on it one at a time, for each document its own
     drafter_average: dict[str, Tensor] | None = None  # of its weights over the steps, by name: optim.drafter_ema

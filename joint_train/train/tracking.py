@@ -118,7 +118,9 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int, unfinished: bool = False) -> None:
         # Bytes that are no text, of a disk that failed, come back as they were in the file of what is dropped.
-        lines = path.read_text("utf-8", "surrogateescape").splitlines() if path.exists() else []
+        # Texts may hold other separators of lines than "\n".
+        lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n") if path.exists() else []
+        lines = lines[:-1] if lines and not lines[-1] else lines
         kept, dropped = {}, []
         for line in lines:
             done = recorded_step(line)

@@ -141,6 +141,7 @@ class Trainer:
         self.step = 0
         self.before: dict[str, float] | None = None  # what was validated before the first step, and last
         self.measured: dict[str, float] | None = None
+        self.measured_at: int | None = None  # the step of what was measured last, if it was in this process
         self.unfinished: dict | None = None  # a validation that was interrupted: the step's metrics, and its kind
         if saved:
             self.step = saved["step"]
@@ -188,18 +189,21 @@ class Trainer:
                     last = last or self.best.exhausted
                 if metrics and not self.unfinished:
                     self.tracker.log(self.step, metrics)
-                if stop or is_due(self.step, cfg.checkpoint.every) or last:
+                better = cfg.model.export.weights == "best" and self.best.step == self.step
+                if stop or is_due(self.step, cfg.checkpoint.every) or last or better:
                     self.save(block=stop or last)
                 if stop and (not last or self.unfinished):
                     self.close()
                     self.preemption.exit()
+        if self.best.exhausted and self.step < self.last_step:
+            advice.say_patience(self.best, self.step, self.max_steps)
+        step, measured = self.step, self.measured
         if cfg.model.export.at_end:
-            step, measured = self.step, self.measured
             if cfg.model.export.weights == "best":
                 step, measured = load_best(cfg, self.checkpointer, self.model, self.step)
             self.export(self.output_dir / "export", step, measured or {})
             self.publish(self.output_dir / "export")
-        self.tracker.finish(self.before or {}, self.measured or {})
+        self.tracker.finish(self.before or {}, measured or {})
         peak, planned = (peak_memory(self.device) - self.memory_at_start) / 2**30, self.stages.peak / 2**30
         # On CPU that is the growth of the process, libraries' own buffers included, which no plan has.
         of_plan = f"; planned: {planned:.2f} GiB" if self.device.type == "cuda" else ""
@@ -210,11 +214,12 @@ class Trainer:
         """What is measured before the first step: all of it in a new run, what was interrupted in a resumed one."""
         if self.before is None:
             self.before = self.measured = self.evaluate(generate=True)
+            self.measured_at = self.step
             self.best.observe(self.step, self.before)
             self.tracker.log(self.step, self.before)
         elif self.unfinished is not None:
             metrics, generate = self.unfinished["metrics"], self.unfinished["generate"]
-            self.measured = self.evaluate(generate)
+            self.measured, self.measured_at = self.evaluate(generate), self.step
             self.best.observe(self.step, self.measured)
             self.tracker.log(
                 self.step, {k: float("nan") if x is None else x for k, x in metrics.items()} | self.measured
@@ -224,13 +229,11 @@ class Trainer:
     def validate(self, metrics: dict[str, float], generate: bool) -> bool:
         """Add the validation's metrics to the step's; false if a signal interrupted it."""
         try:
-            self.measured = self.evaluate(generate, self.check)
+            self.measured, self.measured_at = self.evaluate(generate, self.check), self.step
         except Interrupted:
             return False
         metrics |= self.measured
         self.best.observe(self.step, self.measured)
-        if self.best.exhausted:
-            advice.say_patience(self.best, self.step, self.max_steps)
         return True
 
     def check(self) -> None:
@@ -366,8 +369,9 @@ class Trainer:
         state |= {"data": loader_position(self.loader), "unfinished": self.unfinished, "best": self.best.state()}
         state["own_text"] = self.validation and self.validation.answers
         self.tracker.sync()
+        metrics = self.measured if self.measured_at == self.step else None  # of other weights they say nothing
         self.checkpointer.save(
-            self.step, self.model, self.optimizer, state, config=self.cfg, metrics=self.measured, block=block
+            self.step, self.model, self.optimizer, state, config=self.cfg, metrics=metrics, block=block
         )
 
     def export(self, folder: Path, step: int, measured: dict[str, float]) -> None:

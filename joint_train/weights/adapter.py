@@ -23,6 +23,7 @@ from joint_train.distributed.lora import (
     copy_from_full,
     folder_tensors,
     gather_full,
+    initialise_adapters,
     inject_adapters,
     peft_config_of,
 )
@@ -129,4 +130,5 @@ def fill_from_checkpoint(
     for module in adapted_modules(base).values():
         for part in (module.lora_A, module.lora_B):
             part.to(dtype=DTYPES[cfg.precision.params]).to_empty(device="cpu")
+    initialise_adapters(base, cfg.seed)  # a checkpoint of a frozen base has none: these leave the base as it is
     load_model(checkpoint, base, "base", frozen=frozen_base(source, changes, cfg.model.quantization))

@@ -296,8 +296,12 @@ class Gemma4WithDrafter(JointModel):
             FileNotFoundError: if the folder has neither layout.
             WeightsError: if its weights don't fit.
         """
+        from joint_train.checkpoint.reader import stored_tensors
+
         folder = Path(load_directory)
         if all((folder / part / "model").is_dir() for part in ("base", "drafter")):
+            if self.read_base is not None and not stored_tensors(checkpoint.locate(folder) / "base" / "model"):
+                self.read_base()  # it was frozen: the checkpoint doesn't hold it
             checkpoint.load_model(folder, self.base, "base", frozen=self.frozen_base)
             checkpoint.load_model(folder, self.drafter, "drafter")
         elif all((folder / part / "config.json").is_file() for part in ("base", "drafter")[self.base_as_saved :]):
@@ -364,19 +368,29 @@ def load_pair(
         changes_of_drafter(cfg, model.drafter, drafter_dir, everyone),
     )
     shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
-    materialize(model.base, base_dir, device, shard_device, model.changes[0])
-    materialize(model.drafter, drafter_dir, device, shard_device, model.changes[1])
-    if adapted_modules(model.base):
-        initialise_adapters(model.base, cfg.seed)
-        if continued is not None:
-            load_adapter(model.base, continued.folder)
-        if merged:
-            log.warning(
-                "the export's adapter/ will belong to the base with %s merged into it, not to %s alone: serve it as "
-                "the merged base/, or on that merged base",
-                " and ".join(str(adapter.folder) for adapter in merged), m.base,
-            )  # fmt: skip
     base_changes = model.changes[0]
+
+    def read_base() -> None:
+        """All ranks together; a base that is on its device already keeps its tensors and its generation settings."""
+        kept = model.base.generation_config
+        again = not any(parameter.is_meta for parameter in model.base.parameters())
+        materialize(model.base, base_dir, device, shard_device, base_changes)
+        if again:
+            model.base.generation_config = kept
+        if adapted_modules(model.base):
+            initialise_adapters(model.base, cfg.seed)
+            if continued is not None:
+                load_adapter(model.base, continued.folder)
+
+    read_base()
+    model.read_base = read_base
+    materialize(model.drafter, drafter_dir, device, shard_device, model.changes[1])
+    if adapted_modules(model.base) and merged:
+        log.warning(
+            "the export's adapter/ will belong to the base with %s merged into it, not to %s alone: serve it as "
+            "the merged base/, or on that merged base",
+            " and ".join(str(adapter.folder) for adapter in merged), m.base,
+        )  # fmt: skip
     model.frozen_base = everyone.first(
         f"reading {base_dir}", lambda: frozen_base(base_dir, base_changes, m.quantization)
     )
