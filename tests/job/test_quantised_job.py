@@ -10,6 +10,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from test_parallel import full
 
+from joint_train import Gemma4WithDrafter
 from joint_train.checkpoint.reader import stored_tensors
 from joint_train.config import load
 from joint_train.distributed.preemption import Preemption
@@ -128,6 +129,21 @@ def test_a_frozen_base_is_not_in_checkpoints(starter_dir, tmp_path):
     source, exported = (
         load_file(folder / "model.safetensors") for folder in (starter_dir / "base", tmp_path / "export/base")
     )
+    assert all(torch.equal(exported[name], tensor) for name, tensor in source.items())
+
+    # A pair whose base was changed since gets it from its folder again.
+    model = Gemma4WithDrafter.from_pretrained(starter_dir / "base", starter_dir / "drafter")
+    before = {name: tensor.clone() for name, tensor in model.base.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.base.parameters():
+            parameter.add_(1)
+    model.load_pretrained(out / "checkpoints/step_00000003")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.base.state_dict().items())
+
+    # The run goes on with adapters; the steps before had none, and export as the base that they were trained on.
+    run_ranks(finished, 1, [*overrides, "freeze.base=false", "lora.r=4", "max_steps=4"])
+    assert export_run(out / "checkpoints/step_00000003", tmp_path / "earlier", check=True) == 0
+    exported = load_file(tmp_path / "earlier/base/model.safetensors")
     assert all(torch.equal(exported[name], tensor) for name, tensor in source.items())
 
 
