@@ -62,6 +62,6 @@ SUMMARY = {
     "val/drafter_loss": "drafter loss",
     "val/drafter_ce": "drafter cross-entropy",
     "val/accepted_length_expected": "accepted length, expected",
-    "val/own_accepted_length": "accepted length, base's own text",
+    "val/own_accepted_length": "accepted length, own text",
     "val/tokens_per_forward": "tokens per base forward",
 }
