@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     from joint_train.data.regenerate import Base, Sampling
     from joint_train.data.tokenizer import end_token_ids, read_tokenizer
     from joint_train.weights.folders import resolve
-    from joint_train.weights.loading import load_to_generate
     from joint_train.weights.run_files import end_generation_with, list_of_ids
+    from joint_train.weights.to_generate import load_to_generate
 
     folder, device = resolve(args.base), "cuda" if torch.cuda.is_available() else "cpu"
     dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")

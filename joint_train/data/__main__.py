@@ -234,9 +234,9 @@ def load_base(cfg: Config, options: argparse.Namespace, tokenizer: Any, rank: in
     from joint_train.data.tokenizer import end_token_ids
     from joint_train.distributed.parallelize import compute_dtype
     from joint_train.weights.folders import resolve
-    from joint_train.weights.loading import load_to_generate
     from joint_train.weights.run_files import end_generation_with
     from joint_train.weights.settle import load_merged
+    from joint_train.weights.to_generate import load_to_generate
 
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")

@@ -208,9 +208,9 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
     from joint_train.files import code_version, replace
     from joint_train.pair.compatibility import check_pair
     from joint_train.weights.folders import resolve
-    from joint_train.weights.loading import load_to_generate
     from joint_train.weights.peft_folder import read_folders
     from joint_train.weights.served import put_on_base
+    from joint_train.weights.to_generate import load_to_generate
 
     args.num_steps, args.serving = args.num_steps or step_list("1-8"), args.serving or "transformers"
     engine = SERVING[args.serving]

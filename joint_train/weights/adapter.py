@@ -3,6 +3,7 @@
 peft's own ``save_pretrained`` and loading know nothing of shards.
 """
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -34,9 +35,12 @@ from joint_train.files import naming
 from joint_train.weights.changes import UNCHANGED, Changes
 from joint_train.weights.export import sync_files
 from joint_train.weights.identity import frozen_base
+from joint_train.weights.loading import materialize
 from joint_train.weights.peft_folder import FILE, Names
 from joint_train.weights.placing import discard, place, staged
 from joint_train.weights.run_files import CARD
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import peft
@@ -132,3 +136,35 @@ def fill_from_checkpoint(
             part.to(dtype=DTYPES[cfg.precision.params]).to_empty(device="cpu")
     initialise_adapters(base, cfg.seed)  # a checkpoint of a frozen base has none: these leave the base as it is
     load_model(checkpoint, base, "base", frozen=frozen_base(source, changes, cfg.model.quantization))
+
+
+def fill_base(
+    base: PreTrainedModel,
+    folder: str | os.PathLike,
+    device: torch.device | str,
+    shard_device: torch.device | str | None,
+    changes: Changes,
+    *,
+    seed: int,
+    adapter: str | os.PathLike | None,
+) -> None:
+    """Give a base its folder's weights, see :func:`joint_train.weights.loading.materialize`, and its adapters, if it
+    has some, their first values or those of a folder. All ranks together. A base that is on its device already keeps
+    its tensors and its generation settings: this reads it again."""
+    kept = None if any(parameter.is_meta for parameter in base.parameters()) else base.generation_config
+    materialize(base, folder, device, shard_device, changes)
+    if kept is not None:
+        base.generation_config = kept
+    if adapted_modules(base):
+        initialise_adapters(base, seed)
+        if adapter is not None:
+            load_adapter(base, adapter)
+
+
+def warn_of_merged(folders: list[Path], base: str) -> None:
+    """Log what the adapters of a run's export are on."""
+    log.warning(
+        "the export's adapter/ will belong to the base with %s merged into it, not to %s alone: serve it as the merged "
+        "base/, or on that merged base",
+        " and ".join(map(str, folders)), base,
+    )  # fmt: skip

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,7 +29,7 @@ from joint_train.config import (
 )
 from joint_train.config.values import as_saved, base_of_adapter, grown_rows
 from joint_train.distributed.agreement import agree
-from joint_train.distributed.lora import adapted_modules, initialise_adapters, inject_adapters, peft_config_of
+from joint_train.distributed.lora import adapted_modules, inject_adapters, peft_config_of
 from joint_train.distributed.mesh import check_mesh
 from joint_train.distributed.parallelize import DTYPES, compute_dtype, parallelize, prepare, share_streams, text_model
 from joint_train.distributed.quantised import KINDS, keep_quantised, rounding, stores
@@ -38,7 +39,7 @@ from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights import quantised
 from joint_train.weights.activations import round_activations
-from joint_train.weights.adapter import export_adapter, load_adapter
+from joint_train.weights.adapter import export_adapter, fill_base, load_adapter, warn_of_merged
 from joint_train.weights.average import averaged
 from joint_train.weights.changes import UNCHANGED, Changes, file_digest
 from joint_train.weights.export import export_model
@@ -368,29 +369,14 @@ def load_pair(
         changes_of_drafter(cfg, model.drafter, drafter_dir, everyone),
     )
     shard_device = "cpu" if cfg.parallel.cpu_offload == "all" else None
-    base_changes = model.changes[0]
-
-    def read_base() -> None:
-        """All ranks together; a base that is on its device already keeps its tensors and its generation settings."""
-        kept = model.base.generation_config
-        again = not any(parameter.is_meta for parameter in model.base.parameters())
-        materialize(model.base, base_dir, device, shard_device, base_changes)
-        if again:
-            model.base.generation_config = kept
-        if adapted_modules(model.base):
-            initialise_adapters(model.base, cfg.seed)
-            if continued is not None:
-                load_adapter(model.base, continued.folder)
-
-    read_base()
-    model.read_base = read_base
+    base_changes, adapter = model.changes[0], None if continued is None else continued.folder
+    model.read_base = partial(
+        fill_base, model.base, base_dir, device, shard_device, base_changes, seed=cfg.seed, adapter=adapter
+    )
+    model.read_base()
     materialize(model.drafter, drafter_dir, device, shard_device, model.changes[1])
     if adapted_modules(model.base) and merged:
-        log.warning(
-            "the export's adapter/ will belong to the base with %s merged into it, not to %s alone: serve it as "
-            "the merged base/, or on that merged base",
-            " and ".join(str(adapter.folder) for adapter in merged), m.base,
-        )  # fmt: skip
+        warn_of_merged([adapter.folder for adapter in merged], m.base)
     model.frozen_base = everyone.first(
         f"reading {base_dir}", lambda: frozen_base(base_dir, base_changes, m.quantization)
     )

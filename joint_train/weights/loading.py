@@ -17,12 +17,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.generic import ContextManagers
@@ -159,21 +159,6 @@ def load_model(
     model = build_meta(read_config(folder, quantized=None), dtype, attn_implementation)
     materialize(model, folder, device)
     return model
-
-
-def load_to_generate(path: str | os.PathLike, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-    """A whole model to generate with: that of :func:`load_model`, or of transformers if its weights are quantised in a
-    way that transformers reads here: it also rounds activations as the folder says.
-
-    transformers would take a folder with a forgotten ``adapter_config.json`` for an adapter.
-    """
-    folder = resolve(path)
-    config = quantised.quantization_config(folder)
-    if config is None or not quantised.read_by_transformers(config):
-        return load_model(folder, dtype, device)
-    check_weights(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.to(device).eval()
 
 
 def stored_tensors(folder: str | os.PathLike, changes: Changes = UNCHANGED) -> dict[str, Stored]:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from joint_train.errors import ConfigError, WeightsError
 from joint_train.weights.export import export_model, verify
 from joint_train.weights.folders import read_config
-from joint_train.weights.loading import current_name, load_model, load_to_generate
+from joint_train.weights.loading import current_name, load_model
+from joint_train.weights.to_generate import load_to_generate
 
 # What is in the output folders of these programs beside the model, by their sources and by public repositories.
 EXTRA = {

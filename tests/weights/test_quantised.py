@@ -19,6 +19,7 @@ from joint_train.weights import composite, unpack
 from joint_train.weights.folders import read_config, read_configs
 from joint_train.weights.identity import frozen_base
 from joint_train.weights.loading import load_model, stored_tensors
+from joint_train.weights.to_generate import load_to_generate
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,16 @@ def test_experts_that_have_a_layer_each_become_one_tensor(folders, how):
     name = next(name for name in found if name.endswith("experts.gate_up_proj"))
     part = (slice(1, 3), slice(20, 50), slice(3, 40))  # of the second half of one matrix and the first of the next
     assert torch.equal(stored_tensors(folder)[name].slices()[part], reference[name][part])
+
+
+@pytest.mark.parametrize("how", ["int8", "fp8_block"])
+def test_no_expert_generates_at_random(folders, how, caplog):
+    """transformers doesn't find experts that have a layer each, and goes on."""
+    folder, ids = folders(how, "26b_a4b")[0], torch.arange(10, 30)[None]
+    for dtype in (torch.bfloat16, torch.float32):
+        model, expected = load_to_generate(folder, dtype, "cpu"), load_model(folder, dtype)
+        assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+    assert "transformers doesn't find" in caplog.text and "they are dequantised here" in caplog.text
 
 
 @pytest.mark.parametrize("how", CONFIGS)
