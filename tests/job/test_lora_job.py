@@ -24,9 +24,9 @@ def finished(rank: int, overrides: list[str]):
     run, found = trainer.Trainer(load(overrides), Preemption(60)), {}
     export = run.export
 
-    def kept(folder):
+    def kept(*args):
         found.update({name: full(p.detach()).clone() for name, p in adapter_parameters(run.model.base).items()})
-        export(folder)
+        export(*args)
 
     run.export = kept
     run.train()

@@ -10,6 +10,7 @@ from test_checkpoint import same
 from test_checkpoint_resume import resume_all, save_twice
 from torch import nn
 
+from joint_train.command import let_torchao_in
 from joint_train.config import ConfigError, validate
 from joint_train.distributed.moments import block_size, state_bytes
 from joint_train.train.compact import CompactAdamW
@@ -44,6 +45,7 @@ def build(name, dtype=torch.float32):
 
 def test_8_bit_is_torchaos():
     """torchao's own state and update (not compiled), where its blocks are ours: 256 neighbours, and 32 of 96."""
+    let_torchao_in()  # another test's command may have left it out of this process
     from torchao.optim.adam import single_param_adam
     from torchao.optim.subclass_8bit import OptimState8bit
 
