@@ -23,8 +23,9 @@ def finished(rank: int, overrides: list[str]):
         save(block)
 
     def prepared(batch, sources):
-        pairs = torch.stack([batch["source"], batch["adapter_ids"]]).flatten(1).unique(dim=1)
-        seen.append({tuple(pair) for pair in pairs.T.tolist()})
+        if "source" in batch:  # the base's own text has none
+            pairs = torch.stack([batch["source"], batch["adapter_ids"]]).flatten(1).unique(dim=1)
+            seen.append({tuple(pair) for pair in pairs.T.tolist()})
         return prepare(batch, sources)
 
     run.save, run.prepare = kept, prepared
