@@ -18,8 +18,6 @@ import shlex
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -263,12 +261,17 @@ def shell(command: str, option: str) -> None:
 
 def wait(url: str, seconds: float, otherwise: str) -> None:
     """Wait until an engine lists its models."""
+    import httpx
+
+    from joint_train.data.engine_client import connect
+
     until, said = time.monotonic() + seconds, False
     while True:
         try:
-            with urllib.request.urlopen(f"{url.rstrip('/').removesuffix('/v1')}/v1/models", timeout=10):
+            with connect(url, 10) as client:
+                client.get("/v1/models").raise_for_status()
                 return
-        except (urllib.error.URLError, OSError) as error:
+        except httpx.HTTPError as error:
             if time.monotonic() > until:
                 raise EngineFailed(f"{url} doesn't answer after {seconds:.0f} s ({error}); {otherwise}") from None
             if not said:
@@ -283,16 +286,19 @@ def ask(url: str, method: str, path: str, body: bytes | None = None) -> bytes:
     Raises:
         EngineFailed: it isn't there, or fails.
     """
-    request = urllib.request.Request(url.rstrip("/").removesuffix("/v1") + path, body, method=method)
-    request.add_header("Content-Type", "application/json")
+    import httpx
+
+    from joint_train.data.engine_client import connect
+
     try:
-        with urllib.request.urlopen(request, timeout=600) as response:
-            return response.read()
-    except urllib.error.HTTPError as error:
-        advice = "start vLLM with VLLM_SERVER_DEV_MODE=1" if error.code == 404 else error.read().decode()[:300]
-        raise EngineFailed(f"{method} {url}{path}: HTTP {error.code}: {advice}") from None
-    except (urllib.error.URLError, OSError) as error:
+        with connect(url, 600) as client:
+            response = client.request(method, path, content=body, headers={"Content-Type": "application/json"})
+    except httpx.HTTPError as error:
         raise EngineFailed(f"{method} {url}{path}: {error}") from None
+    if response.is_error:
+        advice = "start vLLM with VLLM_SERVER_DEV_MODE=1" if response.status_code == 404 else response.text[:300]
+        raise EngineFailed(f"{method} {url}{path}: HTTP {response.status_code}: {advice}")
+    return response.content
 
 
 if __name__ == "__main__":

@@ -366,7 +366,7 @@ class Checkpointer:
         layout.fsync_folder(temporary)
         notes = layout.publish(temporary, final)
         cfg = self.cfg
-        if cfg.keep_best and job.metrics and cfg.keep_best.removeprefix("-") not in job.metrics:
+        if cfg.keep_best and job.metrics and layout.metric_of(cfg.keep_best)[0] not in job.metrics:
             known = ", ".join(sorted(job.metrics)) or "none"
             notes.append(f"checkpoint.keep_best={cfg.keep_best} is not a metric of {final.name} (those are: {known})")
         if self._mirror is not None:

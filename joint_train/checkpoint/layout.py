@@ -254,9 +254,14 @@ def steps_to_keep(
     return keep
 
 
+def metric_of(keep_best: str) -> tuple[str, int]:
+    """The metric that ``checkpoint.keep_best`` names, and 1 if its lowest value is the best, -1 if its highest is."""
+    return keep_best.removeprefix("-"), -1 if keep_best.startswith("-") else 1
+
+
 def best_step(checkpoints: list[tuple[int, dict[str, float]]], keep_best: str) -> int | None:
     """The best of (step, metrics) pairs, as :func:`steps_to_keep` says; None if none has the metric."""
-    name, sign = keep_best.removeprefix("-"), -1 if keep_best.startswith("-") else 1
+    name, sign = metric_of(keep_best)
     values = [(sign * metrics[name], -step) for step, metrics in checkpoints if name in metrics]
     values = [pair for pair in values if pair[0] == pair[0]]
     return -min(values)[1] if values else None
@@ -272,7 +277,7 @@ def find_best(checkpoints: Path, keep_best: str) -> tuple[Path, Manifest]:
     if best is None:
         known = sorted({name for _, manifest in found.values() for name in manifest.metrics})
         raise CheckpointError(
-            f"no checkpoint in {checkpoints} has the metric {keep_best.removeprefix('-')}; they have "
+            f"no checkpoint in {checkpoints} has the metric {metric_of(keep_best)[0]}; they have "
             f"{', '.join(known) or 'none'}"
         )
     return found[best]

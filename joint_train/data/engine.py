@@ -9,7 +9,6 @@ An answer comes back as token ids from vLLM, as text with its special tokens fro
 """
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -18,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from joint_train.data.engine_client import address, connect
 from joint_train.data.regenerate import Answered, Sampling, data_url, message_of
 from joint_train.data.render import Template, options_of
 from joint_train.data.thinking import kept_thoughts, prompt_ids
@@ -70,16 +70,10 @@ class Engine:
         concurrency: int = 64,
         timeout: float = 1800.0,
     ) -> None:
-        self.url, self.name = url.rstrip("/").removesuffix("/v1"), name
+        self.url, self.name = address(url), name
         self.tokenizer, self.sampling = tokenizer, sampling
         self.ends, self.suppressed, self.concurrency = list(ends), frozenset(suppressed), concurrency
-        key = os.environ.get("OPENAI_API_KEY")
-        self.client = httpx.Client(
-            base_url=self.url,
-            timeout=httpx.Timeout(timeout, connect=min(10.0, timeout)),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(max_connections=None),
-        )
+        self.client = connect(url, timeout)
         served = self._models()
         found = served[0] if model is None and len(served) == 1 else {m["id"]: m for m in served}.get(model)
         if found is None:

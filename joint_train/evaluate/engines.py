@@ -9,7 +9,6 @@ request's counts.
 """
 
 import itertools
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from joint_train.data.engine_client import address, connect
 from joint_train.errors import JointTrainError
 
 COUNTED_WITHIN = 10.0  # seconds after the last answer in which the counters must have its tokens
@@ -90,14 +90,7 @@ class Engine:
     num_steps: int  # K, drafts for a verification, as the server says
 
     def __init__(self, url: str, timeout: float = 600.0) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        key = os.environ.get("OPENAI_API_KEY")
-        self.client = httpx.Client(
-            base_url=self.url,
-            timeout=httpx.Timeout(timeout, connect=min(10.0, timeout)),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(max_connections=None),
-        )
+        self.url, self.client = address(url), connect(url, timeout)
         served = self.call("GET", "/v1/models").json()["data"][0]
         self.model: str = served["id"]  # the name that requests have to give
         self.folder: str = served.get("root") or served["id"]

@@ -186,8 +186,7 @@ def still_rising(found: Mapping[str, Any]) -> str:
 
 def find(found: Mapping[str, Any], policy: Mapping[str, Any]) -> dict[str, Any]:
     """All that is known of a policy."""
-    keys = ("num_steps", "threshold")
-    return next(p for p in found["policies"] if all(p[key] == policy[key] for key in keys))
+    return next(p for p in found["policies"] if _is(p, policy))
 
 
 def name_of(policy: Mapping[str, Any]) -> str:

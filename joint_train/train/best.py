@@ -33,9 +33,9 @@ class Best:
 
     def observe(self, step: int, measured: Mapping[str, float]) -> None:
         """Take note of a validation; one that hasn't the metric, or has NaN, is no better than the ones before."""
-        if self.metric is None or (name := self.metric.removeprefix("-")) not in measured:
+        name, sign = layout.metric_of(self.metric or "")
+        if (value := measured.get(name)) is None:
             return
-        value, sign = measured[name], -1 if self.metric.startswith("-") else 1
         if not math.isnan(value) and (self.value is None or sign * value < sign * self.value):
             self.step, self.value, self.waited = step, value, 0
         else:
@@ -72,6 +72,6 @@ def load_best(cfg: Config, checkpointer: Checkpointer, model: JointModel, step: 
         checkpointer.load(path, model, config=cfg)
     log.info(
         "export of step %d, the best of the checkpoints by checkpoint.keep_best=%s: %.4g",
-        manifest.step, metric, manifest.metrics[metric.removeprefix("-")],
+        manifest.step, metric, manifest.metrics[layout.metric_of(metric)[0]],
     )  # fmt: skip
     return manifest.step, manifest.metrics

@@ -1,15 +1,12 @@
 """A base in compressed-tensors int4, served by vLLM on CPU with a drafter that was trained on it: its text and its
 steps are those of the folder as joint_train reads it. vLLM's kernel computes in bfloat16, and near ties may differ."""
 
-import json
-import os
 import shutil
-import subprocess
 
 import pytest
 import torch
 from quantised_folders import quantise
-from test_served import ENVIRONMENT, HERE, OPTIONS, PYTHON, options_of
+from test_served import OPTIONS, by_vllm, options_of
 from trained_pairs import K, prompts, texts, train
 
 from joint_train import Gemma4WithDrafter
@@ -46,14 +43,7 @@ def test_an_int4_base_and_its_drafter(tmp_path):
     asked = prompts("31b")
     options = options_of(serve_command("vllm", base, drafter, K, None)) | OPTIONS | {"dtype": "bfloat16"}
     jobs = {"int4": {"options": options, "prompts": asked, "max_tokens": 48, "ignore_eos": False}}
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    with open(tmp_path / "log", "w") as log:
-        subprocess.run(
-            [PYTHON, HERE / "engine.py", tmp_path / "jobs.json", tmp_path / "results.json"],
-            env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-            stdout=log, stderr=subprocess.STDOUT, timeout=600,
-        )  # fmt: skip
-    found = json.loads((tmp_path / "results.json").read_text())["int4"]
+    found = by_vllm(jobs, tmp_path)["int4"]
     assert "error" not in found, found["error"]
     models = [load_model(folder, torch.bfloat16) for folder in (base, drafter)]
     ours = [decode(*models, prompt, K, 48, engine=True) for prompt in asked]

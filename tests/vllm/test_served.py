@@ -92,6 +92,19 @@ def options_of(command: str) -> dict:
     return {"model": words[2]} | {k.removeprefix("--").replace("-", "_"): json.loads(v) for k, v in options.items()}
 
 
+def by_vllm(jobs: dict, folder: Path) -> dict:
+    """What vLLM makes of jobs, see ``engine.py``; by their names."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    with open(folder / "log", "w") as log:
+        subprocess.run(
+            [PYTHON, HERE / "engine.py", folder / "jobs.json", folder / "results.json"],
+            env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            stdout=log, stderr=subprocess.STDOUT, timeout=600,
+        )  # fmt: skip
+    assert (folder / "results.json").exists(), (folder / "log").read_text()[-3000:]
+    return json.loads((folder / "results.json").read_text())
+
+
 @pytest.fixture(scope="session")
 def served(pairs, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("vllm")
@@ -104,15 +117,7 @@ def served(pairs, tmp_path_factory) -> dict:
         }
         for name, (base, drafter) in pairs.items()
     }
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    with open(folder / "log", "w") as log:
-        subprocess.run(
-            [PYTHON, HERE / "engine.py", folder / "jobs.json", folder / "results.json"],
-            env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-            stdout=log, stderr=subprocess.STDOUT, timeout=600,
-        )  # fmt: skip
-    assert (folder / "results.json").exists(), (folder / "log").read_text()[-3000:]
-    return json.loads((folder / "results.json").read_text())
+    return by_vllm(jobs, folder)
 
 
 def load(folder: Path):
