@@ -59,6 +59,30 @@ def test_a_run_ends_when_patience_is_over_and_exports_its_best_checkpoint(starte
     assert "| optimizer steps | 1 |" in card and f"{records[1]['val/base_loss']:.3f}" in card
 
 
+def train_once(rank: int, overrides: list[str]) -> None:
+    from joint_train.train import trainer
+
+    trainer.run(load(overrides))
+
+
+def test_a_checkpoint_has_the_metrics_of_its_own_step(starter_dir, tmp_path):
+    """Validated are steps 2, which is saved because it is the best so far, and 4; step 3 is saved without a validation,
+    so nothing is known of it."""
+    out = tmp_path / "run"
+    run_ranks(train_once, 2, [
+        "+experiment=starter", f"pair={starter_dir}", f"output_dir={out}", "max_steps=4", "eval.every=2",
+        "eval.batches=1", "eval.prompts=0", "checkpoint.every=3", "checkpoint.keep_last=0",
+        "checkpoint.keep_best=val/base_loss", "model.export.weights=best", "optim.lr=1e-3", "optim.warmup_steps=0",
+        "drafter.num_steps=2", "data.num_workers=0", "data.max_length=64", "tracking.wandb=disabled",
+    ])  # fmt: skip
+    records = {r["step"]: r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())}
+    manifests = {m.step: m for _, m in layout.list_complete(out / "checkpoints")}
+    assert sorted(manifests) == [2, 3, 4] and not manifests.pop(3).metrics
+    assert records[2]["val/base_loss"] < records[0]["val/base_loss"]
+    for step, manifest in manifests.items():
+        assert manifest.metrics["val/base_loss"] == pytest.approx(records[step]["val/base_loss"])
+
+
 def test_the_best_is_by_its_metric_and_waits_only_for_validations_that_have_it():
     best = Best("-val/a", 3)
     for step, value in enumerate([1.0, 3.0, math.nan, 2.0]):
