@@ -148,6 +148,20 @@ def test_a_frozen_base_is_not_in_checkpoints(starter_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_best_step_of_a_frozen_base_is_exported_with_that_base(starter_dir, tmp_path):
+    """Not with the one that the run has trained since."""
+    out = tmp_path / "run"
+    best = ["checkpoint.keep_best=val/base_loss", "model.export.weights=best", "eval.every=2"]
+    overrides = settings(starter_dir, out, "freeze.base=true", *best, "max_steps=2")
+    run_ranks(finished, 2, overrides)
+    run_ranks(finished, 2, [*overrides, "freeze.base=false", "optim.lr=0.3", "max_steps=4"])
+    source, exported = (
+        load_file(folder / "model.safetensors") for folder in (starter_dir / "base", out / "export/base")
+    )
+    assert all(torch.equal(exported[name], tensor) for name, tensor in source.items())
+
+
+@pytest.mark.slow
 def test_a_base_that_was_trained_stays_in_checkpoints(starter_dir, tmp_path):
     """Frozen, then trained, then frozen again: its weights are the trained ones."""
     out = tmp_path / "run"
