@@ -29,8 +29,14 @@ def integers(bits: int, **more) -> dict:
     return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP} | more
 
 
+def exponents(bits: int) -> dict:
+    """Microscaling (MX): floats in groups of 32, whose scales are powers of two, stored as bytes."""
+    return {"num_bits": bits, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32,
+            "scale_dtype": "torch.uint8"}  # fmt: skip
+
+
 def with_activations(config: dict, **scheme) -> dict:
-    group = config["config_groups"]["group_0"] | {"input_activations": {"symmetric": True, **scheme}}
+    group = config["config_groups"]["group_0"] | {"input_activations": {"symmetric": True} | scheme}
     return config | {"config_groups": {"group_0": group}}
 
 
@@ -46,6 +52,8 @@ CONFIGS = {
         "nvfp4-pack-quantized",
         {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16},
     ),
+    "mxfp4": compressed_config("mxfp4-pack-quantized", exponents(4)),
+    "mxfp8": compressed_config("mxfp8-quantized", exponents(8)),
     "fp8_block": {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic",
                   "modules_to_not_convert": ["lm_head", "per_layer"]},
     "gemma": {"quant_method": "gemma", "num_bits": 4, "quantize_embeddings": True,

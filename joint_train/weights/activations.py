@@ -120,10 +120,7 @@ def roundings(config: dict[str, Any], stored: Mapping[str, Stored]) -> dict[str,
         try:
             of_layer = make(layer)
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"model.quantization_activations=as_saved: {layer.name} rounds activations in a way that isn't known "
-                f"({error}). Set model.quantization_activations=none."
-            ) from None
+            raise ConfigError(f"{layer.name} rounds activations in a way that isn't known ({error})") from None
         if of_layer is not None:
             found[layer.name] = of_layer
     return found
@@ -134,17 +131,17 @@ def _number(layer: Layer, name: str) -> float:
 
 
 def _compressed_tensors(layer: Layer) -> OfLayer | None:
-    scheme = group_of_layer(layer).get("input_activations")
-    if not scheme:
+    group = group_of_layer(layer)
+    if not (scheme := group.get("input_activations")):
         return None
     kind = "fp4" if (scheme["type"], scheme["num_bits"]) == ("float", 4) else "fp8"
     kind = "int" if scheme["type"] == "int" else kind
+    if "uint8" in str(scheme.get("scale_dtype")) or "mxfp" in group["format"]:  # engines round up, or down
+        raise ValueError(f"MXFP{scheme['num_bits']}, whose scales are powers of two")
     if not scheme.get("symmetric", True) or (scheme["type"] == "float" and scheme["num_bits"] not in (4, 8)):
         raise ValueError(f"{scheme['type']} of {scheme['num_bits']} bits, symmetric={scheme.get('symmetric')}")
     size, bits = scheme.get("group_size"), scheme["num_bits"]
     if kind == "fp4":
-        if scheme.get("strategy") == "group":
-            raise ValueError("MXFP4")
         return OfLayer(Rounding(kind, bits, size or 16, 1 / _number(layer, "input_global_scale")))
     if scheme.get("dynamic"):
         return OfLayer(Rounding(kind, bits, size if scheme.get("strategy") == "group" else None))
@@ -180,11 +177,14 @@ def _modelopt(layer: Layer) -> OfLayer | None:
 MAKERS = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "gemma": _gemma, "modelopt": _modelopt}
 
 
-def round_activations(base: PreTrainedModel, folder: Path) -> None:
+def round_activations(base: PreTrainedModel, folder: Path) -> int:
     """Let a base's linear layers round as the folder that its weights are from says.
 
+    Returns:
+        How many layers round what goes into them, or comes out.
+
     Raises:
-        ConfigError: if it says nothing of any, or names a scheme that isn't known.
+        ConfigError: if it names a scheme that isn't known.
     """
     rename = renamer(base, folder_tensors(base))
     of_folder = roundings(quantization_config(folder) or {"quant_method": None}, stored_in_files(folder))
@@ -199,9 +199,6 @@ def round_activations(base: PreTrainedModel, folder: Path) -> None:
         if of_layer.outputs is not None:
             layer.register_forward_hook(of_layer.after)
         done += 1
-    if not done:
-        raise ConfigError(
-            f"model.quantization_activations=as_saved, and {folder} says of no linear layer that its engines round "
-            "activations: set model.quantization_activations=none."
-        )
-    log.info("the inputs of %d layers of the base are rounded; those of experts aren't", done)
+    if done:
+        log.info("the inputs of %d layers of the base are rounded; those of experts aren't", done)
+    return done

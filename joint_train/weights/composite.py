@@ -383,7 +383,7 @@ def load_pair(
     if kept := stores(model.base).values():
         model.quantization_error = rounding(kept, everyone)
     if m.quantization_activations == "as_saved":
-        round_activations(model.base, base_dir)
+        _round_activations(model.base, base_dir)
     if served:
         dtype = DTYPES[cfg.precision.params] if mesh is None else compute
         model.adapters = put_served(model, cfg, served, dtype, device)
@@ -392,6 +392,18 @@ def load_pair(
     if cfg.drafter.share_embedding_with_base:
         model.share_embedding()
     return model
+
+
+def _round_activations(base: PreTrainedModel, folder: Path) -> None:
+    key = "model.quantization_activations"
+    try:
+        rounded = round_activations(base, folder)
+    except ConfigError as error:
+        raise ConfigError(f"{key}=as_saved: {error}. Set {key}=none.") from None
+    if not rounded:
+        raise ConfigError(
+            f"{key}=as_saved, and {folder} says of no linear layer that its engines round activations: set {key}=none."
+        )
 
 
 def meta_pair(

@@ -14,7 +14,7 @@ A new format is one entry of :data:`FORMATS`.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +73,14 @@ class Format:
 # compressed-tensors (llm-compressor, vLLM): https://github.com/vllm-project/compressed-tensors
 
 
+def formats(config: Mapping[str, Any]) -> set[str]:
+    """The formats of a folder's groups, which may differ, or of the folder."""
+    groups = (config.get("config_groups") or {}).values()
+    return {str(group.get("format") or config.get("format")) for group in groups} or {str(config.get("format"))}
+
+
 def _check_compressed_tensors(config: dict[str, Any]) -> None:
-    groups = config.get("config_groups") or {}
-    formats = {group.get("format") or config.get("format") for group in groups.values()} or {config.get("format")}
-    if unknown := sorted(str(name) for name in formats if name not in COMPRESSED):
+    if unknown := sorted(formats(config) - COMPRESSED.keys()):
         raise ValueError(f"its format {', '.join(unknown)}; those that are read are {', '.join(COMPRESSED)}")
     if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise ValueError("sparse weights (sparsity_config)")

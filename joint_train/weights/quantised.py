@@ -14,8 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from joint_train.errors import ConfigError, WeightsError
-from joint_train.weights.formats import FORMATS, Format, Layer
+from joint_train.weights.formats import FORMATS, Format, Layer, formats
 from joint_train.weights.stored import FLOATS, Stored
 from joint_train.weights.unpack import Stacked
 
@@ -83,11 +85,14 @@ def sentence(folder: Path, activations: str) -> str:
     )
 
 
-def read_by_transformers(config: Mapping[str, Any]) -> bool:
-    """Whether ``from_pretrained`` reads such a folder on any machine, and without skipping weights."""
+def read_by_transformers(config: Mapping[str, Any], dtype: torch.dtype) -> bool:
+    """Whether ``from_pretrained`` reads such a folder on any machine, without skipping weights, and computes in `dtype`
+    with them: its products of some formats are of bfloat16."""
     method = config.get("quant_method")
-    if method == "compressed-tensors":
-        return find_spec("compressed_tensors") is not None
+    if method == "compressed-tensors" and find_spec("compressed_tensors") is None:
+        return False
+    if dtype != torch.bfloat16 and (method == "fp8" or any("fp4" in name or "mxfp" in name for name in formats(config))):
+        return False
     return method not in ("gptq", "awq", "modelopt", "gguf")
 
 

@@ -2,12 +2,15 @@
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from joint_train.errors import ConfigError
 from joint_train.weights import quantised
+from joint_train.weights.activations import round_activations
 from joint_train.weights.folders import resolve
 from joint_train.weights.loading import check_weights, load_model
 
@@ -16,24 +19,33 @@ log = logging.getLogger(__name__)
 
 def load_to_generate(path: str | os.PathLike, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
     """A whole model to generate with: that of :func:`load_model`, or of transformers if its weights are quantised in a
-    way that transformers reads here: it also rounds activations as the folder says.
+    way that transformers reads here. Both round activations as the folder says.
 
     transformers would take a folder with a forgotten ``adapter_config.json`` for an adapter.
     """
     folder = resolve(path)
     config = quantised.quantization_config(folder)
-    if config is None or not quantised.read_by_transformers(config):
+    if config is None:
         return load_model(folder, dtype, device)
-    if dtype != torch.bfloat16 and (config.get("quant_method") == "fp8" or "nvfp4" in str(config.get("format"))):
-        return load_model(folder, dtype, device)  # transformers' products are of bfloat16 there
+    if not quantised.read_by_transformers(config, dtype):
+        return _dequantised(folder, dtype, device)
     check_weights(folder)
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     model, read = loaded
     if missing := sorted(read["missing_keys"]):
         log.warning(
-            "transformers doesn't find %d of the weights in %s, such as %s: they are dequantised here, and activations "
-            "are not rounded as an engine does it",
+            "transformers doesn't find %d of the weights in %s, such as %s: they are dequantised here",
             len(missing), folder, missing[0],
         )  # fmt: skip
-        return load_model(folder, dtype, device)
+        return _dequantised(folder, dtype, device)
     return model.to(device).eval()
+
+
+def _dequantised(folder: Path, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+    """A quantised model in plain weights."""
+    model = load_model(folder, dtype, device)
+    try:
+        round_activations(model, folder)
+    except ConfigError as error:
+        log.warning("activations are not rounded as an engine does it: %s", error)
+    return model

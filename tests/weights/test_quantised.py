@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from joint_train.errors import ConfigError, WeightsError
 from joint_train.weights import composite, unpack
+from joint_train.weights.activations import round_activations
 from joint_train.weights.folders import read_config, read_configs
 from joint_train.weights.identity import frozen_base
 from joint_train.weights.loading import load_model, stored_tensors
@@ -80,8 +81,18 @@ def test_no_expert_generates_at_random(folders, how, caplog):
     folder, ids = folders(how, "26b_a4b")[0], torch.arange(10, 30)[None]
     for dtype in (torch.bfloat16, torch.float32):
         model, expected = load_to_generate(folder, dtype, "cpu"), load_model(folder, dtype)
+        assert round_activations(expected, folder) == sum(bool(m._forward_pre_hooks) for m in model.modules())
         assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
     assert "transformers doesn't find" in caplog.text and "they are dequantised here" in caplog.text
+
+
+@pytest.mark.parametrize(("how", "rounded"), [("fp8_block", 20), ("mxfp4", 0), ("mxfp8", 0), ("modelopt_fp8", 20)])
+def test_bases_that_transformers_cannot_compute_with_generate_as_they_are_served(folders, how, rounded):
+    """In float32: transformers' products of these are in bfloat16, or it doesn't read them. Activations are rounded."""
+    folder, ids = folders(how)[0], torch.arange(10, 30)[None]
+    model, without = load_to_generate(folder, torch.float32, "cpu"), load_model(folder, torch.float32)
+    assert sum(bool(module._forward_pre_hooks) for module in model.modules()) >= rounded
+    assert torch.equal(model(input_ids=ids).logits, without(input_ids=ids).logits) == (not rounded)
 
 
 @pytest.mark.parametrize("how", CONFIGS)
@@ -103,12 +114,13 @@ def test_any_slice_equals_that_of_the_whole(folders, how):
         assert torch.equal(view[slice(5, 18), slice(3, 21)], whole[5:18, 3:21])
 
 
-@pytest.mark.parametrize("how", ["int4", "int8", "fp8", "fp8_block", "gemma"])
+@pytest.mark.parametrize("how", ["int4", "int8", "fp8", "mxfp4", "mxfp8", "fp8_block", "gemma"])
 def test_transformers_has_the_same_weights(folders, how):
     folder, _ = folders(how)
+    dtype = torch.bfloat16 if "mxfp" in how else torch.float32  # the package has MX formats in bfloat16, exactly
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        ours = load_model(folder, torch.float32)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        ours = load_model(folder, dtype)
         tokens = torch.arange(12)[None]
         if CONFIGS[how]["quant_method"] == "compressed-tensors":
             theirs(tokens)  # the package unpacks in the first forward
@@ -289,12 +301,15 @@ def with_config(folder, out, **changes):
     ("how", "changes", "said"),
     [
         ("int4", {"quant_method": "bitsandbytes"}, "quant_method=bitsandbytes, which isn't read"),
+        ("int4", {"quant_method": "mxfp4"}, "quant_method=mxfp4, which isn't read"),
         ("int4", {"format": "marlin-24", "config_groups": {}}, "its format marlin-24"),
+        ("int4", {"format": "mxfp6-pack-quantized", "config_groups": {}}, "its format mxfp6-pack-quantized"),
         ("int4", {"transform_config": {"config_groups": {"u": {}}}}, "rotations"),
         ("int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
         ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format marlin"),
         ("awq", {"version": "gemv"}, "version gemv"),
         ("modelopt", {"quant_algo": "W4A8_AWQ"}, "quant_algo W4A8_AWQ"),
+        ("modelopt", {"quant_algo": "MXFP8"}, "quant_algo MXFP8"),
     ],
 )  # fmt: skip
 def test_formats_that_are_not_known_are_refused_by_name(folders, tmp_path, how, changes, said):

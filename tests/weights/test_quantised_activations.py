@@ -7,7 +7,7 @@ import pytest
 import torch
 from configs import compose
 from pairs import make_pair
-from quantised_folders import FP8_FP8, quantise
+from quantised_folders import CONFIGS, FP8_FP8, exponents, quantise, with_activations
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -103,5 +103,10 @@ def test_folders_that_say_nothing_are_refused(pair, tmp_path):
     base = changed(pair[0], tmp_path / "base", "int4")
     with pytest.raises(ConfigError, match="says of no linear layer"):
         loaded(base, pair[1])
+    for how in ("mxfp4", "mxfp8"):
+        config = with_activations(CONFIGS[how], dynamic=True, **exponents(8))
+        base = changed(pair[0], tmp_path / how, how, config)
+        with pytest.raises(ConfigError, match=r"_proj rounds .* known .MXFP8.*Set .*_activations=none"):
+            loaded(base, pair[1])
     with pytest.raises(ConfigError, match="model.quantization=as_saved with such a folder"):
         loaded(base, pair[1], **{"model.quantization": "none"})
