@@ -79,6 +79,8 @@ def export_run(
     if (checkpoint / AVERAGE).is_dir():
         weights |= {"drafter": AVERAGE} | ({"drafter_last": "drafter/model"} if cfg.model.export.drafter_last else {})
     try:
+        if as_saved(cfg) and not cfg.lora.r:
+            check_base(checkpoint, cfg, sources[0], Changes())
         if as_saved(cfg) and cfg.lora.r:
             config = read_config(sources[0], text_config=cfg.model.text_config, quantized=True)
             model = build_meta(config, torch.bfloat16)
@@ -97,11 +99,9 @@ def export_run(
                 fill_from_checkpoint(model, cfg, checkpoint, source, changes)
                 outs.append(out / "adapter")
                 export_adapter(model, out / "adapter", in_place=False, card=cards["adapter"])
-            elif part == "base" and (document := checkpoint / FROZEN_BASE).exists():
+            elif part == "base" and (checkpoint / FROZEN_BASE).exists():
                 changes = changes_of_base(cfg, model, source, Ranks(cfg.parallel.timeout_seconds), merged_adapters(cfg))
-                check_frozen_base(
-                    checkpoint, json.loads(document.read_bytes()), frozen_base(source, changes, cfg.model.quantization)
-                )
+                check_base(checkpoint, cfg, source, changes)
             export_checkpoint(
                 checkpoint / weights[part], model, source, out / part,
                 max_shard_size or cfg.model.export.max_shard_size, num_assistant_tokens=tokens,
@@ -128,6 +128,17 @@ def export_run(
         if not found:
             print(f"{out}: a conversation has the tokens of training, and generation ends where answers end there")
     return (verify_export(out) if check else 0) or int(problems > 0)
+
+
+def check_base(checkpoint: Path, cfg: Config, source: Path, changes: Changes) -> None:
+    """Compare a base that isn't in the checkpoint with the one that it was trained on.
+
+    Raises:
+        CheckpointError: if it is another.
+    """
+    if (document := checkpoint / FROZEN_BASE).exists():
+        now = frozen_base(source, changes, cfg.model.quantization)
+        check_frozen_base(checkpoint, json.loads(document.read_bytes()), now)
 
 
 def run_tokenizer(cfg: Config) -> PreTrainedTokenizerBase | None:

@@ -62,6 +62,7 @@ CONFIGS = {
                                          "per_layer_model_projection", "model.language_model.embed_tokens"]},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False},
     "gptq_order": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True},
+    "gptq_3_bits": {"quant_method": "gptq", "bits": 3, "group_size": GROUP, "desc_act": True},
     "gptq_v2": {"quant_method": "gptq", "bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2"},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True},
     "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
@@ -73,8 +74,9 @@ FP8_FP8 = with_activations(CONFIGS["fp8"], num_bits=8, type="float", strategy="t
 INT8_INT8 = with_activations(CONFIGS["int8"], num_bits=8, type="int", strategy="token", dynamic=True)
 
 
-def quantise(folder: Path, how: str, per_expert: bool = True) -> dict[str, Tensor]:
-    """Quantise a folder's linear layers in place, and its experts, each as a layer of its own.
+def quantise(folder: Path, how: str, experts: str = "each") -> dict[str, Tensor]:
+    """Quantise a folder's linear layers in place, and its experts: ``each`` as a layer of its own, all of them in
+    ``one`` tensor, or ``none``.
 
     Returns:
         What its weights are, by the names that they had, in float32.
@@ -83,7 +85,12 @@ def quantise(folder: Path, how: str, per_expert: bool = True) -> dict[str, Tenso
     reference, written = {}, {}
     generator = torch.Generator().manual_seed(0)
     for name, tensor in tensors.items():
-        if EXPERTS.fullmatch(name) and per_expert:
+        if EXPERTS.fullmatch(name) and experts == "one":
+            made = [quantise_weight(name, of_one, how, generator) for of_one in tensor.float()]
+            for leaf in made[0][0]:
+                written[name + leaf.removeprefix("weight")] = torch.stack([found[leaf] for found, _ in made])
+            reference[name] = torch.stack([value for _, value in made])
+        elif EXPERTS.fullmatch(name) and experts == "each":
             rows = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[name.rpartition(".")[2]]
             whole = []
             for number, of_one in enumerate(tensor.float()):

@@ -151,7 +151,8 @@ class _Constant:
 
 def _bytes(layer: Layer, scheme: dict[str, Any]) -> Weight:
     codes = layer.source("weight")
-    block = tuple(scheme.get("block_structure") or (None, scheme.get("group_size") or None))
+    block = scheme.get("block_structure") or (None, scheme.get("group_size") or None)
+    block = tuple(int(size) for size in block.split("x")) if isinstance(block, str) else tuple(block)
     zeros = None
     if not scheme.get("symmetric", True) and "weight_zero_point" in layer.tensors:
         zeros = Grid(layer.source("weight_zero_point"), codes.shape, block)
@@ -257,10 +258,12 @@ def _gptq(layer: Layer) -> Weight:
     less = 0 if layer.config.get("checkpoint_format") == "gptq_v2" else 1
     stored = Mapped(Bits(zeros, bits, out), lambda z: (z.int() + less) & (2**bits - 1))
     block = (None, size if size > 0 else None)
-    in_order = groups is None or bool((groups == torch.arange(columns) // (columns // scales.shape[0])).all())
-    order = None if in_order else groups
+    if groups is not None and bool((groups == torch.arange(columns) // (each := -(-columns // scales.shape[0]))).all()):
+        block, groups = (None, each), None  # consecutive, of a size that may be this layer's own
     return Weight(
-        codes, Grid(Transposed(scales), codes.shape, block, order), Grid(Transposed(stored), codes.shape, block, order)
+        codes,
+        Grid(Transposed(scales), codes.shape, block, groups),
+        Grid(Transposed(stored), codes.shape, block, groups),
     )
 
 

@@ -93,17 +93,8 @@ def stored_in_gguf(files: list[Path]) -> dict[str, Stored]:
     """
     if PathFinder.find_spec("gguf") is None:
         raise ConfigError(f"{files[0]} is read by the gguf package: pip install 'joint-train[gguf]'")
-    import gguf
-
     found: dict[str, Stored] = {}
-    for file in files:
-        try:
-            reader = gguf.GGUFReader(file)
-            architecture = reader.fields["general.architecture"].contents()
-        except Exception as error:  # of what isn't one, in any way
-            raise WeightsError(f"{file} can't be read as GGUF: {type(error).__name__}: {error}") from None
-        if architecture != "gemma4":
-            raise WeightsError(f"{file} is of a {architecture}; a base is a gemma4")
+    for file, reader in _parts(files):
         for tensor in reader.tensors:
             if tensor.name in COMPUTED:
                 continue
@@ -119,6 +110,32 @@ def stored_in_gguf(files: list[Path]) -> dict[str, Stored]:
                 ) from None
             found[name] = Stored(file, blocks.shape, "F32", tensor.name, blocks)
     return found
+
+
+def _parts(files: list[Path]) -> list[tuple[Path, Any]]:
+    """The files of one model, each open. Of those that ``gguf-split`` makes, only the first says what the model is."""
+    import gguf
+
+    parts, places = [], []
+    for file in files:
+        try:
+            reader = gguf.GGUFReader(file)
+            of, number, architecture = (
+                None if (field := reader.fields.get(key)) is None else field.contents()
+                for key in ("split.count", "split.no", "general.architecture")
+            )
+        except Exception as error:  # of what isn't one, in any way
+            raise WeightsError(f"{file} can't be read as GGUF: {type(error).__name__}: {error}") from None
+        if architecture != "gemma4" and not number:
+            raise WeightsError(f"{file} is of a {architecture}; a base is a gemma4")
+        parts.append((file, reader))
+        places.append((int(number or 0), int(of or 1)))
+    if sorted(places) != [(number, len(files)) for number in range(len(files))]:
+        said = ", ".join(
+            f"{file.name} (part {number + 1} of {of})" for file, (number, of) in zip(files, places, strict=True)
+        )
+        raise WeightsError(f"{files[0].parent} should have one model in GGUF, and all of its parts; it has {said}")
+    return parts
 
 
 def _name(name: str) -> str | None:

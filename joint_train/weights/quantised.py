@@ -91,7 +91,8 @@ def read_by_transformers(config: Mapping[str, Any], dtype: torch.dtype) -> bool:
     method = config.get("quant_method")
     if method == "compressed-tensors" and find_spec("compressed_tensors") is None:
         return False
-    if dtype != torch.bfloat16 and (method == "fp8" or any("fp4" in name or "mxfp" in name for name in formats(config))):
+    in_bfloat16 = method == "fp8" or any("fp4" in name or "mxfp" in name for name in formats(config))
+    if in_bfloat16 and dtype != torch.bfloat16:
         return False
     return method not in ("gptq", "awq", "modelopt", "gguf")
 
@@ -186,8 +187,8 @@ def _split(name: str) -> tuple[str, str]:
     """A layer and the tensor of it: experts in one tensor are layers of their own, ``experts.down_proj``."""
     layer, _, leaf = name.rpartition(".")
     for ending in ("_scale_inv", "_activation_scale", ""):
-        stem = leaf.removesuffix(ending) if ending else leaf
-        if layer.endswith("experts") and stem in FUSED:
+        stem = leaf.removesuffix(ending)
+        if layer.endswith("experts") and leaf.endswith(ending) and stem in FUSED:
             return f"{layer}.{stem}", f"weight{ending}"
     return layer, leaf
 

@@ -14,6 +14,7 @@ from joint_train import Gemma4WithDrafter
 from joint_train.checkpoint.reader import stored_tensors
 from joint_train.config import load
 from joint_train.distributed.preemption import Preemption
+from joint_train.errors import JointTrainError
 from joint_train.evaluate.__main__ import main as evaluate
 from joint_train.run_export import export_run
 from joint_train.train import trainer
@@ -111,6 +112,12 @@ def test_a_base_as_it_is_saved(starter_dir, tmp_path, more):
         file = "adapter_model.safetensors" if part == "adapter" else "model.safetensors"
         a, b = (load_file(folder / part / file) for folder in (tmp_path / "export", out / "export"))
         assert all(torch.equal(a[name], b[name]) for name in b), part
+    shutil.copytree(starter_dir / "base", tmp_path / "other")
+    quantise(tmp_path / "other", "int8")
+    for base in (tmp_path / "other", starter_dir / "base"):
+        with pytest.raises(JointTrainError, match=f"weights in {base} are others|{base} holds no quantised weights"):
+            export_run(out / "checkpoints/step_00000004", tmp_path / "of_another", base=str(base))
+        assert not (tmp_path / "of_another").exists() or not list((tmp_path / "of_another").iterdir())
     if not adapters:
         arguments = ["--prompts", "starter", "--limit", "1", "--num-steps", "2", "--max-new-tokens", "8"]
         folders = [str(pair / "base"), str(out / "export/drafter")]

@@ -37,12 +37,12 @@ def folders(pairs, tmp_path_factory):
     """``folders(how)``: (a folder that is quantised so, what its weights are), made once."""
     made, root = {}, tmp_path_factory.mktemp("quantised")
 
-    def make(how, shape="e2b"):
-        if (how, shape) not in made:
-            folder = root / f"{how}-{shape}"
+    def make(how, shape="e2b", experts="each"):
+        if (how, shape, experts) not in made:
+            folder = root / f"{how}-{shape}-{experts}"
             shutil.copytree(pairs / shape / "base", folder)
-            made[how, shape] = folder, quantise(folder, how)
-        return made[how, shape]
+            made[how, shape, experts] = folder, quantise(folder, how, experts)
+        return made[how, shape, experts]
 
     return make
 
@@ -63,7 +63,7 @@ def test_each_format_is_what_it_says(folders, how):
     assert changed >= 20
 
 
-@pytest.mark.parametrize("how", ["int4", "nvfp4", "modelopt", "gptq_order", "awq"])
+@pytest.mark.parametrize("how", ["int4", "nvfp4", "modelopt", "modelopt_fp8", "gptq_order", "awq"])
 def test_experts_that_have_a_layer_each_become_one_tensor(folders, how):
     folder, reference = folders(how, "26b_a4b")
     found = values(folder)
@@ -73,6 +73,16 @@ def test_experts_that_have_a_layer_each_become_one_tensor(folders, how):
     name = next(name for name in found if name.endswith("experts.gate_up_proj"))
     part = (slice(1, 3), slice(20, 50), slice(3, 40))  # of the second half of one matrix and the first of the next
     assert torch.equal(stored_tensors(folder)[name].slices()[part], reference[name][part])
+
+
+@pytest.mark.parametrize(("how", "experts"), [("int4", "none"), ("fp8_block", "none"), ("fp8_block", "one")])
+def test_experts_that_are_one_tensor_stay_one(folders, how, experts):
+    """Not quantised, as tools leave what isn't a linear layer; or with names as transformers' FP8 experts have them."""
+    folder, reference = folders(how, "26b_a4b", experts)
+    found = values(folder)
+    assert found.keys() == {name for name, tensor in reference.items() if tensor.ndim}
+    for name, tensor in found.items():
+        assert torch.equal(tensor.float(), reference[name]), name
 
 
 @pytest.mark.parametrize("how", ["int8", "fp8_block"])
@@ -287,6 +297,32 @@ def test_blocks_of_gguf(tmp_path, kind):
     assert entry.shape == (5, 3 * size) and torch.equal(entry.slices()[...], whole)
     for columns in (slice(0, size), slice(size - 3, size + 5), slice(2 * size + 1, 3 * size)):
         assert torch.equal(entry.slices()[slice(1, 4), columns], whole[1:4, columns])
+
+
+def test_gguf_in_several_files(tmp_path):
+    """As gguf-split makes them: only the first part says of which model it is."""
+    gguf = pytest.importorskip("gguf")
+    from joint_train.weights.gguf_file import stored_in_gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gemma4", split_max_tensors=2)
+    tensors = {f"blk.{layer}.attn_q.weight": torch.randn(4, 32).numpy() for layer in range(5)}
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    files = sorted(tmp_path.glob("*.gguf"))
+    assert len(files) == 3
+    found = stored_in_gguf(files)
+    assert len(found) == 5
+    for name, tensor in tensors.items():
+        read = found[name.replace("blk", "model.layers").replace("attn_q", "self_attn.q_proj")].slices()[...]
+        assert torch.equal(read, torch.from_numpy(tensor))
+    shutil.copy(files[0], other := tmp_path / "other.gguf")
+    for those in (files[:1], files[1:], files[:2], [*files, other], [other, other]):
+        with pytest.raises(WeightsError, match="one model in GGUF, and all of its parts; it has"):
+            stored_in_gguf(those)
 
 
 def with_config(folder, out, **changes):
