@@ -202,3 +202,20 @@ def round_activations(base: PreTrainedModel, folder: Path) -> int:
     if done:
         log.info("the inputs of %d layers of the base are rounded; those of experts aren't", done)
     return done
+
+
+def round_as_saved(base: PreTrainedModel, folder: Path) -> None:
+    """:func:`round_activations` for ``model.quantization_activations=as_saved``.
+
+    Raises:
+        ConfigError: if the folder says nothing of any layer, or names a scheme that isn't known.
+    """
+    key = "model.quantization_activations"
+    try:
+        rounded = round_activations(base, folder)
+    except ConfigError as error:
+        raise ConfigError(f"{key}=as_saved: {error}. Set {key}=none.") from None
+    if not rounded:
+        raise ConfigError(
+            f"{key}=as_saved, and {folder} says of no linear layer that its engines round activations: set {key}=none."
+        )

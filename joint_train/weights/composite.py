@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from joint_train import checkpoint
 from joint_train.config import (
@@ -38,7 +38,7 @@ from joint_train.errors import ConfigError
 from joint_train.pair.attention import check_flex, implementation, kernels
 from joint_train.pair.model import JointModel
 from joint_train.weights import quantised
-from joint_train.weights.activations import round_activations
+from joint_train.weights.activations import round_as_saved
 from joint_train.weights.adapter import export_adapter, fill_base, load_adapter, warn_of_merged
 from joint_train.weights.average import averaged
 from joint_train.weights.changes import UNCHANGED, Changes, file_digest
@@ -383,7 +383,7 @@ def load_pair(
     if kept := stores(model.base).values():
         model.quantization_error = rounding(kept, everyone)
     if m.quantization_activations == "as_saved":
-        _round_activations(model.base, base_dir)
+        round_as_saved(model.base, base_dir)
     if served:
         dtype = DTYPES[cfg.precision.params] if mesh is None else compute
         model.adapters = put_served(model, cfg, served, dtype, device)
@@ -392,18 +392,6 @@ def load_pair(
     if cfg.drafter.share_embedding_with_base:
         model.share_embedding()
     return model
-
-
-def _round_activations(base: PreTrainedModel, folder: Path) -> None:
-    key = "model.quantization_activations"
-    try:
-        rounded = round_activations(base, folder)
-    except ConfigError as error:
-        raise ConfigError(f"{key}=as_saved: {error}. Set {key}=none.") from None
-    if not rounded:
-        raise ConfigError(
-            f"{key}=as_saved, and {folder} says of no linear layer that its engines round activations: set {key}=none."
-        )
 
 
 def meta_pair(

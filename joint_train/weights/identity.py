@@ -12,6 +12,7 @@ from joint_train.distributed.agreement import agree
 from joint_train.distributed.ranks import Ranks
 from joint_train.weights.changes import UNCHANGED, Changes
 from joint_train.weights.loading import check_token_ordering, check_weights, stored_in_files, stored_tensors
+from joint_train.weights.quantised import quantization_config
 
 SAMPLE_BYTES = 4096
 
@@ -71,12 +72,14 @@ def frozen_base(folder: str | os.PathLike, changes: Changes = UNCHANGED, quantiz
 
     The hash is over the headers (names, shapes, dtypes) and the first row of every tensor, since fine-tuned models have
     the headers of what they were made from. How the tensors are spread over files doesn't count. Adapters that were
-    merged into them do, and rows that were added.
+    merged into them do, rows that were added, and what the folder says of how its weights are quantised.
 
     Args:
         quantization: ``model.quantization``.
     """
     digest = hashlib.sha256(changes.digest.encode())
+    if (config := quantization_config(Path(folder))) is not None:
+        digest.update(json.dumps(config, sort_keys=True).encode())
     for key, entry in sorted(stored_in_files(folder).items()):
         digest.update(f"{key} {entry.shape} {entry.dtype}".encode())
         few = len(entry.shape) < 2

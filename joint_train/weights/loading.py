@@ -314,6 +314,15 @@ def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.Pa
             wrong["unexpected"].append(f"{key} {list(entry.shape)} in {entry.file.name}")
     present = {id(tensors[name]) for name in names.values()}
     wrong["missing"] = [f"{name} {list(t.shape)}" for name, t in tensors.items() if id(t) not in present]
+    first: dict[int, str] = {}
+    for key, name in names.items():
+        other = first.setdefault(id(tensors[name]), key)
+        if other != key and (stored[key].weight or stored[other].weight):
+            raise WeightsError(
+                f"{folder} has {other} and {key}, which are one tensor of {type(model).__name__} "
+                "(tie_word_embeddings=true), and not in one quantisation: quantise again with lm_head ignored, or say "
+                "tie_word_embeddings=false in its config.json if they were quantised apart"
+            )
     if any(wrong.values()):
         raise WeightsError(
             f"the weights in {folder} don't fit {type(model).__name__}:"

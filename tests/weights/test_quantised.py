@@ -8,7 +8,7 @@ import pytest
 import torch
 from configs import compose
 from pairs import make_pair
-from quantised_folders import CONFIGS, quantise
+from quantised_folders import CONFIGS, quantise, quantise_weight
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
@@ -45,6 +45,9 @@ def folders(pairs, tmp_path_factory):
         return made[how, shape, experts]
 
     return make
+
+
+Q_PROJ = "model.language_model.layers.1.self_attn.q_proj.weight"
 
 
 def values(folder):
@@ -219,10 +222,9 @@ def take_own_groups(monkeypatch):
 )
 def test_the_comparisons_see_a_planted_fault(folders, monkeypatch, fault, how, part):
     folder, reference = folders(how)
-    name = "model.language_model.layers.1.self_attn.q_proj.weight"
-    assert torch.equal(stored_tensors(folder)[name].slices()[part], reference[name][part])
+    assert torch.equal(stored_tensors(folder)[Q_PROJ].slices()[part], reference[Q_PROJ][part])
     fault(monkeypatch)
-    assert not torch.equal(stored_tensors(folder)[name].slices()[part], reference[name][part])
+    assert not torch.equal(stored_tensors(folder)[Q_PROJ].slices()[part], reference[Q_PROJ][part])
 
 
 def test_gguf(tmp_path):
@@ -372,6 +374,22 @@ def test_layers_that_are_not_what_the_format_says_are_refused_by_name(folders, t
             stored_tensors(folder)
 
 
+def test_a_head_that_is_quantised_apart_from_its_table_is_no_tied_one(folders, tmp_path):
+    folder, reference = shutil.copytree(folders("int4")[0], tmp_path / "a"), folders("int4")[1]
+    table, generator = reference["model.language_model.embed_tokens.weight"], torch.Generator()
+    head, expected = quantise_weight("lm_head", table, "int4", generator)
+    tensors = load_file(folder / "model.safetensors") | {f"lm_head.{leaf}": tensor for leaf, tensor in head.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsError, match=r"lm_head.weight and .*embed_tokens.weight.* are one tensor of Gemma4"):
+        load_model(folder, torch.float32)
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load_model(folder, torch.float32)
+    assert torch.equal(model.get_input_embeddings().weight, table) and not torch.equal(expected, table)
+    assert torch.equal(model.get_output_embeddings().weight, expected)
+
+
 def test_what_the_configuration_has_to_say(pairs, folders):
     folder, drafter = folders("int4")[0], pairs / "e2b/drafter"
     with pytest.raises(ConfigError, match="compressed-tensors .pack-quantized.*set model.quantization=as_saved"):
@@ -387,3 +405,10 @@ def test_what_the_configuration_has_to_say(pairs, folders):
         with pytest.raises(ConfigError, match=said):
             settings(folder, drafter, **more)
     assert frozen_base(folder)["hash"] != frozen_base(folders("int8")[0])["hash"]
+
+
+def test_the_same_codes_read_in_another_way_are_another_base(folders, tmp_path):
+    folder = folders("gptq")[0]
+    other = with_config(folder, tmp_path / "base", checkpoint_format="gptq_v2")  # zero points are as they are stored
+    assert not torch.equal(values(folder)[Q_PROJ], values(other)[Q_PROJ])
+    assert frozen_base(folder)["hash"] != frozen_base(other)["hash"]
