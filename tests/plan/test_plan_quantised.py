@@ -66,5 +66,7 @@ def test_codes_are_suggested_with_what_they_need(pairs, settings, with_codes):  
 
 @pytest.mark.slow
 def test_31b_on_one_card_is_suggested_in_codes():
-    cfg = released("31B", **{"lora.r": 16, "data.max_length": 4096, "parallel.cpu_offload": "all", "eval.prompts": 0})
-    assert any(found.changes.get("model.quantization") == "nf4" for found in suggest(cfg, one(48)))
+    """With its weights on the host it would fit as it is. What else takes less memory is set, and isn't enough."""
+    small = {"optim.name": "adamw_8bit", "precision.params": "bfloat16", "parallel.cpu_offload": "optimizer"}
+    cfg = released("31B", **{"lora.r": 16, "data.max_length": 512, **small})
+    assert next(suggest(cfg, one(48))).changes.get("model.quantization") == "nf4"
