@@ -48,6 +48,10 @@ CONFIGS = {
     "fp8": compressed_config(
         "float-quantized", {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
     ),
+    "fp8_blocks": compressed_config(
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [16, 8]},
+    ),
     "nvfp4": compressed_config(
         "nvfp4-pack-quantized",
         {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16},
@@ -173,6 +177,9 @@ def by_compressed_tensors(w: Tensor, config: dict) -> tuple[dict[str, Tensor], T
     scheme = QuantizationScheme(targets=group["targets"], weights=group["weights"])
     args, compressor = scheme.weights, BaseCompressor.get_value_from_registry(group["format"])
     parts = w.unflatten(1, (-1, args.group_size)) if args.group_size else w.unsqueeze(1)
+    if args.block_structure:
+        rows, columns = args.block_structure
+        parts = w.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2).flatten(2)
     low, high = parts.amin(2), parts.amax(2)
     whole = generate_gparam(low.min(), high.max()) if args.strategy == "tensor_group" else None
     scale, zero = calculate_qparams(low, high, args, whole)

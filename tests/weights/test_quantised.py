@@ -127,7 +127,7 @@ def test_any_slice_equals_that_of_the_whole(folders, how):
         assert torch.equal(view[slice(5, 18), slice(3, 21)], whole[5:18, 3:21])
 
 
-@pytest.mark.parametrize("how", ["int4", "int8", "fp8", "mxfp4", "mxfp8", "fp8_block", "gemma"])
+@pytest.mark.parametrize("how", ["int4", "int8", "fp8", "fp8_blocks", "mxfp4", "mxfp8", "fp8_block", "gemma"])
 def test_transformers_has_the_same_weights(folders, how):
     folder, _ = folders(how)
     dtype = torch.bfloat16 if "mxfp" in how else torch.float32  # the package has MX formats in bfloat16, exactly
@@ -405,6 +405,16 @@ def test_what_the_configuration_has_to_say(pairs, folders):
         with pytest.raises(ConfigError, match=said):
             settings(folder, drafter, **more)
     assert frozen_base(folder)["hash"] != frozen_base(folders("int8")[0])["hash"]
+
+
+def test_sizes_of_groups_and_blocks_that_are_said_otherwise(folders, tmp_path):
+    """A layer of GPTQ may have groups of its own; and compressed-tensors wrote blocks as a text."""
+    other = with_config(folders("gptq")[0], tmp_path / "gptq", group_size=16)
+    assert torch.equal(values(other)[Q_PROJ], values(folders("gptq")[0])[Q_PROJ])
+    weights = CONFIGS["fp8_blocks"]["config_groups"]["group_0"]["weights"] | {"block_structure": "16x8"}
+    group = CONFIGS["fp8_blocks"]["config_groups"]["group_0"] | {"weights": weights}
+    other = with_config(folders("fp8_blocks")[0], tmp_path / "fp8", config_groups={"group_0": group})
+    assert torch.equal(values(other)[Q_PROJ], folders("fp8_blocks")[1][Q_PROJ])
 
 
 def test_the_same_codes_read_in_another_way_are_another_base(folders, tmp_path):
