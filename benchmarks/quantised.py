@@ -38,13 +38,13 @@ from joint_train.pair.model import JointModel
 
 LINEAR = re.compile(r".*layers\.\d+\..*(_proj|experts\.\w+)(\.weight)?$")
 GROUP = 32
-DRAFTERS = {"as it was": "stale", "tuned on bf16": "bf16", "tuned on this base": "own"}
+DRAFTERS = {"stale": "as it was", "bf16": "tuned on bf16", "own": "tuned on this base"}
 COLUMNS = {
     "base": ("base", ""),
     "error": ("weights changed by", ".2%"),
-    **{name: (f"expected length, {name}", ".3f") for name in DRAFTERS},
+    **{drafter: (f"expected length, {name}", ".3f") for drafter, name in DRAFTERS.items()},
     "gain": ("tuned on this base against bf16", "+.1%"),
-    **{f"{name}, decoded": (f"decoded greedily, {name}", ".3f") for name in DRAFTERS},
+    **{f"{drafter}_decoded": (f"decoded greedily, {name}", ".3f") for drafter, name in DRAFTERS.items()},
     "gain_decoded": ("tuned on this base against bf16", "+.1%"),
 }
 
@@ -155,13 +155,12 @@ def summary(found: list[dict[str, dict]]) -> list[dict[str, results.Value]]:
     rows: list[dict[str, results.Value]] = []
     for form in found[0]:
         row: dict[str, results.Value] = {"base": form, "error": results.spread([one[form]["error"] for one in found])}
-        for suffix, sums in (("", ("lengths", "rows")), (", decoded", ("settled", "verifications"))):
-            for name, drafter in DRAFTERS.items():
+        for suffix, sums in (("", ("lengths", "rows")), ("_decoded", ("settled", "verifications"))):
+            for drafter in DRAFTERS:
                 of_drafter = [[[one[form][drafter][key] for key in sums]] for one in found]
-                row[f"{name}{suffix}"] = hierarchical(of_drafter, lambda settled, times: settled / times)
+                row[f"{drafter}{suffix}"] = hierarchical(of_drafter, lambda settled, times: settled / times)
             both = [[[one[form][drafter][key] for drafter in ("own", "bf16") for key in sums]] for one in found]
-            gain = hierarchical(both, lambda a, m, b, n: (a / m) / (b / n) - 1)
-            row["gain_decoded" if suffix else "gain"] = gain
+            row[f"gain{suffix}"] = hierarchical(both, lambda a, m, b, n: (a / m) / (b / n) - 1)
         rows.append(row)
     return rows
 
@@ -185,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> int:
         found = [of_start(number, options) for number in options.starts]
-        results.finish(results.record("quantised", COLUMNS, summary(found), runs=found), options.results)
+        results.finish(results.record("quantised", COLUMNS, summary(found)), options.results)
         return 0
 
     return start("benchmarks.quantised", run)

@@ -36,8 +36,8 @@ def test_a_start_pair_is_measured_on_each_base(starter_dir, tmp_path, monkeypatc
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert [row["base"] for row in rows] == ["bf16", "int3"] and rows[0]["error"] == 0 < rows[1]["error"]
     for row in rows:
-        for suffix in ("", ", decoded"):  # one drafter under each name
-            values = [row[f"{name}{suffix}"]["value"] for name in quantised.DRAFTERS]
+        for suffix in ("", "_decoded"):  # one drafter under each name
+            values = [row[f"{drafter}{suffix}"]["value"] for drafter in quantised.DRAFTERS]
             assert len(set(values)) == 1 and 1 <= values[0] <= 5
         assert row["gain"]["value"] == row["gain_decoded"]["value"] == 0
     settings = dict(made)
