@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from joint_train.evaluate.__main__ import main
 from joint_train.evaluate.engines import VLLM, EngineError, LlamaCpp, Request, SGLang
+from joint_train.evaluate.prompts import Prompt
 
 K = 3
 
@@ -157,6 +158,7 @@ def folders(tmp_path_factory):
 
 
 PROMPTS = [[3] * i + [4, 5] for i in range(1, 7)]
+ASKED = [Prompt(ids, "", "") for ids in PROMPTS]
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "llamacpp"])
@@ -210,7 +212,7 @@ def test_requests_are_made_so_many_at_a_time(serve):
     engine = VLLM(server.url)
     for count in (1, 3):
         server.most_busy = 0
-        phase = engine.run(PROMPTS, Request(5), count)
+        phase = engine.run(ASKED, Request(5), count)
         assert server.most_busy == count
         assert phase.seconds >= 0.05 * 6 / count
     assert phase.tokens == 30 and phase.settled == 24
@@ -218,7 +220,7 @@ def test_requests_are_made_so_many_at_a_time(serve):
 
 def test_an_answer_of_one_token_has_no_verification(serve):
     for engine, client in (("vllm", VLLM), ("sglang", SGLang), ("llamacpp", LlamaCpp)):
-        phase = client(serve(engine).url).run(PROMPTS[:1], Request(1), 1)
+        phase = client(serve(engine).url).run(ASKED[:1], Request(1), 1)
         assert (phase.tokens, phase.settled, phase.verifications, phase.accepted) == (1, 0, 0, [0] * K)
 
 
@@ -229,7 +231,7 @@ def test_a_server_that_others_use_is_not_measured(serve, monkeypatch):
     for others in (3, -1):  # more than was received, and less
         server.others_tokens = others
         with pytest.raises(EngineError, match=f"counted {5 + others} generated tokens while 5 were received"):
-            engine.run(PROMPTS[:1], Request(5), 1)
+            engine.run(ASKED[:1], Request(5), 1)
 
 
 def test_counters_that_come_late_are_waited_for(serve):
@@ -242,7 +244,7 @@ def test_counters_that_come_late_are_waited_for(serve):
         server.tokens += 5
 
     threading.Thread(target=later, daemon=True).start()
-    assert engine.run(PROMPTS[:1], Request(5), 1).tokens == 5
+    assert engine.run(ASKED[:1], Request(5), 1).tokens == 5
 
 
 def test_what_is_wrong_with_a_server_is_said(serve, monkeypatch):
@@ -267,12 +269,12 @@ def test_what_is_wrong_with_a_server_is_said(serve, monkeypatch):
     engine = SGLang(server.url)
     server.status = 500
     with pytest.raises(EngineError, match=r"POST .*/generate: HTTP 500: out of memory"):
-        engine.run(PROMPTS, Request(4), 2)
+        engine.run(ASKED, Request(4), 2)
     server.status, server.delay = 200, 5
     engine = SGLang(server.url, timeout=0.2)
     started = time.monotonic()
     with pytest.raises(EngineError, match="ReadTimeout"):
-        engine.run(PROMPTS[:2], Request(4), 2)
+        engine.run(ASKED[:2], Request(4), 2)
     assert time.monotonic() - started < 3
     server.hidden = ("speculative_num_steps",)
     with pytest.raises(EngineError, match="without a drafter"):
