@@ -90,7 +90,13 @@ class Engine:
             raise EngineStopped(f"{self.url} can't be reached: {_said(error)}. Is the engine running?") from error
         if response.is_error:
             raise EngineStopped(f"GET {self.url}/v1/models: {_reason(response)}")
-        return response.json()["data"]
+        try:
+            return [{**model, "id": model["id"]} for model in response.json()["data"]]
+        except (LookupError, TypeError, ValueError):
+            said = response.text[:200]
+            raise EngineStopped(
+                f"GET {self.url}/v1/models answers no list of models: {said!r}. Is it the engine's address?"
+            ) from None
 
     def answers(self, asked: Sequence[tuple[int, dict]]) -> Iterator[list[tuple[int, Answered]]]:
         """Answers as they come, ``concurrency`` prompts at a time.
@@ -181,10 +187,10 @@ class Engine:
             except httpx.HTTPError as error:
                 said = _said(error)
             else:
-                if response.is_success:
-                    answer = response.json()
-                    return answer if answer.get("choices") else _reason(response)
                 said = _reason(response)
+                if response.is_success:
+                    answer = _object(response)
+                    return answer if answer.get("choices") else said
                 if response.status_code in NOT_THE_PROMPTS_FAULT:
                     raise EngineStopped(f"POST {self.url}{path}: {said}")
                 if response.status_code not in BUSY:
@@ -202,12 +208,19 @@ class Engine:
         return f"{said} ({ATTEMPTS} times)"  # others get answers, so it is this prompt
 
 
-def _reason(response: httpx.Response) -> str:
+def _object(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of a response, or an empty one."""
     try:
         body = response.json()
-        message = body.get("message") or (body.get("error") or {}).get("message") or response.text
-    except (ValueError, AttributeError):
-        message = response.text
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _reason(response: httpx.Response) -> str:
+    body = _object(response)
+    error = body.get("error")
+    message = body.get("message") or (error.get("message") if isinstance(error, dict) else error) or response.text
     return f"HTTP {response.status_code}: {' '.join(str(message).split())[:200]}"
 
 

@@ -35,7 +35,7 @@ def check_prompt(url: str, name: str, tokenizer, ours: Sequence[int], answer: di
 
     Args:
         name: of the prompt.
-        ours: its tokens, with any number of placeholders for a picture.
+        ours: its tokens; a picture is one placeholder, or a begin token, any number of placeholders and an end token.
 
     Raises:
         DataError: it is another one.
@@ -43,15 +43,16 @@ def check_prompt(url: str, name: str, tokenizer, ours: Sequence[int], answer: di
     given = answer["choices"][0].get("prompt_token_ids") or answer.get("prompt_token_ids")
     if given is None:
         return
-    picture, around = tokenizer.image_token_id, (tokenizer.boi_token_id, tokenizer.eoi_token_id)
+    begin, end = tokenizer.boi_token_id, tokenizer.eoi_token_id
 
     def of_text(ids: Sequence[int]) -> list[int]:
-        """The tokens with one for each picture."""
-        return [
-            token
-            for at, token in enumerate(ids)
-            if token not in around and not (token == picture and at and ids[at - 1] == picture)
-        ]
+        """The tokens with one placeholder for each picture."""
+        kept, inside = [], False
+        for before, token in zip([None, *ids], ids, strict=False):
+            inside = token == begin or (inside and token != end)
+            if token not in (begin, end) and not (inside and token == before == tokenizer.image_token_id):
+                kept.append(token)
+        return kept
 
     theirs, ours = of_text(given), of_text(ours)
     if theirs != ours:

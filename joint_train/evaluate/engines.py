@@ -8,10 +8,11 @@ SGLang's Prometheus metrics hold only a windowed mean, but every answer of its o
 request's counts.
 """
 
+import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,19 +95,35 @@ class Engine:
     tokenizer: Any = None  # of the prompts, for those with pictures
 
     def __init__(self, url: str, timeout: float = 600.0) -> None:
-        self.url, self.client = address(url), connect(url, timeout)
-        served = self.call("GET", "/v1/models").json()["data"][0]
-        self.model: str = served["id"]  # the name that requests have to give
-        self.folder: str = served.get("root") or served["id"]
+        self.url, self.client, self.timeout = address(url), connect(url, timeout), timeout
+        with self._understood():
+            served = self.call("GET", "/v1/models").json()["data"][0]
+            self.model: str = served["id"]  # the name that requests have to give
+            self.folder: str = served.get("root") or served["id"]
 
     def call(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         try:
             response = self.client.request(method, path, **kwargs)
+        except httpx.ReadTimeout:
+            raise EngineError(f"{method} {self.url}{path}: no answer within --timeout={self.timeout:g} s.") from None
         except httpx.HTTPError as e:
             raise EngineError(f"{method} {self.url}{path}: {type(e).__name__}: {e}. Is the server running?") from e
         if response.is_error:
             raise EngineError(f"{method} {self.url}{path}: HTTP {response.status_code}: {response.text[:400]}")
         return response
+
+    @contextlib.contextmanager
+    def _understood(self) -> Iterator[None]:
+        """An answer that lacks what is read of it is an error of the server's."""
+        try:
+            yield
+        except JointTrainError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError) as e:
+            raise EngineError(
+                f"{self.url} answers otherwise than {self.name} does ({type(e).__name__}: {e}): is it another engine, "
+                "or is something in between, which leaves parts of the answers out?"
+            ) from e
 
     def run(self, prompts: Sequence[Prompt], request: Request, concurrency: int) -> Phase:
         """Complete prompts, ``concurrency`` of them at a time."""
@@ -115,7 +132,7 @@ class Engine:
     def _complete_concurrently(self, complete, prompts: Sequence[Prompt], request: Request, concurrency: int) -> tuple:
         """What ``complete(prompt, request)`` returns for each prompt, and the seconds that all of them took."""
         started = time.perf_counter()
-        with ThreadPoolExecutor(concurrency) as pool:
+        with self._understood(), ThreadPoolExecutor(concurrency) as pool:
             done = list(pool.map(complete, prompts, itertools.repeat(request)))
         return done, time.perf_counter() - started
 

@@ -32,6 +32,12 @@ VOCAB = 2048
 SIZES = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}  # the fewest that the processor allows
 # Nothing to resize: vLLM does it by torchvision, training by Pillow, and their pixels differ by rounding.
 WHOLE = ((64, 64), (56, 72), (80, 56), (40, 112), (48, 88))
+TOPICS = {
+    "house": "a small red house with blue doors".split(),
+    "birds": "two birds sit on the old tree and sing".split(),
+    "ship": "this ship has one sail but no wind".split(),
+    "cat": "my cat sleeps in an open box all day".split(),
+}
 PARTS = """{%- for part in content -%}
             {{- '<|image|>' if part['type'] == 'image' else part['text'] | trim -}}
         {%- endfor -%}"""
@@ -59,15 +65,15 @@ def make_tokenizer(folder: Path):
 def chats(folder: Path, name: str, count: int, seed: int) -> Path:
     """Chats with one picture, two or none, whose answers are words that each have few successors."""
     generator, choice = np.random.default_rng(seed), random.Random(seed)
-    words = "a cat the dog sees small red house with blue trees and two birds of one big old man who has".split()
     lines = []
     for number in range(count):
         shown = [{"type": "image", "path": f"{name}-{number}-{i}.png"} for i in range(number % 3)]
         for part in shown:
             pixels = generator.integers(0, 256, (*WHOLE[number % len(WHOLE)], 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / part["path"])
-        content = [*shown, {"type": "text", "text": "What is it? " * (1 + number % 8)}]
-        at = itertools.accumulate(range(40), lambda i, _: i + choice.choices((1, 3, 7), (80, 15, 5))[0], initial=number)
+        topic, words = list(TOPICS.items())[number % 4]
+        content = [*shown, {"type": "text", "text": f"{topic} " * (4 + number % 8)}]
+        at = itertools.accumulate(range(30), lambda i, _: i + choice.choices((1, 3), (85, 15))[0], initial=0)
         answer = " ".join(words[i % len(words)] for i in at)
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": turns}) + "\n")
@@ -97,7 +103,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path, Path]:
     job(
         f"pair={folder}/pair", f"output_dir={folder}/run",
         f"data.train=[{{path: {train}}}]", f"data.val=[{{path: {val}}}]",
-        "data.max_length=256", "max_steps=40", "eval.every=40",
+        "data.max_length=256", "max_steps=60", "eval.every=60",
     )  # fmt: skip
     return folder / "run/export/base", folder / "run/export/drafter", val
 
@@ -124,16 +130,16 @@ def test_a_running_server_has_evaluates_acceptance_and_text(server, trained, tmp
     texts = [example["text"] for example in served["examples"]]
     assert texts == [example["text"] for example in offline["examples"]]
     print(f"{one['tokens_per_forward']['value']:.3f} tokens per base forward in {one['verifications']} verifications")
-    assert 1.2 < one["tokens_per_forward"]["value"] < 4.9 and len(set(texts)) > 4
+    assert 1.2 < one["tokens_per_forward"]["value"] < 4.9 and len(set(texts)) > 2
 
 
-def test_its_answers_to_a_dataset_are_the_local_ones(server, trained, tmp_path):
+def test_its_answers_to_a_dataset_are_the_local_ones(server, trained, tmp_path, capsys):
     from joint_train.data.__main__ import main
 
     base, out = load(trained[0]), tmp_path / "answers.jsonl"
     words = ["regenerate", str(out), "--url", server, "--max-new-tokens", "60", "--concurrency", "4"]
     words += [f"model.base={trained[0]}", f"model.drafter={trained[1]}", "data.val=[]"]
-    assert main([*words, f"data.train=[{{path: {trained[2]}}}]"]) == 0
+    assert main([*words, f"data.train=[{{path: {trained[2]}}}]"]) == 0, capsys.readouterr().err
     tokenizer = transformers.AutoTokenizer.from_pretrained(trained[0])
     decoded = [decode(base, None, p.ids, K, 60, inputs=p.inputs) for p in load_prompts(str(trained[2]), tokenizer)]
     expected = [tokenizer.decode(d.ids[:-1]).strip() for d in decoded if d.ended]
