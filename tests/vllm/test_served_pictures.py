@@ -3,7 +3,6 @@ chats with pictures: answers are the base's in this process token for token, and
 them as ``python -m joint_train.evaluate --serving engine`` says.
 """
 
-import itertools
 import json
 import random
 import shutil
@@ -33,10 +32,10 @@ SIZES = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}  # th
 # Nothing to resize: vLLM does it by torchvision, training by Pillow, and their pixels differ by rounding.
 WHOLE = ((64, 64), (56, 72), (80, 56), (40, 112), (48, 88))
 TOPICS = {
-    "house": "a small red house with blue doors".split(),
-    "birds": "two birds sit on the old tree and sing".split(),
-    "ship": "this ship has one sail but no wind".split(),
-    "cat": "my cat sleeps in an open box all day".split(),
+    "house": "a small red house with blue doors stands at the end of our street".split(),
+    "birds": "two birds sit on the old tree and sing until it is dark".split(),
+    "ship": "this ship has one sail but no wind and no crew to row it".split(),
+    "cat": "my cat sleeps in an open box all day and hunts by night".split(),
 }
 PARTS = """{%- for part in content -%}
             {{- '<|image|>' if part['type'] == 'image' else part['text'] | trim -}}
@@ -73,8 +72,7 @@ def chats(folder: Path, name: str, count: int, seed: int) -> Path:
             Image.fromarray(pixels).save(folder / part["path"])
         topic, words = list(TOPICS.items())[number % 4]
         content = [*shown, {"type": "text", "text": f"{topic} " * (4 + number % 8)}]
-        at = itertools.accumulate(range(30), lambda i, _: i + choice.choices((1, 3), (85, 15))[0], initial=0)
-        answer = " ".join(words[i % len(words)] for i in at)
+        answer = " ".join(word for word in words if choice.random() < 0.9)
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": turns}) + "\n")
     (folder / f"{name}.jsonl").write_text("".join(lines))
@@ -103,7 +101,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path, Path]:
     job(
         f"pair={folder}/pair", f"output_dir={folder}/run",
         f"data.train=[{{path: {train}}}]", f"data.val=[{{path: {val}}}]",
-        "data.max_length=256", "max_steps=60", "eval.every=60",
+        "data.max_length=256", "max_steps=35", "eval.every=35",
     )  # fmt: skip
     return folder / "run/export/base", folder / "run/export/drafter", val
 
