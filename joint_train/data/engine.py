@@ -8,19 +8,18 @@ they are compared with training's.
 An answer comes back as token ids from vLLM, as text with its special tokens from SGLang.
 """
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import httpx
 
+from joint_train.data.engine_chat import chat_body, check_prompt
 from joint_train.data.engine_client import address, connect
-from joint_train.data.regenerate import Answered, Sampling, data_url, message_of
-from joint_train.data.render import Template, options_of
-from joint_train.data.thinking import kept_thoughts, prompt_ids
+from joint_train.data.regenerate import Answered, Sampling, message_of
+from joint_train.data.render import options_of
+from joint_train.data.thinking import prompt_ids
 from joint_train.errors import DataError
 
 ATTEMPTS = 7  # at a request that a later one may get through: about a minute, with the waits between them
@@ -91,7 +90,13 @@ class Engine:
             raise EngineStopped(f"{self.url} can't be reached: {_said(error)}. Is the engine running?") from error
         if response.is_error:
             raise EngineStopped(f"GET {self.url}/v1/models: {_reason(response)}")
-        return response.json()["data"]
+        try:
+            return [{**model, "id": model["id"]} for model in response.json()["data"]]
+        except (LookupError, TypeError, ValueError):
+            said = response.text[:200]
+            raise EngineStopped(
+                f"GET {self.url}/v1/models answers no list of models: {said!r}. Is it the engine's address?"
+            ) from None
 
     def answers(self, asked: Sequence[tuple[int, dict]]) -> Iterator[list[tuple[int, Answered]]]:
         """Answers as they come, ``concurrency`` prompts at a time.
@@ -105,7 +110,7 @@ class Engine:
             while True:
                 for index, example in left:  # rendered in this thread: the limits of templates need the main one
                     prompt = prompt_ids(self.tokenizer, example["messages"], **options_of(example))
-                    chat = self._chat(example) if "images" in example else None
+                    chat = chat_body(example, self.tokenizer) if "images" in example else None
                     running[pool.submit(self._answer, index, prompt, chat)] = index
                     if len(running) >= 2 * self.concurrency:
                         break
@@ -144,42 +149,8 @@ class Engine:
             return Answered(None, refused=answer)
         choice = answer["choices"][0]
         if chat is not None:
-            self._check_prompt(index, prompt, choice.get("prompt_token_ids") or answer.get("prompt_token_ids"))
+            check_prompt(self.url, f"prompt {index}", self.tokenizer, prompt, answer)
         return self._read(choice, answer.get("usage") or {})
-
-    def _chat(self, example: dict) -> dict[str, Any]:
-        """What a request for a chat has besides the sampling."""
-        options = options_of(example)
-        tools = options.pop("tools", None)
-        kept = kept_thoughts(Template(self.tokenizer, options_of(example)), example["messages"])
-        pictures = iter(example["images"])
-        body: dict[str, Any] = {
-            "messages": [_as_openai(message, pictures) for message in kept],
-            "chat_template_kwargs": options,
-        }
-        # The answer is wanted as it was written, so the engine shall not look for calls in it.
-        return body | ({"tools": tools, "tool_choice": "none"} if tools else {})
-
-    def _check_prompt(self, index: int, ours: list[int], given: list[int] | None) -> None:
-        if given is None:
-            return
-        tokenizer = self.tokenizer
-        picture, around = tokenizer.image_token_id, (tokenizer.boi_token_id, tokenizer.eoi_token_id)
-        theirs = [
-            token
-            for at, token in enumerate(given)
-            if token not in around and not (token == picture and at and given[at - 1] == picture)
-        ]
-        ours = [token for token in ours if token not in around]
-        if theirs != ours:
-            pairs = enumerate(zip(theirs, ours, strict=False))
-            at = next((at for at, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
-            texts = [tokenizer.decode(tokens[max(0, at - 5) : at + 5]) for tokens in (theirs, ours)]
-            raise DataError(
-                f"prompt {index} has pictures, so {self.url} renders it by its own chat template, and from token {at} "
-                f"it isn't training's: {texts[0]!r} instead of {texts[1]!r}. Start the engine with this tokenizer's "
-                "template (vLLM: --chat-template)"
-            )
 
     def _read(self, choice: dict, usage: dict) -> Answered:
         tokens, reason = choice.get("token_ids"), choice.get("finish_reason")
@@ -216,10 +187,10 @@ class Engine:
             except httpx.HTTPError as error:
                 said = _said(error)
             else:
-                if response.is_success:
-                    answer = response.json()
-                    return answer if answer.get("choices") else _reason(response)
                 said = _reason(response)
+                if response.is_success:
+                    answer = _object(response)
+                    return answer if answer.get("choices") else said
                 if response.status_code in NOT_THE_PROMPTS_FAULT:
                     raise EngineStopped(f"POST {self.url}{path}: {said}")
                 if response.status_code not in BUSY:
@@ -237,36 +208,19 @@ class Engine:
         return f"{said} ({ATTEMPTS} times)"  # others get answers, so it is this prompt
 
 
-def _as_openai(message: dict, pictures: Iterator[str]) -> dict:
-    """A message as OpenAI's API takes it; its pictures are the next ones."""
-    message = {**message}
-    if isinstance(message.get("content"), list):
-        message["content"] = [
-            {"type": "image_url", "image_url": {"url": _url(next(pictures))}} if part["type"] == "image" else part
-            for part in message["content"]
-        ]
-    if "reasoning" in message:
-        message["reasoning_content"] = message["reasoning"]
-    if calls := message.get("tool_calls"):
-        message["tool_calls"] = [
-            {**call, "id": call.get("id", f"call_{number}"), "function": {
-                **call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)
-            }}
-            for number, call in enumerate(calls)
-        ]  # fmt: skip
-    return message
-
-
-def _url(picture: str) -> str:
-    return picture if picture.startswith("data:") else data_url(Path(picture).read_bytes())
+def _object(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of a response, or an empty one."""
+    try:
+        body = response.json()
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
 
 
 def _reason(response: httpx.Response) -> str:
-    try:
-        body = response.json()
-        message = body.get("message") or (body.get("error") or {}).get("message") or response.text
-    except (ValueError, AttributeError):
-        message = response.text
+    body = _object(response)
+    error = body.get("error")
+    message = body.get("message") or (error.get("message") if isinstance(error, dict) else error) or response.text
     return f"HTTP {response.status_code}: {' '.join(str(message).split())[:200]}"
 
 

@@ -155,6 +155,10 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--set-drafts needs --recommend.")
     if args.set_drafts is not None and args.set_drafts not in args.batch_sizes and not args.engine:
         raise ConfigError(f"--set-drafts={args.set_drafts} is none of --batch-sizes.")
+    for option in ("prompts", "chat_template_kwargs", "adapters"):
+        given = getattr(args, option) or []
+        if twice := [value for i, value in enumerate(given) if value in given[:i]]:
+            raise ConfigError(f"--{option.replace('_', '-')}: {twice[0]} is given twice.")
     writes = {"--write-card": args.write_card, "--set-drafts": args.set_drafts is not None}
     if (asked := [name for name, given in writes.items() if given]) and not Path(args.drafter or "").is_dir():
         raise ConfigError(f"{asked[0]}: {args.drafter} is no folder of this machine; give the export's.")

@@ -70,6 +70,8 @@ def of_server(args: argparse.Namespace, results: dict[str, Any]) -> dict[str, An
         for row in results["concurrency"]
         if row["tokens_per_forward"]
     }
+    if not measured:
+        raise ConfigError("--recommend: no answer has more than one token, so nothing was drafted.")
     cost = Roofline(models[0], models[1], CARDS[card], args.max_new_tokens)
     cost.factors = measured_factors(cost, served["num_steps"], measured)
     said = ", ".join(f"{factor:.2g} at {batch}" for batch, factor in cost.factors.items())

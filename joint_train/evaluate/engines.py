@@ -1,5 +1,5 @@
 """Clients of running vLLM, SGLang and llama.cpp servers: completions of token ids, and what the engine counted
-meanwhile.
+meanwhile. A prompt with pictures goes to vLLM as a chat, whose rendered tokens are compared with the prompt's.
 
 vLLM and llama.cpp count verifications and accepted drafts in Prometheus counters of the whole server (``/metrics``); a
 phase of a measurement is the difference of two readings, which must account for exactly the tokens that the phase
@@ -8,18 +8,21 @@ SGLang's Prometheus metrics hold only a windowed mean, but every answer of its o
 request's counts.
 """
 
+import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
+from joint_train.data.engine_chat import chat_body, check_prompt
 from joint_train.data.engine_client import address, connect
 from joint_train.errors import JointTrainError
+from joint_train.evaluate.prompts import Prompt
 
 COUNTED_WITHIN = 10.0  # seconds after the last answer in which the counters must have its tokens
 
@@ -87,33 +90,49 @@ class Engine:
     """
 
     name = ""
+    takes_pictures = False
     num_steps: int  # K, drafts for a verification, as the server says
+    tokenizer: Any = None  # of the prompts, for those with pictures
 
     def __init__(self, url: str, timeout: float = 600.0) -> None:
-        self.url, self.client = address(url), connect(url, timeout)
-        served = self.call("GET", "/v1/models").json()["data"][0]
-        self.model: str = served["id"]  # the name that requests have to give
-        self.folder: str = served.get("root") or served["id"]
+        self.url, self.client, self.timeout = address(url), connect(url, timeout), timeout
+        with self._understood():
+            served = self.call("GET", "/v1/models").json()["data"][0]
+            self.model: str = served["id"]  # the name that requests have to give
+            self.folder: str = served.get("root") or served["id"]
 
     def call(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         try:
             response = self.client.request(method, path, **kwargs)
+        except httpx.ReadTimeout:
+            raise EngineError(f"{method} {self.url}{path}: no answer within --timeout={self.timeout:g} s.") from None
         except httpx.HTTPError as e:
             raise EngineError(f"{method} {self.url}{path}: {type(e).__name__}: {e}. Is the server running?") from e
         if response.is_error:
             raise EngineError(f"{method} {self.url}{path}: HTTP {response.status_code}: {response.text[:400]}")
         return response
 
-    def run(self, prompts: Sequence[list[int]], request: Request, concurrency: int) -> Phase:
+    @contextlib.contextmanager
+    def _understood(self) -> Iterator[None]:
+        """An answer that lacks what is read of it is an error of the server's."""
+        try:
+            yield
+        except JointTrainError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError) as e:
+            raise EngineError(
+                f"{self.url} answers otherwise than {self.name} does ({type(e).__name__}: {e}): is it another engine, "
+                "or is something in between, which leaves parts of the answers out?"
+            ) from e
+
+    def run(self, prompts: Sequence[Prompt], request: Request, concurrency: int) -> Phase:
         """Complete prompts, ``concurrency`` of them at a time."""
         raise NotImplementedError
 
-    def _complete_concurrently(
-        self, complete, prompts: Sequence[list[int]], request: Request, concurrency: int
-    ) -> tuple:
+    def _complete_concurrently(self, complete, prompts: Sequence[Prompt], request: Request, concurrency: int) -> tuple:
         """What ``complete(prompt, request)`` returns for each prompt, and the seconds that all of them took."""
         started = time.perf_counter()
-        with ThreadPoolExecutor(concurrency) as pool:
+        with self._understood(), ThreadPoolExecutor(concurrency) as pool:
             done = list(pool.map(complete, prompts, itertools.repeat(request)))
         return done, time.perf_counter() - started
 
@@ -136,7 +155,7 @@ class Counting(Engine):
         super().__init__(url, timeout)
         self.num_steps = len(self._positions(self.counters()))
 
-    def run(self, prompts: Sequence[list[int]], request: Request, concurrency: int) -> Phase:
+    def run(self, prompts: Sequence[Prompt], request: Request, concurrency: int) -> Phase:
         before = self.counters()
         answers, seconds = self._complete_concurrently(self._complete, prompts, request, concurrency)
         expected, deadline = sum(answer.tokens for answer in answers), time.monotonic() + COUNTED_WITHIN
@@ -183,7 +202,7 @@ class Counting(Engine):
     def _positions(counters: Counter) -> list[int]:
         return [counters[position] for position in sorted(key for key in counters if isinstance(key, int))]
 
-    def _complete(self, prompt: list[int], request: Request) -> Answer:
+    def _complete(self, prompt: Prompt, request: Request) -> Answer:
         raise NotImplementedError
 
 
@@ -191,6 +210,7 @@ class VLLM(Counting):
     """A ``vllm serve``."""
 
     name = "vllm"
+    takes_pictures = True
     prefix = "vllm:"
     generated = "generation_tokens"
     without_counters = (
@@ -199,20 +219,27 @@ class VLLM(Counting):
     )
     without_drafter = "--speculative-config"
 
-    def _complete(self, prompt: list[int], request: Request) -> Answer:
+    def _complete(self, prompt: Prompt, request: Request) -> Answer:
         started = time.perf_counter()
-        body = {
+        body: dict[str, Any] = {
             "model": self.model,
-            "prompt": prompt,
-            "max_tokens": request.max_new_tokens,
             "temperature": request.temperature,
             "top_p": 1.0,
             "ignore_eos": request.ignore_eos,
             "seed": request.seed,
         }
-        answer = self.call("POST", "/v1/completions", json=body).json()
-        seconds = time.perf_counter() - started
-        return Answer(answer["choices"][0]["text"], answer["usage"]["completion_tokens"], seconds)
+        if prompt.chat is None:
+            body |= {"prompt": prompt.ids, "max_tokens": request.max_new_tokens}
+            answer = self.call("POST", "/v1/completions", json=body).json()
+            text = answer["choices"][0]["text"]
+        else:
+            body |= chat_body(prompt.chat, self.tokenizer)
+            body |= {"max_completion_tokens": request.max_new_tokens, "return_token_ids": True}
+            answer = self.call("POST", "/v1/chat/completions", json=body).json()
+            check_prompt(self.url, f"the prompt {prompt.text[:40]!r}", self.tokenizer, prompt.ids, answer)
+            message = answer["choices"][0]["message"]
+            text = "".join(message.get(part) or "" for part in ("reasoning", "content"))
+        return Answer(text, answer["usage"]["completion_tokens"], time.perf_counter() - started)
 
 
 class LlamaCpp(Counting):
@@ -248,10 +275,10 @@ class LlamaCpp(Counting):
         settled = sum(answer.tokens for answer in answers) - sum(answer.tokens > 0 for answer in answers)
         return drafted + max(0, settled - accepted - drafted)
 
-    def _complete(self, prompt: list[int], request: Request) -> Answer:
+    def _complete(self, prompt: Prompt, request: Request) -> Answer:
         started = time.perf_counter()
         body = {
-            "prompt": prompt,
+            "prompt": prompt.ids,
             "n_predict": request.max_new_tokens,
             "temperature": request.temperature,
             "top_k": 0,
@@ -279,7 +306,7 @@ class SGLang(Engine):
                 "it with --speculative-draft-model-path; without --url this command prints how."
             )
 
-    def run(self, prompts: Sequence[list[int]], request: Request, concurrency: int) -> Phase:
+    def run(self, prompts: Sequence[Prompt], request: Request, concurrency: int) -> Phase:
         done, seconds = self._complete_concurrently(self._complete, prompts, request, concurrency)
         verifications, accepted = 0, [0] * self.num_steps
         for _, info in done:
@@ -290,7 +317,7 @@ class SGLang(Engine):
                 accepted[k] += sum(histogram[k + 1 :])
         return Phase([answer for answer, _ in done], seconds, verifications, accepted)
 
-    def _complete(self, prompt: list[int], request: Request) -> tuple[Answer, dict[str, Any]]:
+    def _complete(self, prompt: Prompt, request: Request) -> tuple[Answer, dict[str, Any]]:
         started = time.perf_counter()
         sampling = {
             "max_new_tokens": request.max_new_tokens,
@@ -300,7 +327,7 @@ class SGLang(Engine):
             "ignore_eos": request.ignore_eos,
             "sampling_seed": request.seed,
         }
-        answer = self.call("POST", "/generate", json={"input_ids": prompt, "sampling_params": sampling}).json()
+        answer = self.call("POST", "/generate", json={"input_ids": prompt.ids, "sampling_params": sampling}).json()
         seconds, info = time.perf_counter() - started, answer["meta_info"]
         if info["completion_tokens"] > 1 and "spec_verify_ct" not in info:
             raise EngineError(f"{self.url} answers without spec_verify_ct in its meta_info: it drafted nothing.")

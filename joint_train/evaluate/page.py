@@ -73,8 +73,9 @@ def figure(draw: Callable[[Any], None], x: str, y: str) -> str:
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         draw(axes)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
+        if labels := axes.get_legend_handles_labels()[1]:
+            beside = 3 if max(map(len, labels)) <= 10 else 2
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=beside, borderpad=0)
         out = io.StringIO()
         fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     svg = out.getvalue().replace("#000000", "currentColor")  # black on white, white on black
@@ -83,8 +84,8 @@ def figure(draw: Callable[[Any], None], x: str, y: str) -> str:
     return re.sub(r' (width|height)="[^"]*"', "", head) + ' role="img">' + rest
 
 
-def errorbars(axes, points: Sequence[tuple[float, Interval]], **style: Any) -> None:
-    """Points with their intervals."""
+def errorbars(axes, points: Sequence[tuple[float, Interval]], joined: bool = True, **style: Any) -> None:
+    """Points with their intervals; ``joined`` by a line where the axis is a quantity."""
 
     def distance(low: float | None, high: float | None) -> float:
         return 0.0 if low is None or high is None else high - low
@@ -95,7 +96,7 @@ def errorbars(axes, points: Sequence[tuple[float, Interval]], **style: Any) -> N
         [x for x, _ in points],
         [i["value"] for _, i in points],
         yerr=[[max(0, b) for b in below], [max(0, a) for a in above]],
-        fmt="o-",
+        fmt="o-" if joined else "o",
         markersize=4,
         linewidth=1.5,
         capsize=3,

@@ -47,6 +47,8 @@ class Prompt:
         adapter: that the base has on it.
         source, language: where it comes from and what it is written in, if its record says so.
         inputs: what the base's first forward takes of its pictures, see :func:`picture_inputs`.
+        chat: with pictures, the messages up to the answer, their pictures and the options of the template: engines
+            render such a prompt themselves.
     """
 
     ids: list[int]
@@ -56,6 +58,7 @@ class Prompt:
     source: str | None = None
     language: str | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    chat: dict[str, Any] | None = None
 
 
 def validation_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
@@ -160,8 +163,9 @@ def source_prompts(
             prompt = chat_prompt(example["messages"], tokenizer, category, **options_of(example))
             if "images" in example:
                 asked = _asked(example["messages"])
-                ids, inputs = picture_inputs(prompt.ids, images.of_messages(example, len(asked)), tokenizer)
-                facts |= {"inputs": inputs}
+                shown = images.of_messages(example, len(asked))
+                ids, inputs = picture_inputs(prompt.ids, shown, tokenizer)
+                facts |= {"inputs": inputs, "chat": {**example, "messages": asked, "images": shown}}
                 prompt = replace(prompt, ids=ids)
             yield replace(prompt, **facts)
 

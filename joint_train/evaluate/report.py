@@ -243,15 +243,19 @@ def _where_cells(part: dict[str, Any] | None) -> list[str]:
 
 def _by_part(named: Sequence[tuple[str, Any]], of: Sequence[dict[str, Any]], parts: Sequence[str], label: str) -> str:
     """Tokens per base forward of each part, one series for each column."""
+    buckets = label.endswith("tokens")
+    ticks = [part.split(" to ")[-1] if buckets else part for part in parts]
+    crowded = sum(map(len, ticks)) > 40
 
     def draw(axes) -> None:
         for i, ((name, _), one) in enumerate(zip(named, of, strict=True)):
             shift = 0.12 * (i - (len(named) - 1) / 2)
             points = [(x + shift, one[part]["tokens_per_forward"]) for x, part in enumerate(parts) if part in one]
             points = [(x, y) for x, y in points if y["value"] is not None]
-            errorbars(axes, points, **({"label": name} if name else {}))
+            errorbars(axes, points, buckets, **({"label": name} if name else {}))
         axes.set_xticks(range(len(parts)))
-        axes.set_xticklabels([part.split(" to ")[-1] if label.endswith("tokens") else part for part in parts])
+        slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+        axes.set_xticklabels([name if len(name) <= 20 else f"{name[:19]}…" for name in ticks], **slant)
         axes.set_xlim(-0.5, len(parts) - 0.5)
 
     return figure(draw, label.replace(", tokens", ", up to … tokens"), "tokens per base forward")

@@ -5,7 +5,8 @@
 
 (``sglang`` and ``llamacpp`` likewise.)
 
-Prompts go to the server as token ids, so that it completes exactly those of ``python -m joint_train.evaluate``. One at
+Prompts go to the server as token ids, so that it completes exactly those of ``python -m joint_train.evaluate``; those
+with pictures go to vLLM as chats, and the tokens that it makes of them are compared with those. One at
 a time first, which gives every prompt its own counts and so the intervals, then ``--concurrency`` at a time.
 
 ``tokens_per_forward`` is (tokens - answers) / verifications: the first token of an answer comes from the prompt's
@@ -59,24 +60,23 @@ def measure_served(
         JSON-able: ``speculative`` (one entry, shaped as that of :func:`joint_train.evaluate.measure.measure`),
         ``concurrency`` (one entry each) and ``examples``. Intervals are 95 % bootstrap intervals over prompts.
     """
-    ids = [prompt.ids for prompt in prompts]
     warm_up = Request(min(WARM_UP_TOKENS, request.max_new_tokens))
-    engine.run(ids[:1], warm_up, 1)
+    engine.run(prompts[:1], warm_up, 1)
     phases = []
-    for i, prompt in enumerate(ids):
-        progress("one at a time", i, len(ids))
+    for i, prompt in enumerate(prompts):
+        progress("one at a time", i, len(prompts))
         phases.append(engine.run([prompt], request, 1))
-    progress("one at a time", len(ids), len(ids))
+    progress("one at a time", len(prompts), len(prompts))
     rows = [concurrency_row(1, phases, sum(phase.seconds for phase in phases))]
     for count in concurrencies:
         if count == 1:
             continue
-        progress(f"{count} at a time", 0, len(ids))
-        several = list(islice(cycle(ids), max(len(ids), REQUESTS_IN_FLIGHT * count)))
+        progress(f"{count} at a time", 0, len(prompts))
+        several = list(islice(cycle(prompts), max(len(prompts), REQUESTS_IN_FLIGHT * count)))
         engine.run(several[:count], warm_up, count)
         phase = engine.run(several, request, count)
         rows.append(concurrency_row(count, [phase], phase.seconds))
-        progress(f"{count} at a time", len(ids), len(ids))
+        progress(f"{count} at a time", len(prompts), len(prompts))
     return {
         "plain": None,
         "speculative": [served_summary(engine.num_steps, prompts, phases, request.seed)],
@@ -211,6 +211,12 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
         ) from e
     prompts = load_prompts(args.prompts, tokenizer, args.limit, args.chat_template_kwargs)
     warn_of_template(tokenizer)
+    if (pictures := sum(prompt.chat is not None for prompt in prompts)) and not engine.takes_pictures:
+        raise ConfigError(
+            f"{pictures} of {len(prompts)} prompts have pictures, which are sent to vLLM only: leave them out of "
+            f"--prompts with --engine {engine.name}, or measure without --engine."
+        )
+    engine.tokenizer = tokenizer
     request = Request(args.max_new_tokens, args.temperature, args.ignore_eos, args.seed)
     results = {
         "base": str(source),

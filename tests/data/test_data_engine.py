@@ -32,6 +32,7 @@ class Server(ThreadingHTTPServer):
         self.base, self.url, self.ids = base, f"http://127.0.0.1:{self.server_port}", True
         self.requests, self.refused, self.fails, self.lock = [], {}, [], threading.Lock()
         self.most, self.models, self.rendered, self.busy, self.most_busy = 512, ["tiny"], None, 0, 0
+        self.nonsense = None  # what everything is answered with
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def complete(self, prompt: list[int], body: dict) -> dict:
@@ -59,7 +60,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         models = [
-            {"id": name, "root": "/models/tiny", "max_model_len": self.server.most} for name in self.server.models
+            {"id": name, "root": "/models/tiny", "max_model_len": self.server.most} if isinstance(name, str) else name
+            for name in self.server.models
         ]
         self.reply({"data": models}) if self.path == "/v1/models" else self.reply({}, 404)
 
@@ -74,16 +76,18 @@ class Handler(BaseHTTPRequestHandler):
         prompt = server.rendered or body.get("prompt")
         text = TOKENIZER.decode(prompt)
         found = next((status for word, status in server.refused.items() if word in text), None)
-        if found is None:
-            choice = server.complete(prompt, body)
+        choice = server.complete(prompt, body) if found is None else {}
+        with server.lock:
+            server.busy -= 1
+        if server.nonsense is not None:
+            self.reply(server.nonsense)
+        elif found is None:
             if "messages" in body:
                 choice["message"] = {"content": choice.pop("text")}
             answer = {"choices": [choice], "usage": {"completion_tokens": 7}, "prompt_token_ids": prompt}
             self.reply(answer)
         else:
             self.reply({"error": {"message": f"no {found}"}}, found)
-        with server.lock:
-            server.busy -= 1
 
     def log_message(self, *args) -> None:
         pass
@@ -224,11 +228,22 @@ def test_refusals_are_counted_by_their_reason_and_asked_again(server, local, tmp
     assert all("which suppress_tokens of the base rules out" in reason for reason in counts["refused"])
 
 
+@pytest.mark.parametrize("nonsense", ["a page", [1], {"error": "busy"}, {"choices": []}])
+def test_answers_of_another_form_are_refusals(server, local, tmp_path, nonsense):
+    server.nonsense = nonsense
+    with pytest.raises(DataError, match="the engine refused all of 7 prompts, the first with: HTTP 200"):
+        regenerate(EXAMPLES, connect(server, local[0]), tmp_path / "out.jsonl")
+    server.models = [{"error": 1}]
+    with pytest.raises(DataError, match="answers no list of models"):
+        connect(server, local[0])
+
+
 def test_prompts_with_pictures_go_as_chats_and_are_checked(server, local, tmp_path, monkeypatch):
     tokenizer = make_tokenizer(
         TURNS.replace(
             "message['content'] | trim + '<turn|>' -}}\n    {%- endif",
-            "(message['content'] if message['content'] is string else '<|image|>' + message['content'][-1]['text']) "
+            "(message['content'] if message['content'] is string else "
+            "'<|image|>' * (message['content'] | length - 1) + message['content'][-1]['text']) "
             "+ '<turn|>' -}}\n    {%- endif",
         )
     )
@@ -249,6 +264,12 @@ def test_prompts_with_pictures_go_as_chats_and_are_checked(server, local, tmp_pa
         assert path == "/v1/chat/completions" and "prompt" not in body
         url = body["messages"][0]["content"][0]["image_url"]["url"]
         assert url == "data:image/png;base64," + base64.b64encode(PNG).decode()
+    two = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what?"}]
+    two = {"messages": [{"role": "user", "content": two}], "images": example["images"] * 2}
+    shown = "<|tool><|image|><|image|><|image|><tool|>"
+    server.rendered = TOKENIZER.encode(rendered.replace(shown, shown * 2), add_special_tokens=False)
+    regenerate([two], asked, tmp_path / "two.jsonl")
+    assert (tmp_path / "two.jsonl").exists()
     server.rendered = TOKENIZER.encode(rendered.replace("what?", "who?"), add_special_tokens=False)
     with pytest.raises(
         DataError, match=r"by its own chat template, and from token \d+ it isn't training's: .*who.*what"

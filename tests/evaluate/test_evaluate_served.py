@@ -11,12 +11,15 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from data_helpers import make_tokenizer
 from pairs import build_pair, make_pair
+from test_data_masks import GEMMA4
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from joint_train.evaluate.__main__ import main
 from joint_train.evaluate.engines import VLLM, EngineError, LlamaCpp, Request, SGLang
+from joint_train.evaluate.prompts import Prompt, load_prompts
 
 K = 3
 
@@ -38,7 +41,8 @@ class Server(ThreadingHTTPServer):
         self.tokens, self.drafts, self.accepted = 7, 5, [4, 2, 1]  # of somebody who was there before
         self.others_tokens = 0  # which somebody else gets during each request
         self.requests, self.busy, self.most_busy = [], 0, 0
-        self.delay, self.hidden, self.status = 0.0, (), 200
+        self.delay, self.hidden, self.status, self.rendered = 0.0, (), 200, []
+        self.models, self.nonsense = {"data": [{"id": "served-name", "root": "/nowhere/base"}]}, None
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def steps(self, prompt: list[int], most: int) -> list[tuple[int, int]]:
@@ -96,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         if self.path == "/v1/models":
-            self.reply({"data": [{"id": "served-name", "root": "/nowhere/base"}]})
+            self.reply(server.models)
         elif self.path == "/metrics" and server.engine != "sglang":
             self.reply(server.metrics())
         elif self.path == "/server_info" and server.engine == "sglang":
@@ -110,10 +114,16 @@ class Handler(BaseHTTPRequestHandler):
         server.requests.append((self.path, self.headers.get("Authorization"), body))
         if server.status != 200:
             self.reply("out of memory", server.status)
+        elif server.nonsense is not None:
+            self.reply(server.nonsense)
         elif self.path == "/v1/completions" and server.engine == "vllm":
             server.answer(body["prompt"], body["max_tokens"])
             usage = {"completion_tokens": body["max_tokens"]}
             self.reply({"choices": [{"text": f"text of {len(body['prompt'])}"}], "usage": usage})
+        elif self.path == "/v1/chat/completions" and server.engine == "vllm":
+            server.answer(server.rendered, body["max_completion_tokens"])
+            usage, message = {"completion_tokens": body["max_completion_tokens"]}, {"reasoning": "so ", "content": "a"}
+            self.reply({"choices": [{"message": message}], "usage": usage, "prompt_token_ids": server.rendered})
         elif self.path == "/completion" and server.engine == "llamacpp":
             server.answer(body["prompt"], body["n_predict"])
             self.reply({"content": f"text of {len(body['prompt'])}", "tokens_predicted": body["n_predict"]})
@@ -157,6 +167,7 @@ def folders(tmp_path_factory):
 
 
 PROMPTS = [[3] * i + [4, 5] for i in range(1, 7)]
+ASKED = [Prompt(ids, "", "") for ids in PROMPTS]
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "llamacpp"])
@@ -204,21 +215,73 @@ def test_the_command_measures_what_the_server_did(engine, serve, folders, tmp_pa
         assert body["sampling_params"]["temperature"] == 0 and body["input_ids"] in PROMPTS
 
 
+def test_prompts_with_pictures_are_chats_for_vllm_and_refused_for_others(serve, folders, tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    make = pytest.importorskip("transformers.models.gemma4.image_processing_pil_gemma4").Gemma4ImageProcessorPil
+    tokenizer = make_tokenizer(GEMMA4)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image>", "<image|>"]})
+    make(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70).save_pretrained(tmp_path)
+    for name, token in (("image", "<|image|>"), ("boi", "<|image>"), ("eoi", "<image|>")):
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+    tokenizer.name_or_path = str(tmp_path)
+    image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "what?"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + '{"prompt": "who?"}\n')
+    monkeypatch.setattr("joint_train.evaluate.served.read_tokenizer", lambda folder: tokenizer)
+
+    def measure(engine: str) -> int:
+        server.requests.clear()
+        options = ["--prompts", str(tmp_path / "p.jsonl"), "--max-new-tokens", "9", "--concurrency", "1"]
+        return main(["--engine", engine, "--url", server.url, *options, "--out", str(tmp_path / "out")])
+
+    server = serve("vllm")
+    shown, said = load_prompts(str(tmp_path / "p.jsonl"), tokenizer)
+    assert shown.ids.count(tokenizer.image_token_id) > 9 and said.chat is None
+    server.rendered = shown.ids
+    assert measure("vllm") == 0
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert [e["text"] for e in found["examples"]] == ["so a", f"text of {len(said.ids)}"]
+    steps = [server.steps(prompt.ids, 9) for prompt in (shown, said)]
+    assert found["speculative"][0]["verifications"] == sum(map(len, steps))
+    path, _, body = server.requests[-2]
+    assert path == "/v1/chat/completions" and [m["role"] for m in body["messages"]] == ["user"]
+    picture, text = body["messages"][0]["content"]
+    assert picture["image_url"]["url"].startswith("data:image/png;base64,") and text["text"] == "what?"
+    server.rendered = [token for token in shown.ids if token != shown.ids[-1]]
+    assert measure("vllm") == 2
+    server = serve("llamacpp")
+    assert measure("llamacpp") == 2 and not any(path == "/completion" for path, _, _ in server.requests)
+
+
 def test_requests_are_made_so_many_at_a_time(serve):
     server = serve("vllm")
     server.delay = 0.05
     engine = VLLM(server.url)
     for count in (1, 3):
         server.most_busy = 0
-        phase = engine.run(PROMPTS, Request(5), count)
+        phase = engine.run(ASKED, Request(5), count)
         assert server.most_busy == count
         assert phase.seconds >= 0.05 * 6 / count
     assert phase.tokens == 30 and phase.settled == 24
 
 
+@pytest.mark.parametrize("nonsense", ["a page", [1], {"choices": [{"text": "a"}]}, {"choices": [], "usage": None}])
+def test_a_server_that_answers_in_another_form_is_an_error(serve, nonsense):
+    for engine, client in (("vllm", VLLM), ("sglang", SGLang), ("llamacpp", LlamaCpp)):
+        server = serve(engine)
+        measured = client(server.url)
+        server.nonsense = nonsense
+        with pytest.raises(EngineError, match=f"answers otherwise than {engine} does"):
+            measured.run(ASKED[:2], Request(5), 2)
+    server.models = nonsense
+    with pytest.raises(EngineError, match="answers otherwise than vllm does"):
+        VLLM(server.url)
+
+
 def test_an_answer_of_one_token_has_no_verification(serve):
     for engine, client in (("vllm", VLLM), ("sglang", SGLang), ("llamacpp", LlamaCpp)):
-        phase = client(serve(engine).url).run(PROMPTS[:1], Request(1), 1)
+        phase = client(serve(engine).url).run(ASKED[:1], Request(1), 1)
         assert (phase.tokens, phase.settled, phase.verifications, phase.accepted) == (1, 0, 0, [0] * K)
 
 
@@ -229,7 +292,7 @@ def test_a_server_that_others_use_is_not_measured(serve, monkeypatch):
     for others in (3, -1):  # more than was received, and less
         server.others_tokens = others
         with pytest.raises(EngineError, match=f"counted {5 + others} generated tokens while 5 were received"):
-            engine.run(PROMPTS[:1], Request(5), 1)
+            engine.run(ASKED[:1], Request(5), 1)
 
 
 def test_counters_that_come_late_are_waited_for(serve):
@@ -242,7 +305,7 @@ def test_counters_that_come_late_are_waited_for(serve):
         server.tokens += 5
 
     threading.Thread(target=later, daemon=True).start()
-    assert engine.run(PROMPTS[:1], Request(5), 1).tokens == 5
+    assert engine.run(ASKED[:1], Request(5), 1).tokens == 5
 
 
 def test_what_is_wrong_with_a_server_is_said(serve, monkeypatch):
@@ -267,12 +330,12 @@ def test_what_is_wrong_with_a_server_is_said(serve, monkeypatch):
     engine = SGLang(server.url)
     server.status = 500
     with pytest.raises(EngineError, match=r"POST .*/generate: HTTP 500: out of memory"):
-        engine.run(PROMPTS, Request(4), 2)
+        engine.run(ASKED, Request(4), 2)
     server.status, server.delay = 200, 5
     engine = SGLang(server.url, timeout=0.2)
     started = time.monotonic()
-    with pytest.raises(EngineError, match="ReadTimeout"):
-        engine.run(PROMPTS[:2], Request(4), 2)
+    with pytest.raises(EngineError, match="no answer within --timeout=0.2 s"):
+        engine.run(ASKED[:2], Request(4), 2)
     assert time.monotonic() - started < 3
     server.hidden = ("speculative_num_steps",)
     with pytest.raises(EngineError, match="without a drafter"):

@@ -486,6 +486,12 @@ def test_a_running_server_is_told_how_many_to_draft(folders, serve, tmp_path, ca
         (["--recommend", "--set-drafts", "3"], "none of --batch-sizes"),
         (["--engine", "vllm", "--against", "x"], "a server has one pair"),
         (["--engine", "vllm", "--recommend"], "measures a running server"),
+        (
+            ["--chat-template-kwargs", "{{}}", "--chat-template-kwargs", "{{}}"],
+            "--chat-template-kwargs: {} is given twice",
+        ),
+        (["--prompts", "general", "--prompts", "general"], "--prompts: general is given twice"),
+        (["--adapters", "a", "--adapters", "a"], "--adapters: a is given twice"),
     ],
 )
 def test_options_that_dont_go_together(folders, arguments, said, capsys):  # noqa: F811

@@ -95,16 +95,33 @@ def prompts_of(name: str, base: Path) -> list[list[int]]:
 
 
 def convert(command: str, folder: Path) -> list[str]:
-    """Run the printed commands that convert, in a folder; returns the one that serves."""
+    """Run the printed commands that convert, side by side, in a folder; returns the one that serves."""
     *converting, serving = map(shlex.split, command.splitlines())
+    environment, running = os.environ | {"PYTHONPATH": str(CONVERTER / "gguf-py")}, []
     for words in converting:
         assert words[:2] == ["python", "convert_hf_to_gguf.py"]
-        environment = os.environ | {"PYTHONPATH": str(CONVERTER / "gguf-py")}
-        words = [sys.executable, str(CONVERTER / words[1]), *words[2:]]
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+        log = folder / f"convert-{len(running)}.log"
+        with open(log, "w") as file:
+            words = [sys.executable, str(CONVERTER / words[1]), *words[2:]]
+            running.append((subprocess.Popen(words, cwd=folder, env=environment, stdout=file, stderr=file), log))
+    try:
+        for process, log in running:
+            assert process.wait(200) == 0, log.read_text()[-3000:]
+    finally:
+        for process, _ in running:
+            process.kill()
     assert serving[0] == "llama-server"
     return serving
+
+
+@pytest.fixture(scope="session")
+def converted(pairs, tmp_path_factory) -> dict[str, tuple[list[str], Path]]:
+    """For each pair the command that serves it, and the folder with its files."""
+    made = {}
+    for name, folders in pairs.items():
+        folder = tmp_path_factory.mktemp(name)
+        made[name] = convert(serve_command("llamacpp", *folders, K, "float32"), folder), folder
+    return made
 
 
 @contextlib.contextmanager
@@ -148,15 +165,14 @@ def read_log(text: str) -> tuple[list[int], list[list[tuple[int, float]]]]:
 
 
 @pytest.fixture(scope="session")
-def served(pairs, tmp_path_factory) -> dict[str, list[tuple]]:
+def served(pairs, converted) -> dict[str, list[tuple]]:
     """For each pair and prompt: the text, what verifications settled, and the drafts."""
     results = {}
-    for name, folders in pairs.items():
-        folder = tmp_path_factory.mktemp(name)
-        words = convert(serve_command("llamacpp", *folders, K, "float32"), folder)
+    for name in ("starter", *SHAPES):
+        words, folder = converted[name]
         results[name] = []
         with running(words, folder, folder / "log") as url:
-            for prompt in prompts_of(name, folders[0]):
+            for prompt in prompts_of(name, pairs[name][0]):
                 at = (folder / "log").stat().st_size
                 tokens = complete(url, prompt)
                 httpx.get(f"{url}/health")
@@ -212,14 +228,14 @@ def test_text_acceptance_and_probabilities_are_those_of_evaluate(name, pairs, se
     assert [d.confidences for d in as_vllm] != [d.confidences for d in decoded]
 
 
-def test_the_starters_tokenizer_is_llamacpps(starter, tmp_path):
+def test_the_starters_tokenizer_is_llamacpps(starter, converted, tmp_path):
     base, _ = starter
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     lines = (base.parents[2] / "pair/val.jsonl").read_text().splitlines()[:40]
     texts = [message["content"] for line in lines for message in json.loads(line)["messages"]]
     texts += ["naïve — ünïcödé 漢字 🙂\ttabs\n\n\n  two  blanks", "".join(MEDIA)]
-    words = convert(serve_command("llamacpp", *starter, K, "float32"), tmp_path)
-    with running(words, tmp_path, tmp_path / "log") as url:
+    words, folder = converted["starter"]
+    with running(words, folder, tmp_path / "log") as url:
         for text in texts:
             found = httpx.post(f"{url}/tokenize", json={"content": text, "add_special": False, "parse_special": True})
             assert found.json()["tokens"] == tokenizer.encode(text, add_special_tokens=False), text
@@ -254,16 +270,15 @@ def test_a_running_server_has_evaluates_acceptance_and_text(starter, tmp_path):
         assert row["tokens_per_forward"] == pytest.approx(one["tokens_per_forward"]["value"], rel=0.1)
 
 
-def test_a_quantised_base_accepts_about_as_many(pairs, tmp_path):
+def test_a_quantised_base_accepts_about_as_many(pairs, converted):
     """The pair as it is, with the base as Q8_0 and as Q4_K, and with both so."""
-    folders = pairs["31b_wide"]
-    words = convert(serve_command("llamacpp", *folders, K, "float32"), tmp_path)
+    words, folder = converted["31b_wide"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGES), str(CONVERTER / "gguf-py")])}
     library = next((PACKAGES / "xllamacpp").glob("*.so"))
     for part in ("base", "drafter"):
         for kind in ("q8_0", "q4_k"):
             command = [sys.executable, HERE / "quantise.py", library, f"{part}.gguf", f"{part}-{kind}.gguf", kind]
-            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
             assert done.returncode == 0, done.stderr[-2000:]
             assert int(done.stdout.split()[-1]) >= 1
     found = {}
@@ -272,10 +287,10 @@ def test_a_quantised_base_accepts_about_as_many(pairs, tmp_path):
             f"{part}.gguf" if kind == "f32" else f"{part}-{kind}.gguf"
             for part, kind in (("base", base), ("drafter", drafter))
         ]
-        with running([*words[:2], files[0], "-md", files[1], *words[5:]], tmp_path, tmp_path / "log") as url:
-            for prompt in prompts_of("31b", folders[0]):
+        with running([*words[:2], files[0], "-md", files[1], *words[5:]], folder, folder / "log") as url:
+            for prompt in prompts_of("31b", pairs["31b_wide"][0]):
                 complete(url, prompt)
-            log = (tmp_path / "log").read_bytes().decode(errors="replace")
+            log = (folder / "log").read_bytes().decode(errors="replace")
             settled, _ = read_log(log)
         found[base, drafter] = sum(settled) / len(settled)
     print({f"{base} base, {drafter} drafter": round(value, 3) for (base, drafter), value in found.items()})
