@@ -42,7 +42,7 @@ def measure(run: Path, pair: Path, out: Path, options: argparse.Namespace) -> di
             "--temperature", str(options.temperature), timeout=options.timeout,
         )  # fmt: skip
     found = json.loads((out / "evaluation.json").read_text())
-    sampled = next(one for one in found["sampling"] if one["way"] == "argmax")
+    sampled = next(one for one in found["sampling"] if one["way"] == "sampled")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["val/base_loss"] for line in lines if "val/base_loss" in line]
     return {
