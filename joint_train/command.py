@@ -7,17 +7,13 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from joint_train.errors import JointTrainError
-
-log = logging.getLogger(__name__)
-Item = TypeVar("Item")
 
 DONE, NO, EXPLAINED_ERROR, TOO_LARGE, HUNG, PREEMPTED, OVERRUN, INTERRUPTED = 0, 1, 2, 3, 70, 85, 86, 130
 EXIT_CODES = {
@@ -101,31 +97,6 @@ def start(name: str, main: Callable[[], int | None], rank: int = 0) -> int:
         return EXPLAINED_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-def counted(what: str, every_seconds: float = 10.0) -> Callable[[], None]:
-    """A function to call before each part of long work, which logs now and then how many parts were begun."""
-    count, began = 0, time.monotonic()
-    logged = began
-
-    def one_more() -> None:
-        nonlocal count, logged
-        count, now = count + 1, time.monotonic()
-        if now - logged >= every_seconds:
-            logged = now
-            log.info("%s: %d in %.0f s", what, count, now - began)
-
-    return one_more
-
-
-def tracked(what: str, items: Collection[Item], every_seconds: float = 10.0) -> Iterator[Item]:
-    """The items, with a line in the log now and then of how far long work on them is; none where it is quick."""
-    began = logged = time.monotonic()
-    for done, item in enumerate(items):
-        if (now := time.monotonic()) - logged >= every_seconds:
-            logged = now
-            log.info("%s: %d of %d in %.0f s", what, done, len(items), now - began)
-        yield item
 
 
 PARENT_ENDED = signal.SIGUSR2  # to a rank whose torchrun ended; the kernel may send it more than once

@@ -347,10 +347,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def work() -> int:
-        from joint_train.evaluate.progress import shown_progress
+        from joint_train.progress import shown_progress
 
         check(args)
-        with shown_progress() as progress:
+        with shown_progress("prompts") as progress:
             return (run_on_server if args.engine else run)(args, progress)
 
     return start("joint_train.evaluate", work)

@@ -6,8 +6,9 @@ import json
 import sys
 
 from joint_train import config
-from joint_train.command import TOO_LARGE, counted, start
+from joint_train.command import TOO_LARGE, start
 from joint_train.plan.machine import Machine
+from joint_train.progress import counted
 
 
 def main(argv: list[str] | None = None) -> int:
