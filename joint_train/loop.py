@@ -235,7 +235,7 @@ def reload(args: argparse.Namespace, out: Path, number: int) -> None:
     for name, value in names.items():
         command = command.replace(f"{{{name}}}", value)
     shell(command, "--reload")
-    wait(args.url, args.wait, f"`{command}` ended, and it is not there")
+    wait(args.url, args.wait, f"`{command}` has ended, so the engine should be running")
 
 
 def release(args: argparse.Namespace) -> None:
@@ -296,7 +296,11 @@ def ask(url: str, method: str, path: str, body: bytes | None = None) -> bytes:
     except httpx.HTTPError as error:
         raise EngineFailed(f"{method} {url}{path}: {error}") from None
     if response.is_error:
-        advice = "start vLLM with VLLM_SERVER_DEV_MODE=1" if response.status_code == 404 else response.text[:300]
+        advice = (
+            "it has no such address: start vLLM with VLLM_SERVER_DEV_MODE=1"
+            if response.status_code == 404
+            else response.text[:300]
+        )
         raise EngineFailed(f"{method} {url}{path}: HTTP {response.status_code}: {advice}")
     return response.content
 

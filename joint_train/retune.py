@@ -118,7 +118,7 @@ def pair_overrides(args: argparse.Namespace) -> list[str]:
         drafter = next((name for name in CONFIGS if name.lower() == f"{base}-assistant".lower()), None)
     if drafter is None:
         raise ConfigError(
-            f"--drafter is not set, and {base} is no released base: name the drafter that was released with the base "
+            f"--drafter is not set, and {base} isn't a released base: name the drafter that was released with the base "
             "that yours was made from, or make one (python -m joint_train.drafter new)."
         )
     found = {"model.base": base, "model.drafter": drafter, "model.adapter": adapter}

@@ -267,10 +267,10 @@ def connect(cfg: Config, options: argparse.Namespace, tokenizer: Any, rank: int)
             raise
         raise ConfigError("--url needs httpx: pip install 'joint-train[serving]'") from None
     if options.concurrency < 1:
-        raise ConfigError(f"--concurrency={options.concurrency}: at least one request is made at a time.")
+        raise ConfigError(f"--concurrency={options.concurrency}: it must be at least 1.")
     if not cfg.model.base:
         raise ConfigError(
-            "model.base is not set: name the base that the engine serves, for its tokenizer and its ends."
+            "model.base is not set: give the base that the engine serves, for its tokenizer and end tokens."
         )
     folder = resolve(*_base(cfg.model))
     if (folder / "generation_config.json").exists():

@@ -111,7 +111,7 @@ def step_list(text: str) -> list[int]:
     except ValueError:
         steps = []
     if not steps or steps[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of 4, 1-8 or 1,2,4")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of 4, 1-8 or 1,2,4")
     return steps
 
 
@@ -122,7 +122,7 @@ def threshold_list(text: str) -> list[float]:
     except ValueError:
         thresholds = [-1.0]
     if not all(0 <= threshold < 1 for threshold in thresholds):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of probabilities such as 0.2,0.4,0.8")
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a list of probabilities such as 0.2,0.4,0.8")
     return sorted({threshold for threshold in thresholds if threshold})
 
 
@@ -133,7 +133,7 @@ def template_options(text: str) -> dict:
     except ValueError:
         options = None
     if not isinstance(options, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as {{"enable_thinking": true}}')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"enable_thinking": true}}')
     return options
 
 
@@ -154,10 +154,10 @@ def check(args: argparse.Namespace) -> None:
     if args.set_drafts is not None and not args.recommend:
         raise ConfigError("--set-drafts needs --recommend.")
     if args.set_drafts is not None and args.set_drafts not in args.batch_sizes and not args.engine:
-        raise ConfigError(f"--set-drafts={args.set_drafts} is none of --batch-sizes.")
+        raise ConfigError(f"--set-drafts={args.set_drafts} is not one of --batch-sizes.")
     writes = {"--write-card": args.write_card, "--set-drafts": args.set_drafts is not None}
     if (asked := [name for name, given in writes.items() if given]) and not Path(args.drafter or "").is_dir():
-        raise ConfigError(f"{asked[0]}: {args.drafter} is no folder of this machine; give the export's.")
+        raise ConfigError(f"{asked[0]}: {args.drafter} isn't a folder on this machine; give the export's.")
     if args.engine:
         given = {"--serving": args.serving, "--device": args.device, "--thresholds": args.thresholds}
         if args.url:  # the server was started with them

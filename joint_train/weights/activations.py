@@ -121,7 +121,7 @@ def roundings(config: dict[str, Any], stored: Mapping[str, Stored]) -> dict[str,
             of_layer = make(layer)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"model.quantization_activations=as_saved: {layer.name} rounds activations in a way that isn't known "
+                f"model.quantization_activations=as_saved: {layer.name} rounds activations in an unsupported way "
                 f"({error}). Set model.quantization_activations=none."
             ) from None
         if of_layer is not None:
@@ -201,7 +201,7 @@ def round_activations(base: PreTrainedModel, folder: Path) -> None:
         done += 1
     if not done:
         raise ConfigError(
-            f"model.quantization_activations=as_saved, and {folder} says of no linear layer that its engines round "
-            "activations: set model.quantization_activations=none."
+            f"model.quantization_activations=as_saved, but by {folder}/config.json engines round no activations of any "
+            "linear layer: set model.quantization_activations=none."
         )
-    log.info("the inputs of %d layers of the base are rounded; those of experts aren't", done)
+    log.info("the inputs of %d layers of the base are rounded as engines round them; those of experts aren't", done)

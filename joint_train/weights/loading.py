@@ -253,7 +253,7 @@ def check_token_ordering(stored: dict[str, Stored], folder: str | os.PathLike) -
         order = entry.whole().flatten()
         if not torch.equal(order.sort().values, torch.arange(order.numel(), dtype=order.dtype)):
             raise WeightsError(
-                f"{name} in {entry.file} is no permutation of the {order.numel()} tokens: it has "
+                f"{name} in {entry.file} isn't a permutation of the {order.numel()} tokens: it has "
                 f"{order.unique().numel()} different values, from {int(order.min())} to {int(order.max())}, and a "
                 "token that it lacks could never be drafted. Take the drafter's folder as it was released"
             )

@@ -31,8 +31,8 @@ def load_to_generate(path: str | os.PathLike, dtype: torch.dtype, device: torch.
     model, read = loaded
     if missing := sorted(read["missing_keys"]):
         log.warning(
-            "transformers doesn't find %d of the weights in %s, such as %s: they are dequantised here, and activations "
-            "are not rounded as an engine does it",
+            "transformers doesn't find %d of the weights in %s, such as %s: the base is dequantised here instead, and "
+            "its activations aren't rounded as an engine rounds them",
             len(missing), folder, missing[0],
         )  # fmt: skip
         return load_model(folder, dtype, device)

@@ -129,7 +129,7 @@ def test_a_folder_of_ones_own(tmp_path):
         ("learning_rate: 1\n", "learning_rate is not a key. Did you mean optim.lr?"),
         ("data: {train: [{file: x}]}\n", "data.train[0].file is not a key. Did you mean path?"),
         ("- a\n", "keys with values are expected"),
-        ("a: [\n", "this is no YAML"),
+        ("a: [\n", "this is not YAML"),
         (None, "No such file or directory"),
     ],
 )

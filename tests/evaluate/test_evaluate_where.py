@@ -495,7 +495,7 @@ def test_options_that_dont_go_together(folders, arguments, said, capsys):  # noq
     assert main([*map(str, folders), *arguments]) == 2
     assert said in capsys.readouterr().err
     assert main(["google/base", "google/drafter", "--recommend", "--set-drafts", "1"]) == 2  # before anything is read
-    assert "--set-drafts: google/drafter is no folder of this machine" in capsys.readouterr().err
+    assert "--set-drafts: google/drafter isn't a folder on this machine" in capsys.readouterr().err
 
 
 def test_progress_in_a_log_is_a_line_when_something_is_done_or_takes_long(caplog, monkeypatch):
