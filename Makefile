@@ -14,7 +14,7 @@ OVERRIDES ?=
 # Test files that `make test` runs side by side.
 WORKERS ?= 2
 
-.PHONY: install train test test-slow test-slurm test-vllm test-llamacpp test-gpu docs lint clean
+.PHONY: install train test test-slow test-commands test-slurm test-vllm test-llamacpp test-gpu docs lint clean
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ test: install $(if $(TORCH),,lint)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Every command of the documentation; a part of test-slow.
+test-commands: install
+	$(BIN)/python -m pytest -m slow -s tests/project/test_commands_run.py
 
 test-slurm: install
 	tests/slurm/run.sh

@@ -1,8 +1,10 @@
 """How every command starts and ends: logging, errors that are reported in one sentence, the exit code."""
 
+import argparse
 import ctypes
 import importlib.metadata
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -97,6 +99,24 @@ def start(name: str, main: Callable[[], int | None], rank: int = 0) -> int:
         return EXPLAINED_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def positive(text: str) -> int:
+    """The type of an option that counts something: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    """The type of an option that measures something, such as seconds or GB."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 PARENT_ENDED = signal.SIGUSR2  # to a rank whose torchrun ended; the kernel may send it more than once

@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from joint_train.command import start
+from joint_train.command import above_zero, positive, start
 from joint_train.errors import ConfigError
 from joint_train.plan.machine import CARDS
 
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         help="general | starter | a JSONL file (default: general); given again: more of them, reported by source",
     )
-    parser.add_argument("--limit", type=int, help="at most this many prompts of each set")
+    parser.add_argument("--limit", type=positive, help="at most this many prompts of each set")
     parser.add_argument(
         "--chat-template-kwargs",
         type=template_options,
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         "--write-card", action="store_true", help="put the table of --against into the README.md of DRAFTER's folder"
     )
     parser.add_argument("--num-steps", type=step_list, help="K: 4, 1-8 or 1,2,4 (default 1-8)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens for a prompt (default 128)")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="tokens for a prompt (default 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="also sample at this temperature (0: don't)")
     parser.add_argument(
         "--thresholds",
@@ -98,7 +98,9 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--concurrency", type=step_list, default=[1, 4, 16], help="requests at a time (default 1,4,16; 1 is always)"
     )
-    server.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
+    server.add_argument(
+        "--timeout", type=above_zero, default=600.0, help="seconds that a request may take (default 600)"
+    )
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder to write (default: evaluation)")
     return parser
 
@@ -217,6 +219,10 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
     thresholds = threshold_list("0.2,0.4,0.6,0.8") if args.thresholds is None else args.thresholds
     transformers.utils.logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device={device} can't be used here: {str(error).splitlines()[0]}") from None
     automatic = torch.bfloat16 if device.startswith("cuda") else torch.float32
     dtype = automatic if args.dtype in (None, "auto") else getattr(torch, args.dtype)
     drafters = [args.drafter, *([args.against] if args.against else [])]

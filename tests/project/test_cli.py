@@ -1,5 +1,6 @@
 """The command `joint-train`: every command is a module, and answers `--help` quickly."""
 
+import argparse
 import os
 import resource
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from joint_train import cli, progress
+from joint_train import cli, command, progress
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +78,17 @@ def test_torchao_is_imported_only_where_it_is_asked_for():
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+
+
+def test_numbers_of_options_are_checked_where_they_are_read():
+    assert command.positive("12") == 12 and command.above_zero("0.5") == 0.5
+    for read, texts in (
+        (command.positive, ["0", "-3", "1.5", "x"]),
+        (command.above_zero, ["0", "-3", "nan", "inf", "x"]),
+    ):
+        for text in texts:
+            with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a (whole )?number"):
+                read(text)
 
 
 def test_long_work_logs_how_far_it_is_and_quick_work_nothing(caplog, monkeypatch):

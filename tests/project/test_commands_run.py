@@ -4,6 +4,7 @@ The folder has what the pages speak of, under the names that they use: files, mo
 it is printed stands in ``INSTEAD`` and ``APPENDED``; what can't be run on a CPU in minutes in ``COMPOSED_ONLY``, of
 which ``test_documented_commands.py`` checks what is given."""
 
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from adapters import make_adapter
 from documented import PAGES, ROOT, alternatives, commands
+from gemma4_templates import VARIANTS, template
 from quantised_folders import quantise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -45,19 +47,25 @@ INSTEAD = [
     (r"^make .* OUT=/some", r"OUT=\S+made (.*) OUT=/some/folder", r"\1 OUT={folder}/some"),
     (r"launch\.submit nodes|submit --to \w", r"submit ", "submit --dry-run "),
     (r"^joint-train loop", r"--rounds 4 --steps 500", "--rounds 1 --steps 2"),
-    (r"joint_train\.(data|evaluate)", r"--max-new-tokens \d+", "--max-new-tokens 4"),
+    (r"joint_train\.(data|evaluate)", r"--max-new-tokens \d+", "--max-new-tokens 16"),
     (r"joint_train\.evaluate", r"--limit \d+", ""),
     (r"joint_train\.evaluate --chat", r"joint_train.evaluate", r"\g<0> BASE DRAFTER"),  # only an option is named
-    (r"joint_train\.export out/", r"step_00001000", "step_00000002"),
+    (r"joint_train\.export out/", r"out/checkpoints/step_\d+", "CHECKPOINT"),
+    (MAIN, r"path: answers\.jsonl", "path: train.jsonl"),
     (r"benchmarks\.joint ", r"--steps 200 --start-steps 600", "--steps 4 --start-steps 4 --starts 0"),
     (r"benchmarks\.joint ", r"--decoded 32", "--decoded 2"),
     (r"benchmarks\.scale .* 512", r"--ranks [\d ]+--lengths [\d ]*\d", "--models gemma4_e4b --ranks 8 --lengths 2048"),
-    (r"benchmarks\.optimizers", r"--steps 60", "--steps 2"),
+    (r"benchmarks\.optimizers", r"--steps 60", "--steps 2 --seeds 0 1 --names adamw"),
     (r"(benchmarks\.\w+) DIR\b", r"(benchmarks\.\w+) DIR", r"\1 \1"),
     (r"regenerate", r"model\.base=DIR", "model.base=BASE"),
+    (r"FILE", r"\bFILE\b", "train.jsonl"),
+    (r"compare RUN", r"RUN RUN", "RUN OTHER_RUN"),
     (r"--help [A-Z]+$", r"[A-Z]+$", "optim"),
     (r"--to$", r"--to$", "--to kubernetes --help"),
 ]  # fmt: skip
+STEPS = 60  # of the pair's training
+FILES = ["train", "val", "prompts", "math", "law", "chat", "math-val", "law-val", "chats", "code"]
+ADAPTERS = ["models/my-lora", "models/support-lora", "models/legal-lora", "adapters/math", "adapters/law"]
 SMALL = "data.max_length=256 eval.batches=1 eval.prompts=2 eval.max_new_tokens=4 tracking.wandb=disabled"
 APPENDED = [
     (MAIN, f"stop_after=2 {SMALL}"),
@@ -68,7 +76,7 @@ APPENDED = [
     (r"joint_train\.retune BASE|joint-train loop --", SMALL),
     (
         r"joint_train\.retune BASE",
-        "--drafter DRAFTER --nproc-per-node 1 --held-out 2 --eval-tokens 4 --max-new-tokens 4 max_steps=2",
+        "--drafter DRAFTER --nproc-per-node 1 --held-out 2 --eval-tokens 4 --max-new-tokens 16 max_steps=2",
     ),
     (r"joint_train\.evaluate (?!compare|.*--engine)", "--limit 2 --max-new-tokens 4"),
     (r"joint_train\.plan (--suggest$|parallel)", "model=gemma4_31b"),
@@ -112,28 +120,34 @@ def run(starter_dir, tmp_path_factory):
         )
         assert "Traceback" not in found.stdout + found.stderr, f"{line}\n{found.stderr[-4000:]}"
 
-    base, drafter = starter_dir / "base", starter_dir / "drafter"
-    rows = (starter_dir / "train.jsonl").read_text().splitlines(keepends=True)
+    def row(number: int, names: tuple[str, str] | None = None) -> str:
+        said = [f"Is {number} a number?", "Yes."]
+        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+        return json.dumps(dict(zip(names, said, strict=True)) if names else {"messages": turns}) + "\n"
+
     for place in (folder, folder / "data"):
         place.mkdir(exist_ok=True)
-        names = ["train", "val", "prompts", "math", "law", "chat", "math-val", "law-val", "chats", "code"]
-        for number, name in enumerate(names):
-            (place / f"{name}.jsonl").write_text("".join(rows[number * 8 : number * 8 + 8]))
-    for name, source in (("BASE", base), ("DRAFTER", drafter), ("OTHER_DRAFTER", drafter)):
-        shutil.copytree(source, folder / name)
+        for number, name in enumerate(FILES):
+            names = ("question", "answer") if name == "code" else None
+            (place / f"{name}.jsonl").write_text("".join(row(10 * number + n, names) for n in range(10)))
+    # A pair that has learned to end its answers, with a chat template of Gemma 4's.
+    shutil.copytree(starter_dir, folder / "pair")
+    (folder / "pair/base/chat_template.jinja").write_text(template(VARIANTS["spring, large"]))
+    run([sys.executable, "-m", "joint_train", "model.base=pair/base", "model.drafter=pair/drafter",
+         "data.train=train.jsonl", "data.val=val.jsonl", "output_dir=RUN",
+         f"max_steps={STEPS}", "optim.lr=4e-3", "optim.drafter_lr=4e-3", "optim.warmup_steps=5",
+         "data.micro_batch_size=4", *SMALL.split()])  # fmt: skip
+    shutil.copytree(folder / "RUN", folder / "OTHER_RUN")
+    for name, part in (("BASE", "base"), ("DRAFTER", "drafter"), ("OTHER_DRAFTER", "drafter")):
+        shutil.copytree(folder / "RUN/export" / part, folder / name)
     for name in ("gemma-4", "my-base", "gemma-4-31B-it-FP8"):
-        shutil.copytree(base, folder / "models" / name)
-    quantise(folder / "models" / "gemma-4-31B-it-FP8", "fp8")
-    for number, name in enumerate(
-        ("models/my-lora", "models/support-lora", "models/legal-lora", "adapters/math", "adapters/law")
-    ):
-        make_adapter(base, folder / name, seed=number)
-    run([sys.executable, "-m", "joint_train", "model.base=BASE", "model.drafter=DRAFTER", "data.train=train.jsonl",
-         "data.val=val.jsonl", "max_steps=2", "output_dir=RUN", *SMALL.split()])  # fmt: skip
-    (folder / "FILE").symlink_to("train.jsonl")
+        shutil.copytree(folder / "BASE", folder / "models" / name)
+    quantise(folder / "models/gemma-4-31B-it-FP8", "fp8")
+    for number, name in enumerate(ADAPTERS):
+        make_adapter(folder / "BASE", folder / name, seed=number)
     (folder / "DIR").symlink_to("RUN")
     (folder / "EXPORT").symlink_to("RUN/export")
-    (folder / "CHECKPOINT").symlink_to("RUN/checkpoints/step_00000002")
+    (folder / "CHECKPOINT").symlink_to(f"RUN/checkpoints/step_{STEPS:08d}")
     run.folder = folder
     return run
 
@@ -153,4 +167,5 @@ def test_the_commands_of_a_page_run(page, run):
                     run(instead)
                 except (AssertionError, subprocess.TimeoutExpired) as error:
                     failed.append(f"{command}\n{error}")
+                    print("FAILED", failed[-1])
     assert not failed, "\n\n".join(failed)

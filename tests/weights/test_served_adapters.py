@@ -174,7 +174,10 @@ REFUSED = [
     ({"data.val": sources("d")}, r"data.val\[0\].adapter: 'd' is not one of"),
     ({"model.adapters": []}, r"data.train\[0\].adapter: 'a' is not one of model.adapters .empty."),
     ({"model.adapters": ["x/a", "y/a"]}, "two adapters have the name 'a'"),
-    ({"model.adapters": [{"path": "a", "scale": 2}, "b"]}, "a has scale: give path, weight, revision, name"),
+    (
+        {"model.adapters": [{"path": "a", "scale": 2}, "b"]},
+        "a: there is no key scale; known are path, weight, revision, name",
+    ),
 ]
 
 
