@@ -36,6 +36,7 @@ def longest(cfg: Config, machine: Machine, plan: Plan, unit: int = 256, most: in
         if len(peaks) < 2:
             activations = last.memory["activations"]
             limit = at * max(0.0, activations + machine.usable - last.peak) / activations
+            limit *= 1.5 if peaks else 1  # a part of them does not grow, and a point beyond is as good for the line
         else:
             (x, a), (y, b) = sorted(peaks.items(), key=lambda point: abs(point[1] - machine.usable))[:2]
             limit = x + (machine.usable - a) * (y - x) / (b - a) if a != b else 2 * max(x, y)
