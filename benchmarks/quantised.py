@@ -5,9 +5,11 @@
 
 A start pair is a starter pair of other random weights that was trained on docstrings. The linear layers of its base are
 rounded (to float32 numbers that the codes stand for), and its drafter is tuned with the base frozen: on the base as it
-was, and on each rounded one. Every base then writes greedy texts for held-out prompts, and each drafter is measured on
-them: as it was, tuned on bf16, tuned on that base. Intervals are 95 % bootstrap intervals, hierarchical: over start
-pairs and over prompts. Whatever is finished in DIR isn't run again.
+was, and on each rounded one. Each drafter is measured on every base: as it was, tuned on bf16, tuned on that base. The
+expected length is 1 + the expected number of sampled drafts that are accepted, on held-out answers; beside it stands
+what greedy decoding of held-out prompts settles a base forward, which is noisy, since a base this small repeats itself.
+Intervals are 95 % bootstrap intervals, hierarchical: over start pairs and over prompts. Whatever is finished in DIR
+isn't run again.
 """
 
 import argparse
@@ -24,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import results
-from benchmarks.greedy import greedy_texts, verifications
-from benchmarks.joint import conversations, hierarchical, load_base
+from benchmarks.greedy import expected_lengths, greedy_texts, verifications
+from benchmarks.joint import conversations, hierarchical, load_base, rows_of
 from benchmarks.runs import starter_pair, train
 from joint_train.command import start
-from joint_train.config import load
+from joint_train.config import DataConfig, load
 from joint_train.distributed.quantised import KINDS, block_size, dequantise, quantise
 from joint_train.evaluate.prompts import chat_prompt
 from joint_train.files import replace
@@ -36,12 +38,14 @@ from joint_train.pair.model import JointModel
 
 LINEAR = re.compile(r".*layers\.\d+\..*(_proj|experts\.\w+)(\.weight)?$")
 GROUP = 32
-DRAFTERS = {"as it was": "stale", "tuned on bf16": "bf16", "tuned on this base": "own"}
+DRAFTERS = {"stale": "as it was", "bf16": "tuned on bf16", "own": "tuned on this base"}
 COLUMNS = {
     "base": ("base", ""),
     "error": ("weights changed by", ".2%"),
-    **{name: (f"drafter {name}", ".3f") for name in DRAFTERS},
+    **{drafter: (f"expected length, {name}", ".3f") for drafter, name in DRAFTERS.items()},
     "gain": ("tuned on this base against bf16", "+.1%"),
+    **{f"{drafter}_decoded": (f"decoded greedily, {name}", ".3f") for drafter, name in DRAFTERS.items()},
+    "gain_decoded": ("tuned on this base against bf16", "+.1%"),
 }
 
 
@@ -99,18 +103,21 @@ def round_base(source: Path, out: Path, form: str) -> float:
 
 
 @torch.no_grad()
-def measured(base_folder: Path, drafters: dict[str, Path], val: Path, options: argparse.Namespace) -> dict:
-    """For each drafter, the tokens settled and the verifications of each prompt, on the base's own greedy texts."""
+def measured(base_folder: Path, drafters: dict[str, Path], data: DataConfig, options: argparse.Namespace) -> dict:
+    """For each drafter, sums of each held-out prompt: expected lengths of its rows, and how many rows there are; tokens
+    settled while the base decodes, and its verifications."""
     base, tokenizer = load_base(base_folder), transformers.AutoTokenizer.from_pretrained(base_folder)
-    messages = conversations(val, options.prompts)
-    prompts = [chat_prompt(conversation, tokenizer, "held out").ids for conversation in messages]
+    messages = conversations(Path(data.val[0].path), options.prompts)
+    rows = rows_of(tokenizer, messages, data.max_length)
+    prompts = [chat_prompt(conversation, tokenizer, "held out").ids for conversation in messages[: options.decoded]]
     texts = greedy_texts(base, prompts, options.max_new_tokens)
     found = {}
     for name, folder in drafters.items():
         drafter = transformers.Gemma4AssistantForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         pair = JointModel(base, drafter, drafter_num_steps=options.num_steps).eval()
         settled = verifications(pair, prompts, texts)
-        found[name] = [[sum(one) for one in settled], [len(one) for one in settled]]
+        decoded = {"settled": [sum(one) for one in settled], "verifications": [len(one) for one in settled]}
+        found[name] = expected_lengths(pair, rows) | decoded
     return found
 
 
@@ -121,7 +128,7 @@ def of_start(number: int, options: argparse.Namespace) -> dict[str, dict]:
     common = [f"seed={number}", f"drafter.num_steps={options.num_steps}", *options.set]
     trained = train(folder / "start", pair, *common, f"max_steps={options.start_steps}", timeout=options.timeout)
     export, found = trained / "export", {}
-    val = Path(load(["+experiment=starter", f"pair={pair}"]).data.val[0].path)
+    data = load(["+experiment=starter", f"pair={pair}"]).data
 
     def tuned(base: Path, name: str) -> Path:
         settings = [f"model.base={base}", f"model.drafter={export}/drafter", "freeze.base=true"]
@@ -138,7 +145,7 @@ def of_start(number: int, options: argparse.Namespace) -> dict[str, dict]:
         if not file.exists():
             print(f"{folder}: {form}", file=sys.stderr, flush=True)
             file.parent.mkdir(exist_ok=True)
-            replace(file, json.dumps(measured(base, drafters, val, options)) + "\n")
+            replace(file, json.dumps(measured(base, drafters, data, options)) + "\n")
         found[form] = {"error": error, **json.loads(file.read_text())}
     return found
 
@@ -148,10 +155,12 @@ def summary(found: list[dict[str, dict]]) -> list[dict[str, results.Value]]:
     rows: list[dict[str, results.Value]] = []
     for form in found[0]:
         row: dict[str, results.Value] = {"base": form, "error": results.spread([one[form]["error"] for one in found])}
-        for name, drafter in DRAFTERS.items():
-            row[name] = hierarchical([[one[form][drafter]] for one in found], lambda settled, times: settled / times)
-        both = [[[*one[form]["own"], *one[form]["bf16"]]] for one in found]
-        row["gain"] = hierarchical(both, lambda a, m, b, n: (a / m) / (b / n) - 1)
+        for suffix, sums in (("", ("lengths", "rows")), ("_decoded", ("settled", "verifications"))):
+            for drafter in DRAFTERS:
+                of_drafter = [[[one[form][drafter][key] for key in sums]] for one in found]
+                row[f"{drafter}{suffix}"] = hierarchical(of_drafter, lambda settled, times: settled / times)
+            both = [[[one[form][drafter][key] for drafter in ("own", "bf16") for key in sums]] for one in found]
+            row[f"gain{suffix}"] = hierarchical(both, lambda a, m, b, n: (a / m) / (b / n) - 1)
         rows.append(row)
     return rows
 
@@ -164,7 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--start-steps", type=int, default=600, help="of the training on docstrings")
     parser.add_argument("--steps", type=int, default=150, help="of a drafter's tuning")
     parser.add_argument("--num-steps", type=int, default=4, help="K, in training and decoding")
-    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts")
+    parser.add_argument("--prompts", type=int, default=100, help="held-out prompts")
+    parser.add_argument("--decoded", type=int, default=50, help="of them that are decoded")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for one run")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run")
@@ -174,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> int:
         found = [of_start(number, options) for number in options.starts]
-        results.finish(results.record("quantised", COLUMNS, summary(found), runs=found), options.results)
+        results.finish(results.record("quantised", COLUMNS, summary(found)), options.results)
         return 0
 
     return start("benchmarks.quantised", run)

@@ -36,10 +36,10 @@ def test_a_start_pair_is_measured_on_each_base(starter_dir, tmp_path, monkeypatc
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert [row["base"] for row in rows] == ["bf16", "int3"] and rows[0]["error"] == 0 < rows[1]["error"]
     for row in rows:
-        values = [row[name]["value"] for name in quantised.DRAFTERS]
-        assert (
-            len(set(values)) == 1 and 1 <= values[0] <= 5 and row["gain"]["value"] == 0
-        )  # one drafter under each name
+        for suffix in ("", "_decoded"):  # one drafter under each name
+            values = [row[f"{drafter}{suffix}"]["value"] for drafter in quantised.DRAFTERS]
+            assert len(set(values)) == 1 and 1 <= values[0] <= 5
+        assert row["gain"]["value"] == row["gain_decoded"]["value"] == 0
     settings = dict(made)
     assert set(settings) == {"start", "bf16", "int3"}
     assert "freeze.base=true" in settings["int3"] and f"model.base={tmp_path}/start_0/bases/int3" in settings["int3"]
