@@ -9,10 +9,12 @@ BIN    := $(VENV)/bin
 GPUS   := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 RANKS  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 OUT    ?= outputs/starter
+# Settings of the three runs of `make train`, e.g. `make train OVERRIDES='tracking.wandb=disabled seed=1'`.
+OVERRIDES ?=
 # Test files that `make test` runs side by side.
 WORKERS ?= 2
 
-.PHONY: install train test test-slow test-slurm test-vllm test-llamacpp test-gpu docs lint clean
+.PHONY: install train test test-slow test-commands test-slurm test-vllm test-llamacpp test-gpu docs lint clean
 
 install: $(VENV)/.installed
 
@@ -25,12 +27,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: install
 	test -e $(OUT)/pair/COMPLETE || $(BIN)/python -m joint_train.starter $(OUT)/pair
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m joint_train \
-		+experiment=starter pair=$(OUT)/pair output_dir=$(OUT)/run
+		+experiment=starter pair=$(OUT)/pair output_dir=$(OUT)/run $(OVERRIDES)
 	test -e $(OUT)/code/val.jsonl || $(BIN)/python -m benchmarks.shift $(OUT) data
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m joint_train \
-		+experiment=starter_shift pair=$(OUT)/run/export drafter.base_grad_scale=0 output_dir=$(OUT)/detached
+		+experiment=starter_shift pair=$(OUT)/run/export drafter.base_grad_scale=0 output_dir=$(OUT)/detached $(OVERRIDES)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m joint_train \
-		+experiment=starter_shift pair=$(OUT)/run/export output_dir=$(OUT)/shifted
+		+experiment=starter_shift pair=$(OUT)/run/export output_dir=$(OUT)/shifted $(OVERRIDES)
 	$(BIN)/python -m benchmarks.shift $(OUT) report
 
 # The linters read the code as it is with the pinned torch.
@@ -39,6 +41,10 @@ test: install $(if $(TORCH),,lint)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Every command of the documentation; a part of test-slow.
+test-commands: install
+	$(BIN)/python -m pytest -m slow -s tests/project/test_commands_run.py
 
 test-slurm: install
 	tests/slurm/run.sh

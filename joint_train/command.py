@@ -1,23 +1,21 @@
 """How every command starts and ends: logging, errors that are reported in one sentence, the exit code."""
 
+import argparse
 import ctypes
 import importlib.metadata
 import logging
+import math
 import multiprocessing
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from joint_train.errors import JointTrainError
-
-log = logging.getLogger(__name__)
-Item = TypeVar("Item")
 
 DONE, NO, EXPLAINED_ERROR, TOO_LARGE, HUNG, PREEMPTED, OVERRUN, INTERRUPTED = 0, 1, 2, 3, 70, 85, 86, 130
 EXIT_CODES = {
@@ -103,29 +101,22 @@ def start(name: str, main: Callable[[], int | None], rank: int = 0) -> int:
         return INTERRUPTED
 
 
-def counted(what: str, every_seconds: float = 10.0) -> Callable[[], None]:
-    """A function to call before each part of long work, which logs now and then how many parts were begun."""
-    count, began = 0, time.monotonic()
-    logged = began
-
-    def one_more() -> None:
-        nonlocal count, logged
-        count, now = count + 1, time.monotonic()
-        if now - logged >= every_seconds:
-            logged = now
-            log.info("%s: %d in %.0f s", what, count, now - began)
-
-    return one_more
+def positive(text: str) -> int:
+    """The type of an option that counts something: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
 
 
-def tracked(what: str, items: Collection[Item], every_seconds: float = 10.0) -> Iterator[Item]:
-    """The items, with a line in the log now and then of how far long work on them is; none where it is quick."""
-    began = logged = time.monotonic()
-    for done, item in enumerate(items):
-        if (now := time.monotonic()) - logged >= every_seconds:
-            logged = now
-            log.info("%s: %d of %d in %.0f s", what, done, len(items), now - began)
-        yield item
+def above_zero(text: str) -> float:
+    """The type of an option that measures something, such as seconds or GB."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 PARENT_ENDED = signal.SIGUSR2  # to a rank whose torchrun ended; the kernel may send it more than once

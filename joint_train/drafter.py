@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from joint_train.command import start
+from joint_train.command import positive, start
 from joint_train.errors import ConfigError
 
 NAMES = {"sliding": "sliding_attention", "full": "full_attention"}
@@ -26,12 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     new.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     new.add_argument("--like", metavar="DRAFTER", help="take width, layers, heads and ordering of this drafter")
     new.add_argument("--layers", nargs="+", choices=NAMES, help="by default sliding sliding sliding full")
-    new.add_argument("--hidden-size", type=int, help="by default 256, or 1024 for bases wider than 2560")
-    new.add_argument("--intermediate-size", type=int, help="by default 8 times the width")
-    new.add_argument("--num-attention-heads", type=int, help="query heads of a layer")
+    new.add_argument("--hidden-size", type=positive, help="by default 256, or 1024 for bases wider than 2560")
+    new.add_argument("--intermediate-size", type=positive, help="by default 8 times the width")
+    new.add_argument("--num-attention-heads", type=positive, help="query heads of a layer")
     new.add_argument("--ordered", action="store_true", default=None, help="ordered embeddings, as E2B's and E4B's have")
-    new.add_argument("--centroids", type=int, help="of ordered embeddings (default 2048)")
-    new.add_argument("--top-k", type=int, help="centroids whose tokens are scored (default 32)")
+    new.add_argument("--centroids", type=positive, help="of ordered embeddings (default 2048)")
+    new.add_argument("--top-k", type=positive, help="centroids whose tokens are scored (default 32)")
     new.add_argument("--random", action="store_true", help="begin with random weights throughout")
     new.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

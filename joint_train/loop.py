@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from joint_train.command import DONE, start
+from joint_train.command import DONE, above_zero, positive, start
 from joint_train.config import Config, load
 from joint_train.config.values import quoted
 from joint_train.errors import ConfigError, JointTrainError
@@ -55,10 +55,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--out", type=Path, default=Path("looped"), help="folder of the run (default: looped)")
     top.add_argument("--max-new-tokens", type=int, default=512, help="of an answer (default 512)")
     top.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy (default)")
-    top.add_argument("--nproc-per-node", type=int, help="ranks (default: the GPUs, or 1)")
+    top.add_argument("--nproc-per-node", type=positive, help="ranks (default: the GPUs, or 1)")
     engine = top.add_argument_group("an engine that answers; without it the main job's ranks do, with transformers")
     engine.add_argument("--url", help="of an engine that serves OUT/served/base: vLLM or SGLang")
-    engine.add_argument("--concurrency", type=int, default=64, help="requests at a time (default 64)")
+    engine.add_argument("--concurrency", type=positive, default=64, help="requests at a time (default 64)")
     engine.add_argument(
         "--reload",
         metavar="COMMAND",
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="COMMAND",
         help="shell command before training that frees the GPUs. Or vllm: vLLM sleeps (--enable-sleep-mode)",
     )
-    engine.add_argument("--wait", type=float, default=900.0, help="seconds to wait for the engine (default 900)")
+    engine.add_argument("--wait", type=above_zero, default=900.0, help="seconds to wait for the engine (default 900)")
     return top
 
 
@@ -235,7 +235,7 @@ def reload(args: argparse.Namespace, out: Path, number: int) -> None:
     for name, value in names.items():
         command = command.replace(f"{{{name}}}", value)
     shell(command, "--reload")
-    wait(args.url, args.wait, f"`{command}` ended, and it is not there")
+    wait(args.url, args.wait, f"`{command}` has ended, so the engine should be running")
 
 
 def release(args: argparse.Namespace) -> None:
@@ -296,7 +296,11 @@ def ask(url: str, method: str, path: str, body: bytes | None = None) -> bytes:
     except httpx.HTTPError as error:
         raise EngineFailed(f"{method} {url}{path}: {error}") from None
     if response.is_error:
-        advice = "start vLLM with VLLM_SERVER_DEV_MODE=1" if response.status_code == 404 else response.text[:300]
+        advice = (
+            "it has no such address: start vLLM with VLLM_SERVER_DEV_MODE=1"
+            if response.status_code == 404
+            else response.text[:300]
+        )
         raise EngineFailed(f"{method} {url}{path}: HTTP {response.status_code}: {advice}")
     return response.content
 

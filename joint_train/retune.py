@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from joint_train.command import DONE, NO, start
+from joint_train.command import DONE, NO, positive, start
 from joint_train.config import Config, SourceConfig, read
 from joint_train.config.values import as_saved, quoted
 from joint_train.data.readers import read_records
@@ -47,10 +47,16 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--regenerate", action="store_true", help="let the tuned base answer the prompts first, and train on that"
     )
-    top.add_argument("--held-out", type=int, default=64, help="examples for validation and evaluation (default 64)")
-    top.add_argument("--max-new-tokens", type=int, default=512, help="of an answer with --regenerate (default 512)")
-    top.add_argument("--nproc-per-node", type=int, help="ranks (default: the GPUs, or 1)")
-    top.add_argument("--eval-tokens", type=int, default=128, help="tokens for a prompt in the evaluation (default 128)")
+    top.add_argument(
+        "--held-out", type=positive, default=64, help="examples for validation and evaluation (default 64)"
+    )
+    top.add_argument(
+        "--max-new-tokens", type=positive, default=512, help="of an answer with --regenerate (default 512)"
+    )
+    top.add_argument("--nproc-per-node", type=positive, help="ranks (default: the GPUs, or 1)")
+    top.add_argument(
+        "--eval-tokens", type=positive, default=128, help="tokens for a prompt in the evaluation (default 128)"
+    )
     return top
 
 
@@ -118,7 +124,7 @@ def pair_overrides(args: argparse.Namespace) -> list[str]:
         drafter = next((name for name in CONFIGS if name.lower() == f"{base}-assistant".lower()), None)
     if drafter is None:
         raise ConfigError(
-            f"--drafter is not set, and {base} is no released base: name the drafter that was released with the base "
+            f"--drafter is not set, and {base} isn't a released base: name the drafter that was released with the base "
             "that yours was made from, or make one (python -m joint_train.drafter new)."
         )
     found = {"model.base": base, "model.drafter": drafter, "model.adapter": adapter}

@@ -57,7 +57,7 @@ CHAT_TEMPLATE = """\
     {%- elif message['role'] in ('system', 'user') -%}
         {{- '<|turn>' + message['role'] + '\\n' + text(message['content']) + '<turn|>\\n' -}}
     {%- else -%}
-        {{- raise_exception("role '" + message['role'] + "' is none of system, user, assistant") -}}
+        {{- raise_exception("role '" + message['role'] + "' is not one of system, user, assistant") -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -300,7 +300,7 @@ def build(directory: str | Path, seed: int = 0) -> dict:
             raise FileExistsError(f"{directory} is a starter pair of seed {facts.get('seed')}, not {seed}: remove it")
         return facts
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is no starter pair (no COMPLETE in it): name a new folder")
+        raise FileExistsError(f"{directory} exists and isn't a starter pair (no COMPLETE in it): name a new folder")
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:

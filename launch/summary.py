@@ -143,7 +143,9 @@ def _width(run: tuple) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.summary", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sort", help="metric, lowest first")
     parser.add_argument("--metrics", default=",".join(METRICS), help="columns, separated by commas")

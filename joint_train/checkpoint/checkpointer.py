@@ -209,6 +209,20 @@ class Checkpointer:
             self._write(job, self._ranks)
             self._step = step
 
+    def add_metrics(self, metrics: dict[str, float]) -> None:
+        """Give the checkpoint that this run goes on from the metrics of its step, which a signal had kept from being
+        measured before it was saved; another run's checkpoint is left as it is."""
+        if self._step is None:
+            return
+        folder = self.folder / layout.folder_name(self._step)
+
+        def add() -> None:
+            layout.write_metrics(folder, {name: float(x) for name, x in metrics.items() if math.isfinite(x)})
+            if self._mirror is not None:
+                self._mirror.submit(folder)
+
+        self._ranks.first(f"writing {folder / layout.MANIFEST}", add)
+
     @property
     def saving(self) -> bool:
         """Whether a background save is under way: the same on every rank."""

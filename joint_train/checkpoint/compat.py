@@ -95,14 +95,14 @@ def check_frozen_base(checkpoint: Path, before: dict[str, str], now: dict[str, s
     ways = [found.get("quantization", "none") for found in (before, now)]
     if ways[0] != ways[1]:
         raise CheckpointError(
-            f"{checkpoint} was trained with model.quantization={ways[0]}, and it is {ways[1]} now, which is another "
-            f"base: set model.quantization={ways[0]}, or train in another output_dir"
+            f"{checkpoint} was trained with model.quantization={ways[0]}; it is {ways[1]} now, so the base would be "
+            f"another one. Set model.quantization={ways[0]}, or train in another output_dir"
         )
     if before["hash"] != now["hash"]:
         raise CheckpointError(
-            f"{checkpoint} holds what was trained on the base in {before['folder']}, not that base itself; and the "
-            f"weights in {now['folder']} are others. Set model.base (for an export --base) to the folder or revision "
-            "that it was, or train in another output_dir"
+            f"{checkpoint} was trained on the base in {before['folder']}, which it doesn't contain, and the weights in "
+            f"{now['folder']} differ from that base. Set model.base (for an export --base) to the folder or revision "
+            "that it was trained on, or train in another output_dir"
         )
 
 

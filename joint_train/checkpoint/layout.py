@@ -25,11 +25,12 @@ import stat
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from joint_train.errors import CheckpointError
+from joint_train.progress import tracked
 
 LAYOUT = 1
 MANIFEST = "COMPLETE"
@@ -116,6 +117,12 @@ def read_manifest(folder: Path) -> Manifest:
     return parse_manifest(raw, folder)
 
 
+def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
+    """Put the metrics of a complete checkpoint's step into its manifest, which is replaced as a whole."""
+    write_file(folder / MANIFEST, replace(read_manifest(folder), metrics=metrics).to_bytes())
+    fsync_folder(folder)
+
+
 def parse_manifest(raw: bytes, folder: Path | str) -> Manifest:
     """The contents of the ``COMPLETE`` of a folder (a path, or a URL), which is named in errors.
 
@@ -168,7 +175,7 @@ def check_files(folder: Path, manifest: Manifest, names: list[str]) -> list[str]
 def compare_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> list[str]:
     """Describes each file that hasn't its size and checksum, as :func:`file_checksum` gives them."""
     problems = []
-    for name, (size, checksum) in files.items():
+    for name, (size, checksum) in tracked(f"comparing the checksums of {folder}", files.items(), "files"):
         try:
             found = file_checksum(folder / name)
         except OSError as error:

@@ -89,17 +89,17 @@ class Loading:
         if not tensors["base/model"] and stored:
             if (kept := (model.frozen_base or {}).get("quantization", "none")) != "none":
                 raise CheckpointError(
-                    f"{self.path} holds a whole base, and with model.quantization={kept} the base is that of its "
-                    "folder: set model.quantization=none, or train in another output_dir"
+                    f"{self.path} contains a trained base, but with model.quantization={kept} the base's weights are "
+                    "always those of its folder: set model.quantization=none, or train in another output_dir"
                 )
             model.base_stays = False
             tensors["base/model"] = state.base_tensors(model)
-            self._warn(f"{name} holds the whole base: it is read from there, and saved in checkpoints as before")
+            self._warn(f"{name} contains the whole base: it is read from there, and new checkpoints contain it, too")
         elif not stored and tensors["base/model"] and compat.FROZEN_BASE in documents:
             tensors["base/model"] = {}  # it was frozen; whether it still is what it was, its hash says
             if model.read_base is not None:
                 model.read_base()  # this process may have trained it, or read another checkpoint's
-            self._warn(f"{name} holds no base, which was frozen: it starts as in its folder")
+            self._warn(f"{name} doesn't contain the base, which was frozen: it is read from its own folder")
 
     def _document(self, name: str) -> dict:
         """A JSON file of the checkpoint.

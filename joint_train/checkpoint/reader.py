@@ -10,6 +10,7 @@ import pathlib
 import pickle
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -70,11 +71,19 @@ class Reader(dcp.FileSystemReader):
         folder: with a ``.metadata`` and its files.
         metadata: what is in ``.metadata``, if it was read already.
         checksums: whether to take the checksums of what is read on the way (:meth:`whole_files`).
+        progress: is called with how many bytes are read, and of how many.
     """
 
-    def __init__(self, folder: Path, metadata: Metadata | None = None, checksums: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        metadata: Metadata | None = None,
+        checksums: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ):
         super().__init__(folder)
         self.folder, self._metadata, self.checksums = Path(folder), metadata, checksums
+        self._progress, self._done, self._total = progress, 0, 0
         self._read: dict[str, tuple[int, int]] = {}  # by file: how far it was read from its start, and the CRC-32 of it
 
     def read_data(self, plan: Any, planner: Any) -> Any:
@@ -84,9 +93,12 @@ class Reader(dcp.FileSystemReader):
             stored = self.storage_data[item.storage_index]
             return stored.relative_path, stored.offset
 
+        self._done, self._total = 0, sum(self.storage_data[item.storage_index].length for item in plan.items)
         return super().read_data(replace(plan, items=sorted(plan.items, key=place)), planner)
 
     def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        self._progress(self._done, self._total)
+        self._done += sinfo.length
         if not self.checksums:
             return super()._slice_file(file, sinfo)
         file.seek(sinfo.offset)

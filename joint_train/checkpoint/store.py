@@ -17,12 +17,14 @@ from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 
 from joint_train.checkpoint import layout
 from joint_train.checkpoint.layout import IncompleteCheckpoint, Manifest
 from joint_train.config import CheckpointConfig
 from joint_train.errors import CheckpointError
+from joint_train.progress import shown_progress
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +101,8 @@ class Store:
         return layout.parse_manifest(self._marker(checkpoint_name(step)), f"{self.url}/{checkpoint_name(step)}")
 
     def upload(self, folder: Path, name: str, files: dict[str, list], marker: bytes) -> None:
-        """Copy a complete folder to ``name``; one that is there already, with the same manifest, is left alone.
+        """Copy a complete folder to ``name``; one that is there already, with the same manifest, is left alone, and of
+        one with the same files only the manifest is written again.
 
         Args:
             files: a path below the folder to its [size in bytes, CRC-32 in hex], by which each is checked before it
@@ -110,7 +113,10 @@ class Store:
             DamagedCheckpoint: if a local file isn't what was written.
             CheckpointError: if the storage fails, or has an object of another size.
         """
-        if self._marker_or_none(name) == marker:
+        if (stored := self._marker_or_none(name)) == marker:
+            return
+        if stored is not None and _files(stored) == files:
+            self._try(f"completing {name}", lambda: self._fs.pipe_file(self._path(name, layout.MANIFEST), marker))
             return
         self._remove_marker(name)
         manifest = Manifest(0, 0, "", "", {}, files=files)
@@ -138,15 +144,8 @@ class Store:
         temporary = layout.temporary_path(final)
         temporary.mkdir(parents=True)
         try:
-            for file in manifest.files:
-                source, target = self._path(checkpoint_name(step), file), temporary / file
-                target.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    self._try(f"fetching {file}", partial(self._fs.get_file, source, str(target)), True)
-                except FileNotFoundError:
-                    pass  # the check names it
-                else:
-                    _fsync(target)
+            with shown_progress("bytes", brief=True) as show:
+                self._fetch_files(step, manifest, temporary, partial(show, f"fetching {self.url}, step {step}"))
             if problems := layout.check_files(temporary, manifest, list(manifest.files)):
                 raise layout.damage_error(f"{self.url}/{checkpoint_name(step)}", problems)
             for inner in {(temporary / file).parent for file in manifest.files}:
@@ -158,6 +157,27 @@ class Store:
             layout.remove(temporary)
             raise
         return final
+
+    def _fetch_files(self, step: int, manifest: Manifest, into: Path, show: Callable[[int, int], None]) -> None:
+        """Copy the files that are there, and call `show` with how many bytes are, and of how many."""
+        done = 0
+        for file, (size, _) in manifest.files.items():
+            show(done, manifest.nbytes)
+            source, target = self._path(checkpoint_name(step), file), into / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+
+            def fetch(source: str = source, target: Path = target, before: int = done) -> None:
+                of_file = Callback(hooks={"show": lambda _, value, **__: show(before + value, manifest.nbytes)})
+                self._fs.get_file(source, str(target), callback=of_file)
+
+            try:
+                self._try(f"fetching {file}", fetch, True)
+            except FileNotFoundError:
+                pass  # the check names it
+            else:
+                _fsync(target)
+            done += size
+        show(done, manifest.nbytes)
 
     def thin(self, newest: int, cfg: CheckpointConfig) -> None:
         """Remove what retention gives up: of the checkpoints up to ``newest``, which is complete, and of the parts of
@@ -242,6 +262,14 @@ def without_secrets(url: str) -> str:
 
 def checkpoint_name(step: int) -> str:
     return f"checkpoints/{layout.folder_name(step)}"
+
+
+def _files(marker: bytes) -> dict[str, list] | None:
+    """The sizes and checksums in a ``COMPLETE``; None if it can't be read."""
+    try:
+        return json.loads(marker)["files"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def to_json(value: Any) -> bytes:

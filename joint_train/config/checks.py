@@ -287,12 +287,12 @@ def _check_served(cfg: Config) -> None:
         return
     if unused := [spec.name for index, spec in enumerate(specs) if index not in used]:
         raise ConfigError(
-            f"model.adapters: no source of data.train names {', '.join(unused)}, so that the drafter would learn "
-            f"nothing of it. Give a source adapter: {unused[0]}, or leave it out."
+            f"model.adapters: no source of data.train names {', '.join(unused)}, so the drafter would learn "
+            f"nothing about it. Give a source adapter: {unused[0]}, or leave it out of model.adapters."
         )
     if cfg.model.adapter is not None:
         raise ConfigError(
-            "model.adapter is merged into the base, and model.adapters lie on it one at a time: set only one of them."
+            "model.adapter is merged into the base, and model.adapters are put on it one at a time: set one of them."
         )
     if cfg.lora.r:
         raise ConfigError(
@@ -312,8 +312,8 @@ def _check_quantization(cfg: Config) -> None:
     m, key = cfg.model, f"model.quantization={cfg.model.quantization}"
     if m.quantization_activations != "none" and m.quantization != "as_saved":
         raise ConfigError(
-            f"model.quantization_activations={m.quantization_activations} rounds as a quantised folder says: set "
-            "model.quantization=as_saved with such a folder, or leave it out."
+            f"model.quantization_activations={m.quantization_activations} takes its rounding from a "
+            "quantised folder: set model.quantization=as_saved and give such a folder, or leave it out."
         )
     if m.quantization == "none":
         return
@@ -336,4 +336,5 @@ def _check_quantization(cfg: Config) -> None:
         raise ConfigError(f"{key}: the tables of a base that stays as it is saved can't grow: leave out "
                           "model.resize_vocabulary, or give the bfloat16 base.")  # fmt: skip
     if m.export.kv_shared_weights:
-        raise ConfigError(f"{key}: no base is exported, so that model.export.kv_shared_weights=true does nothing.")
+        raise ConfigError(f"{key}: no base is exported, so model.export.kv_shared_weights=true would do nothing: leave "
+                          "it out.")  # fmt: skip

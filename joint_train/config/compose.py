@@ -105,7 +105,7 @@ def _store(file: Path, name: str) -> None:
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror}") from None
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {file}: this is no YAML: {error}") from None
+        raise ConfigError(f"--config {file}: this is not YAML: {error}") from None
     if not isinstance(given, dict):
         raise ConfigError(f"--config {file}: keys with values are expected, as in docs/configuration.md")
     defaults: list[Any] = given.pop("defaults", [])

@@ -236,12 +236,12 @@ def _with_sources(word: str, override: Override) -> str:
 def _no_choice(group: str, name: str) -> str:
     known = choices()
     names = known.get(group) or known.get(f"+{group}") or []
+    hint = _hint(_closest(name, names))
     if group == "model":
         return (
-            f"model={name}: model= takes a prepared name ({', '.join(names)}). For folders or hub ids give "
+            f"model={name}: model= takes a prepared name ({', '.join(names)}).{hint} For folders or hub ids give "
             "pair=DIR, or model.base=… and model.drafter=…"
         )
-    hint = _hint(_closest(name, names))
     return f"{group}={name}: there is no such prepared setting.{hint} Known here: {', '.join(names) or 'none'}"
 
 

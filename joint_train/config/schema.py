@@ -321,7 +321,7 @@ class Config:
     eval: EvalConfig = key(EvalConfig, "validation during the run")
     tracking: TrackingConfig = key(TrackingConfig, "metrics, wandb, guards")
     profile: ProfileConfig = key(ProfileConfig, "where time and memory go")
-    pair: str | None = key(None, "a folder with base/ and drafter/, for configurations that use ${pair}")
+    pair: str | None = key(None, "a folder with base/ and drafter/: model.base and model.drafter, unless they are set")
     seed: int = key(0, "data order and random state")
     max_steps: int | None = key(None, "optimizer steps; by default 1000, or one epoch with data.mixture=epoch")
     epochs: float | None = key(None, "instead of max_steps: passes over all training data; may be a fraction")

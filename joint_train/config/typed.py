@@ -26,7 +26,8 @@ def to_dataclasses(composed: DictConfig, may_miss: Collection[str] = ("model.bas
     """The dataclasses of a composed configuration, with interpolations resolved.
 
     Args:
-        may_miss: keys that are empty where they aren't set; some commands need no pair.
+        may_miss: keys that are the folders in ``pair`` where they aren't set, and empty without it; some commands need
+            no pair.
 
     Raises:
         ConfigError: for a key that nothing reads, one that has to be set and isn't, and an interpolation that can't be
@@ -46,7 +47,8 @@ def to_dataclasses(composed: DictConfig, may_miss: Collection[str] = ("model.bas
         for name in OmegaConf.missing_keys(composed):
             if name not in may_miss:
                 raise ConfigError(f"{name} is not set, and has to be.")
-            OmegaConf.update(composed, name, "")
+            part = f"{composed.pair}/{name.removeprefix('model.')}" if composed.get("pair") else ""
+            OmegaConf.update(composed, name, part)
         cfg = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         said = str(error).splitlines()[0]

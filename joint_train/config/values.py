@@ -99,12 +99,14 @@ def parse_adapters(choice: Any, key: str = "model.adapter") -> list[AdapterSpec]
     for item in items:
         given = {"path": item} if isinstance(item, str) else item
         if not isinstance(given, Mapping) or not isinstance(given.get("path"), str) or not given["path"]:
-            raise ConfigError(f"{key}: {item!r} is no adapter: give a folder, or {{path: DIR, weight: 0.5}}.")
+            raise ConfigError(f"{key}: {item!r} isn't an adapter: give a folder, or {{path: DIR, weight: 0.5}}.")
         if unknown := sorted(map(str, given.keys() - {*known})):
-            raise ConfigError(f"{key}: {given['path']} has {', '.join(unknown)}: give {', '.join(known)}.")
+            raise ConfigError(
+                f"{key}: {given['path']}: there is no key {', '.join(unknown)}; known are {', '.join(known)}."
+            )
         weight = given.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise ConfigError(f"{key}: the weight of {given['path']} is {weight!r}, must be a number.")
+            raise ConfigError(f"{key}: the weight of {given['path']} is {weight!r}; it must be a number.")
         name = str(given.get("name") or os.path.basename(os.path.normpath(given["path"])))
         specs.append(AdapterSpec(given["path"], float(weight), given.get("revision"), name))
     return specs
@@ -138,7 +140,9 @@ def adapter_index(specs: Sequence[AdapterSpec], named: str | None) -> int:
     found = [index for index, spec in enumerate(specs) if named == spec.name]
     found += [index for index, spec in enumerate(specs) if named == spec.path]
     if not found:
-        raise ValueError(f"{named!r} is none of model.adapters ({', '.join(spec.name for spec in specs) or 'empty'})")
+        raise ValueError(
+            f"{named!r} is not one of model.adapters ({', '.join(spec.name for spec in specs) or 'empty'})"
+        )
     return found[0]
 
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from joint_train.command import DONE, NO, start
+from joint_train.command import DONE, NO, above_zero, positive, start
 from joint_train.config import Config, ModelConfig, join_options, load
 from joint_train.errors import ConfigError, DataError
 from joint_train.files import replace
@@ -36,15 +36,15 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print rows in colour")
     show.add_argument("--split", choices=("train", "val"), default="train")
     show.add_argument("--row", type=int, default=0, help="the first row")
-    show.add_argument("--rows", type=int, default=2, help="how many")
+    show.add_argument("--rows", type=positive, default=2, help="how many")
     show.add_argument(
         "--at", type=int, help="position whose rounds are spelled out; default: the first with all of them"
     )
     regenerate = commands.add_parser("regenerate", help="have the base answer the prompts of a dataset")
     regenerate.add_argument("output", type=Path, help="JSONL file to make")
     regenerate.add_argument("--split", choices=("train", "val"), default="train")
-    regenerate.add_argument("--batch-size", type=int, default=8, help="prompts at once, without --url (default 8)")
-    regenerate.add_argument("--max-new-tokens", type=int, default=512)
+    regenerate.add_argument("--batch-size", type=positive, default=8, help="prompts at once, without --url (default 8)")
+    regenerate.add_argument("--max-new-tokens", type=positive, default=512)
     regenerate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     of_base = "(default: the base's generation configuration)"
     regenerate.add_argument("--top-k", type=int, help=f"with a temperature; 0: all tokens {of_base}")
@@ -53,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
         "--url", help="let an engine answer that serves the base: vLLM or SGLang, by its OpenAI API"
     )
     regenerate.add_argument("--model", help="the name of the base at --url, where several are served")
-    regenerate.add_argument("--concurrency", type=int, default=64, help="requests at a time to --url (default 64)")
-    regenerate.add_argument("--timeout", type=float, default=1800.0, help="seconds that a request may take (1800)")
+    regenerate.add_argument("--concurrency", type=positive, default=64, help="requests at a time to --url (default 64)")
+    regenerate.add_argument("--timeout", type=above_zero, default=1800.0, help="seconds that a request may take (1800)")
     for command in (check, show):
         command.add_argument("--format", default="auto", help="of the files; default: by their fields")
         command.add_argument(
@@ -266,11 +266,9 @@ def connect(cfg: Config, options: argparse.Namespace, tokenizer: Any, rank: int)
         if error.name != "httpx":
             raise
         raise ConfigError("--url needs httpx: pip install 'joint-train[serving]'") from None
-    if options.concurrency < 1:
-        raise ConfigError(f"--concurrency={options.concurrency}: at least one request is made at a time.")
     if not cfg.model.base:
         raise ConfigError(
-            "model.base is not set: name the base that the engine serves, for its tokenizer and its ends."
+            "model.base is not set: give the base that the engine serves, for its tokenizer and end tokens."
         )
     folder = resolve(*_base(cfg.model))
     if (folder / "generation_config.json").exists():

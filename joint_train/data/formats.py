@@ -234,11 +234,11 @@ def check_source(where: str, format: str, columns: Mapping[str, str]) -> None:
         DataError: naming the known ones.
     """
     if format not in FORMATS:
-        raise DataError(f"{where}: format={format!r} is none of {', '.join(FORMATS)}")
+        raise DataError(f"{where}: format={format!r} is not one of {', '.join(FORMATS)}")
     known = COMMON.union(*(FIELDS[name] for name in (TABLE if format == "auto" else (format,))))
     if unknown := sorted(columns.keys() - known):
         raise DataError(
-            f"{where}: columns name {', '.join(unknown)}, which is no field of format={format}; its fields are "
+            f"{where}: columns name {', '.join(unknown)}, which isn't a field of format={format}; its fields are "
             f"{', '.join(sorted(known))}"
         )
 
@@ -342,7 +342,7 @@ def _look_for_content(fields: Fields, format: str, example: dict[str, Any], mean
             continue
         raise DataError(
             f"a column {name!r} ({kind}, by its name) isn't a field of the format {format}, and would be lost: give "
-            "the field that it is in the source's columns, or name it in the source's ignore if it is no part of the "
+            "the field that it is in the source's columns, or name it in the source's ignore if it isn't part of the "
             "conversation"
         )
 

@@ -193,7 +193,7 @@ class _Items:
         self.size = 0
         line, self.line = self.line, self.line + data.count(b"\n")
         if data.removeprefix(b"\xef\xbb\xbf").replace(b",", b"").strip():
-            yield Record(self.file, line, None, "malformed JSON: something that is no object between the objects")
+            yield Record(self.file, line, None, "malformed JSON: something that isn't an object between the objects")
 
     def end(self) -> Iterator[Record]:
         """What is wrong with the end of the file."""

@@ -291,7 +291,7 @@ def loader_position(loader: BatchLoader) -> dict:
 def _check(data: DataConfig, split: str, epochs: float | None) -> None:
     for key, choices in CHOICES.items():
         if getattr(data, key) not in choices:
-            raise DataError(f"data.{key}={getattr(data, key)!r} is none of {', '.join(map(str, choices))}")
+            raise DataError(f"data.{key}={getattr(data, key)!r} is not one of {', '.join(map(str, choices))}")
     specs = data.train if split == "train" else data.val
     if not specs:
         raise DataError(f"data.{split} has no source: choose one of conf/data, or list sources with a path each")
@@ -360,6 +360,6 @@ def difference(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
         which = ", ".join(map(repr, changed))
         found.append(
             f"the files of source {which} have other contents, or its format, columns, limit, chat_template_kwargs or "
-            "data.max_line_bytes are others"
+            "data.max_line_bytes differ"
         )
     return "; ".join(found) or "the order of its sources"

@@ -53,7 +53,7 @@ def text_of(value: Any, what: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise DataError(f"{what} has half a surrogate pair, which is no Unicode text") from None
+            raise DataError(f"{what} has half a surrogate pair, which isn't Unicode text") from None
     return value
 
 

@@ -95,7 +95,7 @@ def inject_adapters(base: nn.Module, config: "peft.LoraConfig", text: "Gemma4Tex
     wrong = [name for name, module in adapted_modules(base).items() if id(module.base_layer) not in linear]
     if wrong:
         raise ConfigError(
-            f"lora.target_modules also names {', '.join(wrong[:3])}, which is no linear layer of the decoder. Those "
+            f"lora.target_modules also names {', '.join(wrong[:3])}, which isn't a linear layer of the decoder. Those "
             f"are {names}. Embedding and head can't have an adapter: the losses and the drafter read the table itself."
         )
     for module in adapted_modules(base).values():
@@ -207,7 +207,7 @@ class Merged(Mapping[str, Tensor]):
         name = self.names[key]
         weight, module = self.tensors[name], self.modules.get(name)
         if (store := getattr(weight, "store", None)) is not None:
-            assert self.read is not None, "of codes no export is made"
+            assert self.read is not None, "an export reads the source folder"
             weight = store.sharded(self.read(key, store.part()).float().to(local_tensor(store.codes).device))
             return weight if module is None else merged_weight(module, weight)
         return weight if module is None else merged_weight(module)

@@ -286,7 +286,7 @@ def keep_quantised(text: nn.Module, kind: str) -> None:
     if (version := tuple(int(n) for n in torch.__version__.split(".")[:2])) < LEAST_TORCH:
         raise ConfigError(
             f"model.quantization={kind} needs torch {'.'.join(map(str, LEAST_TORCH))}, and this is "
-            f"{'.'.join(map(str, version))}, whose FSDP2 refuses parameters of bytes: update torch, or set "
+            f"{'.'.join(map(str, version))}, whose FSDP2 can't shard parameters of bytes: update torch, or set "
             "model.quantization=none."
         )
     for layer in cast(Any, text).layers:
@@ -321,7 +321,7 @@ def rounding(kept: Iterable[Store], ranks: Ranks) -> float:
     changed, size = (sum(of_rank) for of_rank in zip(*ranks.each("comparing weights", lambda: mine), strict=True))
     error = (changed / size) ** 0.5 if size else 0.0
     log.info(
-        "%d weights of the base are kept as %s: they differ from their folder's by %.2f %% (root mean square). An "
-        "export has the folder's own", len(kept), kept[0].kind, 100 * error,
+        "%d weights of the base are kept as %s, which changes them by %.2f %% (root mean square). An export has "
+        "the weights of the folder", len(kept), kept[0].kind, 100 * error,
     )  # fmt: skip
     return error

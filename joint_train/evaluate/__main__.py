@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from joint_train.command import start
+from joint_train.command import above_zero, positive, start
 from joint_train.errors import ConfigError
 from joint_train.plan.machine import CARDS
 
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         help="general | starter | a JSONL file (default: general); given again: more of them, reported by source",
     )
-    parser.add_argument("--limit", type=int, help="at most this many prompts of each set")
+    parser.add_argument("--limit", type=positive, help="at most this many prompts of each set")
     parser.add_argument(
         "--chat-template-kwargs",
         type=template_options,
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         "--write-card", action="store_true", help="put the table of --against into the README.md of DRAFTER's folder"
     )
     parser.add_argument("--num-steps", type=step_list, help="K: 4, 1-8 or 1,2,4 (default 1-8)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens for a prompt (default 128)")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="tokens for a prompt (default 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="also sample at this temperature (0: don't)")
     parser.add_argument(
         "--thresholds",
@@ -98,7 +98,9 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--concurrency", type=step_list, default=[1, 4, 16], help="requests at a time (default 1,4,16; 1 is always)"
     )
-    server.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
+    server.add_argument(
+        "--timeout", type=above_zero, default=600.0, help="seconds that a request may take (default 600)"
+    )
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder to write (default: evaluation)")
     return parser
 
@@ -111,7 +113,7 @@ def step_list(text: str) -> list[int]:
     except ValueError:
         steps = []
     if not steps or steps[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of 4, 1-8 or 1,2,4")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of 4, 1-8 or 1,2,4")
     return steps
 
 
@@ -122,7 +124,7 @@ def threshold_list(text: str) -> list[float]:
     except ValueError:
         thresholds = [-1.0]
     if not all(0 <= threshold < 1 for threshold in thresholds):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of probabilities such as 0.2,0.4,0.8")
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a list of probabilities such as 0.2,0.4,0.8")
     return sorted({threshold for threshold in thresholds if threshold})
 
 
@@ -133,7 +135,7 @@ def template_options(text: str) -> dict:
     except ValueError:
         options = None
     if not isinstance(options, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as {{"enable_thinking": true}}')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"enable_thinking": true}}')
     return options
 
 
@@ -154,14 +156,14 @@ def check(args: argparse.Namespace) -> None:
     if args.set_drafts is not None and not args.recommend:
         raise ConfigError("--set-drafts needs --recommend.")
     if args.set_drafts is not None and args.set_drafts not in args.batch_sizes and not args.engine:
-        raise ConfigError(f"--set-drafts={args.set_drafts} is none of --batch-sizes.")
+        raise ConfigError(f"--set-drafts={args.set_drafts} is not one of --batch-sizes.")
     for option in ("prompts", "chat_template_kwargs", "adapters"):
         given = getattr(args, option) or []
         if twice := [value for i, value in enumerate(given) if value in given[:i]]:
             raise ConfigError(f"--{option.replace('_', '-')}: {twice[0]} is given twice.")
     writes = {"--write-card": args.write_card, "--set-drafts": args.set_drafts is not None}
     if (asked := [name for name, given in writes.items() if given]) and not Path(args.drafter or "").is_dir():
-        raise ConfigError(f"{asked[0]}: {args.drafter} is no folder of this machine; give the export's.")
+        raise ConfigError(f"{asked[0]}: {args.drafter} isn't a folder on this machine; give the export's.")
     if args.engine:
         given = {"--serving": args.serving, "--device": args.device, "--thresholds": args.thresholds}
         if args.url:  # the server was started with them
@@ -221,6 +223,10 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
     thresholds = threshold_list("0.2,0.4,0.6,0.8") if args.thresholds is None else args.thresholds
     transformers.utils.logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device={device} can't be used here: {str(error).splitlines()[0]}") from None
     automatic = torch.bfloat16 if device.startswith("cuda") else torch.float32
     dtype = automatic if args.dtype in (None, "auto") else getattr(torch, args.dtype)
     drafters = [args.drafter, *([args.against] if args.against else [])]
@@ -351,10 +357,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def work() -> int:
-        from joint_train.evaluate.progress import shown_progress
+        from joint_train.progress import shown_progress
 
         check(args)
-        with shown_progress() as progress:
+        with shown_progress("prompts") as progress:
             return (run_on_server if args.engine else run)(args, progress)
 
     return start("joint_train.evaluate", work)

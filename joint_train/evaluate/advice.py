@@ -86,7 +86,8 @@ def set_drafts(args: argparse.Namespace, found: dict[str, Any]) -> list[Path]:
     """Write the best number of drafts for ``--set-drafts`` sequences into the drafter's folder; the file, if any."""
     best = found["best_without_threshold"].get(str(args.set_drafts))
     if best is None:
-        raise ConfigError(f"--set-drafts={args.set_drafts}: measured were {', '.join(map(str, found['batches']))}.")
+        raise ConfigError(f"--set-drafts={args.set_drafts}: this batch size wasn't measured; choose one of "
+                          f"{', '.join(map(str, found['batches']))}, or add it to --batch-sizes.")  # fmt: skip
     if not best["num_steps"]:
         print(
             f"--set-drafts: with {args.set_drafts} sequences plain decoding is the fastest, so nothing is set",

@@ -174,7 +174,7 @@ def put_into_card(folder: str, table: str) -> Path:
         ConfigError: if it is no folder of this machine.
     """
     if not Path(folder).is_dir():
-        raise ConfigError(f"--write-card: {folder} is no folder of this machine; give the export's.")
+        raise ConfigError(f"--write-card: {folder} isn't a folder on this machine; give the export's.")
     file = Path(folder) / "README.md"
     card = file.read_text(encoding="utf-8") if file.exists() else ""
     before, found, rest = card.partition(f"## {TITLE}\n")

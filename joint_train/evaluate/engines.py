@@ -214,7 +214,7 @@ class VLLM(Counting):
     prefix = "vllm:"
     generated = "generation_tokens"
     without_counters = (
-        "it is no vLLM server, or one with --disable-log-stats. For SGLang give --engine sglang, for llama.cpp "
+        "it isn't a vLLM server, or one with --disable-log-stats. For SGLang give --engine sglang, for llama.cpp "
         "--engine llamacpp."
     )
     without_drafter = "--speculative-config"
@@ -253,7 +253,7 @@ class LlamaCpp(Counting):
     name = "llamacpp"
     prefix = "llamacpp:"
     generated = "tokens_predicted"
-    without_counters = "it is no llama.cpp server. For vLLM give --engine vllm, for SGLang --engine sglang."
+    without_counters = "it isn't a llama.cpp server. For vLLM give --engine vllm, for SGLang --engine sglang."
     without_drafter = "-md and --spec-type draft-mtp"
 
     def counters(self) -> Counter:

@@ -264,7 +264,7 @@ def set_num_assistant_tokens(folder: str, num_steps: int) -> Path:
     """
     file = Path(folder) / "generation_config.json"
     if not Path(folder).is_dir():
-        raise ConfigError(f"--set-drafts: {folder} is no folder of this machine; give the export's.")
+        raise ConfigError(f"--set-drafts: {folder} isn't a folder on this machine; give the export's.")
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     text = json.dumps(kept | {"num_assistant_tokens": num_steps}, indent=2, sort_keys=True) + "\n"
     replace_file(Path(folder), file.name, text)

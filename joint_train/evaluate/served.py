@@ -36,7 +36,7 @@ from joint_train.evaluate.report import (
     format_interval,
     setting_section,
 )
-from joint_train.evaluate.serving import serve_command
+from joint_train.evaluate.serving import serve_command, why_text_only
 
 WARM_UP_TOKENS = 8
 SAMPLING = (
@@ -197,6 +197,8 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
     if args.url is None:
         num_steps = max(args.num_steps) if args.num_steps else None
         print(serve_command(args.engine, *folders, num_steps, args.dtype, args.temperature))
+        if why := why_text_only(args.engine, folders[0]):
+            print(why, file=sys.stderr)
         if args.engine == "vllm" and not args.temperature:
             print(SAMPLING, file=sys.stderr)
         return 0

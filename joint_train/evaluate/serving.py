@@ -32,7 +32,6 @@ def serve_command(
     config = json.loads((base / "config.json").read_text())
     if engine == "llamacpp":
         return llamacpp_commands(names or (str(base), str(drafter)), num_steps, dtype)
-    towers = [name for name in ("vision_config", "audio_config") if config.get(name)]
     overrides = None
     base_name, drafter_name = names or (str(base), str(drafter))
     if "vision_config" in config and config["vision_config"] is None:
@@ -45,7 +44,7 @@ def serve_command(
         command = ["vllm", "serve", base_name, "--speculative-config", json.dumps(spec)]
         if overrides:
             command += ["--hf-overrides", overrides]
-        if towers and not (base / "processor_config.json").exists():  # nothing that could prepare a picture
+        if why_text_only(engine, base):
             command += ["--limit-mm-per-prompt", json.dumps({"image": 0, "audio": 0, "video": 0})]
     else:
         command = ["sglang", "serve", "--model-path", base_name, "--speculative-algorithm", "NEXTN"]
@@ -56,6 +55,19 @@ def serve_command(
     if dtype:
         command += ["--dtype", dtype]
     return shlex.join(command)
+
+
+def why_text_only(engine: str, base: Path) -> str | None:
+    """Why the command lets the engine take text alone, in a sentence; None where it doesn't."""
+    config = json.loads((base / "config.json").read_text())
+    towers = [name for name in ("vision_config", "audio_config") if config.get(name)]
+    if engine != "vllm" or not towers or (base / "processor_config.json").exists():
+        return None
+    return (
+        f"The command turns pictures and sound off (--limit-mm-per-prompt): {base} has a vision or audio tower, but no "
+        "processor_config.json, without which vLLM can't prepare them. Copy the original model's processor_config.json "
+        "into the folder to serve them."
+    )
 
 
 GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16"}

@@ -6,8 +6,9 @@ import json
 import sys
 
 from joint_train import config
-from joint_train.command import TOO_LARGE, counted, start
+from joint_train.command import TOO_LARGE, above_zero, positive, start
 from joint_train.plan.machine import Machine
+from joint_train.progress import counted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,10 +16,10 @@ def main(argv: list[str] | None = None) -> int:
     machine = Machine()
     parser = argparse.ArgumentParser(prog="python -m joint_train.plan", description="Say what a run would need.")
     parser.add_argument("overrides", nargs="*", help="as for python -m joint_train, e.g. model=gemma4_31b")
-    parser.add_argument("--gpus", type=int, default=machine.gpus, help="where parallel.dp_shard is -1")
-    parser.add_argument("--gpu-memory-gb", type=float, default=machine.gpu_memory_gb)
+    parser.add_argument("--gpus", type=positive, default=machine.gpus, help="where parallel.dp_shard is -1")
+    parser.add_argument("--gpu-memory-gb", type=above_zero, default=machine.gpu_memory_gb)
     parser.add_argument("--reserve", type=float, default=machine.reserve, help="share of it that a run can't use")
-    parser.add_argument("--tflops", type=float, default=machine.tflops, help="of a GPU")
+    parser.add_argument("--tflops", type=above_zero, default=machine.tflops, help="of a GPU")
     parser.add_argument(
         "--utilisation", type=float, default=machine.utilisation, help="share of them that matrix products reach"
     )
@@ -26,12 +27,20 @@ def main(argv: list[str] | None = None) -> int:
         "--flex-head-dim", type=int, default=machine.flex_head_dim, help="largest that FlexAttention runs"
     )
     parser.add_argument("--launch-us", type=float, default=machine.launch_us, help="of the host for each kernel")
-    parser.add_argument("--hbm-gb-per-second", type=float, default=machine.hbm_gb_per_second, help="of a GPU's memory")
-    parser.add_argument("--gpus-per-node", type=int, default=machine.gpus_per_node)
-    parser.add_argument("--nvlink-gb-per-second", type=float, default=machine.nvlink_gb_per_second, help="of a GPU")
-    parser.add_argument("--network-gb-per-second", type=float, default=machine.network_gb_per_second, help="of a GPU")
-    parser.add_argument("--pcie-gb-per-second", type=float, default=machine.pcie_gb_per_second, help="of a GPU")
-    parser.add_argument("--disk-gb-per-second", type=float, default=machine.disk_gb_per_second, help="of all ranks")
+    parser.add_argument(
+        "--hbm-gb-per-second", type=above_zero, default=machine.hbm_gb_per_second, help="of a GPU's memory"
+    )
+    parser.add_argument("--gpus-per-node", type=positive, default=machine.gpus_per_node)
+    parser.add_argument(
+        "--nvlink-gb-per-second", type=above_zero, default=machine.nvlink_gb_per_second, help="of a GPU"
+    )
+    parser.add_argument(
+        "--network-gb-per-second", type=above_zero, default=machine.network_gb_per_second, help="of a GPU"
+    )
+    parser.add_argument("--pcie-gb-per-second", type=above_zero, default=machine.pcie_gb_per_second, help="of a GPU")
+    parser.add_argument(
+        "--disk-gb-per-second", type=above_zero, default=machine.disk_gb_per_second, help="of all ranks"
+    )
     parser.add_argument("--suggest", action="store_true", help="print the cheapest settings that fit, best first")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(

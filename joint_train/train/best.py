@@ -28,14 +28,18 @@ class Best:
         self.step: int | None = None
         self.value: float | None = None
         self.waited = 0
+        self.observed = -1  # the step of the last validation that counted
         if saved and saved["metric"] == metric:
             self.step, self.value, self.waited = (saved[name] for name in ("step", "value", "waited"))
+            self.observed = saved.get("observed", -1)
 
     def observe(self, step: int, measured: Mapping[str, float]) -> None:
-        """Take note of a validation; one that hasn't the metric, or has NaN, is no better than the ones before."""
+        """Take note of a validation; one with NaN is no better than the ones before. One that hasn't the metric doesn't
+        count, nor one that is repeated because a signal interrupted it."""
         name, sign = layout.metric_of(self.metric or "")
-        if (value := measured.get(name)) is None:
+        if (value := measured.get(name)) is None or step <= self.observed:
             return
+        self.observed = step
         if not math.isnan(value) and (self.value is None or sign * value < sign * self.value):
             self.step, self.value, self.waited = step, value, 0
         else:
@@ -48,7 +52,7 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"metric": self.metric, "step": self.step, "value": self.value, "waited": self.waited}
+        return {name: getattr(self, name) for name in ("metric", "step", "value", "waited", "observed")}
 
 
 def load_best(cfg: Config, checkpointer: Checkpointer, model: JointModel, step: int) -> tuple[int, dict[str, float]]:

@@ -213,28 +213,32 @@ class Trainer:
     def first_validation(self) -> None:
         """What is measured before the first step: all of it in a new run, what was interrupted in a resumed one."""
         if self.before is None:
-            self.before = self.measured = self.evaluate(generate=True)
-            self.measured_at = self.step
-            self.best.observe(self.step, self.before)
-            self.tracker.log(self.step, self.before)
+            self.measure(generate=True)
+            self.before = self.measured
+            self.tracker.log(self.step, self.before or {})
         elif self.unfinished is not None:
             metrics, generate = self.unfinished["metrics"], self.unfinished["generate"]
-            self.measured, self.measured_at = self.evaluate(generate), self.step
-            self.best.observe(self.step, self.measured)
-            self.tracker.log(
-                self.step, {k: float("nan") if x is None else x for k, x in metrics.items()} | self.measured
-            )
+            measured = self.measure(generate)
+            self.tracker.log(self.step, {k: float("nan") if x is None else x for k, x in metrics.items()} | measured)
+            self.checkpointer.add_metrics(measured)
             self.unfinished = None
 
     def validate(self, metrics: dict[str, float], generate: bool) -> bool:
         """Add the validation's metrics to the step's; false if a signal interrupted it."""
         try:
-            self.measured, self.measured_at = self.evaluate(generate, self.check), self.step
+            metrics |= self.measure(generate, self.check)
         except Interrupted:
             return False
-        metrics |= self.measured
-        self.best.observe(self.step, self.measured)
         return True
+
+    def measure(self, generate: bool, progress: Callable[[], None] | None = None) -> dict[str, float]:
+        """:meth:`evaluate` this step; where patience is over, it is the run's last and generates."""
+        measured = self.evaluate(generate, progress)
+        self.best.observe(self.step, measured)
+        if self.best.exhausted and not generate and self.prompts > 0:
+            measured = self.evaluate(True, progress)
+        self.measured, self.measured_at = measured, self.step
+        return measured
 
     def check(self) -> None:
         """Between the parts of a validation: all ranks stop at the same one."""

@@ -120,7 +120,7 @@ def roundings(config: dict[str, Any], stored: Mapping[str, Stored]) -> dict[str,
         try:
             of_layer = make(layer)
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{layer.name} rounds activations in a way that isn't known ({error})") from None
+            raise ConfigError(f"{layer.name} rounds activations in an unsupported way ({error})") from None
         if of_layer is not None:
             found[layer.name] = of_layer
     return found
@@ -200,7 +200,7 @@ def round_activations(base: PreTrainedModel, folder: Path) -> int:
             layer.register_forward_hook(of_layer.after)
         done += 1
     if done:
-        log.info("the inputs of %d layers of the base are rounded; those of experts aren't", done)
+        log.info("the inputs of %d layers of the base are rounded as engines round them; those of experts aren't", done)
     return done
 
 
@@ -217,5 +217,6 @@ def round_as_saved(base: PreTrainedModel, folder: Path) -> None:
         raise ConfigError(f"{key}=as_saved: {error}. Set {key}=none.") from None
     if not rounded:
         raise ConfigError(
-            f"{key}=as_saved, and {folder} says of no linear layer that its engines round activations: set {key}=none."
+            f"{key}=as_saved, but by {folder}/config.json engines round no activations of any linear layer: set "
+            f"{key}=none."
         )

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,11 +26,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from joint_train.checkpoint.reader import Reader, load_alone
-from joint_train.command import tracked
 from joint_train.distributed.lora import Merged, adapted_modules, merged_weight
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import WeightsError
 from joint_train.files import naming
+from joint_train.progress import shown_progress, tracked
 from joint_train.weights.changes import UNCHANGED, Changes
 from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.kv_shared import absent_copies
@@ -108,6 +109,7 @@ def export_model(
     """
     source = resolve(source)
     stored, names = _contents(model, source, kv_shared_weights, changes)
+    _say_absent(model, source, stored, "set model.export.kv_shared_weights=true")
 
     def read(key: str, part: tuple[slice, ...]) -> Tensor:
         return changes.view(stored[key], key, names[key])[part]
@@ -149,19 +151,21 @@ def export_checkpoint(
     """
     source = Path(source)
     stored, names = _contents(model, source, kv_shared_weights, changes)
+    _say_absent(model, source, stored, "export again with --kv-shared-weights")
     frozen = adapted_modules(model) or not Reader(Path(checkpoint)).read_metadata().state_dict_metadata
     saved = None if frozen else _saved_names(checkpoint, model, names)
     value = _values(checkpoint, model, source, stored, names, changes)
 
     def fill(slots: dict[str, Slot]) -> None:
         if saved is None:
-            for key in tracked(f"writing {out}, tensors", names):
+            for key in tracked(f"writing {out}", names):
                 mapped(slots[key]).copy_(value(key, slots[key].dtype))
             return
         # The checkpoint's reader copies into the tensors that it is given, converting their dtype: here, the files.
         files = {key: mapped(slots[key]) for key in saved}
         wanted = {name: files[key] for key, name in saved.items()}
-        load_alone(wanted, Reader(Path(checkpoint)))
+        with shown_progress("bytes", brief=True) as show:
+            load_alone(wanted, Reader(Path(checkpoint), progress=partial(show, f"writing {out}")))
         for key, name in saved.items():
             if files[key] is not wanted[name]:  # a tied tensor that the source holds under both names
                 files[key].copy_(wanted[name])
@@ -185,7 +189,7 @@ def compare_checkpoint(
     stored, names = _contents(model, Path(source), False, changes)
     value, ours = _values(checkpoint, model, Path(source), stored, names, changes), stored_tensors(out)
     problems = []
-    for key in tracked(f"comparing {out}, tensors", sorted(names.keys() & ours.keys())):
+    for key in tracked(f"comparing {out}", sorted(names.keys() & ours.keys())):
         found = ours[key].whole()
         wanted = value(key, found.dtype)
         if found.shape != wanted.shape or not torch.equal(_bytes(found), _bytes(wanted)):
@@ -271,6 +275,16 @@ def verify(
     return problems
 
 
+def _say_absent(model: PreTrainedModel, source: Path, stored: dict[str, Stored], how: str) -> None:
+    """Log that the export of a base lacks tensors that older engines ask for, and how to have them written."""
+    if (copies := absent_copies(model.config, stored)) and not (dist.is_initialized() and dist.get_rank()):
+        log.info(
+            "like %s, the export has no keys and values for the KV-shared layers, which nothing reads (%d tensors). To "
+            "serve it with a vLLM before September 2026, which refuses such a folder, %s",
+            source, len(copies), how,
+        )  # fmt: skip
+
+
 def _contents(
     model: PreTrainedModel, source: Path, kv_shared_weights: bool, changes: Changes
 ) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -281,13 +295,6 @@ def _contents(
     if kv_shared_weights:
         stored = stored | {key: stored[copied] for key, copied in copies.items()}
         names = names | {key: names[copied] for key, copied in copies.items()}
-    elif copies and not (dist.is_initialized() and dist.get_rank()):
-        log.info(
-            "%s has no keys and values for its KV-shared layers (%d tensors that nothing uses), nor has the export. "
-            "vLLM before September 2026 refuses such a folder; model.export.kv_shared_weights=true writes them.",
-            source,
-            len(copies),
-        )
     return stored, names
 
 

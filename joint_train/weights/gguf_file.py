@@ -100,7 +100,9 @@ def stored_in_gguf(files: list[Path]) -> dict[str, Stored]:
                 continue
             name = _name(tensor.name)
             if name is None or name in found:
-                raise WeightsError(f"{file} has {tensor.name}, which {'is there twice' if name else 'is not known'}")
+                raise WeightsError(
+                    f"{file} has the tensor {tensor.name}{' twice' if name else ', which Gemma 4 has not'}"
+                )
             try:
                 blocks = Blocks(tensor)
                 blocks[tuple(slice(0, 1) for _ in blocks.shape)]
@@ -127,7 +129,7 @@ def _parts(files: list[Path]) -> list[tuple[Path, Any]]:
         except Exception as error:  # of what isn't one, in any way
             raise WeightsError(f"{file} can't be read as GGUF: {type(error).__name__}: {error}") from None
         if architecture != "gemma4" and not number:
-            raise WeightsError(f"{file} is of a {architecture}; a base is a gemma4")
+            raise WeightsError(f"{file} holds a model of the architecture {architecture}; a base must be gemma4")
         parts.append((file, reader))
         places.append((int(number or 0), int(of or 1)))
     if sorted(places) != [(number, len(files)) for number in range(len(files))]:

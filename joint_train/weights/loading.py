@@ -28,12 +28,12 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils.generic import ContextManagers
 
 from joint_train.checkpoint.layout import stays_inside
-from joint_train.command import tracked
 from joint_train.distributed.lora import folder_tensors
 from joint_train.distributed.quantised import KINDS, Store, dequantise, quantise
 from joint_train.distributed.ranks import Ranks, run_on_all_ranks
 from joint_train.distributed.replicas import Replicas
 from joint_train.errors import WeightsError
+from joint_train.progress import tracked
 from joint_train.torch_private import local_shape_and_offset
 from joint_train.weights import placing, quantised
 from joint_train.weights.changes import UNCHANGED, Changes, View
@@ -125,7 +125,7 @@ def _fill(
     tensors = folder_tensors(model)
     filled = set()
     in_files = sorted(names.items(), key=lambda item: stored[item[0]].file) if values else []
-    for key, name in tracked(f"reading {folder}, tensors", in_files):
+    for key, name in tracked(f"reading {folder}", in_files):
         target = tensors.get(name)
         if target is not None and id(target) not in filled:
             view, store = changes.view(stored[key], key, name), getattr(target, "store", None)
@@ -253,7 +253,7 @@ def check_token_ordering(stored: dict[str, Stored], folder: str | os.PathLike) -
         order = entry.whole().flatten()
         if not torch.equal(order.sort().values, torch.arange(order.numel(), dtype=order.dtype)):
             raise WeightsError(
-                f"{name} in {entry.file} is no permutation of the {order.numel()} tokens: it has "
+                f"{name} in {entry.file} isn't a permutation of the {order.numel()} tokens: it has "
                 f"{order.unique().numel()} different values, from {int(order.min())} to {int(order.max())}, and a "
                 "token that it lacks could never be drafted. Take the drafter's folder as it was released"
             )

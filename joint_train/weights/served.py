@@ -78,7 +78,7 @@ def put_on_base(
             layer = name.removesuffix(".weight")
             if layer not in linear:
                 raise WeightsError(
-                    f"{key}: {folder.folder} has an adapter on {layer}, which is no linear layer of the language "
+                    f"{key}: {folder.folder} has an adapter on {layer}, which isn't a linear layer of the language "
                     "model: only those can have another adapter for each document. Give it with model.adapter, which "
                     "merges it into the base."
                 )

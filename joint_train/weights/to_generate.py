@@ -34,7 +34,7 @@ def load_to_generate(path: str | os.PathLike, dtype: torch.dtype, device: torch.
     model, read = loaded
     if missing := sorted(read["missing_keys"]):
         log.warning(
-            "transformers doesn't find %d of the weights in %s, such as %s: they are dequantised here",
+            "transformers doesn't find %d of the weights in %s, such as %s: the base is dequantised here instead",
             len(missing), folder, missing[0],
         )  # fmt: skip
         return _dequantised(folder, dtype, device)

@@ -78,7 +78,7 @@ def drafter_ordering(folder: Path, rows: int, mean: Tensor) -> dict[str, Tensor]
         mean: ``[H]``, each new row of its head.
 
     Raises:
-        WeightsError: if the folder's is no permutation, or its centroids don't divide the rows.
+        WeightsError: if the folder's isn't a permutation, or its centroids don't divide the rows.
     """
     stored = stored_tensors(folder)
     key = next((key for key in stored if key.endswith("token_ordering")), None)

@@ -1,6 +1,7 @@
 """Checkpoints and exports in object storage: complete and verified, or not there; and a run that goes on from there."""
 
 import logging
+import re
 import socket
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 from checkpoint_run import TIMEOUT, build_stand_in, config, train
 from ranks import run_ranks
 
+from joint_train import progress
 from joint_train.checkpoint import Checkpointer, CheckpointError, layout, search, store
 from joint_train.checkpoint.layout import DamagedCheckpoint
 from joint_train.checkpoint.store import Store
@@ -87,7 +89,7 @@ def uploaded(run):
     run._mirror.finish(TIMEOUT)
 
 
-def test_a_mirror_is_the_run_and_a_fresh_machine_goes_on_from_it(tmp_path, url, pair):
+def test_a_mirror_is_the_run_and_a_fresh_machine_goes_on_from_it(tmp_path, url, pair, monkeypatch, caplog):
     run = open_run(tmp_path / "run", mirror=url, keep_last=2, keep_every=10)
     assert run.find_resume() is None
     for step in (10, 20, 21, 22, 23):
@@ -116,9 +118,19 @@ def test_a_mirror_is_the_run_and_a_fresh_machine_goes_on_from_it(tmp_path, url, 
 
     lose_disk(tmp_path / "run", tmp_path / "old")
     fresh = open_run(tmp_path / "run", mirror=url, keep_last=2, keep_every=10)
-    path = fresh.find_resume("auto")
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    with caplog.at_level("INFO"):
+        path = fresh.find_resume("auto")
+    assert re.search(r"fetching \S+, step 23: 0.0 of 0.0 GB, 0 s", caplog.text)
     assert path == tmp_path / "run" / "checkpoints" / layout.folder_name(23)
     assert contents(path) == contents(tmp_path / "old" / "checkpoints" / path.name)
+    attempt, requests = Store._try, []
+    monkeypatch.setattr(Store, "_try", lambda *given: (requests.append(given[1]), attempt(*given))[1])
+    layout.write_metrics(path, {"val/base_loss": 1.0})  # weights that are there already aren't sent again
+    fresh.upload(path)
+    uploaded(fresh)
+    assert not [request for request in requests if request.startswith("uploading checkpoints")]
+    assert layout.parse_manifest(objects(url)[f"checkpoints/{path.name}/COMPLETE"], "x").metrics == {"val/base_loss": 1}
     save(fresh, *pair, 24)
     fresh.close()
     kept = {name.split("/")[1] for name in objects(url) if name.startswith("checkpoints/")}

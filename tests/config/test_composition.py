@@ -140,6 +140,13 @@ def test_a_pair_that_is_not_set_is_empty_where_nothing_needs_it():
         load(PAIR[2:])
 
 
+def test_a_pair_in_one_folder_is_named_once():
+    cfg = load(["pair=/pairs/one", "data.train=x"])
+    assert (cfg.model.base, cfg.model.drafter) == ("/pairs/one/base", "/pairs/one/drafter")
+    cfg = load(["pair=/pairs/one", "model.drafter=d", "data.train=x"])
+    assert (cfg.model.base, cfg.model.drafter) == ("/pairs/one/base", "d")
+
+
 def test_a_group_may_be_a_dictionary():
     assert group_of(LossConfig, {"drafter": "kl"}) == LossConfig(drafter="kl")
     assert group_of(FreezeConfig, None) == FreezeConfig()

@@ -56,6 +56,7 @@ def refusal(*words: str) -> str:
         ("data.train=[{path: x, weight: much}]", "weight: a number is expected"),
         ("data.train=3", "data.train=3: a list of sources, e.g. [{path: train.jsonl}], is expected"),
         ("data.train.0.path=x", "data.train[0]: a source, e.g. {path: train.jsonl}, is expected"),
+        ("model=gemma4_e4", "Did you mean gemma4_e4b?"),
         ("model=models/e4b", "model= takes a prepared name (gemma4_12b_unified, "),
         ("+experiment=startr", "experiment=startr: there is no such prepared setting. Did you mean starter?"),
         ("experiment=starter", "a prepared setting that is added to the others begins with a +: +experiment=starter"),
@@ -129,7 +130,7 @@ def test_a_folder_of_ones_own(tmp_path):
         ("learning_rate: 1\n", "learning_rate is not a key. Did you mean optim.lr?"),
         ("data: {train: [{file: x}]}\n", "data.train[0].file is not a key. Did you mean path?"),
         ("- a\n", "keys with values are expected"),
-        ("a: [\n", "this is no YAML"),
+        ("a: [\n", "this is not YAML"),
         (None, "No such file or directory"),
     ],
 )

@@ -311,14 +311,14 @@ def test_train_on(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"overlong": "cut"}, "data.overlong='cut' is none of truncate, split, drop"),
+        ({"overlong": "cut"}, "data.overlong='cut' is not one of truncate, split, drop"),
         ({"train_on": "user"}, "data.train_on"),
         ({"mixture": "weighted"}, "data.mixture"),
         ({"on_error": "ignore"}, "data.on_error"),
         ({"train": []}, "data.train has no source"),
         ({"train": [{"path": "/nowhere/x.jsonl"}]}, "no file at /nowhere/x.jsonl"),
         ({"train": [{"path": "x*.jsonl"}]}, "no file at"),
-        ({"train": [{"path": "a.jsonl", "format": "orca"}]}, "format='orca' is none of"),
+        ({"train": [{"path": "a.jsonl", "format": "orca"}]}, "format='orca' is not one of"),
         ({"train": [{"path": "a.jsonl", "weight": 0.0}]}, "isn't positive"),
         ({"train": [{"path": "a.jsonl", "weight": 0.8}], "mixture": "epoch"}, "no effect with data.mixture=epoch"),
     ],

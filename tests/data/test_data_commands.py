@@ -107,7 +107,7 @@ def test_check_reports_on_whole_files(tmp_path, capsys, workers):
     out = capsys.readouterr()
     assert json.loads(out.out)[0]["rows"] == 1 and "no tokenizer" in out.err
     assert command.main(["check", good, "--format", "orca"]) == 2
-    assert "format='orca' is none of auto, messages" in capsys.readouterr().err
+    assert "format='orca' is not one of auto, messages" in capsys.readouterr().err
     assert command.main(["check", f"data.train=[{{path: {bad}}}]"]) == 1
     columns = write_jsonl(tmp_path / "c.jsonl", [{"problem": "q", "solution": "a"}])
     assert command.main(["check", columns]) == 1

@@ -279,7 +279,9 @@ def test_what_was_refused_can_be_said():
 def test_columns_of_no_field_are_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [chat("q", "a")])
     cfg = make_config(tmp_path, [{"path": path, "columns": {"promt": "question"}}])
-    with pytest.raises(DataError, match=r"data.train\[0\] \(a\): columns name promt, which is no field of format=auto"):
+    with pytest.raises(
+        DataError, match=r"data.train\[0\] \(a\): columns name promt, which isn't a field of format=auto"
+    ):
         build_loader(cfg, make_tokenizer(), "train", 0, 1)
 
 

@@ -203,8 +203,8 @@ def test_the_api_takes_pefts_own_configuration(tmp_path):
     (dict(use_dora=True), "use_dora=True: only plain LoRA"),
     (dict(modules_to_save=["lm_head"]), "modules_to_save=.*only plain LoRA"),
     (dict(init_lora_weights="gaussian"), "init_lora_weights='gaussian': only plain"),
-    (dict(target_modules=["q_proj", "lm_head"]), "names lm_head, which is no linear layer of the decoder.*Embedding"),
-    (dict(target_modules=["embed_tokens"]), "embed_tokens, which is no linear layer"),
+    (dict(target_modules=["q_proj", "lm_head"]), "names lm_head, which isn.t a linear layer of the decoder.*Embedding"),
+    (dict(target_modules=["embed_tokens"]), "embed_tokens, which isn.t a linear layer"),
     (dict(target_modules=["query"]), "not found in the base model.* linear layers are .*q_proj"),
 ])  # fmt: skip
 def test_adapters_that_cannot_work_are_refused(tmp_path, wrong, said):

@@ -2,8 +2,10 @@
 
 import io
 import json
+import logging
 import random
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +16,11 @@ from test_evaluate import FakeTokenizer, Gemma4AssistantDouble, folders, pair, p
 from test_evaluate_served import serve  # noqa: F401
 from transformers import AutoConfig
 
+from joint_train import progress
 from joint_train.evaluate import against, cost, recommend
 from joint_train.evaluate.__main__ import columns_of, main
 from joint_train.evaluate.cost import Roofline, measured_factors
 from joint_train.evaluate.decoding import Decoded, decode, tokens_per_forward
-from joint_train.evaluate.progress import Lines
 from joint_train.evaluate.prompts import Prompt, load_prompts
 from joint_train.evaluate.recommend import Trace, walk
 from joint_train.evaluate.where import CALLS, CODE, PLAIN, THINKING, bucket, spans_of, where
@@ -483,7 +485,8 @@ def test_a_running_server_is_told_how_many_to_draft(folders, serve, tmp_path, ca
         (["--write-card"], "give the other drafter"),
         (["--against", "{drafter}"], "is DRAFTER itself"),
         (["--set-drafts", "1"], "needs --recommend"),
-        (["--recommend", "--set-drafts", "3"], "none of --batch-sizes"),
+        (["--recommend", "--set-drafts", "3"], "not one of --batch-sizes"),
+        (["--device", "nothing"], "--device=nothing can't be used here"),
         (["--engine", "vllm", "--against", "x"], "a server has one pair"),
         (["--engine", "vllm", "--recommend"], "measures a running server"),
         (
@@ -499,28 +502,26 @@ def test_options_that_dont_go_together(folders, arguments, said, capsys):  # noq
     assert main([*map(str, folders), *arguments]) == 2
     assert said in capsys.readouterr().err
     assert main(["google/base", "google/drafter", "--recommend", "--set-drafts", "1"]) == 2  # before anything is read
-    assert "--set-drafts: google/drafter is no folder of this machine" in capsys.readouterr().err
+    assert "--set-drafts: google/drafter isn't a folder on this machine" in capsys.readouterr().err
 
 
-def test_progress_in_a_log_is_a_line_when_something_is_done_or_takes_long(capsys, monkeypatch):
-    from joint_train.evaluate import progress
-
+def test_progress_in_a_log_is_a_line_when_something_is_done_or_takes_long(caplog, monkeypatch):
+    caplog.set_level("INFO")
     now = iter([0.0, 4.0, 11.0, 12.0, 13.0, 20.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    show = Lines()
+    show = progress.Lines("prompts")
     for done in range(5):
         show("plain", done, 4)
-    assert capsys.readouterr().err.splitlines() == ["plain: 2/4 prompts, 11 s", "plain: 4/4 prompts, 13 s"]
+    assert caplog.messages == ["plain: 2 of 4 prompts, 11 s", "plain: 4 of 4 prompts, 13 s"]
 
 
 def test_progress_on_a_terminal_is_a_bar_for_each_thing_that_is_measured(monkeypatch):
-    from rich.console import Console
-
-    from joint_train.evaluate import progress
-
     out = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=out, force_terminal=True, width=80))
-    with progress.shown_progress() as show:
+    out.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(progress.log, "level", logging.INFO)
+    with progress.shown_progress("prompts") as show:
         for what, total in (("plain", 2), ("K = 1", 3)):
             for done in range(total + 1):
                 show(what, done, total)

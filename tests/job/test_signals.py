@@ -154,6 +154,10 @@ def test_a_validation_is_interrupted_saved_and_repeated(starter_dir, tmp_path, w
     assert codes == [0, 0], said
     same_run(tmp_path / "run", whole)
     assert (mirror / "export" / "COMPLETE").exists() and "are missing there" not in said
+    # The checkpoint has what was measured of its step, here and in the mirror, as if nothing had interrupted it.
+    wanted = {name: x for name, x in records(whole)[step].items() if name.startswith("val/")}
+    for run_folder in (tmp_path / "run", mirror):
+        assert layout.verify(run_folder / "checkpoints" / newest.name).metrics == wanted
 
 
 def test_a_background_save_is_finished_and_so_is_that_of_the_last_step(starter_dir, tmp_path, whole):

@@ -1,5 +1,6 @@
 """The command `joint-train`: every command is a module, and answers `--help` quickly."""
 
+import argparse
 import os
 import resource
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from joint_train import cli, command
+from joint_train import cli, command, progress
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,17 +80,28 @@ def test_torchao_is_imported_only_where_it_is_asked_for():
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
 
 
+def test_numbers_of_options_are_checked_where_they_are_read():
+    assert command.positive("12") == 12 and command.above_zero("0.5") == 0.5
+    for read, texts in (
+        (command.positive, ["0", "-3", "1.5", "x"]),
+        (command.above_zero, ["0", "-3", "nan", "inf", "x"]),
+    ):
+        for text in texts:
+            with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a (whole )?number"):
+                read(text)
+
+
 def test_long_work_logs_how_far_it_is_and_quick_work_nothing(caplog, monkeypatch):
     clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     caplog.set_level("INFO")
-    assert list(command.tracked("reading x, tensors", "abcdefg")) == list("abcdefg")
-    assert caplog.messages == ["reading x, tensors: 2 of 7 in 12 s", "reading x, tensors: 5 of 7 in 24 s"]
+    assert list(progress.tracked("reading x", "abcdefg")) == list("abcdefg")
+    assert caplog.messages == [f"reading x: {n} of 7 tensors, {4 * n} s" for n in (3, 6, 7)]
     caplog.clear()
-    one_more = command.counted("plans made")
+    one_more = progress.counted("plans made")
     for _ in range(4):
         one_more()
     assert caplog.messages == ["plans made: 3 in 12 s"]
     caplog.clear()
-    monkeypatch.setattr(command.time, "monotonic", lambda: 0.0)
-    assert list(command.tracked("reading x, tensors", range(9))) == list(range(9)) and not caplog.messages
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 0.0)
+    assert list(progress.tracked("reading x", range(9))) == list(range(9)) and not caplog.messages

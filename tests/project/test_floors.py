@@ -16,7 +16,7 @@ ROOT = Path(joint_train.__file__).parent
 # From the ground up. Modules of one entry stand side by side; a package is one floor, without circles inside.
 FLOORS = [
     ["errors", "lazy"],
-    ["metrics", "files", "torch_private"],
+    ["metrics", "files", "torch_private", "progress"],
     ["command"],
     ["starter"],
     ["config"],

@@ -132,7 +132,7 @@ def test_marks_cover_every_assistant_turn_and_its_end(tokenizer):
 
 
 def test_an_unknown_role_is_refused(tokenizer):
-    with pytest.raises(Exception, match="'critic' is none of"):
+    with pytest.raises(Exception, match="'critic' is not one of"):
         tokenizer.apply_chat_template([{"role": "critic", "content": "Meh."}])
 
 

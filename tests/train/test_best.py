@@ -45,6 +45,8 @@ def test_a_run_ends_when_patience_is_over_and_exports_its_best_checkpoint(starte
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2]
     generations = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    # The validation that ends the run generates, as that of a last step does.
+    assert [line["step"] for line in generations] == [0, 2] and "val/tokens_per_forward" in records[2]
     assert generations[0]["step"] == 0 and set(generations[0]["examples"][0]) == {
         "prompt",
         "text",
@@ -88,6 +90,7 @@ def test_the_best_is_by_its_metric_and_waits_only_for_validations_that_have_it()
     for step, value in enumerate([1.0, 3.0, math.nan, 2.0]):
         best.observe(step, {"val/a": value})
         best.observe(step, {"val/b": 9.0})
+        best.observe(step, {"val/a": value})  # repeated, it doesn't count again
     assert (best.step, best.value, best.waited, best.exhausted) == (1, 3.0, 2, False)
     again = Best("-val/a", 3, best.state())
     again.observe(4, {"val/a": 3.0})  # as good isn't better

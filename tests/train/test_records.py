@@ -65,8 +65,9 @@ class Run(Trainer):
         )  # fmt: skip
         self.preemption, self.loader, self.val_loader = Signalled(), [], True
         self.checkpointer = SimpleNamespace(restore_random_state=lambda: None, poll=lambda: None, close=lambda: None)
+        self.checkpointer.add_metrics = lambda metrics: self.event()
         self.watchdog, self.max_steps, self.last_step = Watchdog(), STEPS, STEPS
-        self.best = Best(None, 0)
+        self.best, self.prompts = Best(None, 0), 0
         self.profiler = StepProfiler(None, folder, 0)
         self.stages = SimpleNamespace(peak=0, joint_steps=STEPS)
         self.device, self.memory_at_start = torch.device("cpu"), 0

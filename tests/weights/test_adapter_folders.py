@@ -230,7 +230,7 @@ def test_a_checkpoint_of_adapters_on_a_merged_base_exports_what_the_run_does(mul
         assert read_adapter(tmp_path / path, 1.0).base is None
     file = tmp_path / "config.yaml"
     file.write_text(file.read_text().replace(f"adapter: {whole}", "adapter: null"))
-    with pytest.raises(CheckpointError, match="are others. Set model.base"):
+    with pytest.raises(CheckpointError, match="differ from that base. Set model.base"):
         export_run(checkpoint, tmp_path / "again")
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from joint_train import progress
 from joint_train.checkpoint import layout
 from joint_train.config import to_yaml
 from joint_train.errors import ConfigError, WeightsError
@@ -158,7 +160,7 @@ def test_changed_weights_are_what_is_written(e2b, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_names_that_only_the_source_has_stay(e2b, tmp_path):
+def test_names_that_only_the_source_has_stay(e2b, tmp_path, monkeypatch, caplog):
     """Unused k/v of KV-shared layers and a tied head that is written out: an engine may look for them."""
     file = e2b[0] / "model.safetensors"
     weights = load_file(file)
@@ -169,7 +171,10 @@ def test_names_that_only_the_source_has_stay(e2b, tmp_path):
     export_model(model, e2b[0], tmp_path / "out")
     assert_same_tensors(tmp_path / "out", e2b[0])
     dcp.save(get_model_state_dict(model), checkpoint_id=tmp_path / "checkpoint", no_dist=True)
-    export_checkpoint(tmp_path / "checkpoint", model, e2b[0], tmp_path / "again")
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    with caplog.at_level("INFO"):
+        export_checkpoint(tmp_path / "checkpoint", model, e2b[0], tmp_path / "again")
+    assert re.search(r"writing \S+again: 0\.\d of 0\.\d GB", caplog.text)
     assert_same_tensors(tmp_path / "again", e2b[0])
 
 
@@ -183,8 +188,10 @@ def test_unused_keys_and_values_are_written_where_the_source_has_none(pairs, tmp
             parameter.mul_(1.5)
     with caplog.at_level("INFO"):
         export_model(model, source, tmp_path / "without")
-    assert "kv_shared_weights=true writes them" in caplog.text
-    export_model(model, source, tmp_path / "with", kv_shared_weights=True)
+        assert caplog.text.count("2026, which refuses such a folder, set model.export.kv_shared_weights=true") == 1
+        caplog.clear()
+        export_model(model, source, tmp_path / "with", kv_shared_weights=True)
+        assert "KV-shared" not in caplog.text
     without, ours = tensors(tmp_path / "without"), tensors(tmp_path / "with")
     own = text.num_hidden_layers - text.num_kv_shared_layers
     added = {name: tensor for name, tensor in ours.items() if name not in without}

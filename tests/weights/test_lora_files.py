@@ -115,11 +115,11 @@ def test_a_resume_on_another_base_or_without_adapters_is_refused(run, tmp_path):
     folders, out, *_ = run
     other = make_pair(tmp_path, SHAPE, seed=1)  # of the same names, shapes and dtypes
     said = run_ranks(resumed, 1, (other[0], folders[1]), out, {})[0]
-    why = f"trained on the base in {folders[0]}, not that base itself; and the weights in {other[0]} are others."
-    assert re.search(f"{why} Set model.b", said)
+    why = f"trained on the base in {folders[0]}, which it doesn't contain, and the weights in {other[0]} differ from"
+    assert re.search(f"{why} that base. Set model.b", said)
     said = run_ranks(resumed, 1, folders, out, {"lora__r": 0})[0]
     assert "was saved from other models than lora.r give now: base lacks model." in said
-    with pytest.raises(CheckpointError, match="are others. Set model.base"):
+    with pytest.raises(CheckpointError, match="differ from that base. Set model.base"):
         export_run(out / "checkpoints/step_00000002", tmp_path / "out", base=str(other[0]))
 
 

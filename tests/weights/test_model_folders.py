@@ -185,7 +185,7 @@ def test_an_order_of_tokens_that_is_no_permutation_is_refused(e2b, tmp_path):
     name = next(name for name in weights if name.endswith("token_ordering"))
     for changed in (torch.zeros_like(weights[name]), weights[name] + 1, weights[name].roll(1).clamp(max=254)):
         save_file(weights | {name: changed}, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(WeightsError, match="token_ordering .* is no permutation of the 256 tokens"):
+        with pytest.raises(WeightsError, match="token_ordering .* isn.t a permutation of the 256 tokens"):
             load_model(folder, torch.float32)
     save_file(weights | {name: weights[name].roll(1)}, folder / "model.safetensors", metadata={"format": "pt"})
     load_model(folder, torch.float32)

@@ -165,16 +165,19 @@ def test_sharded_is_as_one_process(pair):
 
 
 REFUSED = [
-    ({"model.adapter": "c"}, "set only one of them"),
+    ({"model.adapter": "c"}, "set one of them"),
     ({"lora.r": 4, "freeze.base": False}, "lora.r=4 trains new adapters .* set lora.r=0"),
     ({"freeze.base": False}, "set freeze.base=true"),
     ({"parallel.compile": True}, "set parallel.compile=false"),
     ({"data.train": sources("a")}, "no source of data.train names b"),
-    ({"data.train": sources("a", "b", "c")}, r"data.train\[2\].adapter: 'c' is none of model.adapters .a, b."),
-    ({"data.val": sources("d")}, r"data.val\[0\].adapter: 'd' is none of"),
-    ({"model.adapters": []}, r"data.train\[0\].adapter: 'a' is none of model.adapters .empty."),
+    ({"data.train": sources("a", "b", "c")}, r"data.train\[2\].adapter: 'c' is not one of model.adapters .a, b."),
+    ({"data.val": sources("d")}, r"data.val\[0\].adapter: 'd' is not one of"),
+    ({"model.adapters": []}, r"data.train\[0\].adapter: 'a' is not one of model.adapters .empty."),
     ({"model.adapters": ["x/a", "y/a"]}, "two adapters have the name 'a'"),
-    ({"model.adapters": [{"path": "a", "scale": 2}, "b"]}, "a has scale: give path, weight, revision, name"),
+    (
+        {"model.adapters": [{"path": "a", "scale": 2}, "b"]},
+        "a: there is no key scale; known are path, weight, revision, name",
+    ),
 ]
 
 
