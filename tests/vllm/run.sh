@@ -41,4 +41,4 @@ EOF
 fi
 export OMP_NUM_THREADS=1 VLLM_PYTHON=$PWD/$venv/bin/python
 [[ $venv == /* ]] && export VLLM_PYTHON=$venv/bin/python
-exec timeout --kill-after=30 1200 "${PYTHON:-.venv/bin/python}" -m pytest -m vllm tests/vllm "$@"
+exec timeout --kill-after=30 1800 "${PYTHON:-.venv/bin/python}" -m pytest -m vllm tests/vllm "$@"
