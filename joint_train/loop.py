@@ -106,7 +106,7 @@ def loop(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             run(answering(args, cfg, overrides, pair, folder))
         if args.url is not None:
             release(args)
-        run(training(args, overrides, out, answers, number))
+        run(training(args, cfg, overrides, out, answers, number))
         if not (out / "export/base/config.json").is_file():
             raise ConfigError(f"{out} has no export: the run was stopped. Run it again.")
         replace(folder / "DONE", f"step {(number + 1) * args.steps}\n")
@@ -201,15 +201,18 @@ def answering(
     ]  # fmt: skip
 
 
-def training(args: argparse.Namespace, overrides: Sequence[str], out: Path, answers: Path, number: int) -> list[str]:
-    """The command that trains a round's steps."""
+def training(
+    args: argparse.Namespace, cfg: Config, overrides: Sequence[str], out: Path, answers: Path, number: int
+) -> list[str]:
+    """The command that trains a round's steps. Its data start from the beginning, so each round has a seed of its own:
+    otherwise all rounds would train on the same first originals."""
     weighed = [f"{{path: {quoted(answers)}}}"]
     if args.original:
         weighed += [f"{{path: {quoted(file)}, weight: {args.original / len(args.data)}}}" for file in args.data]
     return [
         *launcher(args.nproc_per_node), "joint_train", *overrides, f"data.train=[{', '.join(weighed)}]",
         "data.train_on=last_assistant", f"output_dir={quoted(out)}", f"max_steps={args.rounds * args.steps}",
-        f"stop_after={(number + 1) * args.steps}",
+        f"stop_after={(number + 1) * args.steps}", f"seed={cfg.seed + number}",
     ]  # fmt: skip
 
 

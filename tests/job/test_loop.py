@@ -77,8 +77,10 @@ ROUNDS = [
 
 def test_each_round_trains_on_what_the_base_says_by_then(started, words, tmp_path, capsys):
     calls, state = started
-    assert loop.main([*words, "--original", "0.5"]) == 0
+    assert loop.main([*words, "seed=5", "--original", "0.5"]) == 0
     assert calls == ROUNDS
+    trained = [load(command[1:]) for command in state["commands"] if command[0] == "joint_train"]
+    assert [cfg.seed for cfg in trained] == [5, 6, 7], "each round has its own first originals"
     *_, answering, training = state["commands"]
     cfg = load([word for word in answering[3:] if "=" in word], check=False)
     assert cfg.model.base == f"{tmp_path}/out/export/base" and cfg.model.adapter is None
