@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from joint_train.checkpoint import compat, layout, state
@@ -24,7 +24,6 @@ from joint_train.checkpoint.contents import check_json, json_config, model_confi
 from joint_train.checkpoint.loading import Loading
 from joint_train.checkpoint.lock import RunLock
 from joint_train.checkpoint.mirror import Mirror
-from joint_train.checkpoint.reader import Reader, stored_tensors
 from joint_train.checkpoint.search import Search, verify_contents
 from joint_train.config import CheckpointConfig, Config
 from joint_train.distributed.ranks import Ranks
@@ -424,27 +423,3 @@ class _Job:
     config_hash: str
     metrics: dict[str, float]
     random: dict
-
-
-def load_model(
-    path: str | Path, module: nn.Module, part: str, ranks: Ranks | None = None, frozen: dict[str, str] | None = None
-) -> None:
-    """The weights of ``part`` (``base`` or ``drafter``) of a checkpoint into a module, in place; on one process,
-    or with ``ranks`` on all of them. Tied parameters are stored once: tie the module's before.
-
-    Args:
-        frozen: the ``frozen_base`` of the base's pair: a checkpoint's adapters belong to its base, and of a base that
-            was frozen there is nothing else in it.
-
-    Raises CheckpointError if the module's tensors aren't the checkpoint's.
-    """
-    checkpoint = layout.locate(Path(path))
-    folder, document = checkpoint / part / "model", checkpoint / compat.FROZEN_BASE
-    if frozen is not None and document.exists():
-        compat.check_frozen_base(checkpoint, json.loads(document.read_bytes()), frozen)
-    tensors, stored = state.named_tensors(module), stored_tensors(folder)
-    if part == "base" and not stored and frozen is not None:
-        return
-    if problems := compat.tensor_differences(part, stored, tensors):
-        raise CheckpointError(f"{folder} doesn't fit: {'; '.join(problems[:8])}")
-    state.load_tensors(Reader(folder), tensors, ranks)

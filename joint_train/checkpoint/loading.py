@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from joint_train.checkpoint import compat, layout, state
 from joint_train.checkpoint.contents import model_config, shorten_list
-from joint_train.checkpoint.reader import Reader, Unreadable
+from joint_train.checkpoint.reader import Reader, Unreadable, stored_tensors
 from joint_train.checkpoint.search import verify_contents
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import CheckpointError
@@ -209,3 +210,27 @@ class Loading:
         except Exception as error:  # of a file that isn't what was written
             problem = f"{type(error).__name__}: {error}"
         raise layout.damage_error(self.path, [f"random.pt can't be read: {problem}"])
+
+
+def load_model(
+    path: str | Path, module: nn.Module, part: str, ranks: Ranks | None = None, frozen: dict[str, str] | None = None
+) -> None:
+    """The weights of ``part`` (``base`` or ``drafter``) of a checkpoint into a module, in place; on one process,
+    or with ``ranks`` on all of them. Tied parameters are stored once: tie the module's before.
+
+    Args:
+        frozen: the ``frozen_base`` of the base's pair: a checkpoint's adapters belong to its base, and of a base that
+            was frozen there is nothing else in it.
+
+    Raises CheckpointError if the module's tensors aren't the checkpoint's.
+    """
+    checkpoint = layout.locate(Path(path))
+    folder, document = checkpoint / part / "model", checkpoint / compat.FROZEN_BASE
+    if frozen is not None and document.exists():
+        compat.check_frozen_base(checkpoint, json.loads(document.read_bytes()), frozen)
+    tensors, stored = state.named_tensors(module), stored_tensors(folder)
+    if part == "base" and not stored and frozen is not None:
+        return
+    if problems := compat.tensor_differences(part, stored, tensors):
+        raise CheckpointError(f"{folder} doesn't fit: {'; '.join(problems[:8])}")
+    state.load_tensors(Reader(folder), tensors, ranks)

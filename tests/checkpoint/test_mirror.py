@@ -1,5 +1,6 @@
 """Checkpoints and exports in object storage: complete and verified, or not there; and a run that goes on from there."""
 
+import dataclasses
 import logging
 import re
 import socket
@@ -188,7 +189,11 @@ def test_a_killed_upload_is_no_checkpoint(tmp_path, server, pair, monkeypatch):
             upload(second)
         assert sent and mirror.steps() == [1]
         # The same where a complete one was being replaced: it is none from the first byte on.
-        layout.write_file(first / layout.MANIFEST, layout.read_manifest(first).to_bytes() + b"\n")
+        manifest = layout.read_manifest(first)
+        name = min(manifest.files)
+        other = {name: [*layout.write_file(first / name, (first / name).read_bytes() + b" ")]}
+        manifest = dataclasses.replace(manifest, files=manifest.files | other)
+        layout.write_file(first / layout.MANIFEST, manifest.to_bytes())
         sent.clear()
         with pytest.raises(Killed):
             upload(first)

@@ -312,7 +312,7 @@ def test_json_of_any_layout(tmp_path, monkeypatch, form, block):
 BROKEN = {
     "ends inside": ('[{"text": "a"}, {"text": ', ["", "malformed JSON: the file ends inside an object"]),
     "no end": ('[{"text": "a"},\n', ["", "the file ends inside the list"]),
-    "a number": ('[{"text": "a"}, 3, {"text": "b"}]', ["", "something that is no object", ""]),
+    "a number": ('[{"text": "a"}, 3, {"text": "b"}]', ["", "something that isn't an object", ""]),
     "a list": ('[{"text": "a"},\n[], {"text": "b"}]', ["", "a JSON object is expected, not a list", ""]),
     "broken inside": ('[{"text" "a"},\n{"text": "b"}]', ["malformed JSON: Expecting ':'", ""]),
     "too long": ('[{"text": "' + "a" * 99 + '"},\n{"text": "b"}]', ["an object of 111 bytes, longer than", ""]),

@@ -314,7 +314,7 @@ def test_what_is_wrong_with_a_server_is_said(serve, monkeypatch):
     with pytest.raises(EngineError, match="serves served-name without a drafter"):
         VLLM(server.url)
     server.hidden = ("generation_tokens",)
-    with pytest.raises(EngineError, match="no vLLM server, or one with --disable-log-stats"):
+    with pytest.raises(EngineError, match="isn't a vLLM server, or one with --disable-log-stats"):
         VLLM(server.url)
     with pytest.raises(EngineError, match="HTTP 404: Not Found"):
         SGLang(server.url)

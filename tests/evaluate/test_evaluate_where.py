@@ -316,7 +316,7 @@ def test_the_number_of_drafts_is_written_beside_what_is_there_and_into_the_check
         "num_assistant_tokens": 4,
     }
     assert placing.verify(out) == []
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="isn't a folder"):
         recommend.set_num_assistant_tokens("google/gemma", 4)
 
 
@@ -430,7 +430,7 @@ def test_the_whole_command(folders, tmp_path, capsys):  # noqa: F811
     card = (mine / "README.md").read_text()
     assert card.startswith(f"## {against.TITLE}") and "| tokens per base forward |" in card
     assert str(tmp_path) not in card and "2 prompts (p.jsonl, general)" in card
-    assert "K = 2: 2/2 prompts" in said.err and "drafts at each token: 2/2 prompts" in said.err
+    assert "K = 2: 2 of 2 prompts" in said.err and "drafts at each token: 2 of 2 prompts" in said.err
     assert "plain decoding is the fastest" in said.err  # with a random drafter; so nothing is set
     assert json.loads((mine / "generation_config.json").read_text()) == {"num_assistant_tokens": 9}
     # With the adapter, the text is that of the merged base.
