@@ -321,7 +321,7 @@ def test_what_is_wrong_with_a_server_is_said(serve, monkeypatch):
     server = serve("sglang")
     with pytest.raises(EngineError, match="HTTP 404"):
         VLLM(server.url)
-    with pytest.raises(EngineError, match="no llama.cpp server"):
+    with pytest.raises(EngineError, match="isn't a llama.cpp server"):
         LlamaCpp(serve("vllm").url)
     drafting = serve("llamacpp")
     drafting.accepted, drafting.tokens, drafting.hidden = [0] * K, 0, ("per_pos",)
