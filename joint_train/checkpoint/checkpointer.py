@@ -199,7 +199,7 @@ class Checkpointer:
             shards=self._staging.copy(shards) if background else shards,
             documents={name: json.dumps(document, indent=1).encode() for name, document in documents.items()},
             config_hash=compat.config_hash(config),
-            metrics={name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)},
+            metrics=_finite(metrics or {}),
             random=state.random_state(),
         )
         if background:
@@ -216,7 +216,7 @@ class Checkpointer:
         folder = self.folder / layout.folder_name(self._step)
 
         def add() -> None:
-            layout.write_metrics(folder, {name: float(x) for name, x in metrics.items() if math.isfinite(x)})
+            layout.write_metrics(folder, _finite(metrics))
             if self._mirror is not None:
                 self._mirror.submit(folder)
 
@@ -410,6 +410,11 @@ class Checkpointer:
     def _warn(self, message: str) -> None:
         if self._ranks.rank == 0:
             log.warning(message)
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics that a manifest has: JSON knows no NaN."""
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
 
 
 @dataclass

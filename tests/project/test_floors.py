@@ -92,24 +92,29 @@ def test_each_module_is_imported_alone():
     script = """
 import contextlib, importlib, os, sys
 modules, ours = sys.argv[1:], {name.split(".")[0] for name in sys.argv[1:]}
-for module in [None, *modules]:  # the first imports all, and says which libraries that were
+
+def libraries_of(names):
     reads, writes = os.pipe()
     if not (pid := os.fork()):
         try:
-            for name in [module] if module else modules:
+            for name in names:
                 importlib.import_module(name)
             with open(writes, "w") as pipe:
                 pipe.write(" ".join(name for name in sys.modules if name.split(".")[0] not in ours))
         except BaseException as error:
-            print(f"{module or 'all'}: {type(error).__name__}: {error}", flush=True)
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
         os._exit(0)
     os.close(writes)
     with open(reads) as pipe:
-        libraries = pipe.read().split()
+        found = pipe.read().split()
     os.waitpid(pid, 0)
-    for name in [] if module else libraries:
-        with contextlib.suppress(Exception):
-            importlib.import_module(name)
+    return found
+
+for library in libraries_of(modules):
+    with contextlib.suppress(Exception):
+        importlib.import_module(library)
+for module in modules:
+    libraries_of([module])
 """
     modules = [module.removesuffix(".__init__") for module in MODULES if not module.endswith("__main__")]
     done = subprocess.run([sys.executable, "-c", script, *modules], capture_output=True, text=True, timeout=580)
