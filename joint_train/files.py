@@ -62,6 +62,19 @@ def replace(path: Path, text: str) -> None:
             raise
 
 
+LFS = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = "this is a Git LFS pointer, not the file itself: run git lfs pull"
+
+
+def is_lfs_pointer(file: str | os.PathLike) -> bool:
+    """Whether a file is a Git LFS pointer, whose content wasn't fetched."""
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(len(LFS)) == LFS
+    except (OSError, ValueError):
+        return False
+
+
 def code_version() -> dict[str, str]:
     """What ran: the package's version and its commit (with ``+changes`` for an edited tree), torch's, transformers'."""
     versions = {}

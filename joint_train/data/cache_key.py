@@ -14,7 +14,7 @@ from joint_train.data import readers
 from joint_train.data.digests import digest
 from joint_train.weights.run_files import tokenizer_parts
 
-VERSION = 7
+VERSION = 8
 META = "meta.json"
 
 

@@ -14,7 +14,7 @@ from joint_train.errors import DataError
 
 REASONING = (
     "reasoning", "reasoning_content", "thinking", "thought", "thoughts", "cot", "complex_cot", "chain_of_thought",
-    "reasoning_text", "think",
+    "reasoning_text", "think", "reasoning_details",
 )  # fmt: skip
 """The fields that hold what the assistant thought before its answer."""
 PREFERENCES = (
@@ -32,7 +32,7 @@ REFUSED = {
     "a part of the question": (
         "context contexts passage passages document documents doc docs article background evidence paragraph "
         "paragraphs knowledge input inputs schema facts question prompt query instruction problem message body "
-        "segments unanswerable"
+        "segments unanswerable attachment attachments"
     ),
     "earlier turns": "history histories",
     "the choices of a question": "choices options choice candidates alternatives distractors",

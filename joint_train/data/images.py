@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from joint_train.data import notices
-from joint_train.data.json_files import is_lfs_pointer
 from joint_train.data.template import IMAGE, Document
 from joint_train.errors import DataError
+from joint_train.files import is_lfs_pointer
 
 FIELDS = ("image", "path", "url", "image_url", "bytes", "source", "value")
 KINDS = ("image", "image_url", "input_image")

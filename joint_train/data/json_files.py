@@ -6,6 +6,7 @@ A JSON file holds an object a line (JSON Lines), or objects over several lines, 
 import bz2
 import gzip
 import io
+import json
 import lzma
 import os
 import re
@@ -51,26 +52,14 @@ OPENERS: dict[str, Callable[[str, str], Any]] = {".gz": gzip.open, ".bz2": bz2.o
 
 
 def extension(file: str) -> str:
-    """A file's extension, without that of its compression."""
-    stem, last = os.path.splitext(file)
+    """A file's extension in lower case, without that of its compression."""
+    stem, last = os.path.splitext(file.lower())
     return os.path.splitext(stem)[1] if last in OPENERS else last
 
 
 def open_file(file: str) -> IO[bytes]:
     """A file's bytes, decompressed if its name says so."""
-    return OPENERS.get(os.path.splitext(file)[1], open)(file, "rb")
-
-
-LFS = b"version https://git-lfs.github.com/spec/"
-
-
-def is_lfs_pointer(file: str) -> bool:
-    """Whether a file is a Git LFS pointer, whose content wasn't fetched."""
-    try:
-        with open(file, "rb") as stream:
-            return stream.read(len(LFS)) == LFS
-    except (OSError, ValueError):
-        return False
+    return OPENERS.get(os.path.splitext(file)[1].lower(), open)(file, "rb")
 
 
 def read_json(file: str, max_line_bytes: int) -> Iterator[Record]:
@@ -82,14 +71,28 @@ def read_json(file: str, max_line_bytes: int) -> Iterator[Record]:
         with open_file(file) as stream:
             while (start := stream.read(BLOCK)) and not start.strip():
                 pass
-            first = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-            several_lines = first == b"{" and start.split(b"\n")[0].strip() == b"{"
+            start = (start + stream.read(1 << 20)).removeprefix(b"\xef\xbb\xbf").lstrip()
+            several_lines = start[:1] == b"{" and _goes_on(start)
     except READ_ERRORS:
-        first, several_lines = b"", False  # the other reader says where
-    if first == b"[" or several_lines:
+        start, several_lines = b"", False  # the other reader says where
+    if start[:1] == b"[" or several_lines:
         yield from _read_items(file, max_line_bytes)
     else:
         yield from read_lines(file, max_line_bytes)
+
+
+def _goes_on(start: bytes) -> bool:
+    """Whether the object that a file starts with ends on a later line. A line that was cut off is none such: the next
+    one is an object again."""
+    first, *following = [line for line in start.split(b"\n") if line.strip()]
+    return bool(following) and not _is_object(first) and not _is_object(following[0])
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def read_lines(file: str, max_line_bytes: int) -> Iterator[Record]:

@@ -33,6 +33,12 @@ EXCHANGES = {
 CONTENT = ("content", "value", "refusal")
 """The fields of a message that may hold what it says; the first that isn't empty does."""
 PICTURES = ("images", "image")
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+"""The fields of a call that may hold its arguments."""
+PARAMETERS = ("parameters", "input_schema", "inputSchema")
+"""The fields of a tool that may hold the schema of its arguments."""
+HIDDEN_CHANNELS = ("analysis", "commentary")
+"""Of Harmony's messages, those that aren't the answer."""
 
 
 def kind_of(value: Any) -> str:
@@ -146,10 +152,17 @@ def _message(turn: Any, where: str, arrow: bool, counts: Counter[str]) -> tuple[
         fields.setdefault("tool_calls", [call])
     if "tool_calls" in fields and (calls := _calls(fields.pop("tool_calls"), where, arrow)):
         message["tool_calls"] = calls
-    for name in [name for name in fields if isinstance(name, str) and name.lower() in names.REASONING]:
+    for name in sorted((name for name in fields if str(name).lower() in names.REASONING), key=_is_copy):
         thought = thought_of(fields.pop(name), f"{where}: {name}")
-        if thought.strip():
-            message.setdefault("reasoning", thought)
+        if not thought.strip() or (_is_copy(name) and "reasoning" in message):
+            continue
+        if message.setdefault("reasoning", thought).strip() != thought.strip():
+            raise DataError(f"{where} has two different reasonings, one of them in {name}: which one is meant?")
+    if fields.get("channel") in HIDDEN_CHANNELS:
+        raise DataError(
+            f"{where} is in the channel {fields['channel']!r}, and would be trained as an answer: make it the "
+            "reasoning of the answer that follows"
+        )
     for key, value in fields.items():
         if value and key in names.MEDIA:
             raise DataError(f"{where} has {key}: audio and video can't be trained on; leave the row out")
@@ -189,7 +202,13 @@ def thought_of(value: Any, where: str) -> str:
     parts, trained = _trained_parts(value, where)
     if not trained:
         raise DataError(f"{where} isn't trained on: that can only be said of a whole message")
-    return "".join(part.get("text", "") for part in _parts(parts, where)[0])
+    kept, thoughts, _ = _parts(parts, where)
+    return "\n".join([*thoughts, *filter(None, ["".join(part.get("text", "") for part in kept)])])
+
+
+def _is_copy(name: str) -> bool:
+    """Whether a field of reasoning may be there beside one that says the same in one text."""
+    return name.lower() == "reasoning_details"
 
 
 def _unknown_role(role: Any, where: str) -> DataError:
@@ -229,8 +248,11 @@ def _parts(parts: list, where: str) -> tuple[list[dict], list[str], list]:
         if kind in ("text", "input_text", "output_text", "refusal"):
             said = next((part[name] for name in ("text", "value", "content", kind) if part.get(name) is not None), None)
             kept.append({"type": "text", "text": text_of(said, f"{where}: a text part")})
-        elif kind in names.REASONING:
-            said = next((part[n] for n in (kind, *names.REASONING, "text", "value") if part.get(n) is not None), None)
+        elif kind.partition(".")[0] in names.REASONING:  # reasoning.text and reasoning.summary are OpenRouter's
+            found = (kind, *names.REASONING, "text", "value", "summary")
+            said = next((part[n] for n in found if part.get(n) is not None), None)
+            if said is None:
+                raise DataError(f"{where}: a {kind} part has no text that could be trained on: take it out")
             thoughts.append(text_of(said, f"{where}: a {kind} part"))
         elif kind in ("tool_call", "function_call"):
             call = from_json(part.get(kind, value), f"{where}: a {kind} part")
@@ -253,7 +275,10 @@ def _call(call: Any, where: str, arrow: bool) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"{where} has no function with a name")
-    arguments = function.get("arguments", function.get("parameters"))
+    given = [name for name in ARGUMENTS if function.get(name) is not None]
+    arguments = function[given[0]] if given else None
+    if more := given[1:] + [n for n, value in function.items() if n not in ARGUMENTS and isinstance(value, dict)]:
+        raise DataError(f"{where} has {', '.join([*given[:1], *more])}: which of them are its arguments?")
     written = isinstance(arguments, str)
     if isinstance(arguments, str):
         arguments = from_json(arguments, f"{where}: arguments") if arguments.strip() else {}
@@ -264,8 +289,8 @@ def _call(call: Any, where: str, arrow: bool) -> dict:
     _encodable(arguments, where)
     if arrow and not written:  # in a string of JSON a null is one
         arguments = without_nulls(arguments)
-    more = {"id": call["id"]} if function is not call and call.get("id") is not None else {}
-    return {**more, "type": "function", "function": {"name": text_of(function["name"], where), "arguments": arguments}}
+    own = {"id": call["id"]} if function is not call and call.get("id") is not None else {}
+    return {**own, "type": "function", "function": {"name": text_of(function["name"], where), "arguments": arguments}}
 
 
 def _encodable(value: Any, where: str) -> None:
@@ -320,6 +345,11 @@ def _tool(tool: Any, where: str, arrow: bool) -> dict:
     function = without_nulls(function) if arrow else dict(function)
     if function is not tool:
         function.pop("type", None) if function.get("type") == "function" else None
+    schemas = [function.pop(name) for name in PARAMETERS if function.get(name) is not None]
+    if len(schemas) > 1:
+        raise DataError(f"{where} has several of {', '.join(PARAMETERS)}: keep one")
+    if schemas:
+        function["parameters"] = schemas[0]
     if isinstance(function.get("parameters"), str):
         function["parameters"] = from_json(function["parameters"], f"{where}: parameters")
     _encodable(function, where)

@@ -6,6 +6,7 @@ import glob
 import io
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 from joint_train.config import DataConfig, SourceConfig
@@ -14,13 +15,13 @@ from joint_train.data.json_files import (
     READ_ERRORS,
     Record,
     extension,
-    is_lfs_pointer,
     need,
     open_file,
     read_json,
     read_lines,
 )
 from joint_train.errors import DataError
+from joint_train.files import LFS_POINTER, is_lfs_pointer
 
 
 def source_name(source: SourceConfig) -> str:
@@ -79,7 +80,7 @@ def read_records(source: SourceConfig, max_line_bytes: int) -> Iterator[Record]:
 def _read_file(file: str, max_line_bytes: int) -> Iterator[Record]:
     kind = _kind(file)
     if is_lfs_pointer(file):
-        yield Record(file, 1, None, "this is a Git LFS pointer, not the file itself: run git lfs pull")
+        yield Record(file, 1, None, LFS_POINTER)
     elif kind == "parquet":
         yield from _read_parquet(file)
     elif kind == "json":
@@ -114,6 +115,10 @@ def _read_csv(file: str, max_line_bytes: int) -> Iterator[Record]:
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
             rows = csv.DictReader(text, delimiter="\t" if extension(file) == ".tsv" else ",", strict=True)
             line = 1 + (rows.fieldnames is not None)
+            names = Counter(rows.fieldnames or [])
+            if twice := next((name for name, count in names.items() if name and count > 1), None):
+                yield Record(file, 1, None, f"two columns are called {twice!r}, and only one of them would be read")
+                return
             for row in rows:
                 if None in row:
                     yield Record(file, line, None, f"more cells than the {len(rows.fieldnames or [])} names above them")

@@ -5,14 +5,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from joint_train.data import fields as names
 from joint_train.data import notices, thinking
-from joint_train.data.answers import Conversation, Text, ends_special
+from joint_train.data.answers import REASONING, Conversation, Text, ends_special
 from joint_train.errors import DataError
 
 # Thinking that stands in the content itself.
 THOUGHT = re.compile(r"<think>(.*?)</think>|<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
-# Reasoning in tags that some data sets use.
-TAGGED = re.compile(r"<(think|thinking|thought|reasoning|scratchpad|reflection)>.*?</\1>", re.DOTALL)
+# Reasoning in tags that some data sets use; of <think>, models that are prompted with the opening one write the other.
+TAGGED = re.compile(
+    r"<(think|thinking|thought|reasoning|scratchpad|reflection)>.*?</\1>|\A\s*<(think)>|</(think)>", re.DOTALL
+)
 # What turns are made of in the chat formats of other models. "</s>" is HTML, too, if it doesn't end a text.
 FOREIGN = re.compile(
     r"<\|(?:im_start|im_end|im_sep|endoftext|end_of_text|begin_of_text|eot_id|eom_id|start_header_id|end_header_id|python_tag|"
@@ -24,6 +27,8 @@ FOREIGN = re.compile(
 # Without one of these a text has nothing of that: looking for them takes a twentieth of the time.
 HINTS = ("<", "INST]", "Assistant:", "ASSISTANT:", "###")
 PLAIN = ("system", "user", "assistant")
+# Fields of a message that are looked for elsewhere.
+SHOWN = ("role", "content", "tool_calls", *REASONING)
 
 
 def check(conversation: Conversation, texts: list[Text]) -> None:
@@ -43,6 +48,8 @@ def check(conversation: Conversation, texts: list[Text]) -> None:
                 raise _left_out(conversation, index, "a part of its tool call", piece)
     if not in_order or any(message["role"] not in PLAIN or "tool_calls" in message for message in messages):
         _check_by_probes(conversation)
+    for index in range(len(messages)):
+        _check_fields(conversation, index)
     for tool in conversation.options.get("tools") or ():
         if not _found(tool["function"]["name"], whole):
             conversation.notices[notices.UNSHOWN_TOOLS] += 1
@@ -70,6 +77,26 @@ def _left_out(conversation: Conversation, index: int, what: str, piece: str) -> 
     name, role = conversation.template.name, conversation.messages[index]["role"]
     shown = piece if len(piece) <= 40 else f"{piece[:40]}…"
     return DataError(f"message {index} ({role}): the chat template of {name!r} leaves out {what}: {shown!r}")
+
+
+def _check_fields(conversation: Conversation, index: int) -> None:
+    """Refuse a field of a message that is content by its name and isn't shown; count it if it may be a copy."""
+    message = conversation.messages[index]
+    for name, value in message.items():
+        if name in SHOWN or not isinstance(name, str) or not isinstance(value, (str, list, dict)):
+            continue
+        if (kind := names.kind_of_content(name)) is None:
+            continue
+        said = [*names.strings({key: message[key] for key in SHOWN if key in message}), conversation.whole]
+        if all(any(_found(text, of) for of in said) for text in names.strings(value)):
+            continue
+        if kind:
+            raise DataError(
+                f"message {index} ({message['role']}) has a field {name!r} ({kind}, by its name) that the chat "
+                f"template of {conversation.template.name!r} doesn't show: put it into the content, or name it in the "
+                "source's ignore if it isn't part of the conversation"
+            )
+        conversation.notices[notices.about(notices.UNSHOWN_FIELD, name)] += 1
 
 
 def _texts(message: dict) -> Iterator[str]:
@@ -183,7 +210,7 @@ def _check_answers(conversation: Conversation, text: Text) -> None:
             empty = channel is not None and written.startswith((channel.opening, channel.end))
             conversation.notices[notices.EMPTY_THOUGHT if empty else notices.UNASKED] += 1
         source = template.source
-        tags = {match.group(1) for said in _texts(message) if "<" in said for match in TAGGED.finditer(said)}
+        tags = {match[match.lastindex or 1] for said in _texts(message) for match in TAGGED.finditer(said)}
         if any(f"<{tag}>" not in source for tag in tags):
             conversation.notices[notices.TAGS] += 1
         end = answer.start + len(written.rstrip())

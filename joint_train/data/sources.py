@@ -11,6 +11,9 @@ from joint_train.data.json_files import Record
 from joint_train.data.messages import kind_of
 from joint_train.errors import DataError
 
+OWN = {"role", "content", "reasoning", "tool_calls"}
+"""Fields of a message that a source's ``ignore`` doesn't mean."""
+
 
 def parse(record: Record, source: SourceConfig, answered: bool = True) -> dict[str, Any]:
     """The example of a record (see :mod:`joint_train.data.formats`); its images, if there are any, in ``images``.
@@ -39,6 +42,9 @@ def understand(record: Record, source: SourceConfig, answered: bool = True) -> A
         adapted.where = f"{record.file}:{record.line}"
         example = adapted.example
         if "messages" in example:
+            for message in example["messages"] if source.ignore else ():
+                for name in set(source.ignore) & (message.keys() - OWN):
+                    del message[name]
             folder = os.path.dirname(record.file)
             messages, found = images.take(example["messages"], adapted.listed, folder, adapted.notices)
             example["messages"] = messages
@@ -75,6 +81,8 @@ def row_of(record: Record) -> dict[str, Any]:
     row = _decode(record.data) if isinstance(record.data, bytes) else record.data
     if not isinstance(row, dict):
         raise DataError(f"a JSON object is expected, not {kind_of(row)}")
+    if any(isinstance(value, float) and value != value for value in row.values()):
+        row = {name: value for name, value in row.items() if value == value}  # what pandas writes for a missing value
     return row
 
 

@@ -19,7 +19,11 @@ log = logging.getLogger(__name__)
 
 
 def init_distributed(timeout_seconds: int) -> torch.device:
-    """Join the process group that torchrun announced (or one of a single rank) and choose this rank's device."""
+    """Join the process group that a launcher announced (or one of a single rank) and choose this rank's device.
+
+    Raises:
+        ConfigError: for a launcher that says how many ranks there are, and not which of them this is.
+    """
     timeout = timedelta(seconds=timeout_seconds)
     # Each rank has a few connections to every other: raise the limit of open files as far as this process may.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -33,11 +37,25 @@ def init_distributed(timeout_seconds: int) -> torch.device:
     if not dist.is_initialized():
         # With the device named, NCCL connects at once, and the mesh's groups split this one instead of connecting anew.
         options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if cuda else {"backend": "gloo"}
-        if dist.is_torchelastic_launched():
+        if _launched():
             dist.init_process_group(timeout=timeout, **options)
         else:
             dist.init_process_group(timeout=timeout, store=dist.HashStore(), rank=0, world_size=1, **options)
     return device
+
+
+def _launched() -> bool:
+    """Whether a launcher started this rank: torchrun, or another that sets the same variables."""
+    if dist.is_torchelastic_launched():
+        return True
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without {', '.join(missing)}, so this process can't find "
+            "the other ranks: start the run with torchrun, or unset WORLD_SIZE for a run of one rank."
+        )
+    return True
 
 
 def init_mesh(parallel: ParallelConfig) -> DeviceMesh:

@@ -213,7 +213,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
     from joint_train.evaluate.report import page, text
     from joint_train.files import code_version, replace
     from joint_train.pair.compatibility import check_pair
-    from joint_train.weights.folders import resolve
+    from joint_train.weights.folders import read_config, resolve
     from joint_train.weights.peft_folder import read_folders
     from joint_train.weights.served import put_on_base
     from joint_train.weights.to_generate import load_to_generate
@@ -231,7 +231,7 @@ def run(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> 
     dtype = automatic if args.dtype in (None, "auto") else getattr(torch, args.dtype)
     drafters = [args.drafter, *([args.against] if args.against else [])]
     folders = [resolve(path) for path in (args.base, *drafters)]
-    configs = [transformers.AutoConfig.from_pretrained(folder) for folder in folders]
+    configs = [read_config(folder, quantized=None) for folder in folders]
     for folder, config, drafts in zip(folders, configs, (False, *[True] * len(drafters)), strict=True):
         if hasattr(config, "backbone_hidden_size") != drafts:
             raise ConfigError(f"{folder} is a {config.model_type}: give the base first, then its drafter.")

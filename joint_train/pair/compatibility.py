@@ -11,8 +11,13 @@ def check_pair(base: PreTrainedConfig, drafter: PreTrainedConfig) -> None:
     """Refuse a drafter that was made for another base.
 
     Raises:
-        ConfigError: listing every size that differs.
+        ConfigError: listing every size that differs; for two bases, two drafters, or one in the other's place.
     """
+    if hasattr(base, "backbone_hidden_size") or not hasattr(drafter, "backbone_hidden_size"):
+        raise ConfigError(
+            f"model.base is a {base.model_type} model and model.drafter a {drafter.model_type} model: give a base and "
+            "then its drafter, whose model_type ends with _assistant."
+        )
     text, draft = base.get_text_config(), drafter.get_text_config()
     wrong = []
 

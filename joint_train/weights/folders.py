@@ -24,6 +24,7 @@ from joint_train.config import Config
 from joint_train.config.values import as_saved, grown_rows
 from joint_train.distributed.ranks import run_on_all_ranks
 from joint_train.errors import ConfigError
+from joint_train.files import LFS_POINTER, is_lfs_pointer
 from joint_train.pair.compatibility import check_pair
 from joint_train.weights import placing, quantised
 
@@ -122,9 +123,15 @@ def other_weights(folder: Path) -> str:
         r"pytorch_model_fsdp": "it has FSDP's shards: `accelerate merge-weights {inner} OUT` puts them together",
         r"global_step\d+$": "it has DeepSpeed's shards: its zero_to_fp32.py puts them together, with "
         "--safe_serialization",
+        r"\.incomplete$": "{inner} was never downloaded to its end: download the model again",
+        r"^model-\d+-of-\d+\.safetensors$": "it has shards, and no index that says what is in which: copy "
+        "model.safetensors.index.json there from where they come from",
+        r"\.safetensors$": "it has {inner}: call it model.safetensors if that is the model",
         r"\.distcp$": "it has torch.distributed.checkpoint's shards: export the model with the program that wrote them",
         r"mmproj.*\.gguf$": "it has a GGUF file of the towers alone (mmproj): give that of the language model",
     }
+    if gone := next((folder / name for name in names if not (folder / name).exists()), None):
+        return f" {gone} is a link to {os.readlink(gone)}, which isn't there: download the model again."
     for pattern, what in advice.items():
         if inner := next((name for name in names if re.search(pattern, name)), None):
             return f" Instead {what.format(inner=folder / inner)}.{inner_folders(folder)}"
@@ -153,8 +160,11 @@ def read_config(
     """
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision, cache_dir=cache_dir)
-    except OSError as e:
-        raise ConfigError(f"no model configuration at {path}: {e}") from e
+    except (OSError, TypeError, ValueError) as e:
+        pointer = is_lfs_pointer(Path(path) / "config.json")
+        raise ConfigError(f"no model configuration at {path}: {f'config.json: {LFS_POINTER}' if pointer else e}") from e
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} has a config.json that isn't an object.")
     if not raw:
         refuse_adapter(Path(path))
         raise ConfigError(
@@ -170,7 +180,10 @@ def read_config(
     if rows is not None:
         text_config = {**(text_config or {}), **vocabulary_settings(kind, rows)}
     config_class = CONFIG_MAPPING[kind]
-    config = config_class.from_dict(copy.deepcopy(raw))
+    try:
+        config = config_class.from_dict(copy.deepcopy(raw))
+    except Exception as e:  # each class checks its values in its own way
+        raise ConfigError(f"{path} has a config.json that transformers refuses: {' '.join(str(e).split())}") from e
     if text_config:
         text = config.get_text_config()
         if unknown := sorted(key for key in text_config if key not in TEXT_INPUTS and key not in text.to_dict()):

@@ -11,8 +11,9 @@ import torch
 from joint_train.distributed.agreement import agree
 from joint_train.distributed.ranks import Ranks
 from joint_train.weights.changes import UNCHANGED, Changes
-from joint_train.weights.loading import check_token_ordering, check_weights, stored_in_files, stored_tensors
+from joint_train.weights.loading import check_weights, stored_in_files, stored_tensors
 from joint_train.weights.quantised import quantization_config
+from joint_train.weights.stored import check_token_ordering
 
 SAMPLE_BYTES = 4096
 

@@ -32,14 +32,15 @@ from joint_train.distributed.lora import folder_tensors
 from joint_train.distributed.quantised import KINDS, Store, dequantise, quantise
 from joint_train.distributed.ranks import Ranks, run_on_all_ranks
 from joint_train.distributed.replicas import Replicas
-from joint_train.errors import WeightsError
+from joint_train.errors import ConfigError, WeightsError
+from joint_train.files import LFS_POINTER, is_lfs_pointer
 from joint_train.progress import tracked
 from joint_train.torch_private import local_shape_and_offset
 from joint_train.weights import placing, quantised
 from joint_train.weights.changes import UNCHANGED, Changes, View
 from joint_train.weights.folders import BASES, DRAFTERS, model_type, other_weights, read_config, resolve
 from joint_train.weights.gguf_file import stored_in_gguf
-from joint_train.weights.stored import FLOATS, Stored, close_files, opened
+from joint_train.weights.stored import FLOATS, Stored, check_token_ordering, close_files, opened
 
 READ_BYTES = 64 * 2**20
 COMPOSITES, TEXTS = ("gemma4", "gemma4_unified"), ("gemma4_text", "gemma4_unified_text")
@@ -56,6 +57,9 @@ def build_meta(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation
     Args:
         dtype: of the weights to come, whatever the folder's is.
         attn_implementation: of the text layers; the towers take the fastest that they support.
+
+    Raises:
+        ConfigError: for values that no model can be built from.
     """
     config = copy.deepcopy(config)
     cls = (BASES | DRAFTERS)[config.model_type]
@@ -66,7 +70,11 @@ def build_meta(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation
         if part is not None:
             part.dtype = dtype  # a part is built in its own configuration's dtype
     with ContextManagers(cast(type[PreTrainedModel], cls).get_init_context(dtype, False, False, None)):
-        model = cls(config)
+        try:
+            model = cls(config)
+        except Exception as e:  # of any value that nothing checks
+            name = f"{config._name_or_path}/config.json"
+            raise ConfigError(f"no {cls.__name__} can be built from {name}: {type(e).__name__}: {e}") from e
     model.tie_weights(recompute_mapping=False)
     return model.eval()
 
@@ -82,7 +90,8 @@ def materialize(
     """Fill a model of :func:`build_meta` from a folder's safetensors, on `device`.
 
     A model that is on a device already keeps its tensors, and only their values change. Of a sharded parameter only
-    this rank's slice is read, in pieces of at most 64 MiB; what isn't sharded is read whole by every rank.
+    this rank's slice is read, in pieces of at most 64 MiB; what isn't sharded is read whole by every rank. Of a tensor
+    that the folder has under two names, both are read, and have to be the same.
 
     With HSDP one replica reads, and the others get it from there: all ranks together. Otherwise there is no
     communication, so an error on one rank leaves none waiting here.
@@ -123,14 +132,16 @@ def _fill(
         _fill_computed_buffers(model)
 
     tensors = folder_tensors(model)
-    filled = set()
+    filled: dict[int, str] = {}
     in_files = sorted(names.items(), key=lambda item: stored[item[0]].file) if values else []
     for key, name in tracked(f"reading {folder}", in_files):
-        target = tensors.get(name)
-        if target is not None and id(target) not in filled:
-            view, store = changes.view(stored[key], key, name), getattr(target, "store", None)
+        if (target := tensors.get(name)) is None:
+            continue
+        view, store = changes.view(stored[key], key, name), getattr(target, "store", None)
+        if (first := filled.setdefault(id(target), key)) == key:
             _read_slice(view, target) if store is None else _quantise_slice(view, store)
-            filled.add(id(target))
+        elif store is None and not _read_slice(view, target, True):
+            raise _not_one_tensor(folder, first, key, model, "they have different values")
     close_files()
     if (Path(folder) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -213,7 +224,8 @@ def stored_in_files(folder: str | os.PathLike) -> dict[str, Stored]:
                     twice.append(f"{stored[name].key} and {key}")
                 stored[name] = Stored(folder / file, tuple(view.get_shape()), view.get_dtype(), key)
         except Exception as e:
-            raise WeightsError(f"can't read {folder / file}: {e}") from e
+            why = LFS_POINTER if is_lfs_pointer(folder / file) else e
+            raise WeightsError(f"can't read {folder / file}: {why}") from e
     if twice:
         raise WeightsError(f"{folder} has {len(twice)} tensors under two names, such as {twice[0]}: save one model")
     return stored
@@ -239,24 +251,6 @@ def current_name(key: str, kind: str | None) -> str:
     if kind in TEXTS and name.startswith("model.language_model."):
         return name.replace("model.language_model.", "model.", 1)
     return name
-
-
-def check_token_ordering(stored: dict[str, Stored], folder: str | os.PathLike) -> None:
-    """Refuse ordered embeddings whose order leaves tokens out: they could never be drafted.
-
-    Raises:
-        WeightsError: if ``token_ordering`` doesn't have each token once.
-    """
-    for name, entry in stored.items():
-        if not name.endswith("token_ordering"):
-            continue
-        order = entry.whole().flatten()
-        if not torch.equal(order.sort().values, torch.arange(order.numel(), dtype=order.dtype)):
-            raise WeightsError(
-                f"{name} in {entry.file} isn't a permutation of the {order.numel()} tokens: it has "
-                f"{order.unique().numel()} different values, from {int(order.min())} to {int(order.max())}, and a "
-                "token that it lacks could never be drafted. Take the drafter's folder as it was released"
-            )
 
 
 def _index(path: Path) -> set[str]:
@@ -318,11 +312,7 @@ def match(model: PreTrainedModel, stored: dict[str, Stored], folder: str | os.Pa
     for key, name in names.items():
         other = first.setdefault(id(tensors[name]), key)
         if other != key and (stored[key].weight or stored[other].weight):
-            raise WeightsError(
-                f"{folder} has {other} and {key}, which are one tensor of {type(model).__name__} "
-                "(tie_word_embeddings=true), and not in one quantisation: quantise again with lm_head ignored, or say "
-                "tie_word_embeddings=false in its config.json if they were quantised apart"
-            )
+            raise _not_one_tensor(folder, other, key, model, "they are not in one quantisation")
     if any(wrong.values()):
         raise WeightsError(
             f"the weights in {folder} don't fit {type(model).__name__}:"
@@ -363,23 +353,35 @@ def _indent_first(lines: list[str], most: int = 40) -> str:
     return "".join(f"\n    {line}" for line in lines[:most] + more)
 
 
-def _read_slice(view: View, target: Tensor) -> None:
-    """Copy this rank's part of a stored tensor into `target`, converting its dtype."""
+def _not_one_tensor(folder: str | os.PathLike, one: str, other: str, model: PreTrainedModel, why: str) -> WeightsError:
+    return WeightsError(
+        f"{folder} has {one} and {other}, which are one tensor of {type(model).__name__} (tie_word_embeddings=true), "
+        f"and {why}: say tie_word_embeddings=false in its config.json if the head is one of its own, or leave it out"
+    )
+
+
+def _read_slice(view: View, target: Tensor, compare: bool = False) -> bool:
+    """Copy this rank's part of a stored tensor into `target`, converting its dtype; or see whether it is there."""
     if isinstance(target, DTensor):
         shape, offset = local_shape_and_offset(target.shape, target.device_mesh, target.placements)
         target = target.to_local()
     else:
         shape, offset = tuple(target.shape), (0,) * target.dim()
     if target.dim() == 0:
-        target.copy_(view.whole())
-        return
+        return _copy(view.whole(), target, compare)
     if target.numel() == 0:
-        return
+        return True
     rest = tuple(slice(start, start + size) for start, size in zip(offset[1:], shape[1:], strict=True))
     step = max(1, READ_BYTES // (target[0].numel() * 8))
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
-        target[start:stop].copy_(view[(slice(offset[0] + start, offset[0] + stop), *rest)])
+        if not _copy(view[(slice(offset[0] + start, offset[0] + stop), *rest)], target[start:stop], compare):
+            return False
+    return True
+
+
+def _copy(read: Tensor, target: Tensor, compare: bool) -> bool:
+    return torch.equal(target, read.to(target)) if compare else target.copy_(read) is target
 
 
 def _quantise_slice(view: View, store: Store) -> None:

@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from joint_train.errors import WeightsError
+
 # safetensors' names of the dtypes that a floating-point weight may be read from.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -65,3 +67,21 @@ def close_files() -> None:
 @functools.lru_cache(maxsize=64)
 def _opened(file: Path, *_: int) -> Any:
     return safe_open(file, framework="pt")
+
+
+def check_token_ordering(stored: dict[str, Stored], folder: str | os.PathLike) -> None:
+    """Refuse ordered embeddings whose order leaves tokens out: they could never be drafted.
+
+    Raises:
+        WeightsError: if ``token_ordering`` doesn't have each token once.
+    """
+    for name, entry in stored.items():
+        if not name.endswith("token_ordering"):
+            continue
+        order = entry.whole().flatten()
+        if not torch.equal(order.sort().values, torch.arange(order.numel(), dtype=order.dtype)):
+            raise WeightsError(
+                f"{name} in {entry.file} isn't a permutation of the {order.numel()} tokens: it has "
+                f"{order.unique().numel()} different values, from {int(order.min())} to {int(order.max())}, and a "
+                "token that it lacks could never be drafted. Take the drafter's folder as it was released"
+            )

@@ -34,6 +34,8 @@ VALUES: dict[str, Any] = {
     "numbers": [1, 2],
     "calls": [CALL],
     "call": {"name": WORD, "arguments": {}},
+    "thoughts": [{"type": "reasoning", "text": WORD}],
+    "details": [{"type": "reasoning.text", "text": WORD, "signature": "x"}],
     "zero": 0,
     "false": False,
     "true": True,
@@ -74,6 +76,11 @@ def rows_with(field: Field) -> list[tuple[dict, dict]]:
     if field.level == "message":
         answer = {**QA[1], "content": ""} if field.name == "value" else QA[1]
         return [({"messages": [QA[0], {**answer, field.name: value}, *QA]}, plain)]
+    if field.level == "call":
+        empty, given = (
+            {"role": "assistant", "tool_calls": [{"name": "f", **more}]} for more in ({}, {field.name: value})
+        )
+        return [({"messages": [QA[0], given]}, {"messages": [QA[0], empty]})]
     if field.name.startswith("type:"):
         kind = field.name.removeprefix("type:")
         parts = [[{"type": kind, "value": value}, {"type": "text", "text": "A"}]]
@@ -134,6 +141,16 @@ def test_fields_about_the_content_are_no_content():
     }  # fmt: skip
     adapted = understand(Record("x.jsonl", 1, json.dumps(row).encode()), SourceConfig(path="x.jsonl"))
     assert adapted.example == {"messages": QA} and not adapted.notices
+
+
+def test_a_field_of_a_message_may_be_named_in_ignore():
+    row = {"messages": [{**QA[0], "context": WORD}, QA[1]]}
+    with pytest.raises(DataError, match="message 0 .user. has a field 'context' .*put it into the content, or name it"):
+        encoded(row)
+    source = SourceConfig(path="x.jsonl", ignore=["context"])
+    assert understand(Record("x.jsonl", 1, json.dumps(row).encode()), source).example == {"messages": QA}
+    shown = {"messages": [{"role": "user", "content": f"Q about {WORD}", "context": WORD}, QA[1]]}
+    assert WORD in encoded(shown)[1]
 
 
 def test_a_copy_is_no_loss():

@@ -60,6 +60,8 @@ AS_STRING = {**WITH_ID, "function": {"name": "get_tide", "arguments": '{"port": 
 NAMED = {"role": "tool", "tool_call_id": "c1", "name": "get_tide", "content": "3 m"}
 OPENAI_EXAMPLE = [USED_TOOL[0], {"role": "assistant", "content": "", "tool_calls": [WITH_ID]}, NAMED, USED_TOOL[3]]
 
+DETAILS = [{"type": "reasoning.summary", "summary": "R in short"}]
+
 ROWS = {
     "alpaca": ({"instruction": "Q", "input": "", "output": "A"}, {"messages": QA}),
     "alpaca with input": (
@@ -167,6 +169,15 @@ ROWS = {
         {"messages": OPENAI_EXAMPLE},
     ),
     "flat tools": ({"messages": QA, "tools": [TIDE]}, {"messages": QA, "tools": TOOLS}),
+    "a schema by the names of Anthropic and MCP": (
+        {"messages": QA, "tools": [{"name": "get_tide", "description": "Tide", "input_schema": SCHEMA}]},
+        {"messages": QA, "tools": TOOLS},
+    ),
+    "NaN for a missing value": ({"instruction": "Q", "input": float("nan"), "output": "A"}, {"messages": QA}),
+    "one reasoning under two names": (
+        {"messages": [QA[0], {**QA[1], "reasoning": "R", "reasoning_content": "R", "reasoning_details": DETAILS}]},
+        {"messages": [QA[0], {**QA[1], "reasoning": "R"}]},
+    ),
     "a null that is one": (
         {"messages": [QA[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": None}}]}]},
         {
@@ -245,6 +256,27 @@ REFUSED = {
         "message 1: tool call 0: arguments is a list, not an object",
     ),
     "a call of nothing": ({"messages": [{"from": "function_call", "value": "{}"}]}, "has no function with a name"),
+    "two reasonings": (
+        {"messages": [QA[0], {**QA[1], "reasoning": "R", "thinking": "other"}]},
+        "message 1 has two different reasonings, one of them in thinking",
+    ),
+    "reasoning that nobody can read": (
+        {"messages": [QA[0], {**QA[1], "reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]}]},
+        "a reasoning.encrypted part has no text",
+    ),
+    "analysis as an answer": (
+        {"messages": [QA[0], {"role": "assistant", "channel": "analysis", "content": "R"}, QA[1]]},
+        "message 1 is in the channel 'analysis', and would be trained as an answer",
+    ),
+    "arguments twice": (
+        {
+            "messages": [
+                QA[0],
+                {"role": "assistant", "tool_calls": [{"name": "f", "args": {"a": 1}, "input": {"b": 2}}]},
+            ]
+        },
+        "tool call 0 has args, input: which of them",
+    ),
     "a tool without a name": ({"messages": QA, "tools": [{"type": "function"}]}, "tool 0 has no name"),
     "two system prompts": (
         {"system": "a", "messages": [*said(("system", "b")), *QA]},
@@ -292,6 +324,9 @@ LIST = {
     "indented": json.dumps(EXAMPLES, indent=1, ensure_ascii=False),
     "with a byte-order mark": "\ufeff" + json.dumps(EXAMPLES, indent=2),
     "objects of several lines": "\n".join(json.dumps(example, indent=1) for example in EXAMPLES),
+    "a new line for each message": "\n".join(
+        json.dumps(example).replace(', {"role"', ',\n {"role"') for example in EXAMPLES
+    ),
     "JSON Lines": "\n".join(json.dumps(example) for example in EXAMPLES),
 }
 
@@ -315,6 +350,7 @@ BROKEN = {
     "a number": ('[{"text": "a"}, 3, {"text": "b"}]', ["", "something that isn't an object", ""]),
     "a list": ('[{"text": "a"},\n[], {"text": "b"}]', ["", "a JSON object is expected, not a list", ""]),
     "broken inside": ('[{"text" "a"},\n{"text": "b"}]', ["malformed JSON: Expecting ':'", ""]),
+    "a first line that was cut off": ('{"text": "a\n{"text": "b"}\n', ["malformed JSON: ", ""]),
     "too long": ('[{"text": "' + "a" * 99 + '"},\n{"text": "b"}]', ["an object of 111 bytes, longer than", ""]),
 }
 
@@ -355,6 +391,11 @@ def test_tables_and_texts(tmp_path):
     (tmp_path / "b.csv").write_text("prompt,response\nQ,A\nQ,A,B\n")
     with pytest.raises(DataError, match="b.csv:3: more cells than the 2 names above them"):
         rows_of(tmp_path / "b.csv")
+    (tmp_path / "c.csv").write_text("prompt,response,response\nQ,A,B\n")
+    with pytest.raises(DataError, match="c.csv:1: two columns are called 'response'"):
+        rows_of(tmp_path / "c.csv")
+    (tmp_path / "D.TSV.GZ").write_bytes(gzip.compress(b"question\tanswer\nQ\tA\n"))
+    assert rows_of(tmp_path / "D.TSV.GZ") == [{"messages": QA}]
     (tmp_path / "a.md").write_text("x")
     with pytest.raises(DataError, match="a.md: its name ends in none of .jsonl, .json"):
         rows_of(tmp_path / "a.md")

@@ -179,6 +179,8 @@ def test_tags_of_other_models_are_counted():
     for thinking, content in (
         (False, "<think>two and two</think>4"),
         (True, "<reasoning>two and two</reasoning><answer>4</answer>"),
+        (False, "two and two</think>4"),
+        (False, "<think>two and"),
     ):
         counts: Counter = Counter()
         ((_, answer),) = pairs("spring, small", {"messages": [asked(), said(content)]}, counts, thinking)

@@ -88,6 +88,16 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         load_tokenizer(cfg)
     TOKENIZER.save_pretrained(base)
     assert len(read_tokenizer(base)) == SIZE
+    (base / "tokenizer_config.json").unlink()  # read all the same, and the template's <bos> would be left out
+    with pytest.raises(ConfigError, match="no tokenizer_config.json, .* its chat template writes bos_token"):
+        read_tokenizer(base)
+    (base / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ConfigError, match="tokenizer.json: this is a Git LFS pointer"):
+        read_tokenizer(base)
+    cfg.data.tokenizer = None
+    (base / "config.json").write_text('{"model_type": "gem')
+    with pytest.raises(ConfigError, match="no model configuration at .*config.json"):
+        load_tokenizer(cfg)
 
 
 def test_a_run_says_so_before_it_loads_weights(tmp_path, starter_dir, monkeypatch):

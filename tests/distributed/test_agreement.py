@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 
 import pytest
 from pairs import make_pair
@@ -110,3 +111,32 @@ def compare(rank):
 def test_what_a_rank_lacks_is_a_difference(world):
     for found in run_ranks(compare, world):
         assert found.keys() == {"b"} and "ranks 0, 2-3 have there" in found["b"] and "rank 1 has none" in found["b"]
+
+
+def sizes_of_world(rank, environment):
+    """What a rank that another launcher than torchrun started joins."""
+    import torch.distributed as dist
+
+    from joint_train.distributed.mesh import init_distributed
+
+    dist.barrier()  # the other rank is connected, too
+    dist.destroy_process_group()
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    try:
+        init_distributed(30)
+    except ConfigError as error:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the caller leaves one
+        return str(error)
+    return dist.get_world_size()
+
+
+def test_ranks_of_another_launcher_train_together_or_not_at_all():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert run_ranks(sizes_of_world, 2, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) == [2, 2]
+    for said in run_ranks(sizes_of_world, 2, {}):
+        assert "WORLD_SIZE=2 is set without MASTER_ADDR, MASTER_PORT" in said

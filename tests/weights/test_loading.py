@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from joint_train.errors import ConfigError, WeightsError
+from joint_train.pair.compatibility import check_pair
 from joint_train.weights import composite, folders, loading
 from joint_train.weights.folders import read_config, read_configs, resolve
 from joint_train.weights.loading import build_meta, load_model, materialize
@@ -303,6 +304,9 @@ def test_models_of_another_family_are_refused(e2b, tmp_path):
         read_configs(e2b[1], e2b[1])
     with pytest.raises(ConfigError, match="model.drafter=.*gemma4 model; it must be one of gemma4_assistant"):
         read_configs(e2b[0], e2b[0])
+    for given in (e2b[::-1], (e2b[0], e2b[0]), (e2b[1], e2b[1])):  # the plan and the evaluation look at configurations
+        with pytest.raises(ConfigError, match="model.drafter a .*: give a base and then its drafter"):
+            check_pair(*map(read_config, given))
     edit(e2b[0], model_type="llama")
     with pytest.raises(ConfigError, match="is a llama model"):
         read_configs(*e2b)

@@ -168,6 +168,9 @@ def test_a_folder_of_checkpoints_names_the_models_in_it(e2b, tmp_path, inside, w
         ("__0_0.distcp", "export the model with the program that wrote them"),
         ("model.gguf", "model.gguf can't be read as GGUF"),
         ("mmproj-model.gguf", "of the towers alone"),
+        ("model.safetensors.incomplete", "was never downloaded to its end"),
+        ("model-00001-of-00002.safetensors", "shards, and no index"),
+        ("consolidated.safetensors", "it has .*consolidated.safetensors: call it model.safetensors"),
     ],
 )
 def test_weights_in_another_format_are_named_with_what_to_do(e2b, tmp_path, name, words):
@@ -177,6 +180,53 @@ def test_weights_in_another_format_are_named_with_what_to_do(e2b, tmp_path, name
     (folder / name).write_text("")
     with pytest.raises(WeightsError, match=words):
         load_model(folder, torch.float32)
+
+
+def test_files_that_were_never_fetched_are_named(e2b, tmp_path):
+    folder = shutil.copytree(e2b[0], tmp_path / "source")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(WeightsError, match="model.safetensors: this is a Git LFS pointer, .* run git lfs pull"):
+        load_model(folder, torch.float32)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../blobs/0")
+    with pytest.raises(WeightsError, match="model.safetensors is a link to ../blobs/0, which isn't there"):
+        load_model(folder, torch.float32)
+    (folder / "config.json").write_text(pointer)
+    with pytest.raises(ConfigError, match="config.json: this is a Git LFS pointer"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_hidden_layers": "5"}, "config.json that transformers refuses: .*num_hidden_layers"),
+        ({"num_hidden_layers": 6}, "config.json that transformers refuses: "),
+        ({"hidden_activation": "gelut"}, "no Gemma4ForCausalLM can be built from .*config.json: KeyError: 'gelut'"),
+    ],
+)
+def test_values_that_no_model_has_are_refused(text, tmp_path, values, words):
+    folder = shutil.copytree(text[0], tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    with pytest.raises(ConfigError, match=words):
+        load_model(folder, torch.float32)
+
+
+def test_a_head_of_its_own_does_not_replace_the_table_that_it_is_tied_to(text, tmp_path):
+    folder = shutil.copytree(text[0], tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": table.clone()}, folder / "model.safetensors")
+    assert torch.equal(load_model(folder, torch.bfloat16).lm_head.weight, table)
+    head = table.clone()
+    head[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match="one tensor .*tie_word_embeddings=true.*, and they have different values"):
+        load_model(folder, torch.bfloat16)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert torch.equal(load_model(folder, torch.bfloat16).lm_head.weight, head)
 
 
 def test_an_order_of_tokens_that_is_no_permutation_is_refused(e2b, tmp_path):
