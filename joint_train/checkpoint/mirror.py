@@ -89,6 +89,13 @@ class Mirror:
                     "run of its own from its checkpoints"
                 )
             run = str(other)
+        home = owner.get("output_dir")
+        if run and isinstance(home, str) and Path(home) != checkpoints.parent and _read_id(Path(home) / RUN) == run:
+            if not os.path.samefile(home, checkpoints.parent):  # a folder that was moved is gone from there
+                raise OtherRun(
+                    f"checkpoint.mirror={self.store.url} is the mirror of the run in {home}, of which "
+                    f"{checkpoints.parent} is a copy: both would write to it. Set another checkpoint.mirror, or null"
+                )
         run = run or uuid.uuid4().hex
         layout.write_file(file, to_json({"run": run}))
         self.store.claim(

@@ -34,13 +34,13 @@ class Best:
             self.observed = saved.get("observed", -1)
 
     def observe(self, step: int, measured: Mapping[str, float]) -> None:
-        """Take note of a validation; one with NaN is no better than the ones before. One that hasn't the metric doesn't
-        count, nor one that is repeated because a signal interrupted it."""
+        """Take note of a validation; one with NaN or infinity, which no checkpoint keeps, is no better than those before.
+        One that hasn't the metric doesn't count, nor one that is repeated because a signal interrupted it."""
         name, sign = layout.metric_of(self.metric or "")
         if (value := measured.get(name)) is None or step <= self.observed:
             return
         self.observed = step
-        if not math.isnan(value) and (self.value is None or sign * value < sign * self.value):
+        if math.isfinite(value) and (self.value is None or sign * value < sign * self.value):
             self.step, self.value, self.waited = step, value, 0
         else:
             self.waited += 1

@@ -49,6 +49,14 @@ def test_another_run_is_refused_by_name(tmp_path, pair):
     again = open_run(tmp_path / "a", tmp_path / "mirror")
     assert layout.step_of(again.find_resume()) == 1
     again.close()
+    shutil.copytree(tmp_path / "a", tmp_path / "copied")  # its id, too
+    with pytest.raises(
+        CheckpointError, match=f"the mirror of the run in {tmp_path}/a, of which {tmp_path}/copied is a"
+    ):
+        open_run(tmp_path / "copied", tmp_path / "mirror")
+    (tmp_path / "link").symlink_to("a")
+    open_run(tmp_path / "link", tmp_path / "mirror").close()
+    open_run(tmp_path / "a", tmp_path / "mirror").close()
     (tmp_path / "a").rename(tmp_path / "moved")  # the run is known by its id, wherever its folder is
     moved = open_run(tmp_path / "moved", tmp_path / "mirror")
     assert layout.step_of(moved.find_resume()) == 1

@@ -87,7 +87,7 @@ def test_a_checkpoint_has_the_metrics_of_its_own_step(starter_dir, tmp_path):
 
 def test_the_best_is_by_its_metric_and_waits_only_for_validations_that_have_it():
     best = Best("-val/a", 3)
-    for step, value in enumerate([1.0, 3.0, math.nan, 2.0]):
+    for step, value in enumerate([1.0, 3.0, math.nan, math.inf]):
         best.observe(step, {"val/a": value})
         best.observe(step, {"val/b": 9.0})
         best.observe(step, {"val/a": value})  # repeated, it doesn't count again
