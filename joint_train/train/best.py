@@ -34,7 +34,7 @@ class Best:
             self.observed = saved.get("observed", -1)
 
     def observe(self, step: int, measured: Mapping[str, float]) -> None:
-        """Take note of a validation; one with NaN or infinity, which no checkpoint keeps, is no better than those before.
+        """Take note of a validation; one with NaN or infinity, which no checkpoint keeps, is no better than others.
         One that hasn't the metric doesn't count, nor one that is repeated because a signal interrupted it."""
         name, sign = layout.metric_of(self.metric or "")
         if (value := measured.get(name)) is None or step <= self.observed:
