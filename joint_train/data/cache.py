@@ -229,11 +229,14 @@ def build_once(folder: Path, build: Callable[[Callable[[], None]], None], timeou
             return
         for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # by builders that died: we hold their lock
             shutil.rmtree(left, ignore_errors=True)
-        if folder.exists():
+        if os.path.lexists(folder):
             logger.warning("%s is damaged (%s): its data is tokenised again", folder, found)
             away = folder.with_name(f"{folder.name}.tmp-damaged-{os.getpid()}")
             folder.rename(away)
-            shutil.rmtree(away, ignore_errors=True)
+            if away.is_dir() and not away.is_symlink():
+                shutil.rmtree(away, ignore_errors=True)
+            else:
+                away.unlink()
         build(progressed)
 
 

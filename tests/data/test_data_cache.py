@@ -51,6 +51,17 @@ def test_what_is_damaged_is_made_again(tmp_path, caplog, name, how):
     assert not list((tmp_path / "cache").glob("*tmp*"))
 
 
+@pytest.mark.parametrize("odd", [lambda path: path.write_text(""), lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_folder_makes_way(tmp_path, caplog, odd):
+    cfg = make_config(tmp_path, [write_jsonl(tmp_path / "a.jsonl", numbered(40))])
+    expected = rows(cfg)
+    (folder,) = [path.parent for path in (tmp_path / "cache").glob(f"*/{META}")]
+    shutil.rmtree(folder)
+    odd(folder)
+    assert rows(cfg) == expected and f"{folder} is damaged" in caplog.text
+    assert not list((tmp_path / "cache").glob("*tmp*"))
+
+
 def test_a_damaged_block_of_a_stream_is_made_again(tmp_path, caplog):
     datasets = pytest.importorskip("datasets")
     (tmp_path / "stream").mkdir()
