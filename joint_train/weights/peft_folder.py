@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from joint_train.config.values import AdapterSpec
 from joint_train.distributed.lora import REFUSED, folder_tensors
 from joint_train.errors import ConfigError, WeightsError
+from joint_train.files import LFS_POINTER, is_lfs_pointer
 from joint_train.weights.changes import TABLES, Delta, shape_of
 from joint_train.weights.folders import resolve
 from joint_train.weights.loading import ignored_keys, renamer
@@ -109,10 +110,13 @@ class PeftFolder:
 
     def scale(self, module: str, rank: int) -> float:
         """alpha / r of a layer, or alpha / sqrt(r), times the adapter's weight."""
-        patterns = self.config.get("alpha_pattern") or {}
-        of_pattern = (alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module))
-        alpha = next(of_pattern, self.config["lora_alpha"])
+        alpha = self._of(module, "alpha_pattern", "lora_alpha")
         return self.weight * alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _of(self, module: str, patterns: str, default: str) -> Any:
+        """What the configuration says for a layer: by the first pattern that its name ends with, or for all."""
+        found = (self.config.get(patterns) or {}).items()
+        return next((value for key, value in found if re.fullmatch(rf"(.*\.)?({key})", module)), self.config[default])
 
     def changes(self, model: PreTrainedModel) -> tuple[dict[str, Delta], dict[str, Any]]:
         """What it adds to weights of a model, and what it has in the place of whole tensors, by the model's names.
@@ -133,6 +137,8 @@ class PeftFolder:
                 unused += 1
             elif name is None:
                 unknown.append(f"{module}, which the base doesn't have")
+            elif rank != (said := self._of(module, "rank_pattern", "r")):
+                unknown.append(f"{module} has the rank {rank}, and {CONFIG} says {said}: are they of one training?")
             elif tuple(tensors[name].shape) != (rows, columns):
                 unknown.append(f"{module} is [{rows}, {columns}], and in the base {list(tensors[name].shape)}")
             else:
@@ -217,11 +223,18 @@ def read_adapter(folder: Path, weight: float = 1.0, key: str = "model.adapter") 
         config = json.loads((folder / CONFIG).read_bytes())
         kind = config.get("peft_type")
     except FileNotFoundError:
-        raise ConfigError(f"{key}: {folder} has no {CONFIG}: give a folder that peft wrote.") from None
+        inner = ", ".join(str(file.parent) for file in sorted(folder.glob(f"*/{CONFIG}")))
+        raise ConfigError(
+            f"{key}: {folder} has no {CONFIG}: give "
+            + (f"one of the adapters in it: {inner}." if inner else "a folder that peft wrote.")
+        ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{key}: {folder / CONFIG} can't be read: {error}") from None
     if kind != "LORA":
         raise ConfigError(f"{key}: {folder} is of the kind {kind}; only LORA can be merged or trained on.")
+    for name in ("r", "lora_alpha"):
+        if isinstance(config.get(name), bool) or not isinstance(config.get(name), int | float):
+            raise ConfigError(f"{key}: {folder / CONFIG} has {name}={config.get(name)!r}, which is no number.")
     own = (*(name for name in REFUSED if name != "modules_to_save"),)  # whole tensors are taken as they are
     wrong = [f"{name}={config[name]!r}" for name in own if config.get(name)]
     wrong += [f"bias={config['bias']!r}"] * (config.get("bias", "none") != "none")
@@ -236,7 +249,8 @@ def read_adapter(folder: Path, weight: float = 1.0, key: str = "model.adapter") 
     try:
         wrong += sorted({match[0] for name in found.keys if (match := OTHERS.search(name))})
     except Exception as error:
-        raise WeightsError(f"can't read {folder / FILE}: {error}") from error
+        why = LFS_POINTER if is_lfs_pointer(folder / FILE) else error
+        raise WeightsError(f"can't read {folder / FILE}: {why}") from error
     if wrong:
         raise ConfigError(
             f"{key}: {folder} has {', '.join(wrong)}: only plain LoRA on linear layers can be taken up here. "

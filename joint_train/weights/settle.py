@@ -82,7 +82,9 @@ def with_adapter(cfg: Config) -> Config:
                 + ", ".join(f"{adapter.folder} names {adapter.base or 'none'}" for adapter in adapters)
             )
         changes["model.base"] = last.base
-        log.info("model.base=%s, as the adapter says", last.base)
+        if revision := last.config.get("revision"):
+            changes["model.revision"] = cfg.model.revision or revision
+        log.info("model.base=%s%s, as the adapter says", last.base, f" ({revision})" if revision else "")
     if served := parse_served(cfg.model.adapters):
         for split in ("train", "val"):
             changes[f"data.{split}"] = [_with_name(source, served) for source in getattr(cfg.data, split)]

@@ -134,6 +134,9 @@ def test_an_adapter_names_its_base_and_brings_its_tokenizer(multimodal, tmp_path
     shutil.copy(starter_dir / "base/tokenizer_config.json", adapter)
     cfg = with_adapter(compose({"model.base": "", "model.adapter": str(adapter)}))
     assert cfg.model.base == str(folders[0]) and cfg.data.tokenizer == str(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"revision": "v2"}))
+    assert with_adapter(compose({"model.base": "", "model.adapter": str(adapter)})).model.revision == "v2"
     with pytest.raises(ConfigError, match=f"set model.base={folders[0]} model.adapter={adapter}"):
         with_adapter(compose({"model.base": str(adapter)}))
     with pytest.raises(ConfigError, match=f"holds adapters .PEFT. on {folders[0]}, and no model"):
@@ -148,6 +151,8 @@ def test_an_adapter_names_its_base_and_brings_its_tokenizer(multimodal, tmp_path
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
         ({"bias": "all"}, "bias='all'"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters="),
+        ({"lora_alpha": None}, "adapter_config.json has lora_alpha=None, which is no number"),
+        ({"r": "4"}, "adapter_config.json has r='4', which is no number"),
     ],
 )
 def test_other_kinds_are_refused_by_name(multimodal, tmp_path, settings, said):
@@ -171,6 +176,13 @@ def test_what_does_not_fit_is_named(multimodal, tmp_path):
         settled(folders, model__continue_adapter=True)
     with pytest.raises(ConfigError, match="the weight of a is 'x'"):
         settled(folders, model__adapter={"path": "a", "weight": "x"})
+    shutil.copytree(whole, tmp_path / "several/second")
+    with pytest.raises(ConfigError, match=f"give one of the adapters in it: {tmp_path}/several/second"):
+        settled(folders, model__adapter=str(tmp_path / "several"))
+    config = json.loads((whole / "adapter_config.json").read_text())
+    (tmp_path / "several/second/adapter_config.json").write_text(json.dumps(config | {"r": 64}))
+    with pytest.raises(WeightsError, match="has the rank 4, and adapter_config.json says 64"):
+        load_pair(settled(folders, model__adapter=str(tmp_path / "several/second")), None, "cpu")
     other = make_pair(tmp_path / "other", "multimodal", num_attention_heads=8)
     with pytest.raises(WeightsError, match=r"q_proj is \[64, 64\], and in the base \[128, 64\]"):
         load_pair(settled(other, model__adapter=str(whole)), None, "cpu")
