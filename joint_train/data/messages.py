@@ -43,7 +43,7 @@ HIDDEN_CHANNELS = ("analysis", "commentary")
 
 def kind_of(value: Any) -> str:
     """What JSON calls a value, with its article."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null", bytes: "bytes"}
     return names.get(type(value), "a number")
 
 

@@ -7,7 +7,7 @@ import io
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from joint_train.config import DataConfig, SourceConfig
 from joint_train.data.json_files import (
@@ -57,6 +57,8 @@ def local_files(source: SourceConfig) -> list[str]:
     return []
 
 
+MIXED = {".jsonl", ".parquet", ".csv", ".tsv"}
+"""What a dataset's folder has one kind of; .json and .txt may also be about the data."""
 EXTENSIONS = {
     ".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv",
     ".txt": "text",
@@ -115,9 +117,8 @@ def _read_csv(file: str, max_line_bytes: int) -> Iterator[Record]:
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
             rows = csv.DictReader(text, delimiter="\t" if extension(file) == ".tsv" else ",", strict=True)
             line = 1 + (rows.fieldnames is not None)
-            names = Counter(rows.fieldnames or [])
-            if twice := next((name for name, count in names.items() if name and count > 1), None):
-                yield Record(file, 1, None, f"two columns are called {twice!r}, and only one of them would be read")
+            if twice := _two_of_a_name(rows.fieldnames or []):
+                yield Record(file, 1, None, twice)
                 return
             for row in rows:
                 if None in row:
@@ -131,18 +132,41 @@ def _read_csv(file: str, max_line_bytes: int) -> Iterator[Record]:
         yield Record(file, line, None, f"can't be read: {error}")
 
 
+def _two_of_a_name(columns: Sequence[str]) -> str | None:
+    twice = next((name for name, count in Counter(columns).items() if name and count > 1), None)
+    return f"two columns are called {twice!r}, and only one of them would be read" if twice else None
+
+
 def _read_parquet(file: str) -> Iterator[Record]:
     need("pyarrow", file)
     from pyarrow import ArrowException, parquet
 
     number = 0
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+        opened = parquet.ParquetFile(file)
+        if twice := _two_of_a_name(opened.schema_arrow.names):
+            yield Record(file, 1, None, twice)
+            return
+        for batch in opened.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
                 yield Record(file, number, row)
     except (ArrowException, *READ_ERRORS) as error:
         yield Record(file, number + 1, None, f"can't be read: {error}")
+
+
+def _check_folder(path: str) -> None:
+    """Refuse a folder of files of several kinds, of which ``load_dataset`` reads the most frequent alone.
+
+    Raises:
+        DataError: naming them.
+    """
+    found = {os.path.splitext(file)[1] for file in glob.glob(f"{glob.escape(path)}/*")} & MIXED
+    if len(found) > 1:
+        raise DataError(
+            f"{path} has files of several kinds ({', '.join(sorted(found))}), of which only one would be read: give a "
+            f"source for each, such as {path}/*{min(found)}"
+        )
 
 
 def _saved(path: str) -> bool:
@@ -163,7 +187,10 @@ def open_dataset(source: SourceConfig):
             if isinstance(loaded, datasets.DatasetDict):
                 loaded = loaded[source.split]
             return loaded.to_iterable_dataset() if source.streaming else loaded
+        _check_folder(path)
         return datasets.load_dataset(path, source.subset, split=source.split, streaming=source.streaming)
+    except DataError:
+        raise
     except Exception as error:  # the library raises errors of many kinds
         raise _not_opened(source, error) from error
 

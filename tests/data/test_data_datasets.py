@@ -187,3 +187,19 @@ def test_the_stream_itself_is_what_the_blocks_hold(tmp_path, stream):
 
     rows = list(open_dataset(SourceConfig(**stream)))
     assert [row["messages"] for row in rows] == [example["messages"] for example in numbered(100)]
+
+
+def test_what_only_a_part_would_be_read_of_is_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_arrays([["Q"], ["A"], ["B"]], names=["prompt", "response", "response"])
+    pyarrow.parquet.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="twice.parquet:1: two columns are called 'response'"):
+        build_loader(make_config(tmp_path, [str(tmp_path / "twice.parquet")]), TOKENIZER, "train", 0, 1)
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set/a.jsonl", numbered(2))
+    (tmp_path / "set/about.json").write_text("{}")
+    datasets.Dataset.from_list(numbered(3)).to_parquet(tmp_path / "set/b.parquet")
+    with pytest.raises(
+        DataError, match=r"files of several kinds \(.jsonl, .parquet\), of which only one would be read"
+    ):
+        build_loader(make_config(tmp_path, [str(tmp_path / "set")]), TOKENIZER, "train", 0, 1)
