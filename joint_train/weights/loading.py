@@ -124,6 +124,11 @@ def _fill(
     stored = stored_tensors(folder, changes)
     names = match(model, stored, folder)
     check_token_ordering(stored, folder)
+    if (settings := Path(folder) / "generation_config.json").exists():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as e:
+            raise WeightsError(f"{settings} can't be used: {e}") from e
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=shard_device or device)
         if shard_device is not None:
@@ -143,8 +148,6 @@ def _fill(
         elif store is None and not _read_slice(view, target, True):
             raise _not_one_tensor(folder, first, key, model, "they have different values")
     close_files()
-    if (Path(folder) / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _move_whole_tensors(model: PreTrainedModel, device: torch.device | str) -> None:

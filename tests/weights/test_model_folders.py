@@ -192,6 +192,11 @@ def test_files_that_were_never_fetched_are_named(e2b, tmp_path):
     (folder / "model.safetensors").symlink_to("../blobs/0")
     with pytest.raises(WeightsError, match="model.safetensors is a link to ../blobs/0, which isn't there"):
         load_model(folder, torch.float32)
+    (folder / "model.safetensors").unlink()
+    shutil.copy(e2b[0] / "model.safetensors", folder)
+    (folder / "generation_config.json").write_text(pointer)
+    with pytest.raises(WeightsError, match="generation_config.json can't be used: "):
+        load_model(folder, torch.float32)
     (folder / "config.json").write_text(pointer)
     with pytest.raises(ConfigError, match="config.json: this is a Git LFS pointer"):
         read_config(folder)
