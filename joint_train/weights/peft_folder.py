@@ -234,7 +234,7 @@ def read_adapter(folder: Path, weight: float = 1.0, key: str = "model.adapter") 
         raise ConfigError(f"{key}: {folder} is of the kind {kind}; only LORA can be merged or trained on.")
     for name in ("r", "lora_alpha"):
         if isinstance(config.get(name), bool) or not isinstance(config.get(name), int | float):
-            raise ConfigError(f"{key}: {folder / CONFIG} has {name}={config.get(name)!r}, which is no number.")
+            raise ConfigError(f"{key}: {folder / CONFIG} has {name}={config.get(name)!r}, which isn't a number.")
     own = (*(name for name in REFUSED if name != "modules_to_save"),)  # whole tensors are taken as they are
     wrong = [f"{name}={config[name]!r}" for name in own if config.get(name)]
     wrong += [f"bias={config['bias']!r}"] * (config.get("bias", "none") != "none")

@@ -151,8 +151,8 @@ def test_an_adapter_names_its_base_and_brings_its_tokenizer(multimodal, tmp_path
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
         ({"bias": "all"}, "bias='all'"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters="),
-        ({"lora_alpha": None}, "adapter_config.json has lora_alpha=None, which is no number"),
-        ({"r": "4"}, "adapter_config.json has r='4', which is no number"),
+        ({"lora_alpha": None}, "adapter_config.json has lora_alpha=None, which isn't a number"),
+        ({"r": "4"}, "adapter_config.json has r='4', which isn't a number"),
     ],
 )
 def test_other_kinds_are_refused_by_name(multimodal, tmp_path, settings, said):
