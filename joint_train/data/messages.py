@@ -121,8 +121,10 @@ def _message(turn: Any, where: str, arrow: bool, counts: Counter[str]) -> tuple[
     fields = {key: value for key, value in turn.items() if value is not None}
     role = fields.pop("role", None)
     spoken_by = fields.pop("from", None) if role is None or "from" in fields else None
+    if len({_known(role), _known(spoken_by)} - {None}) == 2:
+        raise DataError(f"{where} has the role {role!r} and is from {spoken_by!r}: which one is meant?")
     role = spoken_by if role is None else role
-    known = ROLES.get(role) or ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    known = _known(role)
     message: dict[str, Any] = {"role": known}
     content = _content(fields, counts)
     if known is None:
@@ -175,6 +177,10 @@ def _message(turn: Any, where: str, arrow: bool, counts: Counter[str]) -> tuple[
     # Templates ask for the content of a call as if each message had one.
     message["content"] = "" if content is None else content
     return {**message, **fields}, trained
+
+
+def _known(role: Any) -> str | None:
+    return ROLES.get(role) or ROLES.get(role.strip().lower()) if isinstance(role, str) else None
 
 
 def _content(fields: dict, counts: Counter[str]) -> Any:
@@ -263,8 +269,8 @@ def _parts(parts: list, where: str) -> tuple[list[dict], list[str], list]:
 
 
 def _calls(calls: Any, where: str, arrow: bool) -> list[dict]:
-    calls = from_json(calls, f"{where}: tool_calls")
-    calls = [calls] if isinstance(calls, dict) else calls
+    calls = from_json(calls or "null", f"{where}: tool_calls")
+    calls = [] if calls is None else [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
         raise DataError(f"{where}: tool_calls is {kind_of(calls)}, not a list")
     return [_call(call, f"{where}: tool call {index}", arrow) for index, call in enumerate(calls)]

@@ -60,6 +60,7 @@ def _backend(tokenizer) -> Tokenizer:
     return backend
 
 
+YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # variables that aren't options
 
 
@@ -125,10 +126,11 @@ class Template:
     def _check_options(self, tokenizer) -> None:
         """Refuse options that the template would pass over."""
         for name, value in self.options.items():
-            if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+            if isinstance(value, str) and value.strip().lower() in (*YES, *NO):
+                meant = "true" if value.strip().lower() in YES else "false"
                 raise DataError(
                     f"chat_template_kwargs: {name} is the text {value!r}, which a template takes for true: write "
-                    f"{value.strip().lower()} without quotation marks"
+                    f"{meant} without quotation marks"
                 )
         reads, templates = self.reads, tokenizer.chat_template
         unread = [name for name in self.options if name not in reads and name not in GIVEN]
@@ -146,7 +148,9 @@ class Template:
         )
 
     def prepared(self, messages: list[dict]) -> list[dict]:
-        """The messages as templates see them: in plain types, with thinking under each of its names."""
+        """The messages as templates see them: in plain types, a text that is the only part of its content as a string,
+        which each template knows, and thinking under each of its names."""
+        messages = [_without_parts(message) for message in messages]
         return chat_template_utils._alias_reasoning_fields(chat_template_utils._plain_template_data(messages))
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
@@ -183,6 +187,13 @@ class Template:
             ) from None
         except Exception as error:  # a template may raise anything
             raise DataError(f"the chat template of {self.name!r} refuses it: {type(error).__name__}: {error}") from None
+
+
+def _without_parts(message: dict) -> dict:
+    content = message.get("content")
+    if isinstance(content, list) and len(content) == 1 and content[0].get("type") == "text":
+        return {**message, "content": content[0]["text"]}
+    return message
 
 
 def _render(source: str, messages: list[dict], add_generation_prompt: bool, variables: dict[str, Any]) -> str:

@@ -40,6 +40,11 @@ def check(conversation: Conversation, texts: list[Text]) -> None:
     messages, whole = conversation.messages, conversation.whole
     in_order = _in_order(messages, whole)
     for index, message in enumerate(messages):
+        if isinstance(message.get("content"), list) and str(message["content"]) in whole:
+            raise DataError(
+                f"message {index} ({message['role']}): the chat template of {conversation.template.name!r} writes the "
+                "parts of its content as a list, braces and all: make one text of them"
+            )
         for piece in () if in_order else _pieces(message):
             if not _found(piece, whole):
                 raise _left_out(conversation, index, "what it says", piece)

@@ -173,6 +173,10 @@ ROWS = {
         {"messages": QA, "tools": [{"name": "get_tide", "description": "Tide", "input_schema": SCHEMA}]},
         {"messages": QA, "tools": TOOLS},
     ),
+    "calls in a column that can only hold text": (
+        {"messages": [QA[0], {**QA[1], "tool_calls": ""}, QA[0], {**QA[1], "tool_calls": "null"}]},
+        {"messages": [*QA, *QA]},
+    ),
     "NaN for a missing value": ({"instruction": "Q", "input": float("nan"), "output": "A"}, {"messages": QA}),
     "one reasoning under two names": (
         {"messages": [QA[0], {**QA[1], "reasoning": "R", "reasoning_content": "R", "reasoning_details": DETAILS}]},
@@ -256,6 +260,10 @@ REFUSED = {
         "message 1: tool call 0: arguments is a list, not an object",
     ),
     "a call of nothing": ({"messages": [{"from": "function_call", "value": "{}"}]}, "has no function with a name"),
+    "two speakers": (
+        {"messages": [{**QA[0], "from": "gpt"}, QA[1]]},
+        "message 0 has the role 'user' and is from 'gpt': which one is meant",
+    ),
     "two reasonings": (
         {"messages": [QA[0], {**QA[1], "reasoning": "R", "thinking": "other"}]},
         "message 1 has two different reasonings, one of them in thinking",

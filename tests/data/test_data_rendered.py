@@ -170,6 +170,11 @@ LEFT_OUT = {
         [ASKED, {"role": "system", "content": "Be terse."}, SAID],
         r"message 1 \(system\): .*what it says: 'Be terse.'",
     ),
+    "parts that are written as a list": (
+        make_tokenizer(unmarked(TURNS).replace("message['content'] | trim", "message['content'] | string")),
+        [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, SAID],
+        r"message 0 \(user\): .*writes the parts of its content as a list",
+    ),
     "half of a content": (GEMMA, [ASKED, {"role": "assistant", "content": "a<|channel>b"}], r"message 1 \(assistant\)"),
     "a changed content": (
         make_tokenizer(unmarked(TURNS).replace("| trim", "| trim | upper")),
@@ -184,6 +189,12 @@ def test_what_a_template_leaves_out_makes_the_row_bad(case):
     tokenizer, messages, message = LEFT_OUT[case]
     with pytest.raises(DataError, match=f"x.jsonl:1: {message}"):
         documents({"messages": messages}, tokenizer)
+
+
+def test_a_text_alone_in_its_content_is_a_string_to_every_template():
+    in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in (ASKED, SAID)]
+    (found,), (expected,) = (documents({"messages": turns}, NO_TOOLS) for turns in (in_parts, [ASKED, SAID]))
+    assert found.tokens.tolist() == expected.tokens.tolist()
 
 
 def test_what_is_rendered_as_json_is_found():

@@ -217,6 +217,7 @@ def test_options_that_are_never_read_are_refused_by_name():
             {"enable_thinking": "false"},
             "enable_thinking is the text 'false', which a template takes for true: write fal",
         ),
+        ({"enable_thinking": "no"}, "enable_thinking is the text 'no', .*: write false without"),
     ):
         row = {"messages": CONVERSATIONS["one answer"], "chat_template_kwargs": options}
         with pytest.raises(DataError, match=f"x.jsonl:1: chat_template_kwargs: .*{message}"):
