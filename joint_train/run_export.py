@@ -54,7 +54,7 @@ def export_run(
     """What the command does. Returns 1 if `check` found a difference, 0 otherwise.
 
     Raises:
-        DamagedCheckpoint: before anything is written.
+        DamagedCheckpoint, ConfigError: before anything is written; for a folder that has something else, too.
     """
     manifest = verify_checkpoint(checkpoint)
     cfg = run_config(checkpoint)
@@ -70,6 +70,7 @@ def export_run(
         resolve(cfg.model.base, cfg.model.revision, cfg.model.cache_dir),
         resolve(cfg.model.drafter, cfg.model.drafter_revision, cfg.model.cache_dir),
     )
+    check_place(checkpoint, out, sources)
     state = json.loads((checkpoint / "state.json").read_bytes()) if (checkpoint / "state.json").exists() else {}
     before, measured = ((state.get(name) or {}) for name in ("before", "measured"))
     cards = model_cards(cfg, sources, manifest.step, before, measured)
@@ -128,6 +129,31 @@ def export_run(
         if not found:
             print(f"{out}: a conversation has the tokens of training, and generation ends where answers end there")
     return (verify_export(out) if check else 0) or int(problems > 0)
+
+
+def check_place(checkpoint: Path, out: Path, sources: tuple[Path, ...]) -> None:
+    """Refuse to replace anything but an older export.
+
+    Raises:
+        ConfigError: naming what would be lost.
+    """
+    if checkpoint.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ConfigError(f"{out} is the checkpoint, or lies in it: give another folder for the export.")
+    for part in PARTS:
+        folder = out / part
+        if folder.resolve() in (source.resolve() for source in sources):
+            raise ConfigError(
+                f"{folder} is what the run began with, and would be replaced: give another folder for the export."
+            )
+        if os.path.lexists(folder) and not (folder / MANIFEST).exists() and not _is_empty(folder):
+            raise ConfigError(
+                f"{folder} exists and is no export (it has no {MANIFEST}), and would be replaced: give another folder, "
+                "or move it away."
+            )
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
 def check_base(checkpoint: Path, cfg: Config, source: Path, changes: Changes) -> None:

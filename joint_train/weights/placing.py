@@ -89,7 +89,7 @@ def put_in_place(outs: Sequence[Path], whole: bool = False) -> None:
             layout.write_file(mark, json.dumps({"what": what, "parts": names}, indent=1).encode())
             layout.fsync_folder(folder)
         for out in reversed(gone):
-            shutil.rmtree(_old(out), ignore_errors=True)
+            _remove(_old(out))
             if os.path.lexists(out):
                 out.rename(_old(out))
         for out in outs:
@@ -98,7 +98,7 @@ def put_in_place(outs: Sequence[Path], whole: bool = False) -> None:
         mark.unlink(missing_ok=True)
         layout.fsync_folder(folder)
     for name in {out.name for out in gone} | (set(PARTS) if whole else set()):  # also what a killed one left
-        shutil.rmtree(_old(folder / name), ignore_errors=True)
+        _remove(_old(folder / name))
 
 
 def discard(outs: Sequence[Path]) -> None:
@@ -218,6 +218,13 @@ def _being_replaced(folder: Path) -> list[Any]:
         return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return list(PARTS)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link to one and not what it leads to."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _old(out: Path) -> Path:

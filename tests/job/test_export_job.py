@@ -1,6 +1,7 @@
 """What is exported is what was trained: the run's tokenizer, template, end tokens and card in both folders."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -120,6 +121,30 @@ def test_a_checkpoints_export_is_the_runs(run, tmp_path, capsys):
         assert tokens(tmp_path / "other/base") == tokens(run / "moved")
     finally:
         (run / "moved").rename(run / "tokenizer")
+
+
+def test_only_an_older_export_is_replaced(run, tmp_path, capsys):
+    step = run / "run/checkpoints/step_00000001"
+    (tmp_path / "mine/base").mkdir(parents=True)
+    (tmp_path / "mine/base/thesis.txt").write_text("")
+    for out, said in (
+        (step, "is the checkpoint, or lies in it"),
+        (step / "export", "is the checkpoint, or lies in it"),
+        (run / "pair", "base is what the run began with, and would be replaced"),
+        (tmp_path / "mine", "base exists and is no export .it has no joint_train_export.json."),
+    ):
+        assert export([str(step), str(out)]) == 2
+        assert re.search(said, capsys.readouterr().err)
+    assert (tmp_path / "mine/base/thesis.txt").exists() and (step / "base/model/.metadata").exists()
+    out = tmp_path / "out"
+    assert export([str(step), str(out)]) == 0
+    (out / "base").rename(tmp_path / "elsewhere")
+    for _ in range(2):  # the link goes, what it led to stays
+        shutil.rmtree(out / "base", ignore_errors=True)
+        (out / "base").symlink_to(tmp_path / "elsewhere")
+        assert export([str(step), str(out)]) == 0
+        assert not (out / "base").is_symlink() and not list(out.glob(".*"))
+    assert (tmp_path / "elsewhere/model.safetensors").exists()
 
 
 def test_verify_compares_tokens_ends_and_loading(run, tmp_path, capsys, monkeypatch):
