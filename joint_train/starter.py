@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from joint_train.command import start
+from joint_train.command import from_zero, start
 from joint_train.errors import JointTrainError
 
 MIN_CHARS = 60  # a shorter docstring says too little to be worth a question
@@ -319,7 +319,7 @@ def build(directory: str | Path, seed: int = 0) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m joint_train.starter", description=__doc__.split("\n\n")[0])
     parser.add_argument("directory", metavar="DIR", help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
+    parser.add_argument("--seed", type=from_zero, default=0, help="of the random weights (default 0)")
     args = parser.parse_args(argv)
     existed = (Path(args.directory) / "COMPLETE").exists()
 

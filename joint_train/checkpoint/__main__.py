@@ -14,7 +14,7 @@ from rich.table import Table
 
 from joint_train.checkpoint import layout
 from joint_train.checkpoint.lock import RunLock
-from joint_train.command import start
+from joint_train.command import from_zero, start
 from joint_train.config import resolve_interpolations
 from joint_train.errors import CheckpointError
 
@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("dir", type=Path)
         if name != "prune":
             command.add_argument("--json", action="store_true", help="print a JSON list instead of the table")
-    command.add_argument("--keep-last", type=int, help="default: the run's checkpoint.keep_last; 0 keeps all")
-    command.add_argument("--keep-every", type=int, help="default: the run's checkpoint.keep_every")
+    command.add_argument("--keep-last", type=from_zero, help="default: the run's checkpoint.keep_last; 0 keeps all")
+    command.add_argument("--keep-every", type=from_zero, help="default: the run's checkpoint.keep_every")
     command.add_argument("--keep-best", help="default: the run's checkpoint.keep_best")
     command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     args = parser.parse_args(argv)

@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from joint_train.command import above_zero, positive, start
+from joint_train.command import above_zero, from_zero, not_negative, positive, start
 from joint_train.errors import ConfigError
 from joint_train.plan.machine import CARDS
 
@@ -62,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num-steps", type=step_list, help="K: 4, 1-8 or 1,2,4 (default 1-8)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="tokens for a prompt (default 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="also sample at this temperature (0: don't)")
+    parser.add_argument(
+        "--temperature", type=not_negative, default=0.0, help="also sample at this temperature (0: don't)"
+    )
     parser.add_argument(
         "--thresholds",
         type=threshold_list,
@@ -77,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], help="auto (default): bfloat16 on GPU")
     parser.add_argument("--device", help="cuda, cpu, … (default: a GPU if there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and bootstrap (default 0)")
+    parser.add_argument("--seed", type=from_zero, default=0, help="of samples and bootstrap (default 0)")
     advice = parser.add_argument_group("how many tokens to draft")
     advice.add_argument("--recommend", action="store_true", help="find what makes the most tokens a second")
     advice.add_argument("--gpu", choices=sorted(CARDS), help="card to serve on (default: this machine's, or h100)")
@@ -86,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )
     advice.add_argument(
         "--set-drafts",
-        type=int,
+        type=positive,
         metavar="BATCH",
         help="write the best number for this batch size into DRAFTER's generation_config.json (num_assistant_tokens)",
     )

@@ -11,8 +11,12 @@ def check_pair(base: PreTrainedConfig, drafter: PreTrainedConfig) -> None:
     """Refuse a drafter that was made for another base.
 
     Raises:
-        ConfigError: listing every size that differs.
+        ConfigError: listing every size that differs; or if one of them is a model of the other kind.
     """
+    for key, config, drafts in (("model.base", base, False), ("model.drafter", drafter, True)):
+        if hasattr(config, "backbone_hidden_size") != drafts:
+            what = "a base, not a drafter" if drafts else "a drafter, not a base"
+            raise ConfigError(f"{key} is a {config.model_type} model: {what}. Are base and drafter swapped?")
     text, draft = base.get_text_config(), drafter.get_text_config()
     wrong = []
 

@@ -17,6 +17,7 @@ from joint_train.checkpoint import Checkpointer
 from joint_train.config import Config, with_overrides
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
 from joint_train.data.fit import check_fit
+from joint_train.data.loader import check_sources
 from joint_train.data.overview import overview
 from joint_train.data.tokenizer import end_token_ids, load_tokenizer
 from joint_train.distributed import parallelize
@@ -70,6 +71,7 @@ class Trainer:
         self.memory_at_start = peak_memory(self.device)
         torch.manual_seed(cfg.seed + self.rank)
 
+        check_sources(cfg)
         check_wandb(cfg.tracking, self.rank)
         check_backward(cfg.model.attn_implementation, self.device.type)
         cfg = with_adapter(cfg)

@@ -84,7 +84,10 @@ def test_numbers_of_options_are_checked_where_they_are_read():
     assert command.positive("12") == 12 and command.above_zero("0.5") == 0.5
     for read, texts in (
         (command.positive, ["0", "-3", "1.5", "x"]),
+        (command.from_zero, ["-1", "1.5", "x"]),
         (command.above_zero, ["0", "-3", "nan", "inf", "x"]),
+        (command.not_negative, ["-3", "nan", "inf", "x"]),
+        (command.share, ["-0.1", "1.1", "nan", "x"]),
     ):
         for text in texts:
             with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a (whole )?number"):
