@@ -7,14 +7,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from joint_train.command import from_zero, positive, start
+from joint_train.command import Parser, from_zero, positive, start
 from joint_train.errors import ConfigError
 
 NAMES = {"sliding": "sliding_attention", "full": "full_attention"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m joint_train.drafter", description=__doc__)
+    parser = Parser(prog="python -m joint_train.drafter", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser(
         "new",

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from joint_train.command import DONE, above_zero, not_negative, positive, start
+from joint_train.command import DONE, Parser, above_zero, not_negative, positive, start
 from joint_train.config import Config, load
 from joint_train.config.values import quoted
 from joint_train.errors import ConfigError, JointTrainError
@@ -40,7 +40,7 @@ class EngineFailed(JointTrainError):
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m joint_train.loop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     top.add_argument("--data", required=True, nargs="+", metavar="FILE", help="prompts, in any format of training data")

@@ -33,7 +33,7 @@ from joint_train.weights.export import compare_checkpoint, export_checkpoint, ve
 from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.identity import frozen_base
 from joint_train.weights.loading import build_meta, stored_tensors
-from joint_train.weights.placing import MANIFEST, PARTS, discard, place
+from joint_train.weights.placing import MANIFEST, PARTS, discard, place, refuse_to_replace
 from joint_train.weights.placing import verify as verify_files
 from joint_train.weights.run_files import RunFiles, list_of_ids
 from joint_train.weights.settle import changes_of_base, merged_adapters
@@ -60,6 +60,7 @@ def export_run(
     cfg = run_config(checkpoint)
     cfg.model.base, cfg.model.drafter = base or cfg.model.base, drafter or cfg.model.drafter
     cfg.data.tokenizer = tokenizer or cfg.data.tokenizer
+    refuse_to_replace(out, (cfg.model.base, cfg.model.drafter), others=True)
     trained_with = run_tokenizer(cfg)
     options = cfg.data.chat_template_kwargs
     ends = [] if trained_with is None else end_token_ids(trained_with, options)

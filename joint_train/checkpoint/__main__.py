@@ -3,7 +3,6 @@
 DIR is a run's OUTPUT_DIR, its ``checkpoints`` folder, or one checkpoint.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from joint_train.checkpoint import layout
 from joint_train.checkpoint.lock import RunLock
-from joint_train.command import from_zero, start
+from joint_train.command import Parser, from_zero, start
 from joint_train.config import resolve_interpolations
 from joint_train.errors import CheckpointError
 
@@ -23,7 +22,7 @@ METRICS_SHOWN = 4
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0; 1 if ``verify`` finds damage; 2 for an error."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m joint_train.checkpoint", description="Look at a run's checkpoints and thin them out."
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -1,6 +1,5 @@
 """From the files of ``conf/`` and the command line to the typed, checked configuration."""
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from joint_train.command import Parser
 from joint_train.config.checks import validate
 from joint_train.config.help import choices, conf_dir
 from joint_train.config.mistakes import FILES, check_file, check_overrides, explained
@@ -38,7 +38,7 @@ def load(
     Raises:
         ConfigError: for an unknown key or a wrong type; as :func:`to_dataclasses` and :func:`validate`.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(prog="joint_train", add_help=False, allow_abbrev=False)
     parser.add_argument("-cd", "--config-dir", type=Path, action="append", default=[])
     options, words = parser.parse_known_args(with_files(overrides))
     words = check_overrides(words)
@@ -82,7 +82,7 @@ def with_files(words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: for a file that can't be read, and for its keys that don't exist.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(prog="joint_train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, action="append", default=[])
     options, words = parser.parse_known_args(list(words))
     for number, file in enumerate(options.config):

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from joint_train.command import DONE, NO, above_zero, from_zero, not_negative, positive, share, start
+from joint_train.command import DONE, NO, Parser, above_zero, from_zero, not_negative, positive, share, start
 from joint_train.config import Config, ModelConfig, join_options, load
 from joint_train.errors import ConfigError, DataError
 from joint_train.files import replace
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m joint_train.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True)

@@ -1,6 +1,6 @@
 """Speculative decoding with a base and its drafter, measured against plain decoding.
 
-    python -m joint_train.evaluate BASE DRAFTER [options]
+    python -m joint_train.evaluate BASE DRAFTER [options]                  or: OUTPUT_DIR/export [options]
     python -m joint_train.evaluate BASE DRAFTER --against OTHER_DRAFTER    before and after, paired
     python -m joint_train.evaluate BASE DRAFTER --recommend --gpu h100     how many tokens to draft
     python -m joint_train.evaluate BASE DRAFTER --engine vllm              how to serve this pair
@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from joint_train.command import above_zero, from_zero, not_negative, positive, start
+from joint_train.command import Parser, above_zero, from_zero, not_negative, positive, start
 from joint_train.errors import ConfigError
 from joint_train.plan.machine import CARDS
 
@@ -28,10 +28,12 @@ SERVING: dict[str, bool | Literal["llamacpp"]] = {"transformers": False, "engine
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m joint_train.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("base", metavar="BASE", nargs="?", help="folder or hub id of the base")
+    parser.add_argument(
+        "base", metavar="BASE", nargs="?", help="folder or hub id of the base, or a folder with base/ and drafter/"
+    )
     parser.add_argument("drafter", metavar="DRAFTER", nargs="?", help="folder or hub id of its drafter")
     parser.add_argument(
         "--prompts",
@@ -149,8 +151,12 @@ def check(args: argparse.Namespace) -> None:
     """
     if args.url and not args.engine:
         raise ConfigError("--url needs --engine vllm, --engine sglang or --engine llamacpp.")
+    if args.base and args.drafter is None and (Path(args.base) / "drafter").is_dir():
+        args.base, args.drafter = f"{args.base}/base", f"{args.base}/drafter"  # an export, or the folder of a pair
     if (args.drafter is None) and (args.base is not None or not args.url):
-        raise ConfigError("give the base and its drafter: BASE DRAFTER.")
+        export = Path(args.base or "") / "export"
+        of_run = f", such as this run's {export}" if args.base and export.is_dir() else ""
+        raise ConfigError(f"give the base and its drafter: BASE DRAFTER, or a folder with both{of_run}.")
     if args.write_card and not args.against:
         raise ConfigError("--write-card writes the table of --against: give the other drafter.")
     if args.against and Path(args.against) == Path(args.drafter or ""):

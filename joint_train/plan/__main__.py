@@ -1,12 +1,11 @@
 """``python -m joint_train.plan [overrides]``: print a plan."""
 
-import argparse
 import gc
 import json
 import sys
 
 from joint_train import config
-from joint_train.command import TOO_LARGE, above_zero, from_zero, not_negative, positive, share, start
+from joint_train.command import TOO_LARGE, Parser, above_zero, from_zero, not_negative, positive, share, start
 from joint_train.plan.machine import Machine
 from joint_train.progress import counted
 
@@ -14,7 +13,7 @@ from joint_train.progress import counted
 def main(argv: list[str] | None = None) -> int:
     """Returns an exit code, see :data:`joint_train.command.EXIT_CODES`."""
     machine = Machine()
-    parser = argparse.ArgumentParser(prog="python -m joint_train.plan", description="Say what a run would need.")
+    parser = Parser(prog="python -m joint_train.plan", description="Say what a run would need.")
     parser.add_argument("overrides", nargs="*", help="as for python -m joint_train, e.g. model=gemma4_31b")
     parser.add_argument("--gpus", type=positive, default=machine.gpus, help="where parallel.dp_shard is -1")
     parser.add_argument("--gpu-memory-gb", type=above_zero, default=machine.gpu_memory_gb)

@@ -47,6 +47,7 @@ from joint_train.weights.average import averaged, start_average, update_average
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import run_configs
 from joint_train.weights.hub import Push
+from joint_train.weights.placing import refuse_to_replace
 from joint_train.weights.run_files import end_generation_with
 from joint_train.weights.settle import with_adapter, with_vocabulary
 
@@ -72,6 +73,8 @@ class Trainer:
         torch.manual_seed(cfg.seed + self.rank)
 
         check_sources(cfg)
+        if cfg.model.export.at_end:
+            refuse_to_replace(self.output_dir / "export", (cfg.model.base, cfg.model.drafter), others=False)
         check_wandb(cfg.tracking, self.rank)
         check_backward(cfg.model.attn_implementation, self.device.type)
         cfg = with_adapter(cfg)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from joint_train.checkpoint import layout
-from joint_train.errors import WeightsError
+from joint_train.errors import ConfigError, WeightsError
 from joint_train.export import main
 from joint_train.weights import placing
 from joint_train.weights.composite import Gemma4WithDrafter
@@ -89,6 +89,26 @@ def test_the_checkpoint_has_the_configuration_too(run, tmp_path, capsys):
         (tmp_path / "run/config.yaml").write_bytes(raw)
         assert main([str(step), str(tmp_path / "other")]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_no_model_is_lost_to_an_export(run, tmp_path, capsys):
+    """Neither the one that was trained, by whatever path, nor one that no export wrote."""
+    step, other = run / "run/checkpoints/step_00000010", tmp_path / "other"
+    before = (run / "pair/base/model.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to(run / "pair")
+    (other / "drafter").mkdir(parents=True)
+    (other / "drafter/config.json").write_text("{}")
+    for out, said in (
+        (run / "pair", "base is a model that the run was trained from"),
+        (tmp_path / "link", "base is a model that the run was trained from"),
+        (other, "drafter is there, and no export wrote it: give another folder"),
+    ):
+        assert main([str(step), str(out)]) == 2
+        assert said in capsys.readouterr().err
+    assert (run / "pair/base/model.safetensors").read_bytes() == before and not (other / "base").exists()
+    with pytest.raises(ConfigError, match="the export would replace it"):
+        placing.refuse_to_replace(run / "pair", [run / "pair/drafter"], others=False)
+    placing.refuse_to_replace(other, ["google/gemma-4-E2B-it"], others=False)
 
 
 def test_verify_compares_values_and_checksums(run, tmp_path, capsys, monkeypatch):
