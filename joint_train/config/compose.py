@@ -120,7 +120,7 @@ def _check_folders(folders: Sequence[Path]) -> None:
 
 def _store(file: Path, name: str) -> None:
     try:
-        given = OmegaConf.to_container(OmegaConf.load(file))  # its YAML has 1e-5 as a number, and no key twice
+        given: Any = OmegaConf.to_container(OmegaConf.load(file))  # its YAML has 1e-5 as a number, and no key twice
     except OSError as error:
         why = error.strerror or "keys with values are expected, as in docs/configuration.md"
         raise ConfigError(f"--config {file}: {why}") from None

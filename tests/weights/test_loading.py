@@ -299,9 +299,9 @@ def test_a_drafter_needs_a_store_layer_of_each_type(tmp_path):
 
 
 def test_models_of_another_family_are_refused(e2b, tmp_path):
-    with pytest.raises(ConfigError, match="model.base is a gemma4_assistant model: a drafter, not a base. Are base and drafter swapped"):
+    with pytest.raises(ConfigError, match="model.base is a gemma4_assistant model: a drafter, not a base. Are"):
         read_configs(e2b[1], e2b[1])
-    with pytest.raises(ConfigError, match="model.drafter is a gemma4 model: a base, not a drafter. Are base and drafter swapped"):
+    with pytest.raises(ConfigError, match="model.drafter is a gemma4 model: a base, not a drafter. Are base"):
         read_configs(e2b[0], e2b[0])
     edit(e2b[0], model_type="llama")
     with pytest.raises(ConfigError, match="is a llama model"):
@@ -345,7 +345,7 @@ def test_one_rank_of_a_node_downloads(tmp_path):
 
 def test_a_failed_download_fails_on_every_rank(tmp_path):
     for found, _ in run_ranks(resolve_on_ranks, 2, str(tmp_path), True):
-        assert "can't be had from the hub (revision v1): no route to host. Without network, give" in found
+        assert "can't be had from the hub (revision v1): " in found and "no route to host. Without network" in found
         assert "there is no folder google/gemma-4-E2B-it" in found and "\n" not in found
 
 
