@@ -20,6 +20,7 @@ from pathlib import Path
 
 from joint_train.command import Parser, from_zero, start
 from joint_train.errors import JointTrainError
+from joint_train.files import naming
 
 MIN_CHARS = 60  # a shorter docstring says too little to be worth a question
 VAL_EXAMPLES = 200
@@ -306,7 +307,8 @@ def build(directory: str | Path, seed: int = 0) -> dict:
     except OSError as error:
         raise JointTrainError(f"{directory} can't be made ({error.strerror}): name a folder elsewhere") from None
     try:
-        facts = write(work, seed)
+        with naming(directory):
+            facts = write(work, seed)
         work.chmod(0o755)
         os.rename(work, directory)  # onto nothing or an empty folder: atomic
     except OSError:

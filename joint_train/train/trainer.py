@@ -25,6 +25,7 @@ from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
 from joint_train.distributed.preemption import Preemption
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import OutOfMemory, TooManyBadSteps
+from joint_train.files import check_writable
 from joint_train.model_card import model_cards
 from joint_train.pair.attention import check_backward
 from joint_train.pair.loss import run_budget_mb
@@ -72,6 +73,7 @@ class Trainer:
         self.memory_at_start = peak_memory(self.device)
         torch.manual_seed(cfg.seed + self.rank)
 
+        check_writable(self.output_dir, "output_dir")
         check_sources(cfg)
         if cfg.model.export.at_end:
             refuse_to_replace(self.output_dir / "export", (cfg.model.base, cfg.model.drafter), others=False)

@@ -79,6 +79,8 @@ def refusal(*words: str) -> str:
         ("data.train=", "data.train[0].path=: must be a file"),
         ("output_dir=s3://a/b", "output_dir=s3://a/b: must be a folder"),
         ("output_dir=", "output_dir=: must be a folder"),
+        ("resume=maybe", "resume=maybe: choose auto, never, or the folder of a checkpoint"),
+        ("checkpoint.mirror=s3://", "checkpoint.mirror=s3:// names no bucket"),
         ("data=mine.jsonl", "For a file: data.train=mine.jsonl."),
         ("+recipe=gemma4_e4b", "gemma4_e4b_full_8gpu, …; `--help recipe` lists all."),
         ("+experiment=mine", "--config-dir DIR adds your own, DIR/experiment/NAME.yaml"),

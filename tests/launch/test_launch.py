@@ -49,7 +49,7 @@ def test_time_limits_that_slurm_would_refuse(text):
     "arguments, message",
     [
         (["nods=2", "--", *PAIR], "nods=2: not an option of the job"),
-        (["nodes=two", "--", *PAIR], "nodes: Value 'two'"),
+        (["nodes=two", "--", *PAIR], "nodes=two: a whole number is expected"),
         (["nodes=0", "--", *PAIR], "at least 1"),
         (["--dryrun", "--", *PAIR], "--dryrun: unknown"),
         (["--", *PAIR, "optim.lrr=1"], "optim.lrr"),

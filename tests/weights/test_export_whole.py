@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from joint_train.checkpoint import layout
-from joint_train.errors import ConfigError, WeightsError
+from joint_train.errors import ConfigError, WeightsError, WriteError
 from joint_train.export import main
-from joint_train.weights import placing
+from joint_train.weights import placing, shards
 from joint_train.weights.composite import Gemma4WithDrafter
 from joint_train.weights.folders import resolve
 from joint_train.weights.loading import check_weights, load_model
@@ -311,3 +311,11 @@ def test_an_index_that_is_none_is_a_sentence(run, tmp_path, raw):
     (folder / "model.safetensors.index.json").write_bytes(raw)
     with pytest.raises(WeightsError, match="can't be read as an index of weights"):
         load_model(folder, torch.float32)
+
+
+def test_a_disk_without_room_is_told_before_a_file_is_made(tmp_path, monkeypatch):
+    """A mapped file without blocks would end the process by SIGBUS."""
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 7, 3 * 10**6))
+    with pytest.raises(WriteError, match="can't be written: it needs 0.004 GB, and 0.003 are free"):
+        shards.write_headers(tmp_path, [["a"]], {"a": ((10**6,), torch.float32)})
+    assert not any(tmp_path.iterdir())
