@@ -35,9 +35,10 @@ train: install
 		+experiment=starter_shift pair=$(OUT)/run/export output_dir=$(OUT)/shifted $(OVERRIDES)
 	$(BIN)/python -m benchmarks.shift $(OUT) report
 
-# The linters read the code as it is with the pinned torch.
+# The linters read the code as it is with the pinned torch. Files run in the order of their folders, of which the last have
+# short ones: in xdist's own order, by their number of tests, a file with few and long ones comes last and alone.
 test: install $(if $(TORCH),,lint)
-	$(BIN)/python -m pytest --durations=20 -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --durations=20 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

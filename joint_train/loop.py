@@ -26,7 +26,7 @@ from joint_train.config import Config, load
 from joint_train.config.values import quoted
 from joint_train.errors import ConfigError, JointTrainError
 from joint_train.files import replace
-from joint_train.retune import launcher, read_rows, run, sources
+from joint_train.retune import launcher, read_rows, run, sources, split_command_line
 
 VLLM = "vllm"
 OWN = (
@@ -76,9 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes are those of :data:`joint_train.command.EXIT_CODES`."""
-    args, overrides = parser().parse_known_args(argv)
-    if unknown := [word for word in overrides if word.startswith("--") or "=" not in word]:
-        parser().error(f"{unknown[0]} is neither an option nor an override KEY=VALUE")
+    args, overrides = split_command_line(parser(), argv)
     return start("joint_train.loop", lambda: loop(args, overrides))
 
 

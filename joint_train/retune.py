@@ -60,11 +60,29 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def split_command_line(
+    top: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """What the options say, and the overrides of the main job, which may stand anywhere among them."""
+    args, overrides = top.parse_known_args(argv)
+
+    def is_override(word: str) -> bool:  # that argparse took for a file or a folder
+        return "=" in word and not Path(word).exists()
+
+    if is_override(getattr(args, "adapter", None) or ""):
+        overrides, args.adapter = [args.adapter, *overrides], None
+    overrides = [*filter(is_override, args.data), *overrides]
+    args.data = [word for word in args.data if not is_override(word)]
+    if unknown := [word for word in overrides if word.startswith("--") or "=" not in word]:
+        top.error(f"{unknown[0]} is neither an option nor an override KEY=VALUE")
+    if not args.data:
+        top.error(f"--data names no file before {overrides[0]}")
+    return args, overrides
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit codes are those of :data:`joint_train.command.EXIT_CODES`."""
-    args, overrides = parser().parse_known_args(argv)
-    if unknown := [word for word in overrides if word.startswith("--") or "=" not in word]:
-        parser().error(f"{unknown[0]} is neither an option nor an override KEY=VALUE")
+    args, overrides = split_command_line(parser(), argv)
     return start("joint_train.retune", lambda: retune(args, overrides))
 
 

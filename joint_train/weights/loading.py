@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
 from transformers.utils.generic import ContextManagers
 
 from joint_train.checkpoint.layout import stays_inside
@@ -65,7 +66,8 @@ def build_meta(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         if part is not None:
             part.dtype = dtype  # a part is built in its own configuration's dtype
-    with ContextManagers(cast(type[PreTrainedModel], cls).get_init_context(dtype, False, False, None)):
+    contexts = cast(type[PreTrainedModel], cls).get_init_context(dtype, False, False, None)
+    with ContextManagers([*contexts, no_init_weights()]):  # on the meta device they take time, too
         model = cls(config)
     model.tie_weights(recompute_mapping=False)
     return model.eval()

@@ -4,13 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from adapters import load_base, make_adapter
 from transformers import AutoTokenizer
 
-from joint_train import retune
+from joint_train import loop, retune
 from joint_train.config import load, to_yaml
 from joint_train.evaluate.against import compare
 from joint_train.weights.released import CONFIGS
@@ -111,6 +112,25 @@ def test_what_it_begins_with(adapter, starter_dir, tmp_path, capsys):
     assert "--held-out=64 of 1 different examples" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         retune.main([str(adapter), "--data", str(few), "--datta=3"])
+
+
+@pytest.mark.parametrize("command, least", [(retune, ["BASE"]), (loop, ["--steps", "2"])])
+def test_overrides_may_stand_anywhere(command, least, tmp_path, capsys):
+    file = tmp_path / "lr=1.jsonl"
+    file.write_text("")
+    args, overrides = retune.split_command_line(
+        command.parser(),
+        [*least, "max_steps=9", "--data", "a.jsonl", str(file), "optim.lr=1", "data.val=[{path: b}]", "--out", "o"],
+    )
+    assert args.data == ["a.jsonl", str(file)] and args.out == Path("o")
+    assert sorted(overrides) == ["data.val=[{path: b}]", "max_steps=9", "optim.lr=1"]
+    for words, said in (
+        (["--data", "optim.lr=1"], "--data names no file before optim.lr=1"),
+        (["--data", "a", "--dat=b", "x"], "x"),
+    ):
+        with pytest.raises(SystemExit):
+            retune.split_command_line(command.parser(), [*least, *words])
+        assert said in capsys.readouterr().err
 
 
 def test_a_command_that_fails_ends_it(capfd):

@@ -56,6 +56,7 @@ INSTEAD = [
     (r"benchmarks\.joint ", r"--decoded 32", "--decoded 2"),
     (r"benchmarks\.scale .* 512", r"--ranks [\d ]+--lengths [\d ]*\d", "--models gemma4_e4b --ranks 8 --lengths 2048"),
     (r"benchmarks\.optimizers", r"--steps 60", "--steps 2 --seeds 0 1 --names adamw"),
+    (r"benchmarks\.quantised", r"DIR", "DIR --starts 0 --forms int8 --start-steps 4 --steps 2 --prompts 8 --decoded 2"),
     (r"(benchmarks\.\w+) DIR\b", r"(benchmarks\.\w+) DIR", r"\1 \1"),
     (r"regenerate", r"model\.base=DIR", "model.base=BASE"),
     (r"FILE", r"\bFILE\b", "train.jsonl"),
@@ -143,6 +144,7 @@ def run(starter_dir, tmp_path_factory):
     for name in ("gemma-4", "my-base", "gemma-4-31B-it-FP8"):
         shutil.copytree(folder / "BASE", folder / "models" / name)
     quantise(folder / "models/gemma-4-31B-it-FP8", "fp8")
+    (folder / "models/gemma-4-31B-it-FP8/joint_train_export.json").unlink()  # no export of ours any more
     for number, name in enumerate(ADAPTERS):
         make_adapter(folder / "BASE", folder / name, seed=number)
     (folder / "DIR").symlink_to("RUN")
