@@ -14,9 +14,7 @@ from joint_train import cli, command
 command.set_allocator()  # before torch is imported, which reads it once
 
 import hydra  # noqa: E402
-from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
-from hydra.types import RunMode  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from joint_train.config import (  # noqa: E402
@@ -27,7 +25,7 @@ from joint_train.config import (  # noqa: E402
     explained,
     help_text,
 )
-from joint_train.errors import ConfigError, JointTrainError  # noqa: E402
+from joint_train.errors import JointTrainError  # noqa: E402
 
 
 def run(cfg: Config) -> None:
@@ -50,12 +48,6 @@ def main(composed: Any) -> None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise ConfigError(
-                "--multirun would train all its runs in one process and one output_dir. Start a command for each, "
-                "e.g. `for lr in 1e-5 3e-5; do torchrun … -m joint_train optim.lr=$lr output_dir=outputs/lr-$lr; "
-                "done`; on Slurm `python -m launch.submit --multirun … -- optim.lr=1e-5,3e-5` submits a job for each."
-            )
         record(run)(composed_by_hydra(composed))
     except JointTrainError as error:
         refuse(error, rank)

@@ -46,6 +46,11 @@ def main() -> None:
     else:
         module, before, _ = COMMANDS[name]
         sys.argv[1:] = [*before, *arguments]
+        if module != "joint_train":
+            from joint_train.command import Parser
+
+            own = next(known for known, (of, words, _) in COMMANDS.items() if of == module and not words)
+            Parser.started_as = f"joint-train {own}"
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

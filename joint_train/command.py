@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -77,6 +77,32 @@ def start_logging(rank: int) -> None:
     level = logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format=line, handlers=[StderrLines()], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
+    if rank or not sys.stderr.isatty():  # bars are for a terminal
+        for library in ("HF_HUB", "HF_DATASETS"):  # transformers has that of HF_HUB
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of a command. What is wrong with them is told in one line, by the name that was typed."""
+
+    started_as: str | None = None  # how the command ``joint-train`` calls the module that it runs
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        if self.started_as and str(options.get("prog")).startswith("python -m"):
+            options["prog"] = " ".join([self.started_as, *options["prog"].split()[3:]])
+        super().__init__(*args, **options)
+
+    def error(self, message: str) -> NoReturn:
+        message = message.replace("invalid choice", "there is no such choice").replace("arguments are", "are")
+        self.exit(EXPLAINED_ERROR, f"{self.prog}: {message}. --help lists what it takes.\n")
+
+
+def sentence(error: Exception) -> str:
+    """What an error says to a user: of one of the operating system the file and the reason, without its number."""
+    if isinstance(error, OSError) and not isinstance(error, JointTrainError) and error.strerror and error.filename:
+        return f"{os.path.abspath(os.fsdecode(error.filename))}: {error.strerror}"
+    return str(error)
 
 
 def start(name: str, main: Callable[[], int | None], rank: int = 0) -> int:
@@ -95,7 +121,7 @@ def start(name: str, main: Callable[[], int | None], rank: int = 0) -> int:
     try:
         return main() or DONE
     except EXPLAINED as error:
-        print(f"{f'[rank {rank}] ' if rank else ''}{name}: {error}", file=sys.stderr)
+        print(f"{f'[rank {rank}] ' if rank else ''}{name}: {sentence(error)}", file=sys.stderr)
         return EXPLAINED_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -108,14 +134,35 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def from_zero(text: str) -> int:
+    """The type of an option that is an index or a seed, or where 0 means none: a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def above_zero(text: str) -> float:
     """The type of an option that measures something, such as seconds or GB."""
+    return _number(text, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def not_negative(text: str) -> float:
+    """The type of an option where 0 means none, such as a temperature."""
+    return _number(text, lambda value: 0 <= value < math.inf, "a number of 0 or more")
+
+
+def share(text: str) -> float:
+    """The type of an option that is a share of something."""
+    return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _number(text: str, fits: Callable[[float], bool], what: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return value
 
 

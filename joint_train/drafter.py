@@ -7,14 +7,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from joint_train.command import positive, start
+from joint_train.command import Parser, from_zero, positive, start
 from joint_train.errors import ConfigError
 
 NAMES = {"sliding": "sliding_attention", "full": "full_attention"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m joint_train.drafter", description=__doc__)
+    parser = Parser(prog="python -m joint_train.drafter", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser(
         "new",
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     new.add_argument("--centroids", type=positive, help="of ordered embeddings (default 2048)")
     new.add_argument("--top-k", type=positive, help="centroids whose tokens are scored (default 32)")
     new.add_argument("--random", action="store_true", help="begin with random weights throughout")
-    new.add_argument("--seed", type=int, default=0)
+    new.add_argument("--seed", type=from_zero, default=0)
     args = parser.parse_args(argv)
     return start("joint_train.drafter", lambda: make(args))
 

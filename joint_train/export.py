@@ -1,15 +1,14 @@
 """A distributed checkpoint as two Hugging Face folders: ``python -m joint_train.export CHECKPOINT OUT --verify``."""
 
-import argparse
 import sys
 from pathlib import Path
 
-from joint_train.command import start
+from joint_train.command import Parser, start
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0; 1 if ``--verify`` finds a difference; 2 for an error, a damaged checkpoint among them."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m joint_train.export",
         description="Write a checkpoint of a run as two Hugging Face folders, OUT/base and OUT/drafter.",
     )

@@ -43,6 +43,20 @@ def naming(path: Path, setting: str | None = None) -> Iterator[None]:
         raise named from error
 
 
+def check_writable(folder: Path, setting: str) -> None:
+    """Raise a WriteError for a folder that surely can't be made or written, before long work that ends in it.
+
+    Args:
+        setting: the key of the configuration that it is.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    why = (
+        "isn't a folder" if not there.is_dir() else "" if os.access(there, os.W_OK) else "isn't writable for this user"
+    )
+    if why:
+        raise WriteError(f"{setting} {folder} can't be written: {there} {why}. Set another {setting}")
+
+
 def replace(path: Path, text: str) -> None:
     """Write a file whole or not at all, also through a crash of the machine.
 

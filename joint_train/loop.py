@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from joint_train.command import DONE, above_zero, positive, start
+from joint_train.command import DONE, Parser, above_zero, not_negative, positive, start
 from joint_train.config import Config, load
 from joint_train.config.values import quoted
 from joint_train.errors import ConfigError, JointTrainError
@@ -40,21 +40,21 @@ class EngineFailed(JointTrainError):
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m joint_train.loop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     top.add_argument("--data", required=True, nargs="+", metavar="FILE", help="prompts, in any format of training data")
-    top.add_argument("--rounds", type=int, default=4, help="how often to answer and train (default 4)")
-    top.add_argument("--steps", type=int, required=True, help="optimizer steps in a round")
-    top.add_argument("--prompts", type=int, help="prompts in a round (default: all of the data, over all rounds)")
+    top.add_argument("--rounds", type=positive, default=4, help="how often to answer and train (default 4)")
+    top.add_argument("--steps", type=positive, required=True, help="optimizer steps in a round")
+    top.add_argument("--prompts", type=positive, help="prompts in a round (default: all of the data, over all rounds)")
     top.add_argument(
-        "--original", type=float, default=0.0, metavar="WEIGHT",
+        "--original", type=not_negative, default=0.0, metavar="WEIGHT",
         help="also train on the data's own answers, weighed so against the base's (default 0: don't); without them the "
         "base learns nothing but what it says already",
     )  # fmt: skip
     top.add_argument("--out", type=Path, default=Path("looped"), help="folder of the run (default: looped)")
-    top.add_argument("--max-new-tokens", type=int, default=512, help="of an answer (default 512)")
-    top.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy (default)")
+    top.add_argument("--max-new-tokens", type=positive, default=512, help="of an answer (default 512)")
+    top.add_argument("--temperature", type=not_negative, default=0.0, help="of the answers; 0 is greedy (default)")
     top.add_argument("--nproc-per-node", type=positive, help="ranks (default: the GPUs, or 1)")
     engine = top.add_argument_group("an engine that answers; without it the main job's ranks do, with transformers")
     engine.add_argument("--url", help="of an engine that serves OUT/served/base: vLLM or SGLang")
@@ -118,12 +118,6 @@ def check(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: naming it.
     """
-    for name in ("rounds", "steps", "prompts"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name}={value}: must be at least 1.")
-    if args.original < 0:
-        raise ConfigError(f"--original={args.original}: a weight can't be negative.")
     if own := [word for word in overrides if word.lstrip("+").split("=")[0] in OWN]:
         raise ConfigError(f"{own[0]}: the loop sets that itself (--out, --rounds, --steps, --data).")
     if args.url is None and (args.reload or args.release):

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from joint_train.command import DONE, NO, positive, start
+from joint_train.command import DONE, NO, Parser, positive, start
 from joint_train.config import Config, SourceConfig, read
 from joint_train.config.values import as_saved, quoted
 from joint_train.data.readers import read_records
@@ -36,7 +36,7 @@ class CommandFailed(JointTrainError):
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m joint_train.retune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     top.add_argument("base", metavar="BASE", help="folder or hub id of the base, or a PEFT folder that names it")

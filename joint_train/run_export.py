@@ -33,7 +33,7 @@ from joint_train.weights.export import compare_checkpoint, export_checkpoint, ve
 from joint_train.weights.folders import read_config, resolve
 from joint_train.weights.identity import frozen_base
 from joint_train.weights.loading import build_meta, stored_tensors
-from joint_train.weights.placing import MANIFEST, PARTS, discard, place
+from joint_train.weights.placing import MANIFEST, PARTS, discard, place, refuse_to_replace
 from joint_train.weights.placing import verify as verify_files
 from joint_train.weights.run_files import RunFiles, list_of_ids
 from joint_train.weights.settle import changes_of_base, merged_adapters
@@ -60,6 +60,9 @@ def export_run(
     cfg = run_config(checkpoint)
     cfg.model.base, cfg.model.drafter = base or cfg.model.base, drafter or cfg.model.drafter
     cfg.data.tokenizer = tokenizer or cfg.data.tokenizer
+    if checkpoint.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ConfigError(f"{out} is the checkpoint, or lies in it: give another folder for the export.")
+    refuse_to_replace(out, (cfg.model.base, cfg.model.drafter), others=True)
     trained_with = run_tokenizer(cfg)
     options = cfg.data.chat_template_kwargs
     ends = [] if trained_with is None else end_token_ids(trained_with, options)
@@ -70,7 +73,6 @@ def export_run(
         resolve(cfg.model.base, cfg.model.revision, cfg.model.cache_dir),
         resolve(cfg.model.drafter, cfg.model.drafter_revision, cfg.model.cache_dir),
     )
-    check_place(checkpoint, out, sources)
     state = json.loads((checkpoint / "state.json").read_bytes()) if (checkpoint / "state.json").exists() else {}
     before, measured = ((state.get(name) or {}) for name in ("before", "measured"))
     cards = model_cards(cfg, sources, manifest.step, before, measured)
@@ -129,31 +131,6 @@ def export_run(
         if not found:
             print(f"{out}: a conversation has the tokens of training, and generation ends where answers end there")
     return (verify_export(out) if check else 0) or int(problems > 0)
-
-
-def check_place(checkpoint: Path, out: Path, sources: tuple[Path, ...]) -> None:
-    """Refuse to replace anything but an older export.
-
-    Raises:
-        ConfigError: naming what would be lost.
-    """
-    if checkpoint.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ConfigError(f"{out} is the checkpoint, or lies in it: give another folder for the export.")
-    for part in PARTS:
-        folder = out / part
-        if folder.resolve() in (source.resolve() for source in sources):
-            raise ConfigError(
-                f"{folder} is what the run began with, and would be replaced: give another folder for the export."
-            )
-        if os.path.lexists(folder) and not (folder / MANIFEST).exists() and not _is_empty(folder):
-            raise ConfigError(
-                f"{folder} exists and is no export (it has no {MANIFEST}), and would be replaced: give another folder, "
-                "or move it away."
-            )
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
 def check_base(checkpoint: Path, cfg: Config, source: Path, changes: Changes) -> None:

@@ -6,7 +6,6 @@ The data are the docstrings of Python's own standard library, read from its sour
     python -m joint_train.starter DIR      # base/ drafter/ train.jsonl val.jsonl COMPLETE
 """
 
-import argparse
 import ast
 import hashlib
 import json
@@ -19,8 +18,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from joint_train.command import start
+from joint_train.command import Parser, from_zero, start
 from joint_train.errors import JointTrainError
+from joint_train.files import naming
 
 MIN_CHARS = 60  # a shorter docstring says too little to be worth a question
 VAL_EXAMPLES = 200
@@ -301,10 +301,14 @@ def build(directory: str | Path, seed: int = 0) -> dict:
         return facts
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and isn't a starter pair (no COMPLETE in it): name a new folder")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        facts = write(work, seed)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise JointTrainError(f"{directory} can't be made ({error.strerror}): name a folder elsewhere") from None
+    try:
+        with naming(directory):
+            facts = write(work, seed)
         work.chmod(0o755)
         os.rename(work, directory)  # onto nothing or an empty folder: atomic
     except OSError:
@@ -317,9 +321,9 @@ def build(directory: str | Path, seed: int = 0) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m joint_train.starter", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m joint_train.starter", description=__doc__.split("\n\n")[0])
     parser.add_argument("directory", metavar="DIR", help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
+    parser.add_argument("--seed", type=from_zero, default=0, help="of the random weights (default 0)")
     args = parser.parse_args(argv)
     existed = (Path(args.directory) / "COMPLETE").exists()
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from joint_train.config import groups, keys
 from joint_train.errors import JointTrainError
 
 
@@ -40,6 +41,8 @@ def parse_options(arguments: list[str], of: type[Options]) -> Options:
     names = [field.name for field in dataclasses.fields(of)]
     for argument in arguments:
         name, equals, _ = argument.partition("=")
+        if equals and name.lstrip("+") in {"pair", "model", *(key for group in groups() for key, _, _ in keys(group))}:
+            raise SubmitError(f"{argument} is a setting of the training, which stands after a lone --: … -- {argument}")
         if not equals or name not in names:
             meant = difflib.get_close_matches(name, names, 1)
             hint = f" (did you mean {meant[0]}?)" if equals and meant else ""
@@ -54,7 +57,10 @@ def parse_options(arguments: list[str], of: type[Options]) -> Options:
             Options, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(of), OmegaConf.create(values)))
         )
     except OmegaConfBaseException as error:
-        raise SubmitError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        kinds = {int: "a whole number", float: "a number", bool: "true or false"}
+        kind = kinds.get(type(next(field.default for field in dataclasses.fields(of) if field.name == error.full_key)))
+        said = f"{kind} is expected" if kind else str(error).splitlines()[0]
+        raise SubmitError(f"{error.full_key}={values.get(error.full_key or '')}: {said}") from error
     if options.nodes < 1 or options.gpus_per_node < 0 or options.max_restarts < 0:
         raise SubmitError("nodes must be at least 1, gpus_per_node and max_restarts at least 0")
     return options

@@ -16,6 +16,7 @@ uncommitted changes, package versions) and the log.
 import dataclasses
 import importlib.metadata
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -32,6 +33,8 @@ from jinja2 import Environment, StrictUndefined
 from joint_train import config
 from joint_train.command import EXPLAINED_ERROR
 from joint_train.config.values import mesh_sentence, quoted
+from joint_train.data.readers import check_files
+from joint_train.errors import DataError
 from launch import elsewhere
 from launch.options import Plain, SubmitError, option, parse_options
 
@@ -231,6 +234,25 @@ def snapshot(runs: list[Run], output_dir: Path, script: str) -> Path:
     return folder / "job.sh"
 
 
+def warn_of_missing(runs: list[Run]) -> None:
+    """Name the data files and model folders that aren't on this machine: most jobs see the same file system."""
+    missing = []
+    for cfg in (run.cfg for run in runs):
+        for source in [*cfg.data.train, *cfg.data.val]:
+            try:
+                check_files(source)
+            except DataError as error:
+                missing.append(str(error))
+        folders = [folder for folder in (cfg.model.base, cfg.model.drafter) if "/" in folder]
+        missing += [
+            f"there is no folder {os.path.abspath(folder)}"
+            for folder in folders
+            if (folder.startswith(("/", ".")) or cfg.pair is not None) and not Path(folder).is_dir()
+        ]
+    for what in dict.fromkeys(missing):
+        print(f"warning: {what}, on this machine; the job fails unless its nodes have it", file=sys.stderr)
+
+
 def usage() -> str:
     lines = [__doc__.strip(), "", "Options:"]
     for field in dataclasses.fields(Options):
@@ -258,6 +280,8 @@ def main(arguments: list[str]) -> int:
         return 0
     multirun = bool(flags & {"-m", "--multirun"})
     try:
+        if late := [word for word in overrides if word in ("--dry-run", "--to", "-m", "--multirun")]:
+            raise SubmitError(f"{late[0]} is an option of the job: it stands before the --")
         if unknown := flags - {"-m", "--multirun", "--dry-run"}:
             raise SubmitError(f"{' '.join(sorted(unknown))}: unknown; see --help")
         if to is not None:
@@ -272,6 +296,7 @@ def main(arguments: list[str]) -> int:
     except (SubmitError, config.ConfigError) as error:
         print(f"refused, nothing was submitted: {error}", file=sys.stderr)
         return EXPLAINED_ERROR
+    warn_of_missing(runs)
     if "--dry-run" in flags:
         print(script)
         return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from joint_train.command import start
+from joint_train.command import Parser, start
 from joint_train.config import read_written
 from joint_train.config.values import shown_setting
 from joint_train.errors import DataError
@@ -143,7 +143,7 @@ def _width(run: tuple) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launch.summary", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)

@@ -3,7 +3,6 @@
 DIR is a run's OUTPUT_DIR, its ``checkpoints`` folder, or one checkpoint.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from joint_train.checkpoint import layout
 from joint_train.checkpoint.lock import RunLock
-from joint_train.command import start
+from joint_train.command import Parser, from_zero, start
 from joint_train.config import resolve_interpolations
 from joint_train.errors import CheckpointError
 
@@ -23,7 +22,7 @@ METRICS_SHOWN = 4
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0; 1 if ``verify`` finds damage; 2 for an error."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m joint_train.checkpoint", description="Look at a run's checkpoints and thin them out."
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -36,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("dir", type=Path)
         if name != "prune":
             command.add_argument("--json", action="store_true", help="print a JSON list instead of the table")
-    command.add_argument("--keep-last", type=int, help="default: the run's checkpoint.keep_last; 0 keeps all")
-    command.add_argument("--keep-every", type=int, help="default: the run's checkpoint.keep_every")
+    command.add_argument("--keep-last", type=from_zero, help="default: the run's checkpoint.keep_last; 0 keeps all")
+    command.add_argument("--keep-every", type=from_zero, help="default: the run's checkpoint.keep_every")
     command.add_argument("--keep-best", help="default: the run's checkpoint.keep_best")
     command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     args = parser.parse_args(argv)

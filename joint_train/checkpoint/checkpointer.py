@@ -290,7 +290,7 @@ class Checkpointer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(f"output_dir can't be written: {error}") from None
+            raise CheckpointError(f"output_dir {self.folder.parent} can't be written: {error.strerror}") from None
         self._lock = RunLock(self.folder.parent, lock_wait_seconds)
         notes = layout.recover(self.folder)
         if self.cfg.mirror:

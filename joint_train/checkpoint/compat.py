@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from joint_train.config import rename_keys, resolve_interpolations
+from joint_train.config.values import shown_setting
 from joint_train.errors import CheckpointError
 
 # Keys of a model's Hugging Face configuration that its weights are bound to, even where shapes happen to agree.
@@ -45,9 +47,21 @@ def changed_settings(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
     written = dict(_flat(old)), dict(_flat(new))
     found = differences(resolve_interpolations(old), resolve_interpolations(new))
     return {
-        key: tuple(text.get(key, value) for text, value in zip(written, values, strict=True))
-        for key, values in found.items()
+        inner: values
+        for key, of_key in found.items()
+        for inner, values in _shown(key, *(t.get(key, value) for t, value in zip(written, of_key, strict=True)))
     }
+
+
+def _shown(key: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Of two lists of sources what differs, or their paths alone where one is longer; anything else as it is."""
+    if isinstance(old, list) and isinstance(new, list) and all(isinstance(one, dict) for one in old + new):
+        if len(old) == len(new):
+            for index, pair in enumerate(zip(old, new, strict=True)):
+                yield from ((f"{key}[{index}].{name}", values) for name, values in differences(*pair).items())
+            return
+        old, new = shown_setting(old), shown_setting(new)
+    yield key, (old, new)
 
 
 def fixed_differences(part: str, old: dict, new: dict) -> list[str]:

@@ -141,6 +141,7 @@ class Loading:
             problems += compat.tensor_differences(part.partition("/")[0], stored, tensors[part])
         if problems:
             keys = [key for key in changed if key.startswith(("model.", "lora.")) and key != "lora.dropout"]
+            keys = [key for key in keys if not key.startswith("model.export.")]
             keys = keys or ["model.base", "model.drafter"]
             more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise CheckpointError(

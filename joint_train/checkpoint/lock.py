@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -11,6 +12,8 @@ import uuid
 from pathlib import Path
 
 from joint_train.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 5.0
 BEATS = 4
@@ -41,7 +44,7 @@ class RunLock:
             self._file = open(self.path, "a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise CheckpointError(f"output_dir {output_dir} can't be written: {error.strerror} ({self.path})") from None
-        deadline = time.monotonic() + wait_seconds
+        deadline, waited = time.monotonic() + wait_seconds, False
         while True:
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,11 +52,14 @@ class RunLock:
                 if error.errno in _UNSUPPORTED:
                     self._start_beating(output_dir)
                     return
-                if time.monotonic() < deadline:
-                    time.sleep(0.2)
-                    continue
                 self._file.seek(0)
                 owner = self._file.read().strip() or "unknown"
+                if time.monotonic() < deadline:
+                    if not waited and wait_seconds > 1:
+                        log.info("waiting up to %.0f s for the run that holds %s: %s", wait_seconds, self.path, owner)
+                    waited = True
+                    time.sleep(0.2)
+                    continue
                 self._file.close()
                 raise _taken(output_dir, owner, self.path) from None
             break

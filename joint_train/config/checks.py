@@ -1,9 +1,11 @@
 """What can't work is refused here, before a process group is made or a weight is read."""
 
+import dataclasses
 import difflib
 import math
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
+from typing import Any
 
 from joint_train.config.schema import Config
 from joint_train.config.typed import select
@@ -115,9 +117,11 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
     for name, choices in CHOICES.items():
         if (value := select(cfg, name)) not in choices:
             raise ConfigError(f"{name}={value}: choose one of {', '.join(map(str, choices))}.")
+    check_finite(dataclasses.asdict(cfg))
+    check_places(cfg)
     for name, least in AT_LEAST.items():
         value = select(cfg, name)
-        if value is not None and not value >= least:  # NaN is refused, too
+        if value is not None and value < least:
             raise ConfigError(f"{name}={value}: must be at least {least}.")
     for name in ("optim.min_lr_ratio", "optim.drafter_min_lr_ratio", "optim.decay_share", "drafter.base_grad_scale"):
         if (value := select(cfg, name)) is not None and value > 1:
@@ -190,6 +194,33 @@ def validate(cfg: Config, world_size: int | None = None, node: int | None = None
         round_weights(cfg.loss, cfg.drafter.num_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def check_finite(value: Any, key: str = "") -> None:
+    """Raise a ConfigError for a number anywhere that is infinite or not a number."""
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            check_finite(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value}: must be a finite number.")
+
+
+def check_places(cfg: Config) -> None:
+    """Raise a ConfigError for folders and files that can't be any."""
+    if not cfg.output_dir or "://" in cfg.output_dir:
+        raise ConfigError(
+            f"output_dir={cfg.output_dir}: must be a folder of this machine's or the cluster's file system; "
+            "checkpoint.mirror=s3://… copies checkpoints to object storage."
+        )
+    for split, sources in (("train", cfg.data.train), ("val", cfg.data.val)):
+        for index, source in enumerate(sources):
+            if not source.path or "://" in source.path:
+                raise ConfigError(
+                    f"data.{split}[{index}].path={source.path}: must be a file, a folder, or the id of a dataset on "
+                    "the hub (such as allenai/tulu-3-sft-mixture). Download what is elsewhere first."
+                )
+            if source.limit is not None and source.limit < 1:
+                raise ConfigError(f"data.{split}[{index}].limit={source.limit}: must be at least 1.")
 
 
 def _check_second_moment(cfg: Config) -> None:

@@ -1,6 +1,7 @@
 """What ``--help`` and the documentation say of the configuration: read from the schema, so that it can't go stale."""
 
 import dataclasses
+import difflib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
@@ -73,7 +74,7 @@ def help_text(wanted: list[str]) -> str:
         lines += [f"  {name:<26} {meaning}" for name, meaning in groups().items()]
         lines += ["", "Prepared settings, in conf/:"]
         for name, names in choices().items():
-            some = names if len(names) < 10 else [names[-1], f"… ({len(names)}, see docs/recipes.md)"]
+            some = names if len(names) < 10 else [names[-1], f"… ({len(names)}: --help {name.lstrip('+')})"]
             lines.append(f"  {name:<26} {' | '.join(some)}")
     for name in groups() if wanted == ["all"] else wanted:
         lines += ["", *_lines(name)]
@@ -89,8 +90,11 @@ def _lines(name: str) -> list[str]:
     if name in SOURCES:
         lines += ["a file, a list of files, or a list of sources with these keys:", *_listed(source_keys())]
     lines += _listed(key for key in found if key[0].startswith(f"{name}."))
+    lines += [f"{group}={one}" for group, names in choices().items() if group.lstrip("+") == name for one in names]
     if not lines:
-        raise ConfigError(f"There is no group or key {name}. Groups: {', '.join(groups())}, or all.")
+        close = difflib.get_close_matches(name, [key for key, _, _ in found], 1, 0.75)
+        meant = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"There is no group or key {name}.{meant} Groups: {', '.join(groups())}, or all.")
     return lines
 
 

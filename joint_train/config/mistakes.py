@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from joint_train.config.help import SOURCES, choices, groups, keys
+from joint_train.config.help import ADDED, SOURCES, choices, groups, keys
 from joint_train.config.schema import RENAMED, Config, SourceConfig
 from joint_train.config.values import quoted
 from joint_train.errors import ConfigError
@@ -83,6 +83,9 @@ SOURCE_ELSEWHERE = {
     "num_samples": "limit",
     "max_samples": "limit",
 }
+FILES = "given_file"  # the group under which Hydra finds the files of --config
+MANY = 8  # names in one message
+HOME = re.compile(r"^([^=]+=)(~(?:/.*)?)$")  # shells leave a ~ after the = as it is
 EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
 
 
@@ -94,6 +97,7 @@ def check_overrides(words: Sequence[str]) -> list[str]:
     """
     checked = []
     for word in words:
+        word = HOME.sub(lambda found: f"{found[1]}{quoted(Path(found[2]).expanduser())}", word)
         override = _parse(word)
         name = override.key_or_group
         if name.startswith("hydra") or override.package is not None:
@@ -119,10 +123,15 @@ def check_file(file: Path, given: dict[str, Any]) -> dict[str, Any]:
     """
 
     def check(node: dict, path: str) -> None:
-        for name, value in node.items():
+        for name, value in list(node.items()):
             key = f"{path}{name}"
             try:
+                if "." in str(name):
+                    outer, _, inner = str(name).partition(".")
+                    raise ConfigError(f"{key}: a file has groups in place of dots: `{outer}: {{{inner}: …}}`")
                 _check_key(key)
+                if value is None and key in groups():  # all its keys are commented out
+                    del node[name]
             except ConfigError as error:
                 raise ConfigError(f"--config {file}: {error}") from None
             if isinstance(value, dict):
@@ -144,9 +153,9 @@ def check_file(file: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 def explained(error: HydraException | OmegaConfBaseException) -> ConfigError:
     """An error of Hydra's composition as one sentence."""
-    said, cause = str(error).splitlines(), error.__cause__
+    said, cause = str(error).splitlines(), error.__cause__ or error.__context__
     if isinstance(error, MissingConfigException) and (missing := re.search(r"Could not find '(.+?)/(.+)'", said[0])):
-        return ConfigError(_no_choice(missing[1], missing[2]))
+        return ConfigError(_no_choice(missing[1], missing[2], error.options or []))
     if isinstance(error, ConfigCompositionException) and said[0].startswith("Ambiguous value for argument"):
         argument = said[0].partition("'")[2].rstrip("'")
         return ConfigError(
@@ -154,13 +163,23 @@ def explained(error: HydraException | OmegaConfBaseException) -> ConfigError:
         )
     if isinstance(cause, OmegaConfBaseException):
         given = said[0].removeprefix("Error merging override ").rstrip(".")
-        key = cause.full_key or ""
+        key, in_file = cause.full_key or "", ""
+        if found := re.match(r"In '((.+?)/.+)':", said[0]):
+            in_file = f"{found[1]}.yaml: "
+            if key == found[2]:
+                return ConfigError(f"{in_file}its keys are those of the whole configuration: begin it with the line "
+                                   "`# @package _global_`")  # fmt: skip
+            in_file = "the file of --config: " if found[2] == FILES else in_file
+            value = re.match(r"Value '(.*)' of type", str(cause))
+            given = f"{in_file}{key}={value[1] if value else 'null'}"
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
-            return ConfigError(not_a_key(key))
+            return ConfigError(f"{in_file}{not_a_key(key)}")
         if (expected := _expected(key, cause.object_type)) is not None:
-            where = "" if given.startswith(f"{key}=") else f"{key}: "
+            where = "" if given.startswith(f"{in_file}{key}=") else f"{key}: "
             return ConfigError(f"{given}: {where}{expected} is expected")
         return ConfigError(f"{given}: {str(cause).splitlines()[0]}")
+    if there := re.match(r"Could not append to config. An item is already at '(.+)'", said[0]):
+        return ConfigError(f"+{there[1]}: this key is there already: leave out the +")
     return ConfigError(said[0])
 
 
@@ -189,13 +208,21 @@ def _parse(word: str) -> Override:
         pass
     if word.endswith((".yaml", ".yml")) and "=" not in word:
         raise ConfigError(f"{word} is not KEY=VALUE. A configuration file is given with --config: --config {word}")
-    if word.startswith("-"):
-        raise ConfigError(f"{word} is not an option of this command; a setting is written KEY=VALUE")
     key, equals, value = word.partition("=")
+    if word.startswith("-"):
+        dashes = f", without dashes: {word.lstrip('-')}" if equals else ""
+        raise ConfigError(f"{word} is not an option of this command; a setting is written KEY=VALUE{dashes}")
     if not equals:
         raise ConfigError(f"{word!r} is not KEY=VALUE, which every setting is, e.g. optim.lr=1e-5")
     if re.search(r"\s[\w.+]+=", value):
         raise ConfigError(f"{word!r} holds several settings in one word: quote each for itself, or none")
+    if dotted := re.match(r"([\w.]+)\[(\d+)\]([\w.]*)$", key):
+        raise ConfigError(f"{word}: items of a list are written with dots: {dotted[1]}.{dotted[2]}{dotted[3]}={value}")
+    if value.count("[") + value.count("{") > value.count("]") + value.count("}"):
+        raise ConfigError(
+            f"{word}: a bracket isn't closed. If the shell took the setting apart at a space, put all of it in single "
+            "quotes, as in 'data.train=[{path: train.jsonl}]'"
+        )
     raise ConfigError(
         f"{key}={value}: Hydra can't read this value. A text with special characters needs quotes inside those of the "
         f"shell: '{key}=\"{value}\"'"
@@ -208,7 +235,7 @@ def _check_key(name: str) -> None:
     path = ""
     for part in name.split("."):
         path = f"{path}.{part}" if path else part
-        if get_origin(of) is dict or path in RENAMED:
+        if of is Any or get_origin(of) is dict or path in RENAMED:
             return
         if get_origin(of) is list:
             (of,) = get_args(of)
@@ -233,16 +260,26 @@ def _with_sources(word: str, override: Override) -> str:
     return f"{plus}{override.key_or_group}=[{', '.join(f'{{path: {quoted(source)}}}' for source in given)}]"
 
 
-def _no_choice(group: str, name: str) -> str:
-    known = choices()
-    names = known.get(group) or known.get(f"+{group}") or []
+def _no_choice(group: str, name: str, names: Sequence[str]) -> str:
+    """`names`: those that Hydra found, those of a folder of the user's own among them."""
     hint = _hint(_closest(name, names))
     if group == "model":
         return (
             f"model={name}: model= takes a prepared name ({', '.join(names)}).{hint} For folders or hub ids give "
             "pair=DIR, or model.base=… and model.drafter=…"
         )
-    return f"{group}={name}: there is no such prepared setting.{hint} Known here: {', '.join(names) or 'none'}"
+    if group == FILES:
+        instead = name.replace("/", ": ")
+        return f"--config: a file's defaults list doesn't find {name}: write `{instead}` without the list"
+    if group == "data" and re.search(r"[./]", name):
+        hint = f" For a file: data.train={name}."
+    if not hint and len(names) > MANY:
+        names = [known for known in names if known.startswith(name)] or names
+        some = ", ".join(names[:MANY]) + (", …" if len(names) > MANY else "")
+        return f"{group}={name}: there is no such prepared setting. Known are {some}; `--help {group}` lists all."
+    known = "" if hint and len(names) > MANY else f" Known here: {', '.join(names) or 'none'}."
+    own = f" --config-dir DIR adds your own, DIR/{group}/NAME.yaml." if group in ADDED else ""
+    return f"{group}={name}: there is no such prepared setting.{hint}{known}{own}"
 
 
 def _expected(key: str, of: Any) -> str | None:
@@ -255,6 +292,8 @@ def _expected(key: str, of: Any) -> str | None:
         if not dataclasses.is_dataclass(node):
             return None
         node = _without_none({field.name: field.type for field in dataclasses.fields(node)}.get(part))
+    if get_origin(node) is list and key.endswith("]") and path not in SOURCES:
+        (node,) = get_args(node)
     if path in SOURCES:
         whole = "[" not in key
         return "a list of sources, e.g. [{path: train.jsonl}]," if whole else "a source, e.g. {path: train.jsonl},"
@@ -270,7 +309,7 @@ def _without_none(of: Any) -> Any:
 
 
 def _closest(name: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, sorted(known), 1, 0.75)), None)
+    return next(iter(difflib.get_close_matches(name.lower(), sorted(known), 1, 0.75)), None)
 
 
 def _same_name(last: str, known: Iterable[str]) -> str | None:

@@ -56,8 +56,20 @@ def to_dataclasses(composed: DictConfig, may_miss: Collection[str] = ("model.bas
         said = f"the environment variable {unset[1]}, which it reads, isn't set" if unset else said
         raise ConfigError(f"{error.full_key}: {said}") from error
     assert isinstance(cfg, Config)
+    _expand_home(cfg)
     cfg.interpolations = dict(_interpolations(text, dataclasses.asdict(cfg)))
     return cfg
+
+
+def _expand_home(node: Any) -> None:
+    """Paths that begin with ``~/`` with the home folder: no shell has expanded those of a file, or after a ``=``."""
+    items = vars(node).items() if dataclasses.is_dataclass(node) else enumerate(node)
+    for key, value in [*items]:
+        if isinstance(value, str) and value.startswith("~/"):
+            expanded = str(Path(value).expanduser())
+            setattr(node, key, expanded) if isinstance(key, str) else node.__setitem__(key, expanded)
+        elif dataclasses.is_dataclass(value) or isinstance(value, list):
+            _expand_home(value)
 
 
 def _check_keys(composed: DictConfig, of: type, prefix: str = "") -> None:

@@ -14,6 +14,16 @@ def check_uploads(cfg: Config) -> None:
     """Raises ConfigError for ``checkpoint.mirror``, ``resume`` and ``model.export.push_to_hub`` that can't work."""
     for name in ("checkpoint.mirror", "resume"):
         _check_url(name, select(cfg, name))
+    resume = Path(cfg.resume)
+    if (
+        cfg.resume not in ("auto", "never")
+        and len(resume.parts) < 2
+        and not resume.is_dir()
+        and "://" not in cfg.resume
+    ):
+        raise ConfigError(
+            f"resume={cfg.resume}: choose auto, never, or the folder of a checkpoint; there is no folder of this name."
+        )
     _check_apart(cfg.checkpoint.mirror, cfg.output_dir)
     if cfg.model.export.push_to_hub:
         _check_hub(cfg.model.export)
@@ -29,6 +39,8 @@ def _check_url(name: str, url: str | None) -> None:
     """Refuse a URL whose protocol is unknown or needs a package that isn't there."""
     if url is None or (name == "resume" and "://" not in url):
         return
+    if url.endswith("://"):
+        raise ConfigError(f"{name}={url} names no bucket and no folder: write e.g. s3://bucket/run.")
     protocol = get_protocol(url)
     known = known_implementations.get(protocol)
     try:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from joint_train.command import DONE, NO, above_zero, positive, start
+from joint_train.command import DONE, NO, Parser, above_zero, from_zero, not_negative, positive, share, start
 from joint_train.config import Config, ModelConfig, join_options, load
 from joint_train.errors import ConfigError, DataError
 from joint_train.files import replace
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m joint_train.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True)
@@ -35,20 +35,20 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--json", type=Path, help="file for the report in JSON; - prints it instead of the tables")
     show = commands.add_parser("show", help="print rows in colour")
     show.add_argument("--split", choices=("train", "val"), default="train")
-    show.add_argument("--row", type=int, default=0, help="the first row")
+    show.add_argument("--row", type=from_zero, default=0, help="the first row")
     show.add_argument("--rows", type=positive, default=2, help="how many")
     show.add_argument(
-        "--at", type=int, help="position whose rounds are spelled out; default: the first with all of them"
+        "--at", type=from_zero, help="position whose rounds are spelled out; default: the first with all of them"
     )
     regenerate = commands.add_parser("regenerate", help="have the base answer the prompts of a dataset")
     regenerate.add_argument("output", type=Path, help="JSONL file to make")
     regenerate.add_argument("--split", choices=("train", "val"), default="train")
     regenerate.add_argument("--batch-size", type=positive, default=8, help="prompts at once, without --url (default 8)")
     regenerate.add_argument("--max-new-tokens", type=positive, default=512)
-    regenerate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    regenerate.add_argument("--temperature", type=not_negative, default=0.0, help="0 is greedy (default)")
     of_base = "(default: the base's generation configuration)"
-    regenerate.add_argument("--top-k", type=int, help=f"with a temperature; 0: all tokens {of_base}")
-    regenerate.add_argument("--top-p", type=float, help=f"with a temperature; 1: all tokens {of_base}")
+    regenerate.add_argument("--top-k", type=from_zero, help=f"with a temperature; 0: all tokens {of_base}")
+    regenerate.add_argument("--top-p", type=share, help=f"with a temperature; 1: all tokens {of_base}")
     regenerate.add_argument(
         "--url", help="let an engine answer that serves the base: vLLM or SGLang, by its OpenAI API"
     )

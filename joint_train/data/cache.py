@@ -165,7 +165,8 @@ def tokenised(source: SourceConfig, data: DataConfig, tokenizer, num_workers: in
         raise DataError(f"data source {source.path}: its pictures change while it is tokenised: try again")
     cached = load(folder, source, data)
     if not len(cached.documents):
-        raise DataError(f"data source {source.path}: no usable example in it ({cached.skipped} bad records)")
+        why = f"{cached.skipped} bad records" if cached.skipped else "it is empty"
+        raise DataError(f"data source {source.path}: no usable example in it ({why})")
     return cached
 
 

@@ -8,7 +8,6 @@ they are compared with training's.
 An answer comes back as token ids from vLLM, as text with its special tokens from SGLang.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -16,15 +15,13 @@ from typing import Any
 import httpx
 
 from joint_train.data.engine_chat import chat_body, check_prompt
-from joint_train.data.engine_client import address, connect
+from joint_train.data.engine_client import BUSY, address, ask, connect
 from joint_train.data.regenerate import Answered, Sampling, message_of
 from joint_train.data.render import options_of
 from joint_train.data.thinking import prompt_ids
 from joint_train.errors import DataError
 
 ATTEMPTS = 7  # at a request that a later one may get through: about a minute, with the waits between them
-LONGEST_WAIT = 30.0
-BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 NOT_THE_PROMPTS_FAULT = (401, 403, 404, 405)
 ENDED = ("stop", "tool_calls", "function_call")
 
@@ -179,26 +176,19 @@ class Engine:
         Raises:
             EngineStopped: it can't be reached any more, or refuses everybody.
         """
-        said = ""
-        for attempt in range(ATTEMPTS):
-            pause = min(2.0**attempt, LONGEST_WAIT)
-            try:
-                response = self.client.post(path, json=body)
-            except httpx.HTTPError as error:
-                said = _said(error)
-            else:
-                said = _reason(response)
-                if response.is_success:
-                    answer = _object(response)
-                    return answer if answer.get("choices") else said
-                if response.status_code in NOT_THE_PROMPTS_FAULT:
-                    raise EngineStopped(f"POST {self.url}{path}: {said}")
-                if response.status_code not in BUSY:
-                    return said
-                after = response.headers.get("Retry-After", "")
-                pause = min(float(after), LONGEST_WAIT) if after.isdecimal() else pause
-            if attempt < ATTEMPTS - 1:
-                time.sleep(pause)
+        try:
+            response = ask(self.client, "POST", path, attempts=ATTEMPTS, errors=(httpx.HTTPError,), json=body)
+        except httpx.HTTPError as error:
+            said = _said(error)
+        else:
+            said = _reason(response)
+            if response.is_success:
+                answer = _object(response)
+                return answer if answer.get("choices") else said
+            if response.status_code in NOT_THE_PROMPTS_FAULT:
+                raise EngineStopped(f"POST {self.url}{path}: {said}")
+            if response.status_code not in BUSY:
+                return said
         try:
             self._models()
         except EngineStopped as error:

@@ -25,7 +25,7 @@ from joint_train.data.cache import tokenised
 from joint_train.data.cache_key import cache_folder, tokenizer_fingerprint
 from joint_train.data.formats import check_source
 from joint_train.data.pieces import Pieces, cut
-from joint_train.data.readers import source_name, sources_of
+from joint_train.data.readers import check_files, source_name, sources_of
 from joint_train.data.rows import Document, RowSequence, Walk
 from joint_train.data.streams import StreamPieces
 from joint_train.distributed.preemption import stand_apart
@@ -286,6 +286,18 @@ def open_source(spec: SourceConfig, data: DataConfig, tokenizer, timeout: float)
 def loader_position(loader: BatchLoader) -> dict:
     """The position after the last batch that the loader yielded: plain, and the same on every rank."""
     return {**loader.position, "made_of": loader.made_of}
+
+
+def check_sources(cfg: Config) -> None:
+    """What can be told of a run's data before a model is loaded: settings that can't work, and files that aren't there.
+
+    Raises:
+        DataError: naming the source.
+    """
+    for split in ("train", "val") if cfg.data.val else ("train",):
+        _check(cfg.data, split, run_length(cfg)[1] if split == "train" else 1.0)
+        for spec in sources_of(cfg.data, split):
+            check_files(spec)
 
 
 def _check(data: DataConfig, split: str, epochs: float | None) -> None:

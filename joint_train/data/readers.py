@@ -51,8 +51,9 @@ def local_files(source: SourceConfig) -> list[str]:
     files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
     if files:
         return files
-    is_file = any(character in path for character in "*?[") or _kind(path) or path.startswith(("/", "."))
-    if is_file or path.count("/") > 1:
+    if any(character in path for character in "*?["):
+        raise DataError(f"no file matches {os.path.abspath(path)} (data source {source_name(source)!r})")
+    if _kind(path) or path.startswith(("/", ".")) or path.count("/") > 1:
         raise DataError(f"there is no file at {os.path.abspath(path)} (data source {source_name(source)!r})")
     return []
 
@@ -69,8 +70,19 @@ def _kind(path: str) -> str | None:
     return EXTENSIONS.get(extension(path))
 
 
+def check_files(source: SourceConfig) -> None:
+    """Raise a DataError where a source's files aren't there, or are of a kind that isn't read."""
+    for file in local_files(source):
+        if not _kind(file):
+            raise DataError(
+                f"{file}: its name ends in none of {', '.join(EXTENSIONS)} (all but .parquet also with "
+                f"{', '.join(OPENERS)} after it)"
+            )
+
+
 def read_records(source: SourceConfig, max_line_bytes: int) -> Iterator[Record]:
     """The source's records in the order of its files, at most ``source.limit`` of them."""
+    check_files(source)
     files = local_files(source)
     if not files:
         records = _read_dataset(source)
@@ -89,13 +101,8 @@ def _read_file(file: str, max_line_bytes: int) -> Iterator[Record]:
         yield from read_json(file, max_line_bytes)
     elif kind == "csv":
         yield from _read_csv(file, max_line_bytes)
-    elif kind == "text":
-        yield from (_as_text(record) for record in read_lines(file, max_line_bytes))
     else:
-        raise DataError(
-            f"{file}: its name ends in none of {', '.join(EXTENSIONS)} (all but .parquet also with "
-            f"{', '.join(OPENERS)} after it)"
-        )
+        yield from (_as_text(record) for record in read_lines(file, max_line_bytes))
 
 
 def _as_text(record: Record) -> Record:

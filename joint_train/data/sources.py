@@ -93,6 +93,6 @@ def _decode(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"invalid UTF-8 at byte {error.start} of the line: {error.reason}") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"malformed JSON: {error.msg} at column {error.colno}") from None
+        raise DataError(f"malformed JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
     except (RecursionError, ValueError) as error:
         raise DataError(f"malformed JSON: {error}") from None

@@ -1,6 +1,6 @@
 """Speculative decoding with a base and its drafter, measured against plain decoding.
 
-    python -m joint_train.evaluate BASE DRAFTER [options]
+    python -m joint_train.evaluate BASE DRAFTER [options]                  or: OUTPUT_DIR/export [options]
     python -m joint_train.evaluate BASE DRAFTER --against OTHER_DRAFTER    before and after, paired
     python -m joint_train.evaluate BASE DRAFTER --recommend --gpu h100     how many tokens to draft
     python -m joint_train.evaluate BASE DRAFTER --engine vllm              how to serve this pair
@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from joint_train.command import above_zero, positive, start
+from joint_train.command import Parser, above_zero, from_zero, not_negative, positive, start
 from joint_train.errors import ConfigError
 from joint_train.plan.machine import CARDS
 
@@ -28,10 +28,12 @@ SERVING: dict[str, bool | Literal["llamacpp"]] = {"transformers": False, "engine
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m joint_train.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("base", metavar="BASE", nargs="?", help="folder or hub id of the base")
+    parser.add_argument(
+        "base", metavar="BASE", nargs="?", help="folder or hub id of the base, or a folder with base/ and drafter/"
+    )
     parser.add_argument("drafter", metavar="DRAFTER", nargs="?", help="folder or hub id of its drafter")
     parser.add_argument(
         "--prompts",
@@ -62,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num-steps", type=step_list, help="K: 4, 1-8 or 1,2,4 (default 1-8)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="tokens for a prompt (default 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="also sample at this temperature (0: don't)")
+    parser.add_argument(
+        "--temperature", type=not_negative, default=0.0, help="also sample at this temperature (0: don't)"
+    )
     parser.add_argument(
         "--thresholds",
         type=threshold_list,
@@ -77,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], help="auto (default): bfloat16 on GPU")
     parser.add_argument("--device", help="cuda, cpu, … (default: a GPU if there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and bootstrap (default 0)")
+    parser.add_argument("--seed", type=from_zero, default=0, help="of samples and bootstrap (default 0)")
     advice = parser.add_argument_group("how many tokens to draft")
     advice.add_argument("--recommend", action="store_true", help="find what makes the most tokens a second")
     advice.add_argument("--gpu", choices=sorted(CARDS), help="card to serve on (default: this machine's, or h100)")
@@ -86,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     )
     advice.add_argument(
         "--set-drafts",
-        type=int,
+        type=positive,
         metavar="BATCH",
         help="write the best number for this batch size into DRAFTER's generation_config.json (num_assistant_tokens)",
     )
@@ -147,8 +151,12 @@ def check(args: argparse.Namespace) -> None:
     """
     if args.url and not args.engine:
         raise ConfigError("--url needs --engine vllm, --engine sglang or --engine llamacpp.")
+    if args.base and args.drafter is None and (Path(args.base) / "drafter").is_dir():
+        args.base, args.drafter = f"{args.base}/base", f"{args.base}/drafter"  # an export, or the folder of a pair
     if (args.drafter is None) and (args.base is not None or not args.url):
-        raise ConfigError("give the base and its drafter: BASE DRAFTER.")
+        export = Path(args.base or "") / "export"
+        of_run = f", such as this run's {export}" if args.base and export.is_dir() else ""
+        raise ConfigError(f"give the base and its drafter: BASE DRAFTER, or a folder with both{of_run}.")
     if args.write_card and not args.against:
         raise ConfigError("--write-card writes the table of --against: give the other drafter.")
     if args.against and Path(args.against) == Path(args.drafter or ""):

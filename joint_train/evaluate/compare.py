@@ -1,6 +1,5 @@
 """Training runs side by side: losses, acceptance, throughput, and what was configured differently, in one page."""
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ import rich.console
 import rich.markup
 import rich.table
 
+from joint_train.command import Parser
 from joint_train.config import read_written
 from joint_train.config.values import shown_setting
 from joint_train.errors import ConfigError
@@ -159,7 +159,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m joint_train.evaluate compare", description=__doc__)
+    parser = Parser(prog="python -m joint_train.evaluate compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output folders of runs")
     parser.add_argument("--out", type=Path, default=Path("comparison.html"), help="page to write (comparison.html)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")

@@ -10,6 +10,7 @@ request's counts.
 
 import contextlib
 import itertools
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,10 +21,13 @@ from typing import Any
 import httpx
 
 from joint_train.data.engine_chat import chat_body, check_prompt
-from joint_train.data.engine_client import address, connect
+from joint_train.data.engine_client import BUSY, address, ask, connect
 from joint_train.errors import JointTrainError
 from joint_train.evaluate.prompts import Prompt
 
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 4  # at a request while the server is busy
 COUNTED_WITHIN = 10.0  # seconds after the last answer in which the counters must have its tokens
 
 
@@ -103,14 +107,20 @@ class Engine:
 
     def call(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         try:
-            response = self.client.request(method, path, **kwargs)
+            response = ask(self.client, method, path, attempts=ATTEMPTS, waiting=self._say_waiting, **kwargs)
         except httpx.ReadTimeout:
             raise EngineError(f"{method} {self.url}{path}: no answer within --timeout={self.timeout:g} s.") from None
         except httpx.HTTPError as e:
             raise EngineError(f"{method} {self.url}{path}: {type(e).__name__}: {e}. Is the server running?") from e
         if response.is_error:
-            raise EngineError(f"{method} {self.url}{path}: HTTP {response.status_code}: {response.text[:400]}")
+            times = f" ({ATTEMPTS} times)" if response.status_code in BUSY else ""
+            said = " ".join(response.text.split())[:300]
+            raise EngineError(f"{method} {self.url}{path}: HTTP {response.status_code}{times}: {said}")
         return response
+
+    def _say_waiting(self, response: httpx.Response | None, seconds: float) -> None:
+        status = "no answer" if response is None else f"HTTP {response.status_code}"
+        log.warning("%s: %s; asked again in %.0f s, which the measured times include", self.url, status, seconds)
 
     @contextlib.contextmanager
     def _understood(self) -> Iterator[None]:

@@ -11,13 +11,12 @@ def check_pair(base: PreTrainedConfig, drafter: PreTrainedConfig) -> None:
     """Refuse a drafter that was made for another base.
 
     Raises:
-        ConfigError: listing every size that differs; for two bases, two drafters, or one in the other's place.
+        ConfigError: listing every size that differs; or if one of them is a model of the other kind.
     """
-    if hasattr(base, "backbone_hidden_size") or not hasattr(drafter, "backbone_hidden_size"):
-        raise ConfigError(
-            f"model.base is a {base.model_type} model and model.drafter a {drafter.model_type} model: give a base and "
-            "then its drafter, whose model_type ends with _assistant."
-        )
+    for key, config, drafts in (("model.base", base, False), ("model.drafter", drafter, True)):
+        if hasattr(config, "backbone_hidden_size") != drafts:
+            what = "a base, not a drafter" if drafts else "a drafter, not a base"
+            raise ConfigError(f"{key} is a {config.model_type} model: {what}. Are base and drafter swapped?")
     text, draft = base.get_text_config(), drafter.get_text_config()
     wrong = []
 

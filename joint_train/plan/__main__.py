@@ -1,12 +1,11 @@
 """``python -m joint_train.plan [overrides]``: print a plan."""
 
-import argparse
 import gc
 import json
 import sys
 
 from joint_train import config
-from joint_train.command import TOO_LARGE, above_zero, positive, start
+from joint_train.command import TOO_LARGE, Parser, above_zero, from_zero, not_negative, positive, share, start
 from joint_train.plan.machine import Machine
 from joint_train.progress import counted
 
@@ -14,19 +13,19 @@ from joint_train.progress import counted
 def main(argv: list[str] | None = None) -> int:
     """Returns an exit code, see :data:`joint_train.command.EXIT_CODES`."""
     machine = Machine()
-    parser = argparse.ArgumentParser(prog="python -m joint_train.plan", description="Say what a run would need.")
+    parser = Parser(prog="python -m joint_train.plan", description="Say what a run would need.")
     parser.add_argument("overrides", nargs="*", help="as for python -m joint_train, e.g. model=gemma4_31b")
     parser.add_argument("--gpus", type=positive, default=machine.gpus, help="where parallel.dp_shard is -1")
     parser.add_argument("--gpu-memory-gb", type=above_zero, default=machine.gpu_memory_gb)
-    parser.add_argument("--reserve", type=float, default=machine.reserve, help="share of it that a run can't use")
+    parser.add_argument("--reserve", type=share, default=machine.reserve, help="share of it that a run can't use")
     parser.add_argument("--tflops", type=above_zero, default=machine.tflops, help="of a GPU")
     parser.add_argument(
-        "--utilisation", type=float, default=machine.utilisation, help="share of them that matrix products reach"
+        "--utilisation", type=above_zero, default=machine.utilisation, help="share of them that matrix products reach"
     )
     parser.add_argument(
-        "--flex-head-dim", type=int, default=machine.flex_head_dim, help="largest that FlexAttention runs"
+        "--flex-head-dim", type=from_zero, default=machine.flex_head_dim, help="largest that FlexAttention runs"
     )
-    parser.add_argument("--launch-us", type=float, default=machine.launch_us, help="of the host for each kernel")
+    parser.add_argument("--launch-us", type=not_negative, default=machine.launch_us, help="of the host for each kernel")
     parser.add_argument(
         "--hbm-gb-per-second", type=above_zero, default=machine.hbm_gb_per_second, help="of a GPU's memory"
     )

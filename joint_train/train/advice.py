@@ -179,10 +179,10 @@ def warn_of_warmup(cfg: Config, max_steps: int) -> None:
     """
     if cfg.optim.warmup_steps >= max_steps:
         share = lr_factor(max_steps - 1, cfg.optim, max_steps)
-        whose = "run's" if cfg.freeze.base_after is None else "base's"
+        whose = "run" if cfg.freeze.base_after is None else "base's training"
         log.warning(
-            "optim.warmup_steps=%d isn't over before the %s %d steps: the learning rate reaches %.0f %% of its "
-            "peak. Set optim.warmup_steps below them",
+            "optim.warmup_steps=%d isn't over when the %s ends, after step %d: the learning rate reaches %.0f %% of "
+            "its peak. Set optim.warmup_steps below that",
             cfg.optim.warmup_steps, whose, max_steps, 100 * share,
         )  # fmt: skip
 
@@ -223,10 +223,10 @@ def say_resumed(
     """
     max_steps, joint_steps = steps
     log.info("resumed from step %d of %d (%s)", step, max_steps, checkpoint)
-    if step >= max_steps:
-        log.warning(
-            "%s is already at or past the last step, %d: there is nothing left to train", checkpoint.name, max_steps
-        )
+    last = min(max_steps, cfg.stop_after or max_steps)
+    if step >= last:
+        of = "last step" if last == max_steps else "step of stop_after"
+        log.warning("%s is already at or past the %s, %d: there is nothing left to train", checkpoint.name, of, last)
         return
     try:
         old = read(checkpoint / "config.json")

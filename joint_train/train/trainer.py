@@ -17,6 +17,7 @@ from joint_train.checkpoint import Checkpointer
 from joint_train.config import Config, with_overrides
 from joint_train.data import BatchLoader, OtherData, build_loader, loader_position
 from joint_train.data.fit import check_fit
+from joint_train.data.loader import check_sources
 from joint_train.data.overview import overview
 from joint_train.data.tokenizer import end_token_ids, load_tokenizer
 from joint_train.distributed import parallelize
@@ -24,6 +25,7 @@ from joint_train.distributed.mesh import data_rank, init_distributed, init_mesh
 from joint_train.distributed.preemption import Preemption
 from joint_train.distributed.ranks import Ranks
 from joint_train.errors import OutOfMemory, TooManyBadSteps
+from joint_train.files import check_writable
 from joint_train.model_card import model_cards
 from joint_train.pair.attention import check_backward
 from joint_train.pair.loss import run_budget_mb
@@ -46,6 +48,7 @@ from joint_train.weights.average import averaged, start_average, update_average
 from joint_train.weights.composite import load_pair
 from joint_train.weights.folders import run_configs
 from joint_train.weights.hub import Push
+from joint_train.weights.placing import refuse_to_replace
 from joint_train.weights.run_files import end_generation_with
 from joint_train.weights.settle import with_adapter, with_vocabulary
 
@@ -70,6 +73,10 @@ class Trainer:
         self.memory_at_start = peak_memory(self.device)
         torch.manual_seed(cfg.seed + self.rank)
 
+        check_writable(self.output_dir, "output_dir")
+        check_sources(cfg)
+        if cfg.model.export.at_end:
+            refuse_to_replace(self.output_dir / "export", (cfg.model.base, cfg.model.drafter), others=False)
         check_wandb(cfg.tracking, self.rank)
         check_backward(cfg.model.attn_implementation, self.device.type)
         cfg = with_adapter(cfg)

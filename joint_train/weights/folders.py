@@ -1,7 +1,9 @@
 """Where a model's folder is, and what its ``config.json`` says: no weight is read here."""
 
 import copy
+import functools
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -27,6 +29,8 @@ from joint_train.errors import ConfigError
 from joint_train.files import LFS_POINTER, is_lfs_pointer
 from joint_train.pair.compatibility import check_pair
 from joint_train.weights import placing, quantised
+
+log = logging.getLogger(__name__)
 
 BASES = {
     "gemma4": Gemma4ForConditionalGeneration,
@@ -84,16 +88,28 @@ def resolve(
         "ignore_patterns": HUB_IGNORED,
     }
     first = not dist.is_initialized() or dist.get_node_local_rank(fallback_rank=0) == 0
+    _say_download(name)
     try:
         run_on_all_ranks(lambda: snapshot_download(name, **options, **(hub or {})) if first else None)
     except Exception as e:
         raise ConfigError(
-            f"can't get {name} (revision {revision or 'main'}) from the hub: {e}\nWithout network, give a local folder "
-            "or a model.cache_dir that has the snapshot."
+            f"there is no folder {name}, and it can't be had from the hub (revision {revision or 'main'}): "
+            f"{_reason(e)}. Without network, give a local folder or a model.cache_dir that has the snapshot."
         ) from e
     folder = Path(snapshot_download(name, local_files_only=True, **options))
     placing.check(folder)
     return folder
+
+
+def _reason(error: Exception) -> str:
+    """What the hub's client says, without its advice."""
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return said[0].removeprefix("Got: ").rstrip(".:")[:300]
+
+
+@functools.cache  # once
+def _say_download(name: str) -> None:
+    log.info("getting %s from the hub, unless the cache has it", name)
 
 
 def model_type(folder: Path) -> str | None:
@@ -285,7 +301,7 @@ def read_configs(
         ("model.base", base_config, base, BASES),
         ("model.drafter", drafter_config, drafter, DRAFTERS),
     ):
-        if config.model_type not in known:
+        if config.model_type not in {**BASES, **DRAFTERS}:
             raise ConfigError(f"{key}={path} is a {config.model_type} model; it must be one of {', '.join(known)}.")
     check_pair(base_config, drafter_config)
     if (cap := drafter_config.get_text_config().final_logit_softcapping) is not None:

@@ -21,13 +21,35 @@ import torch.distributed as dist
 
 from joint_train.checkpoint import layout
 from joint_train.distributed.ranks import run_on_all_ranks
-from joint_train.errors import WeightsError
+from joint_train.errors import ConfigError, WeightsError
 from joint_train.files import naming, replace
 
 MANIFEST = "joint_train_export.json"
 MARK = "EXPORT_INCOMPLETE"
 PARTS = ("base", "drafter", "drafter_last", "adapter")
 WEIGHTS = re.compile(r"\.safetensors$|\.safetensors\.index\.json$")
+
+
+def refuse_to_replace(out: Path, sources: Sequence[str | os.PathLike], others: bool) -> None:
+    """Refuse to export to a folder with a model that would be lost.
+
+    Args:
+        out: the folder of the export.
+        sources: folders of the models that were trained.
+        others: whether models that no export wrote count as well.
+
+    Raises:
+        ConfigError: naming the model.
+    """
+    for folder in (out / part for part in PARTS):
+        if any(Path(source).is_dir() and folder.resolve() == Path(source).resolve() for source in sources):
+            raise ConfigError(
+                f"{folder} is a model that the run was trained from, and the export would replace it: give another "
+                "folder."
+            )
+        empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+        if others and os.path.lexists(folder) and not empty and not (folder / MANIFEST).exists():
+            raise ConfigError(f"{folder} is there, and no export wrote it: give another folder, or remove that one.")
 
 
 def staged(out: Path) -> Path:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from joint_train.errors import ConfigError
+from joint_train.errors import ConfigError, WriteError
 from joint_train.weights.writing import Slot
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -86,6 +87,13 @@ def slots_of(shards: list[list[str]], layout: dict, folder: Path) -> list[dict[s
 def write_headers(folder: Path, shards: list[list[str]], layout: dict) -> None:
     """Create each file at its final size with its header, and the index if there are several."""
     sizes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in layout.items()}
+    # The files get their blocks only when they are filled: where there are none, a mapped one ends the process.
+    free, needed = shutil.disk_usage(folder).free, sum(sizes.values())
+    if needed > free:
+        raise WriteError(
+            f"{folder} can't be written: it needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} are free. Free space "
+            "there, or use another folder"
+        )
     names = file_names(len(shards))
     for name, keys in zip(names, shards, strict=True):
         start, _ = header(keys, layout)

@@ -542,3 +542,13 @@ def test_connections_of_a_rank(tmp_path, background):
     """One group for control, and one for background saves where there are any: not one for each that asks."""
     two, four = (max(run_ranks(sockets, ranks, tmp_path / str(ranks), background)) for ranks in (2, 4))
     assert four - two <= 2 * (2 + background)  # for two more peers; each group has one to each, and a listener in all
+
+
+def test_of_changed_sources_only_what_changed_is_named():
+    def changed(old: list, new: list) -> dict:
+        return compat.changed_settings({"data": {"train": old}}, {"data": {"train": new}})
+
+    a, b = {"path": "a", "weight": 1.0, "split": "train"}, {"path": "b", "weight": 1.0, "split": "train"}
+    assert changed([a], [b]) == {"data.train[0].path": ("a", "b")}
+    assert changed([a, b], [a, b | {"weight": 2.0}]) == {"data.train[1].weight": (1.0, 2.0)}
+    assert changed([a], [a, b]) == {"data.train": ("a", "a, b")}

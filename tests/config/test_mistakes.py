@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from joint_train.config import ConfigError, SourceConfig, groups, help_text, keys, load
+from joint_train.config import ConfigError, SourceConfig, checked_command_line, groups, help_text, keys, load
 from joint_train.config.mistakes import ELSEWHERE, SOURCE_ELSEWHERE
 from launch.submit import Options, plan_runs
 
@@ -21,6 +21,7 @@ def refusal(*words: str) -> str:
         load([*PAIR, *words])
     message = str(error.value)
     assert "\n" not in message and "HYDRA" not in message and "reference_type" not in message, message
+    assert len(message) < 400, message
     return message
 
 
@@ -65,6 +66,24 @@ def refusal(*words: str) -> str:
         ("optim.lr", "'optim.lr' is not KEY=VALUE"),
         ("my.yaml", "A configuration file is given with --config: --config my.yaml"),
         ("--foo", "--foo is not an option of this command"),
+        ("--optim.lr=1e-4", "a setting is written KEY=VALUE, without dashes: optim.lr=1e-4"),
+        ("OPTIM.LR=1", "Did you mean optim.lr?"),
+        ("optim.lr=inf", "optim.lr=inf: must be a finite number"),
+        ("loss.temperature=nan", "loss.temperature=nan: must be a finite number"),
+        ("optim.betas=[a,b]", "optim.betas[0]: a number is expected"),
+        ("data.train=[{path:", "put all of it in single quotes, as in 'data.train=[{path: train.jsonl}]'"),
+        ("data.train[0].path=x", "items of a list are written with dots: data.train.0.path=x"),
+        ("+data.train.0.path=x", "+data.train.0.path: this key is there already: leave out the +"),
+        ("data.train=[{path: x, limit: 0}]", "data.train[0].limit=0: must be at least 1"),
+        ("data.train=https://a/b.jsonl", "must be a file, a folder, or the id of a dataset on the hub"),
+        ("data.train=", "data.train[0].path=: must be a file"),
+        ("output_dir=s3://a/b", "output_dir=s3://a/b: must be a folder"),
+        ("output_dir=", "output_dir=: must be a folder"),
+        ("resume=maybe", "resume=maybe: choose auto, never, or the folder of a checkpoint"),
+        ("checkpoint.mirror=s3://", "checkpoint.mirror=s3:// names no bucket"),
+        ("data=mine.jsonl", "For a file: data.train=mine.jsonl."),
+        ("+recipe=gemma4_e4b", "gemma4_e4b_full_8gpu, …; `--help recipe` lists all."),
+        ("+experiment=mine", "--config-dir DIR adds your own, DIR/experiment/NAME.yaml"),
         ("~optim.lr", "a key can't be taken away"),
         ("tracking.name=a(b", "tracking.name=a(b: Hydra can't read this value."),
         ("optim.lr=1e-4,3e-4", "optim.lr=1e-4,3e-4: one value is expected"),
@@ -72,7 +91,7 @@ def refusal(*words: str) -> str:
     ],
 )
 def test_a_mistake_is_one_sentence(word, said):
-    assert said in refusal(*(word,) if "data.train" in word else (*DATA, word))
+    assert said in refusal(*(word,) if "data.train" in word and word[0] != "+" else (*DATA, word))
 
 
 def test_keys_of_other_trainers_lead_to_keys_that_exist():
@@ -121,6 +140,37 @@ def test_a_folder_of_ones_own(tmp_path):
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nmax_steps: 5\n")
     for words in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"]):
         assert load([*PAIR, *DATA, *words, "+experiment=mine"]).max_steps == 5
+    mistakes = {
+        "max_steps: 5\n": "experiment/mine.yaml: its keys are those of the whole configuration: begin it with the line",
+        "# @package _global_\noptim: {lrr: 5}\n": "experiment/mine.yaml: optim.lrr is not a key. Did you mean optim",
+        "# @package _global_\noptim: {lr: fast}\n": "experiment/mine.yaml: optim.lr=fast: a number is expected",
+    }
+    for text, said in mistakes.items():
+        (tmp_path / "experiment" / "mine.yaml").write_text(text)
+        assert said in refusal(*DATA, "--config-dir", str(tmp_path), "+experiment=mine")
+    assert "Known here: mine, " in refusal(*DATA, "--config-dir", str(tmp_path), "+experiment=zz")
+    for of in (load, checked_command_line):
+        with pytest.raises(ConfigError, match="--config-dir /no/folder: there is no such folder"):
+            of(["--config-dir", "/no/folder", "+experiment=mine"])
+
+
+def test_hydras_options_stand_before_the_settings_and_sweeps_are_refused_before_it_speaks():
+    words = checked_command_line(["optim.lr=1", "--config-dir", "/", "+experiment=mine", "--cfg=job", "-i"])
+    assert words == ["--config-dir", "/", "--cfg=job", "-i", "optim.lr=1", "+experiment=mine"]
+    for word in ("-m", "--multirun"):
+        with pytest.raises(ConfigError, match="Start a command for each"):
+            checked_command_line(["optim.lr=1,2", word])
+    with pytest.raises(ConfigError, match="-x is not an option"):
+        checked_command_line(["-x"])
+
+
+def test_a_home_folder_is_found_wherever_it_stands(tmp_path, monkeypatch):
+    """No shell expands a ~ after a =, nor one in a file."""
+    monkeypatch.setenv("HOME", "/home/me")
+    (mine := tmp_path / "mine.yaml").write_text("output_dir: ~/run\ndata: {val: [~/v.jsonl]}\n")
+    cfg = load([*PAIR, "--config", str(mine), "data.train=~/a b.jsonl", "pair=~/pair", "model.base='~/base'"])
+    assert (cfg.output_dir, cfg.pair, cfg.model.base) == ("/home/me/run", "/home/me/pair", "/home/me/base")
+    assert [source.path for source in cfg.data.train + cfg.data.val] == ["/home/me/a b.jsonl", "/home/me/v.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +180,13 @@ def test_a_folder_of_ones_own(tmp_path):
         ("learning_rate: 1\n", "learning_rate is not a key. Did you mean optim.lr?"),
         ("data: {train: [{file: x}]}\n", "data.train[0].file is not a key. Did you mean path?"),
         ("- a\n", "keys with values are expected"),
-        ("a: [\n", "this is not YAML"),
+        ("a: [\n", "this is not YAML: line 2: "),
+        ("optim:\n\tlr: 1\n", "(indent with spaces, not with tabs)"),
+        ("max_steps: 1\nmax_steps: 2\n", "line 2: found duplicate key max_steps"),
+        ("x: &a [*a]\n", "this is not YAML: maximum recursion"),
+        ("optim.lr: 1\n", "optim.lr: a file has groups in place of dots: `optim: {lr: …}`"),
+        ("defaults: [{recipe: gemma4_e4b_lora_1gpu}]\n", "write `recipe: gemma4_e4b_lora_1gpu` without the list"),
+        ("optim: {lr: [1e-4, 3e-4]}\n", "optim.lr=[0.0001, 0.0003]: a number is expected"),
         (None, "No such file or directory"),
     ],
 )
@@ -140,7 +196,14 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, text, said):
         file.write_text(text)
     with pytest.raises(ConfigError) as error:
         load([*PAIR, *DATA, "--config", str(file)])
-    assert f"--config {file}: " in str(error.value) and said in str(error.value)
+    message = str(error.value)
+    assert said in message and "\n" not in message and (f"--config {file}: " in message or "--config: " in message)
+
+
+def test_numbers_and_empty_groups_of_a_file(tmp_path):
+    """1e-1 is a number also where any value may stand; a group whose keys are all commented out is as it was."""
+    (mine := tmp_path / "mine.yaml").write_text("loss: {drafter: {ce: 1e-1, nla: 0.9}}\noptim:\n")
+    assert load([*PAIR, *DATA, "--config", str(mine)]).loss.drafter == {"ce": 0.1, "nla": 0.9}
 
 
 def test_help_of_a_key_and_of_a_source():
@@ -148,7 +211,8 @@ def test_help_of_a_key_and_of_a_source():
     shown = help_text(["data.train"])
     assert all(f"  {field.name} " in shown for field in dataclasses.fields(SourceConfig))
     assert "model.export.at_end" in help_text(["model.export"])
-    with pytest.raises(ConfigError, match="There is no group or key optim.lrr"):
+    assert "\n+recipe=gemma4_e4b_full_8gpu" in help_text(["recipe"])
+    with pytest.raises(ConfigError, match="There is no group or key optim.lrr. Did you mean optim.lr?"):
         help_text(["optim.lrr"])
 
 

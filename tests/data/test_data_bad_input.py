@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from joint_train.config import SourceConfig
 from joint_train.data import DataError, build_loader, cache, cache_key, tokenise
 from joint_train.data.json_files import Record, read_lines
+from joint_train.data.loader import check_sources
 from joint_train.data.readers import read_records
 from joint_train.data.sources import parse
 from joint_train.data.template import ASSISTANT
@@ -271,11 +272,29 @@ def test_a_validation_set_without_a_target_is_a_sentence(tmp_path):
         build_loader(cfg, TOKENIZER, "val", 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("train", "val", "said"),
+    [
+        ("a.jsonl", "no.jsonl", "there is no file at .*/no.jsonl .data source 'no'"),
+        ("a.jsonl", "*.jsn", r"no file matches .*/\*.jsn"),
+        ("a.jsonl", "a.md", "a.md: its name ends in none of .jsonl"),
+        ({"path": "a.jsonl", "weight": -1}, "a.jsonl", "weight=-1.0 isn't positive"),
+        ("a.jsonl", {"path": "a.jsonl", "format": "chat"}, "format='chat' is not one of auto"),
+    ],
+)
+def test_what_is_wrong_with_sources_is_told_before_any_is_read(tmp_path, monkeypatch, train, val, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("not read\n")
+    (tmp_path / "a.md").write_text("not read\n")
+    with pytest.raises(DataError, match=said):
+        check_sources(make_config(tmp_path, [train], [val]))
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", "{broken\n"])
 def test_a_source_with_nothing_in_it(tmp_path, content):
     (tmp_path / "a.jsonl").write_text(content)
     cfg = make_config(tmp_path, [str(tmp_path / "a.jsonl")], on_error="skip")
-    with pytest.raises(DataError, match="no usable example in it"):
+    with pytest.raises(DataError, match="1 bad records" if content.strip() else "no usable example in it .it is empty"):
         build_loader(cfg, TOKENIZER, "train", 0, 1)
 
 

@@ -10,7 +10,7 @@ import torch
 from data_helpers import TURNS, chat, make_tokenizer, numbered, write_jsonl
 from pairs import build_pair
 
-from joint_train.data import DataError, engine
+from joint_train.data import DataError, engine, engine_client
 from joint_train.data import __main__ as command
 from joint_train.data.engine import Engine
 from joint_train.data.regenerate import Base, Sampling, data_url, regenerate
@@ -165,7 +165,7 @@ def test_sampling_thinking_and_tools_reach_the_engine_as_they_are_trained(server
 
 
 def test_it_goes_on_where_the_engine_went_away(server, local, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(engine_client.time, "sleep", lambda seconds: None)
     ends, expected = local
     output = tmp_path / "out.jsonl"
     asked = connect(server, ends, concurrency=1)
@@ -189,7 +189,7 @@ def test_it_goes_on_where_the_engine_went_away(server, local, tmp_path, monkeypa
 
 
 def test_refusals_are_counted_by_their_reason_and_asked_again(server, local, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(engine_client.time, "sleep", lambda seconds: None)
     ends, expected = local
     rows = [json.loads(line) for line in expected.splitlines()]
     one, other = rows[0]["messages"][0]["content"], rows[1]["messages"][0]["content"]

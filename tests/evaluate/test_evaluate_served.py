@@ -17,9 +17,11 @@ from test_data_masks import GEMMA4
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from joint_train.data import engine_client
 from joint_train.evaluate.__main__ import main
 from joint_train.evaluate.engines import VLLM, EngineError, LlamaCpp, Request, SGLang
 from joint_train.evaluate.prompts import Prompt, load_prompts
+from joint_train.evaluate.serving import why_text_only
 
 K = 3
 
@@ -42,6 +44,7 @@ class Server(ThreadingHTTPServer):
         self.others_tokens = 0  # which somebody else gets during each request
         self.requests, self.busy, self.most_busy = [], 0, 0
         self.delay, self.hidden, self.status, self.rendered = 0.0, (), 200, []
+        self.fails: list[int] = []  # statuses of the next answers
         self.models, self.nonsense = {"data": [{"id": "served-name", "root": "/nowhere/base"}]}, None
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -112,8 +115,8 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.requests.append((self.path, self.headers.get("Authorization"), body))
-        if server.status != 200:
-            self.reply("out of memory", server.status)
+        if server.status != 200 or server.fails:
+            self.reply("out of memory", server.fails.pop() if server.fails else server.status)
         elif server.nonsense is not None:
             self.reply(server.nonsense)
         elif self.path == "/v1/completions" and server.engine == "vllm":
@@ -308,7 +311,7 @@ def test_counters_that_come_late_are_waited_for(serve):
     assert engine.run(ASKED[:1], Request(5), 1).tokens == 5
 
 
-def test_what_is_wrong_with_a_server_is_said(serve, monkeypatch):
+def test_what_is_wrong_with_a_server_is_said(serve, monkeypatch, caplog):
     server = serve("vllm")
     server.hidden = ("spec_decode",)
     with pytest.raises(EngineError, match="serves served-name without a drafter"):
@@ -328,9 +331,17 @@ def test_what_is_wrong_with_a_server_is_said(serve, monkeypatch):
     with pytest.raises(EngineError, match="has drafted nothing: start it with -md and --spec-type draft-mtp"):
         LlamaCpp(drafting.url)
     engine = SGLang(server.url)
-    server.status = 500
-    with pytest.raises(EngineError, match=r"POST .*/generate: HTTP 500: out of memory"):
-        engine.run(ASKED, Request(4), 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine_client.time, "sleep", lambda seconds: None)
+        server.status = 500
+        with pytest.raises(EngineError, match=r"POST .*/generate: HTTP 500 .4 times.: out of memory"):
+            engine.run(ASKED[:1], Request(4), 1)
+        server.status, server.requests, server.fails = 200, [], [429, 500, 503]
+        assert engine.run(ASKED[:1], Request(4), 1).tokens == 4 and len(server.requests) == 4
+        assert "HTTP 429; asked again in 4 s, which the measured times include" in caplog.text
+        server.fails = [400]
+        with pytest.raises(EngineError, match=r"POST .*/generate: HTTP 400: out of memory"):
+            engine.run(ASKED[:1], Request(4), 1)
     server.status, server.delay = 200, 5
     engine = SGLang(server.url, timeout=0.2)
     started = time.monotonic()
@@ -344,6 +355,9 @@ def test_what_is_wrong_with_a_server_is_said(serve, monkeypatch):
 
 def test_the_command_says_what_is_wrong(serve, folders, tmp_path, capsys, monkeypatch):
     base, drafter, prompts = map(str, folders)
+    (tmp_path / "run/export/drafter").mkdir(parents=True)
+    assert main([str(tmp_path / "run/export")]) == 2
+    assert f"there is no folder {tmp_path}/run/export/base" in capsys.readouterr().err  # both were found
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -351,11 +365,12 @@ def test_the_command_says_what_is_wrong(serve, folders, tmp_path, capsys, monkey
         (["--url", url], "--url needs --engine"),
         (["--engine", "vllm"], "give the base and its drafter"),
         ([base, "--engine", "vllm", "--url", url], "give the base and its drafter"),
+        ([str(tmp_path / "run")], f"a folder with both, such as this run's {tmp_path}/run/export."),
         ([], "give the base and its drafter"),
         (["--engine", "vllm", "--url", url, "--num-steps", "4", "--dtype", "float32"], "--num-steps, --dtype: the ser"),
         ([base, drafter, "--engine", "vllm", "--serving", "engine"], "--serving: the server decides"),
         (["--engine", "vllm", "--url", url], "Is the server running?"),
-        ([drafter, base, "--engine", "vllm"], "must be one of gemma4,"),
+        ([drafter, base, "--engine", "vllm"], "Are base and drafter swapped?"),
     ):
         assert main([*arguments, "--out", str(tmp_path)]) == 2, arguments
         assert message in capsys.readouterr().err, arguments
@@ -409,6 +424,11 @@ def test_the_printed_command_serves_this_pair(folders, tmp_path, capsys):
     words = command(str(base), str(drafter), "--engine", "vllm")
     assert json.loads(words[4])["num_speculative_tokens"] == 6
     assert json.loads(words[words.index("--limit-mm-per-prompt") + 1]) == {"image": 0, "audio": 0, "video": 0}
+    assert main([str(base), str(drafter), "--engine", "vllm"]) == 0
+    assert "turns pictures and sound off" in capsys.readouterr().err and not why_text_only("sglang", base)
+    (base / "processor_config.json").write_text("{}")
+    assert not why_text_only("vllm", base)
+    assert "--limit-mm-per-prompt" not in command(str(base), str(drafter), "--engine", "vllm")
     base, drafter = map(str, make_pair(tmp_path / "e2b", "e2b"))
     text_only = {"architectures": ["Gemma4ForCausalLM"]}
     words = command(base, drafter, "--engine", "vllm")

@@ -127,11 +127,13 @@ def test_only_an_older_export_is_replaced(run, tmp_path, capsys):
     step = run / "run/checkpoints/step_00000001"
     (tmp_path / "mine/base").mkdir(parents=True)
     (tmp_path / "mine/base/thesis.txt").write_text("")
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file/base").write_text("")
     for out, said in (
         (step, "is the checkpoint, or lies in it"),
         (step / "export", "is the checkpoint, or lies in it"),
-        (run / "pair", "base is what the run began with, and would be replaced"),
-        (tmp_path / "mine", "base exists and is no export .it has no joint_train_export.json."),
+        (tmp_path / "mine", "base is there, and no export wrote it"),
+        (tmp_path / "file", "base is there, and no export wrote it"),
     ):
         assert export([str(step), str(out)]) == 2
         assert re.search(said, capsys.readouterr().err)

@@ -237,7 +237,7 @@ def test_a_refusal_under_torchrun_is_said_once():
     [
         ("data.train=[{path: /nowhere.jsonl}]", "no file at /nowhere.jsonl"),
         ("resume=/nowhere", "/nowhere is not a folder; a checkpoint is"),
-        ("output_dir=/proc/nowhere", "output_dir can't be written"),
+        ("output_dir=/proc/nowhere", "output_dir /proc/nowhere can't be written: No such file or directory"),
         ("+model.text_config={num_hidden_layers: 2}", "model.text_config={'num_hidden_layers': 2} doesn't fit"),
         ("drafter.share_embedding_with_base=true", "Set drafter.share_embedding_with_base=false"),
     ],

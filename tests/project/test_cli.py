@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from joint_train import cli, command, progress
+from joint_train.checkpoint.__main__ import main as checkpoints
+from joint_train.errors import WriteError
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,11 +86,36 @@ def test_numbers_of_options_are_checked_where_they_are_read():
     assert command.positive("12") == 12 and command.above_zero("0.5") == 0.5
     for read, texts in (
         (command.positive, ["0", "-3", "1.5", "x"]),
+        (command.from_zero, ["-1", "1.5", "x"]),
         (command.above_zero, ["0", "-3", "nan", "inf", "x"]),
+        (command.not_negative, ["-3", "nan", "inf", "x"]),
+        (command.share, ["-0.1", "1.1", "nan", "x"]),
     ):
         for text in texts:
             with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a (whole )?number"):
                 read(text)
+
+
+def test_a_mistake_in_the_options_is_one_line_by_the_name_that_was_typed(capsys, monkeypatch):
+    def said(*words: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            checkpoints(list(words))
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    assert said("prune", "x", "--keep-last", "-1") == (
+        "python -m joint_train.checkpoint prune: argument --keep-last: '-1' is not a whole number from 0. --help lists "
+        "what it takes.\n"
+    )
+    monkeypatch.setattr(command.Parser, "started_as", "joint-train checkpoint")
+    assert said("ls") == "joint-train checkpoint ls: the following are required: dir. --help lists what it takes.\n"
+    assert said("lss").startswith("joint-train checkpoint: argument command: there is no such choice: 'lss' (choose")
+
+
+def test_an_error_of_the_system_names_the_file_and_the_reason(tmp_path, capsys):
+    assert command.start("x", lambda: (tmp_path / "no").read_bytes()) == 2
+    assert capsys.readouterr().err == f"x: {tmp_path}/no: No such file or directory\n"
+    assert command.sentence(WriteError("a can't be written")) == "a can't be written"
 
 
 def test_long_work_logs_how_far_it_is_and_quick_work_nothing(caplog, monkeypatch):

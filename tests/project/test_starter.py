@@ -88,6 +88,13 @@ def test_a_folder_with_something_else_is_refused_and_left(tmp_path, capsys):
     assert os.listdir(tmp_path) == ["mine"] and os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(capsys):
+    assert starter.main(["/proc/x"]) == 2
+    assert capsys.readouterr().err == (
+        "joint_train.starter: /proc/x can't be made (No such file or directory): name a folder elsewhere\n"
+    )
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(chats):
         assert len(list(tmp_path.glob(".pair.*/train.jsonl"))) == 1  # it was on its way

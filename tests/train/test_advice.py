@@ -141,9 +141,12 @@ def test_a_warm_up_that_the_run_does_not_outlast_is_named(caplog):
     warn_of_warmup(composed("max_steps=51", "optim.warmup_steps=50"), 51)
     assert not caplog.messages
     warn_of_warmup(composed("max_steps=40", "optim.warmup_steps=49"), 40)
-    assert "optim.warmup_steps=49 isn't over before the run's 40 steps: the learning rate reaches 80 %" in caplog.text
+    assert (
+        "optim.warmup_steps=49 isn't over when the run ends, after step 40: the learning rate reaches 80 %"
+        in caplog.text
+    )
     warn_of_warmup(composed("max_steps=90", "optim.warmup_steps=49", "freeze.base_after=40"), 40)
-    assert "before the base's 40 steps" in caplog.text
+    assert "when the base's training ends, after step 40" in caplog.text
 
 
 def test_a_base_that_is_never_frozen_is_named(caplog):

@@ -13,6 +13,7 @@ from torch import Tensor
 from joint_train import Gemma4WithDrafter
 from joint_train.config import load
 from joint_train.distributed.preemption import Preemption
+from joint_train.errors import DataError, WriteError
 from joint_train.metrics import METRICS
 from joint_train.train import trainer
 from joint_train.train.diagnostics import POSITIONS
@@ -331,3 +332,16 @@ def test_pace_is_that_of_the_steps_since_it_was_read():
     assert since.read() == (20, 0.25, 3.0)
     since.add(torch.tensor(7), 1.0, 2.0)
     assert since.read() == (7, 1.0, 2.0)
+
+
+def test_sources_that_are_not_there_are_told_before_anything_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer, "init_distributed", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(trainer, "init_mesh", lambda *_: None)
+    monkeypatch.setattr(trainer, "data_rank", lambda *_: (0, 1))
+    cfg = load(["model.base=none", "model.drafter=none", f"data.train={tmp_path}/no.jsonl", f"output_dir={tmp_path}"])
+    with pytest.raises(DataError, match="there is no file at .*/no.jsonl"):
+        trainer.Trainer(cfg, Preemption(1))
+    (tmp_path / "file").touch()
+    cfg.output_dir = str(tmp_path / "file/run")
+    with pytest.raises(WriteError, match="output_dir .*/file/run can't be written: .*/file isn't a folder"):
+        trainer.Trainer(cfg, Preemption(1))

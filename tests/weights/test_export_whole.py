@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from joint_train.checkpoint import layout
-from joint_train.errors import WeightsError
+from joint_train.errors import ConfigError, WeightsError, WriteError
 from joint_train.export import main
-from joint_train.weights import placing
+from joint_train.weights import placing, shards
 from joint_train.weights.composite import Gemma4WithDrafter
 from joint_train.weights.folders import resolve
 from joint_train.weights.loading import check_weights, load_model
@@ -89,6 +89,26 @@ def test_the_checkpoint_has_the_configuration_too(run, tmp_path, capsys):
         (tmp_path / "run/config.yaml").write_bytes(raw)
         assert main([str(step), str(tmp_path / "other")]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_no_model_is_lost_to_an_export(run, tmp_path, capsys):
+    """Neither the one that was trained, by whatever path, nor one that no export wrote."""
+    step, other = run / "run/checkpoints/step_00000010", tmp_path / "other"
+    before = (run / "pair/base/model.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to(run / "pair")
+    (other / "drafter").mkdir(parents=True)
+    (other / "drafter/config.json").write_text("{}")
+    for out, said in (
+        (run / "pair", "base is a model that the run was trained from"),
+        (tmp_path / "link", "base is a model that the run was trained from"),
+        (other, "drafter is there, and no export wrote it: give another folder"),
+    ):
+        assert main([str(step), str(out)]) == 2
+        assert said in capsys.readouterr().err
+    assert (run / "pair/base/model.safetensors").read_bytes() == before and not (other / "base").exists()
+    with pytest.raises(ConfigError, match="the export would replace it"):
+        placing.refuse_to_replace(run / "pair", [run / "pair/drafter"], others=False)
+    placing.refuse_to_replace(other, ["google/gemma-4-E2B-it"], others=False)
 
 
 def test_verify_compares_values_and_checksums(run, tmp_path, capsys, monkeypatch):
@@ -293,3 +313,11 @@ def test_an_index_that_is_none_is_a_sentence(run, tmp_path, raw):
     (folder / "model.safetensors.index.json").write_bytes(raw)
     with pytest.raises(WeightsError, match="can't be read as an index of weights"):
         load_model(folder, torch.float32)
+
+
+def test_a_disk_without_room_is_told_before_a_file_is_made(tmp_path, monkeypatch):
+    """A mapped file without blocks would end the process by SIGBUS."""
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 7, 3 * 10**6))
+    with pytest.raises(WriteError, match="can't be written: it needs 0.004 GB, and 0.003 are free"):
+        shards.write_headers(tmp_path, [["a"]], {"a": ((10**6,), torch.float32)})
+    assert not any(tmp_path.iterdir())

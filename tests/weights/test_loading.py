@@ -300,12 +300,12 @@ def test_a_drafter_needs_a_store_layer_of_each_type(tmp_path):
 
 
 def test_models_of_another_family_are_refused(e2b, tmp_path):
-    with pytest.raises(ConfigError, match="model.base=.*gemma4_assistant model; it must be one of gemma4, gemma4_text"):
+    with pytest.raises(ConfigError, match="model.base is a gemma4_assistant model: a drafter, not a base. Are"):
         read_configs(e2b[1], e2b[1])
-    with pytest.raises(ConfigError, match="model.drafter=.*gemma4 model; it must be one of gemma4_assistant"):
+    with pytest.raises(ConfigError, match="model.drafter is a gemma4 model: a base, not a drafter. Are base"):
         read_configs(e2b[0], e2b[0])
     for given in (e2b[::-1], (e2b[0], e2b[0]), (e2b[1], e2b[1])):  # the plan and the evaluation look at configurations
-        with pytest.raises(ConfigError, match="model.drafter a .*: give a base and then its drafter"):
+        with pytest.raises(ConfigError, match="Are base and drafter swapped"):
             check_pair(*map(read_config, given))
     edit(e2b[0], model_type="llama")
     with pytest.raises(ConfigError, match="is a llama model"):
@@ -349,7 +349,8 @@ def test_one_rank_of_a_node_downloads(tmp_path):
 
 def test_a_failed_download_fails_on_every_rank(tmp_path):
     for found, _ in run_ranks(resolve_on_ranks, 2, str(tmp_path), True):
-        assert "can't get google/gemma-4-E2B-it (revision v1) from the hub" in found and "no route to host" in found
+        assert "can't be had from the hub (revision v1): " in found and "no route to host. Without network" in found
+        assert "there is no folder google/gemma-4-E2B-it" in found and "\n" not in found
 
 
 # Memory
