@@ -212,6 +212,8 @@ def test_killed_at_each_rename_no_new_base_stands_beside_an_old_drafter(run, tmp
         shutil.copytree(run / "pair" / part, start / part)
     shutil.copytree(run / "pair/base", start / "adapter")
     (start / "adapter/adapter_config.json").write_text("{}")  # of an older export, with adapters
+    for part in ("base", "drafter", "adapter"):
+        (start / part / MANIFEST).touch()  # an export wrote them
     assert main([str(step), str(tmp_path / "new")]) == 0
     old, new = ({part: weight(where / part) for part in ("base", "drafter")} for where in (start, tmp_path / "new"))
     assert all(old[part] != new[part] for part in old)
