@@ -317,7 +317,7 @@ def test_train_on(tmp_path, tokenizer):
         ({"on_error": "ignore"}, "data.on_error"),
         ({"train": []}, "data.train has no source"),
         ({"train": [{"path": "/nowhere/x.jsonl"}]}, "no file at /nowhere/x.jsonl"),
-        ({"train": [{"path": "x*.jsonl"}]}, "no file at"),
+        ({"train": [{"path": "x*.jsonl"}]}, "no file matches"),
         ({"train": [{"path": "a.jsonl", "format": "orca"}]}, "format='orca' is not one of"),
         ({"train": [{"path": "a.jsonl", "weight": 0.0}]}, "isn't positive"),
         ({"train": [{"path": "a.jsonl", "weight": 0.8}], "mixture": "epoch"}, "no effect with data.mixture=epoch"),
