@@ -130,7 +130,7 @@ def with_files(options: argparse.Namespace, arguments: list[str], split: str) ->
 
 
 def run_check(options: argparse.Namespace, arguments: list[str]) -> int:
-    """``check``: 1 if a row is bad."""
+    """``check``: 1 if a row is bad, or a source has none."""
     from rich.console import Console
 
     from joint_train.data import report
@@ -157,7 +157,7 @@ def run_check(options: argparse.Namespace, arguments: list[str]) -> int:
         report.show(Console(), reports)
         if options.json:
             replace(options.json, report.to_json(reports))
-    return int(any(found.bad for found in reports))
+    return int(any(found.bad or not found.rows for found in reports))
 
 
 def run_show(cfg: Config, options: argparse.Namespace) -> None:

@@ -98,7 +98,7 @@ def conversation(
         messages.append(message)
         if not trained and message["role"] == "assistant":
             context.append(index)
-    _name_results(messages)
+    _name_results(messages, counts)
     return messages, context
 
 
@@ -362,16 +362,26 @@ def _tool(tool: Any, where: str, arrow: bool) -> dict:
     return {"type": "function", "function": function}
 
 
-def _name_results(messages: list[dict]) -> None:
-    """Give each tool's result the name of its call, by id or else in order: templates write it."""
+def _name_results(messages: list[dict], counts: Counter[str]) -> None:
+    """Give each tool's result the name of its call, by id or else in order: templates write it.
+
+    Raises:
+        DataError: for the id of a call that isn't there.
+    """
     calls: list[dict] = []
-    for message in messages:
+    for index, message in enumerate(messages):
         if message["role"] != "tool":
             calls = list(message.get("tool_calls", []))
             continue
-        matching = [call for call in calls if call.get("id") == message.get("tool_call_id")]
-        call = next(iter(matching), None) if "tool_call_id" in message else None
-        call = call or next(iter(calls), None)
+        wanted, known = message.get("tool_call_id"), {call["id"]: call for call in calls if "id" in call}
+        if wanted is not None and known and wanted not in known:
+            raise DataError(
+                f"message {index} (tool) is the result of the call {wanted!r}, and the open calls before it are "
+                f"{', '.join(map(repr, known))}"
+            )
+        call = known.get(wanted) or next(iter(calls), None)
         if call is not None:
             calls.remove(call)
             message.setdefault("name", call["function"]["name"])
+        elif "name" not in message:
+            counts[notices.UNCALLED] += 1

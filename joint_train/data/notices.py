@@ -17,7 +17,7 @@ OTHER_PROMPT, ENDLESS, UNSHOWN_TOOLS, UNDECLARED, UNROLLED = (
     "calls of tools that are not declared",
     "conversations in several documents",
 )
-CONTROL, TEMPLATED, UNUSED, NUMBERS, OTHER_FIELD, LEFT_OUT, PICTURES_FIRST, UNSHOWN_FIELD = (
+CONTROL, TEMPLATED, UNUSED, NUMBERS, OTHER_FIELD, LEFT_OUT, PICTURES_FIRST, UNSHOWN_FIELD, UNCALLED = (
     "control token in the text",
     "texts in a chat format",
     "unused column of content",
@@ -26,6 +26,7 @@ CONTROL, TEMPLATED, UNUSED, NUMBERS, OTHER_FIELD, LEFT_OUT, PICTURES_FIRST, UNSH
     "rows that say that they are not trained",
     "pictures without a marker",
     "field of a message that is not shown",
+    "tool results without a call",
 )
 
 MEANING = {
@@ -59,6 +60,8 @@ MEANING = {
     LEFT_OUT: "{count} rows are left out, because they say that they are not trained (such as weight: 0)",
     UNSHOWN_FIELD: "{count} messages have a field {what!r} that the chat template doesn't show, although its name says "
     "that it is content. If that is meant, name it in the source's ignore",
+    UNCALLED: "{count} results of tools have neither a call before them nor a name. Gemma's chat templates write "
+    "'unknown' for the tool",
     PICTURES_FIRST: "the pictures of {count} rows have no marker <image>. They are put before the first question",
 }
 # Kinds that only report what is done: there is nothing to change.

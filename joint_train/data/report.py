@@ -213,6 +213,9 @@ def show(console: Console, reports: list[Report]) -> None:
     console.print(table)
     for report in reports:
         seen = report.seen
+        if not report.rows:
+            console.print(Text(f"{report.name}: there are no rows, and a run is refused", style="red"))
+            continue
         console.print(
             Text(
                 f"{report.name}: columns used: {', '.join(sorted(seen.used)) or 'none'}; "

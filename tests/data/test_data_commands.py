@@ -114,6 +114,10 @@ def test_check_reports_on_whole_files(tmp_path, capsys, workers):
     assert command.main(["check", columns, "--columns", "prompt=problem", "response=solution", "--json", "-"]) == 0
     assert command.main(["check", f"{tmp_path}/missing.jsonl"]) == 2
     assert command.main(["check"]) == 2
+    (tmp_path / "empty.jsonl").touch()
+    capsys.readouterr()
+    assert command.main(["check", good, f"{tmp_path}/empty.jsonl"]) == 1
+    assert "empty: there are no rows, and a run is refused" in capsys.readouterr().out
 
 
 def test_check_counts_duplicates_options_and_what_cutting_loses(tmp_path, capsys, monkeypatch):

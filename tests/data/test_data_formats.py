@@ -4,13 +4,15 @@ import bz2
 import gzip
 import json
 import lzma
+from collections import Counter
 
 import pytest
 from data_helpers import chat, make_config, make_tokenizer, write_jsonl
 
 from joint_train.config import SourceConfig
-from joint_train.data import DataError, build_loader
+from joint_train.data import DataError, build_loader, notices
 from joint_train.data.json_files import Record
+from joint_train.data.messages import conversation
 from joint_train.data.readers import read_records
 from joint_train.data.sources import parse
 
@@ -285,6 +287,10 @@ REFUSED = {
         },
         "tool call 0 has args, input: which of them",
     ),
+    "a result of another call": (
+        {"messages": [*OPENAI_TOOL[:2], {**OPENAI_TOOL[2], "tool_call_id": "c2"}, OPENAI_TOOL[3]]},
+        "message 2 .tool. is the result of the call 'c2', and the open calls before it are 'c1'",
+    ),
     "a tool without a name": ({"messages": QA, "tools": [{"type": "function"}]}, "tool 0 has no name"),
     "two system prompts": (
         {"system": "a", "messages": [*said(("system", "b")), *QA]},
@@ -303,6 +309,15 @@ def test_a_row_that_cannot_be_meant_is_refused(case):
     row, message = REFUSED[case]
     with pytest.raises(DataError, match=f"x.jsonl:1: .*{message}"):
         understood(row)
+
+
+def test_results_without_a_call_are_counted():
+    counts: Counter[str] = Counter()
+    turns = [USED_TOOL[0], *said(("tool", "3 m"), ("assistant", "It is 3 m.")), NAMED, USED_TOOL[3]]
+    messages, _ = conversation(turns, arrow=False, counts=counts)
+    assert counts == {notices.UNCALLED: 1} and messages[1] == turns[1] and messages[3] == NAMED
+    conversation(OPENAI_TOOL, arrow=False, counts=counts)
+    assert counts == {notices.UNCALLED: 1}
 
 
 def test_what_was_refused_can_be_said():
