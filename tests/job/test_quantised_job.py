@@ -18,6 +18,7 @@ from joint_train.errors import JointTrainError
 from joint_train.evaluate.__main__ import main as evaluate
 from joint_train.run_export import export_run
 from joint_train.train import trainer
+from joint_train.weights.placing import MANIFEST
 
 
 def finished(rank: int, overrides: list[str]):
@@ -105,7 +106,8 @@ def test_a_base_as_it_is_saved(starter_dir, tmp_path, more):
     again = [*overrides, "max_steps=4"]
     run_ranks(finished, 1, again)
     (tmp_path / "export/base").mkdir(parents=True)
-    (tmp_path / "export/base/config.json").write_text("{}")  # an older export's, which goes
+    for name in ("config.json", MANIFEST):
+        (tmp_path / "export/base" / name).write_text("{}")  # an older export's, which goes
     assert export_run(out / "checkpoints/step_00000004", tmp_path / "export", check=True) == 0
     assert {folder.name for folder in (tmp_path / "export").iterdir()} == parts
     for part in parts:
