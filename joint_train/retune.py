@@ -20,7 +20,7 @@ from typing import Any
 
 from joint_train.command import DONE, NO, Parser, positive, start
 from joint_train.config import Config, SourceConfig, read
-from joint_train.config.values import as_saved, quoted
+from joint_train.config.values import as_saved, is_override, quoted
 from joint_train.data.readers import read_records
 from joint_train.errors import ConfigError, JointTrainError
 from joint_train.evaluate.page import Section, Table, format_interval, html
@@ -65,10 +65,7 @@ def split_command_line(
 ) -> tuple[argparse.Namespace, list[str]]:
     """What the options say, and the overrides of the main job, which may stand anywhere among them."""
     args, overrides = top.parse_known_args(argv)
-
-    def is_override(word: str) -> bool:  # that argparse took for a file or a folder
-        return "=" in word and not Path(word).exists()
-
+    # argparse takes those behind BASE and --data for a folder and files
     if is_override(getattr(args, "adapter", None) or ""):
         overrides, args.adapter = [args.adapter, *overrides], None
     overrides = [*filter(is_override, args.data), *overrides]

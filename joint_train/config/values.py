@@ -184,6 +184,11 @@ def quoted(value: str | os.PathLike) -> str:
     return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+def is_override(word: str) -> bool:
+    """Whether a word of a command line is ``KEY=VALUE``, and not a file or folder with a ``=`` in its name."""
+    return "=" in word and not os.path.exists(word)
+
+
 def parse_steps(spec: str | None) -> range:
     """``"10-12"`` as the steps 10, 11 and 12; ``"10"`` as that one; ``None`` as none.
 

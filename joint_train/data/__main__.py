@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from joint_train.command import DONE, NO, Parser, above_zero, from_zero, not_negative, positive, share, start
 from joint_train.config import Config, ModelConfig, join_options, load
+from joint_train.config.values import is_override
 from joint_train.errors import ConfigError, DataError
 from joint_train.files import replace
 
@@ -116,7 +117,7 @@ def with_files(options: argparse.Namespace, arguments: list[str], split: str) ->
     ]
     options.columns = [pair for pair in options.columns if pair not in after_columns]
     arguments = arguments + after_columns
-    files = [word for word in arguments if not word.startswith("--") and ("=" not in word or os.path.exists(word))]
+    files = [word for word in arguments if not word.startswith("--") and not is_override(word)]
     overrides = [word for word in arguments if word not in files]
     if files and not any(override.startswith("data.mixture=") for override in overrides):
         overrides += ["data.mixture=epoch", "data.shuffle=false"]  # in the order of the files

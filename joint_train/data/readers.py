@@ -70,20 +70,21 @@ def _kind(path: str) -> str | None:
     return EXTENSIONS.get(extension(path))
 
 
-def check_files(source: SourceConfig) -> None:
-    """Raise a DataError where a source's files aren't there, or are of a kind that isn't read."""
-    for file in local_files(source):
+def check_files(source: SourceConfig) -> list[str]:
+    """:func:`local_files`; raises a DataError where they aren't there, or are of a kind that isn't read."""
+    files = local_files(source)
+    for file in files:
         if not _kind(file):
             raise DataError(
                 f"{file}: its name ends in none of {', '.join(EXTENSIONS)} (all but .parquet also with "
                 f"{', '.join(OPENERS)} after it)"
             )
+    return files
 
 
 def read_records(source: SourceConfig, max_line_bytes: int) -> Iterator[Record]:
     """The source's records in the order of its files, at most ``source.limit`` of them."""
-    check_files(source)
-    files = local_files(source)
+    files = check_files(source)
     if not files:
         records = _read_dataset(source)
     else:

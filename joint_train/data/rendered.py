@@ -215,7 +215,9 @@ def _check_answers(conversation: Conversation, text: Text) -> None:
             empty = channel is not None and written.startswith((channel.opening, channel.end))
             conversation.notices[notices.EMPTY_THOUGHT if empty else notices.UNASKED] += 1
         source = template.source
-        tags = {match[match.lastindex or 1] for said in _texts(message) for match in TAGGED.finditer(said)}
+        tags = {
+            match[match.lastindex or 1] for said in _texts(message) if "<" in said for match in TAGGED.finditer(said)
+        }
         if any(f"<{tag}>" not in source for tag in tags):
             conversation.notices[notices.TAGS] += 1
         end = answer.start + len(written.rstrip())
